@@ -1,0 +1,1 @@
+"""Benchmarks of the budgets, one module each; `contract` has their common output."""

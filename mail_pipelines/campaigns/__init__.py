@@ -1,0 +1,1 @@
+"""Campaigns: states, content versions, YAML form, the frozen audience."""

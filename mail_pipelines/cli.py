@@ -1,0 +1,35 @@
+"""`mail-pipelines`: the command line. Modules of `commands` hold the commands; this one only mounts them.
+
+A user's mistake ends with one line on standard error and exit status 1; a traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from mail_pipelines.commands import bench, campaign, catcher, contact, home, segment, server
+from mail_pipelines.commands.context import errors
+from mail_pipelines.errors import MailPipelinesError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(home.app)
+app.add_typer(contact.app, name="contact")
+app.add_typer(segment.app, name="segment")
+app.add_typer(campaign.app, name="campaign")
+app.add_typer(server.app, name="server")
+app.add_typer(catcher.app, name="catcher")
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    try:
+        app()
+    except MailPipelinesError as error:
+        errors.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

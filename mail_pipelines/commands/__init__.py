@@ -1,0 +1,1 @@
+"""The commands of `mail-pipelines`, one module for each noun. Thin: they parse, call a domain package and print."""

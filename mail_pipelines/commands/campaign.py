@@ -1,0 +1,7 @@
+"""Campaigns: import, check, schedule, follow."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)

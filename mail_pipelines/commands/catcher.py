@@ -1,0 +1,7 @@
+"""Built-in mail catchers, which stand in as dispatch servers."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)

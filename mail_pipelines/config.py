@@ -1,0 +1,246 @@
+"""Settings: defaults, `config.toml` in the home folder, environment variables, in rising precedence.
+
+What belongs here: every knob of the platform, with its unit and meaning, and where its value came from.
+What does not: anything that belongs to one campaign, server or contact (the central database holds those).
+
+A key `[section] name` of `config.toml` is also `MAIL_PIPELINES_<SECTION>__<NAME>`; a secret may be given as
+`MAIL_PIPELINES_<SECTION>__<NAME>_FILE`, the path of a file that holds it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from mail_pipelines.errors import MailPipelinesError
+
+PREFIX = "MAIL_PIPELINES_"
+# Names of the prefix that are no `SECTION__NAME` settings: where the home is and which server this process speaks for.
+PLAIN_VARIABLES = frozenset({"MAIL_PIPELINES_HOME", "MAIL_PIPELINES_SERVER"})
+
+
+class ConfigError(MailPipelinesError):
+    """The configuration cannot be used; the message names the key, its origin and the remedy."""
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+def secret(description: str) -> Any:
+    return pydantic.Field(default=None, description=description, json_schema_extra={"secret": True})
+
+
+class DatabaseSettings(Section):
+    url: str = pydantic.Field(
+        default="sqlite:///{home}/central.sqlite3",
+        description="SQLAlchemy URL of the central database; {home} is the home folder",
+        json_schema_extra={"url": True},
+    )
+    password: str | None = secret("password for the URL, so that the URL itself can be shown")
+
+
+class SnapshotSettings(Section):
+    folder: str = pydantic.Field(default="{home}/snapshots", description="folder of the columnar snapshots and audience manifests")
+    min_free_mb: int = pydantic.Field(default=200, ge=0, description="refresh and freeze refuse to start with less free disk (MB)")
+
+
+class SendingSettings(Section):
+    token_key: str | None = secret("key of the tokens in return paths and links; `mail-pipelines init` makes one")
+    return_path_domain: str = pydantic.Field(default="bounces.example.test", description="domain of the envelope sender (VERP)")
+    public_url: str = pydantic.Field(default="https://mail.example.test", description="base URL of unsubscribe and tracking links")
+    lease_seconds: int = pydantic.Field(default=120, ge=5, description="a claim not finished after this long is settled (s)")
+    reply_timeout_seconds: float = pydantic.Field(default=60, gt=0, description="longest wait for one SMTP reply (s)")
+    linger_seconds: float = pydantic.Field(default=30, ge=0, description="a session with nothing due ends unless a row falls due within this (s)")
+    session_seconds: float = pydantic.Field(default=2700, gt=0, description="a session ends after this long (s)")
+    first_retry_seconds: int = pydantic.Field(default=600, ge=1, description="wait before the first retry of a deferral (s); doubles per attempt")
+    last_retry_seconds: int = pydantic.Field(default=14400, ge=1, description="longest wait between two attempts (s)")
+    unknown_hours: float = pydantic.Field(default=72, gt=0, description="an unknown outcome becomes unresolved after this (h)")
+
+
+class ServerSettings(Section):
+    run_folder: str = pydantic.Field(
+        default="{home}/run", description="permits and pacers, one folder a server; on a real host below /run, so that a reboot clears it"
+    )
+    log_folder: str = pydantic.Field(default="{home}/log", description="journals, one folder a server; on a real disk")
+    mail_folder: str = pydantic.Field(default="{home}/mail", description="what the built-in mail catchers keep, one folder a server")
+    catchers: list[str] = pydantic.Field(default=["catcher-1", "catcher-2"], description="built-in mail catchers that `up` starts when no server is registered")
+    slots: int = pydantic.Field(default=2, ge=1, description="send runs at once on one server")
+    heartbeat_seconds: float = pydantic.Field(default=10, gt=0, description="interval of a server's heartbeat (s)")
+
+
+class OperationSettings(Section):
+    time_zone: str = pydantic.Field(default="UTC", description="time zone of the schedules")
+    snapshot_cron: str = pydantic.Field(default="*/15 * * * *", description="when `refresh_snapshots` runs")
+    maintenance_cron: str = pydantic.Field(default="40 3 * * *", description="when `maintenance` runs")
+    inbox: str = pydantic.Field(default="{home}/inbox", description="folder watched by `dropped_files`: <list>/<file>.csv|.parquet")
+    sensor_seconds: int = pydantic.Field(default=10, ge=1, description="shortest interval between two ticks of a sensor (s)")
+    ui_host: str = pydantic.Field(default="127.0.0.1", description="address the Dagster UI listens on")
+    ui_port: int = pydantic.Field(default=3000, ge=0, le=65535, description="port of the Dagster UI; 0 takes a free one")
+    min_free_mb: int = pydantic.Field(default=500, ge=0, description="`doctor` warns below this much free disk (MB)")
+
+
+class Settings(Section):
+    """All settings, with `{home}` already replaced by the home folder."""
+
+    home: Path
+    database: DatabaseSettings = DatabaseSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
+    sending: SendingSettings = SendingSettings()
+    server: ServerSettings = ServerSettings()
+    operation: OperationSettings = OperationSettings()
+
+    @property
+    def dagster_home(self) -> Path:
+        return self.home / "dagster"
+
+    @property
+    def snapshot_folder(self) -> Path:
+        return Path(self.snapshots.folder)
+
+    def token_key(self) -> bytes:
+        if not self.sending.token_key:
+            raise ConfigError(
+                "sending.token_key is not set: run `mail-pipelines init`, or give MAIL_PIPELINES_SENDING__TOKEN_KEY_FILE the path of a file with a key"
+            )
+        return self.sending.token_key.encode()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation for name, field in Settings.model_fields.items() if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One setting: `key` is `section.name`, `value` is masked if `secret`, `origin` names the place it came from."""
+
+    key: str
+    value: Any
+    origin: str
+    description: str
+
+
+def project_folder() -> Path | None:
+    """The folder with `workspace.yaml`: above this package in a checkout, else above the current folder."""
+    for start in (Path(__file__).resolve().parent, Path.cwd()):
+        for folder in (start, *start.parents):
+            if (folder / "workspace.yaml").is_file() and (folder / "mail_pipelines").is_dir():
+                return folder
+    return None
+
+
+def home_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """`MAIL_PIPELINES_HOME`, by default `.mail_pipelines/` beside `workspace.yaml`."""
+    if given := environ.get("MAIL_PIPELINES_HOME"):
+        return Path(given).expanduser().resolve()
+    return (project_folder() or Path.cwd()) / ".mail_pipelines"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _from_file(path: Path) -> dict[tuple[str, str], tuple[Any, str]]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    found: dict[tuple[str, str], tuple[Any, str]] = {}
+    for section, values in document.items():
+        if section not in SECTIONS or not isinstance(values, dict):
+            raise ConfigError(f"{path}: unknown section [{section}]; {_nearest(section, list(SECTIONS))}")
+        for name, value in values.items():
+            if name not in SECTIONS[section].model_fields:
+                raise ConfigError(f"{path}: unknown key {section}.{name}; {_nearest(name, list(SECTIONS[section].model_fields))}")
+            found[section, name] = (value, str(path))
+    return found
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[Any, str]]:
+    variables = {f"{PREFIX}{section}__{name}".upper(): (section, name) for section, model in SECTIONS.items() for name in model.model_fields}
+    files = {f"{variable}_FILE": key for variable, key in variables.items() if _extra(*key).get("secret")}
+    found: dict[tuple[str, str], tuple[Any, str]] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(PREFIX) or variable in PLAIN_VARIABLES:
+            continue
+        if variable in variables:
+            section, name = key = variables[variable]
+            is_list = SECTIONS[section].model_fields[name].annotation == list[str]
+            found[key] = ([item.strip() for item in text.split(",")] if is_list else text, variable)
+        elif variable in files:
+            try:
+                found[files[variable]] = (Path(text).read_text(encoding="utf-8").strip(), variable)
+            except OSError as error:
+                raise ConfigError(f"{variable} names {text}, which cannot be read: {error.strerror}") from error
+        else:
+            raise ConfigError(f"unknown environment variable {variable}; {_nearest(variable, [*variables, *files])}")
+    return found
+
+
+def _extra(section: str, name: str) -> dict[str, Any]:
+    extra = SECTIONS[section].model_fields[name].json_schema_extra
+    return extra if isinstance(extra, dict) else {}
+
+
+def _collect(home: Path, environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[Any, str]]:
+    return {**_from_file(home / "config.toml"), **_from_environment(environ)}
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read and check the whole configuration.
+
+    Raises `ConfigError` for an unknown key (naming the nearest), an unreadable file or a value of the wrong type.
+    """
+    home = home_folder(environ)
+    given = _collect(home, environ)
+    document: dict[str, Any] = {}
+    for section, model in SECTIONS.items():
+        values = {name: field.default for name, field in model.model_fields.items()}
+        values |= {name: value for (where, name), (value, _) in given.items() if where == section}
+        document[section] = {name: value.replace("{home}", str(home)) if isinstance(value, str) else value for name, value in values.items()}
+    try:
+        return Settings(home=home, **document)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        section, name = str(first["loc"][0]), str(first["loc"][1])
+        origin = given.get((section, name), (None, "default"))[1]
+        raise ConfigError(f"{section}.{name} (from {origin}): {first['msg']}, not {first['input']!r}") from error
+
+
+def describe(environ: Mapping[str, str] = os.environ) -> list[Origin]:
+    """Every setting with its value and origin; secrets and passwords in URLs are masked."""
+    settings = load(environ)
+    given = _collect(settings.home, environ)
+    home_origin = "MAIL_PIPELINES_HOME" if environ.get("MAIL_PIPELINES_HOME") else "default"
+    rows = [Origin("home", str(settings.home), home_origin, "folder of configuration, database, snapshots and Dagster")]
+    for section, model in SECTIONS.items():
+        for name, field in model.model_fields.items():
+            value = getattr(getattr(settings, section), name)
+            if _extra(section, name).get("secret"):
+                value = "********" if value else None
+            elif _extra(section, name).get("url"):
+                value = mask_url(str(value))
+            origin = given.get((section, name), (None, "default"))[1]
+            rows.append(Origin(f"{section}.{name}", value, origin, field.description or ""))
+    return rows
+
+
+def mask_url(url: str) -> str:
+    """The URL without its password, for screens and logs."""
+    import sqlalchemy
+
+    try:
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return "(not a database URL)"

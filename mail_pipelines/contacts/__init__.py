@@ -1,0 +1,1 @@
+"""Contacts, lists, subscriptions and suppressions: addresses, import, consent, the change feed."""

@@ -1,0 +1,107 @@
+"""Loading many rows at once: `LOAD DATA LOCAL` where the server allows it, multi-row inserts elsewhere, `executemany` on SQLite.
+
+Callers keep a transaction to at most `CHUNK_ROWS` rows, so that nobody waits long for a lock.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.database.engine import is_mysql
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CHUNK_ROWS = 10_000
+# Servers answer so when LOAD DATA LOCAL is switched off on their side or the client's.
+_LOCAL_LOAD_REFUSED = {1148, 3948, 4166}
+_INSERT_ROWS = 5_000
+
+
+def load(connection: Connection, table: sa.Table, rows: pa.Table, *, ignore_duplicates: bool = False) -> None:
+    """Insert all rows of an Arrow table into the columns of the same name.
+
+    Binary columns hold fixed-length digests, nested values are already JSON text, times are timestamps in UTC.
+    With `ignore_duplicates` a row whose key exists is left out; without, it raises the driver's integrity error
+    (the local load cannot tell, so it is not used then).
+    """
+    if rows.num_rows == 0:
+        return
+    if is_mysql(connection) and ignore_duplicates and _load_local(connection, table, rows):
+        return
+    _insert(connection, table, rows, ignore_duplicates)
+
+
+def _load_local(connection: Connection, table: sa.Table, rows: pa.Table) -> bool:
+    """Send the rows as a CSV stream; false if the server does not take one."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    quote = connection.dialect.identifier_preparer.quote
+    # Empty text stands for NULL, for no nullable column means anything by an empty string; digests travel as hexadecimal.
+    assignments, columns, arrays = [], [], []
+    for number, name in enumerate(rows.column_names):
+        column = table.c[name]
+        values = rows.column(name)
+        if pa.types.is_binary(values.type) or pa.types.is_fixed_size_binary(values.type):
+            values = pa.chunked_array([[None if value is None else value.hex() for value in values.to_pylist()]], type=pa.string())
+            assignments.append(f"{quote(name)} = UNHEX(NULLIF(@v{number}, ''))")
+        elif pa.types.is_boolean(values.type):
+            values = values.cast(pa.int8())
+            assignments.append(f"{quote(name)} = NULLIF(@v{number}, '')")
+        elif pa.types.is_timestamp(values.type):
+            values = values.cast(pa.timestamp("us"))
+            assignments.append(f"{quote(name)} = NULLIF(@v{number}, '')")
+        else:
+            assignments.append(f"{quote(name)} = " + (f"NULLIF(@v{number}, '')" if column.nullable else f"@v{number}"))
+        columns.append(f"@v{number}")
+        arrays.append(values)
+    with tempfile.TemporaryDirectory(prefix="mail-pipelines-load-") as folder:
+        path = Path(folder) / "rows.csv"
+        pyarrow.csv.write_csv(pa.table(arrays, names=rows.column_names), path, pyarrow.csv.WriteOptions(include_header=False))
+        statement = (
+            "LOAD DATA LOCAL INFILE %s IGNORE INTO TABLE " + quote(table.name) + " CHARACTER SET utf8mb4 FIELDS TERMINATED BY ',' "
+            f"OPTIONALLY ENCLOSED BY '\"' ESCAPED BY '' LINES TERMINATED BY '\\n' ({', '.join(columns)}) SET {', '.join(assignments)}"
+        )
+        try:
+            connection.exec_driver_sql(statement, (str(path),))
+        except sa.exc.DBAPIError as error:
+            if error.orig is not None and error.orig.args and error.orig.args[0] in _LOCAL_LOAD_REFUSED:
+                return False
+            raise
+    return True
+
+
+def _insert(connection: Connection, table: sa.Table, rows: pa.Table, ignore_duplicates: bool) -> None:
+    quote = connection.dialect.identifier_preparer.quote
+    names = ", ".join(quote(name) for name in rows.column_names)
+    if not is_mysql(connection):
+        verb = "INSERT OR IGNORE" if ignore_duplicates else "INSERT"
+        marks = ", ".join("?" * rows.num_columns)
+        connection.exec_driver_sql(f"{verb} INTO {quote(table.name)} ({names}) VALUES ({marks})", list(_tuples(rows, for_sqlite=True)))
+        return
+    verb = "INSERT IGNORE" if ignore_duplicates else "INSERT"
+    # PyMySQL turns an executemany of this shape into multi-row statements.
+    marks = ", ".join(["%s"] * rows.num_columns)
+    for start in range(0, rows.num_rows, _INSERT_ROWS):
+        chunk = list(_tuples(rows.slice(start, _INSERT_ROWS), for_sqlite=False))
+        connection.exec_driver_sql(f"{verb} INTO {quote(table.name)} ({names}) VALUES ({marks})", chunk)
+
+
+def _tuples(rows: pa.Table, *, for_sqlite: bool) -> Iterator[tuple[Any, ...]]:
+    import pyarrow as pa
+
+    columns = []
+    for field, column in zip(rows.schema, rows.columns, strict=True):
+        if for_sqlite and pa.types.is_timestamp(field.type):
+            # The text form in which SQLAlchemy keeps times in SQLite.
+            columns.append([None if value is None else value.strftime("%Y-%m-%d %H:%M:%S.%f") for value in column.cast(pa.timestamp("us")).to_pylist()])
+        else:
+            columns.append(column.to_pylist())
+    return zip(*columns, strict=True)

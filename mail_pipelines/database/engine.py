@@ -1,0 +1,170 @@
+"""Engines and transactions, with the rules every connection keeps.
+
+* MySQL/MariaDB: READ COMMITTED (checked at connect), UTC, strict mode; lock time-outs (1205), deadlocks (1213) and
+  changed-record errors (1020) are retried.
+* SQLite: WAL, `synchronous=FULL`, a busy time-out of 30 s, and `BEGIN IMMEDIATE` for every write. The standard driver
+  would begin deferred, and turning a read into a write then fails at once instead of waiting.
+
+Use `transact` for every write and `reading` for reads.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.config import DatabaseSettings, mask_url
+from mail_pipelines.errors import MailPipelinesError
+
+T = TypeVar("T")
+BUSY_TIMEOUT_SECONDS = 30
+RETRIED_MYSQL_ERRORS = {1205, 1213, 1020}
+RETRIES = 8
+
+
+class DatabaseError(MailPipelinesError):
+    """The central database cannot be used as asked."""
+
+
+class DatabaseUnreachable(DatabaseError):
+    """No connection, a wrong password, or a lock held for too long."""
+
+
+def is_mysql(bind: Engine | Connection) -> bool:
+    return bind.dialect.name in ("mysql", "mariadb")
+
+
+def create_engine(url: str, password: str | None = None) -> Engine:
+    """An engine for a `sqlite:///`, `mysql+pymysql://` or `mariadb+pymysql://` URL that keeps the rules above.
+
+    Raises `DatabaseError` if the URL is none of these. Connects only when used.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError as error:
+        raise DatabaseError("database.url is not a database URL; expected sqlite:///FILE or mysql+pymysql://USER@HOST/NAME") from error
+    if password:
+        parsed = parsed.set(password=password)
+    backend = parsed.get_backend_name()
+    if backend == "sqlite":
+        if parsed.database and parsed.database != ":memory:":
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None, "check_same_thread": False})
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    if backend in ("mysql", "mariadb"):
+        parsed = parsed.set(drivername=f"{backend}+pymysql")
+        engine = sa.create_engine(
+            parsed,
+            isolation_level="READ COMMITTED",
+            pool_pre_ping=True,
+            pool_recycle=1800,
+            # found_rows: an UPDATE counts the rows it matched, as SQLite does, not only those it changed.
+            connect_args={"charset": "utf8mb4", "local_infile": True, "connect_timeout": 10, "client_flag": 2, "autocommit": False},
+        )
+        event.listen(engine, "connect", _prepare_mysql)
+        return engine
+    raise DatabaseError(f"database.url names {backend}, expected sqlite, mysql or mariadb")
+
+
+def open_engine(settings: DatabaseSettings) -> Engine:
+    return create_engine(settings.url, settings.password)
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}", "foreign_keys=ON", "temp_store=MEMORY"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writing") else "BEGIN")
+
+
+def _prepare_mysql(connection: Any, _record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SET SESSION time_zone = '+00:00', SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,NO_ENGINE_SUBSTITUTION', SESSION innodb_lock_wait_timeout = 30"
+        )
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        cursor.execute("SHOW VARIABLES WHERE Variable_name IN ('tx_isolation', 'transaction_isolation')")
+        levels = {row[1] for row in cursor.fetchall()}
+    if levels != {"READ-COMMITTED"}:
+        raise DatabaseError(f"the database keeps isolation level {', '.join(sorted(levels))}; the ledger needs READ-COMMITTED")
+
+
+def _mysql_code(error: sa.exc.DBAPIError) -> int | None:
+    arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
+    return arguments[0] if arguments and isinstance(arguments[0], int) else None
+
+
+def is_transient(error: sa.exc.DBAPIError) -> bool:
+    """Whether trying the whole transaction again can help."""
+    return _mysql_code(error) in RETRIED_MYSQL_ERRORS or "database is locked" in str(error.orig)
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A read transaction, rolled back at its end."""
+    with explained(engine), engine.connect() as connection:
+        yield connection
+
+
+def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """Run `work` in one write transaction and commit; run it again if the database asks for that.
+
+    `work` may therefore run several times and must have no effect outside the connection.
+    Raises `DatabaseUnreachable` when the database is away or stays locked.
+    """
+    with explained(engine):
+        for attempt in range(RETRIES):
+            try:
+                with engine.connect().execution_options(writing=True) as connection, connection.begin():
+                    return work(connection)
+            except sa.exc.OperationalError as error:
+                if not is_transient(error) or attempt == RETRIES - 1:
+                    raise
+                time.sleep(random.uniform(0, 0.02 * 2**attempt))
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def explained(engine: Engine) -> Iterator[None]:
+    """Turn the driver's connection errors into `DatabaseUnreachable`, which says what to check."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        where = mask_url(engine.url.render_as_string(hide_password=False))
+        if "database is locked" in str(error.orig):
+            raise DatabaseUnreachable(f"{where} stayed locked for {BUSY_TIMEOUT_SECONDS} s: another program holds a write transaction open") from error
+        if "unable to open database file" in str(error.orig):
+            raise DatabaseUnreachable(f"{where} cannot be opened: check that its folder exists and may be written") from error
+        if error.connection_invalidated or _mysql_code(error) in {1044, 1045, 1049, 2002, 2003, 2005, 2006, 2013}:
+            raise DatabaseUnreachable(f"no connection to {where}: {_words(error)}; check database.url, the password and that the server runs") from error
+        if "no such table" in str(error.orig) or _mysql_code(error) == 1146:
+            raise DatabaseError(f"{where} has no or an older schema; run `mail-pipelines init`") from error
+        raise
+
+
+def _words(error: sa.exc.DBAPIError) -> str:
+    arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
+    return str(arguments[1] if len(arguments) > 1 else error.orig)
+
+
+def database_now(connection: Connection) -> dt.datetime:
+    """The database's clock, the only one that leases are judged by (on SQLite that is this host's)."""
+    if is_mysql(connection):
+        value: dt.datetime = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").scalar_one()
+        return value.replace(tzinfo=dt.UTC)
+    return dt.datetime.now(dt.UTC)

@@ -1,0 +1,69 @@
+"""Schema migrations (Alembic): `upgrade` brings any database to the newest schema, `require_schema` refuses an older one."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.database.engine import DatabaseError, explained, transact
+from mail_pipelines.database.models import Brand, LedgerGeneration, Pool
+
+
+class SchemaOutdated(DatabaseError):
+    """The database's schema is not the one this version works with."""
+
+
+def alembic_config(engine: Engine) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["engine"] = engine
+    return config
+
+
+def upgrade(engine: Engine) -> None:
+    """Create or upgrade the schema and the rows every installation has."""
+    with explained(engine):
+        command.upgrade(alembic_config(engine), "head")
+    transact(engine, _seed)
+
+
+def _seed(connection: Connection) -> None:
+    now = dt.datetime.now(dt.UTC)
+    for table, row in (
+        (Brand, {"id": 1, "key": "default", "name": "Default", "postal_address": "", "created_at": now}),
+        (Pool, {"id": 1, "key": "default", "overflow_pool_id": None}),
+        (LedgerGeneration, {"id": 1, "generation": str(uuid.uuid4()), "created_at": now}),
+    ):
+        if connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one() == 0:
+            connection.execute(sa.insert(table).values(row))
+
+
+def revision(engine: Engine) -> str | None:
+    """The schema revision of the database, or None for an empty one."""
+    with explained(engine), engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def newest_revision() -> str:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    head = ScriptDirectory.from_config(config).get_current_head()
+    assert head is not None
+    return head
+
+
+def require_schema(engine: Engine) -> None:
+    """Raise `SchemaOutdated` unless the database is at the newest revision."""
+    found, wanted = revision(engine), newest_revision()
+    if found is None:
+        raise SchemaOutdated("the central database has no tables yet: run `mail-pipelines init`")
+    if found != wanted:
+        raise SchemaOutdated(f"the central database is at schema {found}, this version needs {wanted}: run `mail-pipelines init` to upgrade it")

@@ -1,0 +1,489 @@
+"""All tables of the central database, as SQLAlchemy 2 models.
+
+The ledger (`deliveries`) and the event tables carry no foreign keys: on MySQL/MariaDB they are range partitioned,
+the ledger by blocks of campaign ids and the events by month (`database.partitions`), and partitioned tables
+cannot have any. Times are UTC; `*_at` columns are `UtcDateTime`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from mail_pipelines.database.types import BigId, Blob, Hash16, LongText, TinyInt, UtcDateTime, ascii_string
+
+KEY_LENGTH = 64
+MYSQL = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mariadb_engine": "InnoDB", "mariadb_charset": "utf8mb4"}
+
+
+class Base(DeclarativeBase):
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class State(enum.IntEnum):
+    """Where one recipient of a frozen audience stands (`dispatch.transitions` has the moves between them)."""
+
+    PENDING = 0
+    CLAIMED = 1
+    QUEUED = 2
+    DEFERRED = 3
+    UNKNOWN = 4
+    DELIVERED = 10
+    BOUNCED = 11
+    SUPPRESSED = 12
+    EXPIRED = 13
+    CANCELLED = 14
+    UNRESOLVED = 15
+
+    @property
+    def is_final(self) -> bool:
+        return self >= State.DELIVERED
+
+
+OPEN_STATES = tuple(state for state in State if not state.is_final)
+
+
+# --- people -----------------------------------------------------------------------------------------------------
+
+
+class Contact(Base):
+    """One person's address with typed fields. `address` is the normalised form, `email` what was given."""
+
+    __tablename__ = "contacts"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
+    email: Mapped[str] = mapped_column(sa.String(254))
+    address: Mapped[str] = mapped_column(sa.String(254))
+    address_hash: Mapped[bytes] = mapped_column(Hash16)
+    domain: Mapped[str] = mapped_column(ascii_string(253))
+    provider: Mapped[str] = mapped_column(ascii_string(32))
+    time_zone: Mapped[str | None] = mapped_column(ascii_string(48))
+    attributes: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    consent: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    tracking_allowed: Mapped[bool] = mapped_column(sa.Boolean, default=True)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.UniqueConstraint("address_hash"), sa.Index(None, "domain"), MYSQL)
+
+
+class Field(Base):
+    """A typed custom field of contacts. `type` is text, number, boolean, date or datetime."""
+
+    __tablename__ = "fields"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    label: Mapped[str] = mapped_column(sa.String(200))
+    type: Mapped[str] = mapped_column(ascii_string(16))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class Brand(Base):
+    """A name the company mails under; suppressions may be limited to one brand."""
+
+    __tablename__ = "brands"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    name: Mapped[str] = mapped_column(sa.String(200))
+    postal_address: Mapped[str] = mapped_column(sa.String(500), default="")
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class ContactList(Base):
+    """A list contacts subscribe to."""
+
+    __tablename__ = "lists"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    name: Mapped[str] = mapped_column(sa.String(200))
+    brand_id: Mapped[int] = mapped_column(sa.ForeignKey("brands.id"))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class Subscription(Base):
+    """Membership of a contact in a list. Once `subscribed` is false no import sets it again: only the contact's own act does."""
+
+    __tablename__ = "subscriptions"
+    contact_id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=False)
+    list_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    subscribed: Mapped[bool] = mapped_column(sa.Boolean)
+    source: Mapped[str] = mapped_column(ascii_string(32))
+    changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "list_id", "subscribed"), MYSQL)
+
+
+class Suppression(Base):
+    """An address or a domain that must not be mailed. `scope_kind` is all, brand or list; `scope_id` its id (0 for all).
+
+    Exactly one of `address_hash` and `domain` is set. The address itself is not kept, so a suppression outlives erasure.
+    `reason` is unsubscribe, complaint, bounce, erased or manual.
+    """
+
+    __tablename__ = "suppressions"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
+    address_hash: Mapped[bytes | None] = mapped_column(Hash16)
+    domain: Mapped[str | None] = mapped_column(ascii_string(253))
+    scope_kind: Mapped[str] = mapped_column(ascii_string(8))
+    scope_id: Mapped[int] = mapped_column(sa.Integer)
+    reason: Mapped[str] = mapped_column(ascii_string(32))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (
+        sa.UniqueConstraint("address_hash", "scope_kind", "scope_id"),
+        sa.UniqueConstraint("domain", "scope_kind", "scope_id"),
+        MYSQL,
+    )
+
+
+class ContactChange(Base):
+    """Change feed of everything a contact snapshot holds, written in the transaction of the change. `op` is upsert or delete."""
+
+    __tablename__ = "contact_changes"
+    seq: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    op: Mapped[str] = mapped_column(ascii_string(8))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "created_at"), MYSQL)
+
+
+class Segment(Base):
+    """Saved criteria: `definition` is the tree of `segments.criteria`."""
+
+    __tablename__ = "segments"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    name: Mapped[str] = mapped_column(sa.String(200))
+    definition: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+# --- campaigns --------------------------------------------------------------------------------------------------
+
+
+class Campaign(Base):
+    """One mailing. `campaigns.states` has the moves between states; `held_reason` stops a campaign in any state."""
+
+    __tablename__ = "campaigns"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    name: Mapped[str] = mapped_column(sa.String(200))
+    state: Mapped[str] = mapped_column(ascii_string(16))
+    held_reason: Mapped[str | None] = mapped_column(sa.String(500))
+    brand_id: Mapped[int] = mapped_column(sa.ForeignKey("brands.id"))
+    pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
+    # {"include": [segment keys], "exclude": [segment keys]}
+    segments: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    # all, brand, or list (then `unsubscribe_list_id`): what the unsubscribe link ends, and which suppressions count.
+    unsubscribe: Mapped[str] = mapped_column(ascii_string(8))
+    unsubscribe_list_id: Mapped[int | None] = mapped_column(sa.ForeignKey("lists.id"))
+    on_unknown: Mapped[str] = mapped_column(ascii_string(8))
+    # 0 low, 1 normal, 2 high, 3 urgent
+    priority: Mapped[int] = mapped_column(TinyInt)
+    start_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    finish_by: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    expire_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    version_id: Mapped[int | None] = mapped_column(sa.Integer)
+    # Set by the freeze: number of shards in use, manifest (file name, sha256, rows, snapshot versions), counts by reason.
+    shards: Mapped[int | None] = mapped_column(TinyInt)
+    audience_manifest: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    audience_counts: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    started_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    # When a sensor last asked for this campaign's results, so that they are requested once per reason.
+    reported_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "state", "start_at"), MYSQL)
+
+
+class CampaignVersion(Base):
+    """Immutable content of a campaign. `source` is what was written, `compiled` what servers fill in per recipient."""
+
+    __tablename__ = "campaign_versions"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    campaign_id: Mapped[int] = mapped_column(sa.ForeignKey("campaigns.id"))
+    number: Mapped[int] = mapped_column(sa.Integer)
+    source: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    sha256: Mapped[str] = mapped_column(ascii_string(64))
+    compiled: Mapped[bytes] = mapped_column(Blob)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.UniqueConstraint("campaign_id", "number"), MYSQL)
+
+
+class Link(Base):
+    """A link of a campaign's content. Ids are global and never reused, so a token in old mail keeps its meaning."""
+
+    __tablename__ = "links"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
+    campaign_id: Mapped[int] = mapped_column(sa.ForeignKey("campaigns.id"))
+    url: Mapped[str] = mapped_column(LongText)
+    url_sha256: Mapped[str] = mapped_column(ascii_string(64))
+    __table_args__ = (sa.UniqueConstraint("campaign_id", "url_sha256"), MYSQL)
+
+
+class Variant(Base):
+    """A weighted alternative content of a campaign (split test)."""
+
+    __tablename__ = "variants"
+    campaign_id: Mapped[int] = mapped_column(sa.ForeignKey("campaigns.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(TinyInt, primary_key=True, autoincrement=False)
+    weight: Mapped[int] = mapped_column(sa.Integer)
+    version_id: Mapped[int] = mapped_column(sa.ForeignKey("campaign_versions.id"))
+    __table_args__ = (MYSQL,)
+
+
+# --- servers and limits -----------------------------------------------------------------------------------------
+
+
+class Pool(Base):
+    """A group of servers; a campaign sends only through its pool, or that pool's overflow."""
+
+    __tablename__ = "pools"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    overflow_pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
+    __table_args__ = (MYSQL,)
+
+
+class Server(Base):
+    """A dispatch server: one sending address. The heartbeat is a compare-and-swap on (`incarnation`, `heartbeat_token`)."""
+
+    __tablename__ = "servers"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    # catcher or exim: which journal its log is.
+    kind: Mapped[str] = mapped_column(ascii_string(16))
+    pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
+    # active, paused, draining, retired, lost; provisioning adds its own
+    state: Mapped[str] = mapped_column(ascii_string(16))
+    host: Mapped[str] = mapped_column(sa.String(253))
+    port: Mapped[int] = mapped_column(sa.Integer)
+    incarnation: Mapped[str | None] = mapped_column(ascii_string(36))
+    boot_id: Mapped[str | None] = mapped_column(ascii_string(36))
+    heartbeat_token: Mapped[str | None] = mapped_column(ascii_string(36))
+    heartbeat_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    health: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class ProviderLimit(Base):
+    """What a server may send to a provider. `server_id` 0 holds the defaults; NULL means no limit."""
+
+    __tablename__ = "provider_limits"
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    mode: Mapped[str] = mapped_column(ascii_string(12))
+    connections: Mapped[int] = mapped_column(sa.Integer)
+    per_second: Mapped[float] = mapped_column(sa.Float)
+    per_hour: Mapped[int | None] = mapped_column(sa.Integer)
+    per_day: Mapped[int | None] = mapped_column(sa.Integer)
+    messages_per_connection: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (MYSQL,)
+
+
+class ProviderUsage(Base):
+    """Messages a server has debited to a provider in one window: `window_seconds` is 900, 3600 or 86400; `window_start` epoch seconds."""
+
+    __tablename__ = "provider_usage"
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    window_seconds: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    window_start: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    used: Mapped[int] = mapped_column(sa.Integer, default=0)
+    __table_args__ = (MYSQL,)
+
+
+class Allotment(Base):
+    """Messages of a campaign a server may send to a provider in a slot of 15 minutes. Planning writes `granted`, claims write `used`."""
+
+    __tablename__ = "allotments"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    slot_start: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    granted: Mapped[int] = mapped_column(sa.Integer)
+    used: Mapped[int] = mapped_column(sa.Integer, default=0)
+    __table_args__ = (sa.Index(None, "slot_start"), MYSQL)
+
+
+class DomainHealth(Base):
+    """Recipient domains that do not answer: rows of a dead domain are deferred without an attempt until `dead_until`."""
+
+    __tablename__ = "domain_health"
+    domain: Mapped[str] = mapped_column(ascii_string(253), primary_key=True)
+    dead_until: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    failures: Mapped[int] = mapped_column(sa.Integer, default=0)
+    changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+# --- sending ----------------------------------------------------------------------------------------------------
+
+
+class Claim(Base):
+    """Rows of the ledger leased to one send run. `id` is random, so it is never reused after a restore.
+
+    `journal_*` is the place in the server's log after the claim's marker line; `lease_until` is database time.
+    `state` is open, settling or closed.
+    """
+
+    __tablename__ = "claims"
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    campaign_id: Mapped[int] = mapped_column(sa.Integer)
+    shard: Mapped[int] = mapped_column(TinyInt)
+    provider: Mapped[str] = mapped_column(ascii_string(32))
+    server_id: Mapped[int] = mapped_column(sa.Integer)
+    run_id: Mapped[str] = mapped_column(ascii_string(36))
+    size: Mapped[int] = mapped_column(sa.Integer)
+    state: Mapped[str] = mapped_column(ascii_string(8))
+    incarnation: Mapped[str] = mapped_column(ascii_string(36))
+    boot_id: Mapped[str] = mapped_column(ascii_string(36))
+    journal_inode: Mapped[int] = mapped_column(sa.BigInteger)
+    journal_offset: Mapped[int] = mapped_column(sa.BigInteger)
+    opened_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    lease_until: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    closed_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "server_id", "state"), sa.Index(None, "state", "lease_until"), sa.Index(None, "campaign_id", "state"), MYSQL)
+
+
+class Delivery(Base):
+    """The ledger: one small row for each recipient of a frozen audience.
+
+    `sort_key` is the engagement rank of a pending row (lowest first), the due second of a deferred one, and in every
+    other state the second in which that state was reached. `attempt` counts offers: it rises only on an explicit
+    refusal, so a retry after silence carries the same Message-ID. `code` and `enhanced` are the destination's reply.
+    """
+
+    __tablename__ = "deliveries"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    address_hash: Mapped[bytes] = mapped_column(Hash16)
+    shard: Mapped[int] = mapped_column(TinyInt)
+    provider: Mapped[str] = mapped_column(ascii_string(32))
+    state: Mapped[int] = mapped_column(TinyInt)
+    sort_key: Mapped[int] = mapped_column(sa.Integer)
+    attempt: Mapped[int] = mapped_column(TinyInt)
+    not_before: Mapped[int | None] = mapped_column(sa.Integer)
+    claim_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    server_id: Mapped[int | None] = mapped_column(sa.Integer)
+    version_id: Mapped[int | None] = mapped_column(sa.Integer)
+    variant: Mapped[int] = mapped_column(TinyInt, default=0)
+    code: Mapped[int | None] = mapped_column(sa.SmallInteger)
+    enhanced: Mapped[str | None] = mapped_column(ascii_string(11))
+    reason: Mapped[str | None] = mapped_column(ascii_string(24))
+    __table_args__ = (
+        sa.Index(None, "campaign_id", "shard", "provider", "state", "sort_key"),
+        sa.Index(None, "contact_id"),
+        sa.UniqueConstraint("campaign_id", "address_hash"),
+        MYSQL,
+    )
+
+
+class DeliveryEvent(Base):
+    """What a journal, a DSN or a report said about one message. `id` is a digest of where it was read, so reading twice adds nothing."""
+
+    __tablename__ = "delivery_events"
+    # Year and month of `occurred_at` as YYYYMM: the partition.
+    month: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    occurred_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    server_id: Mapped[int | None] = mapped_column(sa.Integer)
+    campaign_id: Mapped[int] = mapped_column(sa.Integer)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    attempt: Mapped[int] = mapped_column(TinyInt)
+    # deferred, bounced, unknown, resolved, complained …
+    kind: Mapped[str] = mapped_column(ascii_string(16))
+    code: Mapped[int | None] = mapped_column(sa.SmallInteger)
+    enhanced: Mapped[str | None] = mapped_column(ascii_string(11))
+    reason: Mapped[str | None] = mapped_column(ascii_string(24))
+    # The destination's words with every address masked.
+    text: Mapped[str | None] = mapped_column(sa.String(500))
+    __table_args__ = (sa.Index(None, "campaign_id", "contact_id"), sa.Index(None, "contact_id"), MYSQL)
+
+
+class EngagementEvent(Base):
+    """What a recipient did: open, click, unsubscribe, complaint. `id` is a digest of the event's source."""
+
+    __tablename__ = "engagement_events"
+    month: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    occurred_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    # When this row was written: snapshots read by it, with an overlap for late commits.
+    recorded_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    campaign_id: Mapped[int] = mapped_column(sa.Integer)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    kind: Mapped[str] = mapped_column(ascii_string(16))
+    link_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    machine: Mapped[bool] = mapped_column(sa.Boolean, default=False)
+    __table_args__ = (sa.Index(None, "contact_id"), sa.Index(None, "campaign_id", "kind"), sa.Index(None, "recorded_at"), MYSQL)
+
+
+class CampaignCounter(Base):
+    """How many rows are in a state, by shard, provider and server; the sum over servers counts.
+
+    Each server adds deltas to its own rows in the transaction of the change (so a row may be negative), and no two
+    servers wait for each other. Server 0 is the centre (freeze, expiry, cancel).
+    """
+
+    __tablename__ = "campaign_counters"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    shard: Mapped[int] = mapped_column(TinyInt, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    state: Mapped[int] = mapped_column(TinyInt, primary_key=True, autoincrement=False)
+    count: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (MYSQL,)
+
+
+class CampaignMinute(Base):
+    """Outcomes over time: how many rows reached a state in a minute (epoch minutes), by provider, server and reason."""
+
+    __tablename__ = "campaign_minutes"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    minute: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    state: Mapped[int] = mapped_column(TinyInt, primary_key=True, autoincrement=False)
+    reason: Mapped[str] = mapped_column(ascii_string(24), primary_key=True)
+    count: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (MYSQL,)
+
+
+# --- bookkeeping ------------------------------------------------------------------------------------------------
+
+
+class SyncState(Base):
+    """Where a reader stands: snapshot manifests, external sources. One JSON value for each (`source`, `key`)."""
+
+    __tablename__ = "sync_state"
+    source: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), primary_key=True)
+    value: Mapped[Any] = mapped_column(sa.JSON)
+    # Compare-and-swap: a writer that read version n may write only n + 1.
+    version: Mapped[int] = mapped_column(sa.BigInteger)
+    changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class LedgerGeneration(Base):
+    """One row: which life of the ledger this is. `recover` after a restore makes a new one; servers that know another one stop."""
+
+    __tablename__ = "ledger_generation"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    generation: Mapped[str] = mapped_column(ascii_string(36))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)

@@ -1,0 +1,1 @@
+"""Composing: content compiled once per campaign version, filled in per recipient; tokens in addresses and links."""

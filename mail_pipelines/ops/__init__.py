@@ -1,0 +1,1 @@
+"""Op jobs for what is no data set: maintenance, later provisioning and retirement."""

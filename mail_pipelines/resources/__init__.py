@@ -1,0 +1,1 @@
+"""One `ConfigurableResource` for each outside thing that assets, ops and sensors need."""

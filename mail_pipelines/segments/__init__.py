@@ -1,0 +1,1 @@
+"""Columnar snapshots of contacts and engagement, and safe criteria evaluated on them."""

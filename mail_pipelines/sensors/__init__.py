@@ -1,0 +1,1 @@
+"""Thin wrappers that turn answers of pure functions into run requests and events."""

@@ -1,0 +1,116 @@
+"""The schema: from empty to head on both servers, no difference to the models, partitions where they belong."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from pytest_alembic import Config
+from pytest_alembic.tests import (  # noqa: F401
+    test_model_definitions_match_ddl,
+    test_single_head_revision,
+    test_up_down_consistency,
+    test_upgrade,
+)
+
+from mail_pipelines.database import migrate, partitions
+from mail_pipelines.database.engine import DatabaseError, create_engine, is_mysql
+from mail_pipelines.database.models import Base, Campaign
+from tests.parts.mariadb import MariaDB
+
+
+@pytest.fixture
+def alembic_config() -> Config:
+    return Config(config_options={"script_location": "mail_pipelines/database/migrations"})
+
+
+@pytest.fixture
+def alembic_engine(tmp_path) -> sa.Engine:
+    return create_engine(f"sqlite:///{tmp_path / 'alembic.sqlite3'}")
+
+
+def test_autogenerate_finds_no_difference(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), Base.metadata) == []
+
+
+def test_every_model_has_its_table(engine: sa.Engine) -> None:
+    assert set(Base.metadata.tables) <= set(sa.inspect(engine).get_table_names())
+
+
+@pytest.mark.server
+def test_down_and_up_again_on_mariadb(mariadb: MariaDB) -> None:
+    engine = create_engine(mariadb.database())
+    migrate.upgrade(engine)
+    command.downgrade(migrate.alembic_config(engine), "base")
+    assert set(sa.inspect(engine).get_table_names()) == {"alembic_version"}
+    migrate.upgrade(engine)
+    migrate.require_schema(engine)
+
+
+def test_upgrade_twice_keeps_the_generation(engine: sa.Engine) -> None:
+    query = "SELECT generation FROM ledger_generation"
+    with engine.connect() as connection:
+        before = connection.exec_driver_sql(query).all()
+    migrate.upgrade(engine)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql(query).all() == before
+        assert len(before) == 1
+
+
+def test_old_and_empty_schemas_are_refused_by_name(tmp_path, engine: sa.Engine) -> None:
+    with pytest.raises(migrate.SchemaOutdated, match="no tables yet: run `mail-pipelines init`"):
+        migrate.require_schema(create_engine(f"sqlite:///{tmp_path / 'empty.sqlite3'}"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0000'")
+    with pytest.raises(migrate.SchemaOutdated, match="at schema 0000"):
+        migrate.require_schema(engine)
+
+
+def test_partitions_are_made_ahead_and_once(engine: sa.Engine) -> None:
+    today = dt.datetime.now(dt.UTC).date()
+    assert partitions.extend(engine, today) == []
+    with engine.begin() as connection:
+        now = dt.datetime.now(dt.UTC)
+        connection.execute(
+            sa.insert(Campaign).values(
+                id=1000,
+                key="late",
+                name="late",
+                state="draft",
+                brand_id=1,
+                segments={},
+                unsubscribe="all",
+                on_unknown="hold",
+                priority=1,
+                created_at=now,
+                updated_at=now,
+            )  # fmt: skip
+        )
+    added = partitions.extend(engine, today + dt.timedelta(days=40))
+    if not is_mysql(engine):
+        assert added == []
+        return
+    assert "deliveries.c1024" in added
+    assert any(name.startswith("engagement_events.m") for name in added)
+    assert partitions.extend(engine, today + dt.timedelta(days=40)) == []
+
+
+def test_isolation_is_read_committed_and_durability_full(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        if is_mysql(engine):
+            assert connection.get_isolation_level() == "READ COMMITTED"
+            assert connection.exec_driver_sql("SELECT @@time_zone").scalar_one() == "+00:00"
+        else:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 30_000
+
+
+def test_a_foreign_url_is_refused() -> None:
+    with pytest.raises(DatabaseError, match="expected sqlite, mysql or mariadb"):
+        create_engine("postgresql://localhost/x")
