@@ -1,1 +1,4 @@
-"""Dagster assets, one file per group: thin adapters that turn partition keys into calls of the domain packages and numbers into metadata. No SQL, no SMTP, no arithmetic."""
+"""Dagster assets, one file per group: thin adapters that call the domain packages and turn numbers into metadata.
+
+No SQL, no SMTP, no arithmetic.
+"""

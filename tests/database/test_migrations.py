@@ -89,7 +89,7 @@ def test_partitions_are_made_ahead_and_once(engine: sa.Engine) -> None:
                 priority=1,
                 created_at=now,
                 updated_at=now,
-            )  # fmt: skip
+            )
         )
     added = partitions.extend(engine, today + dt.timedelta(days=40))
     if not is_mysql(engine):
