@@ -94,9 +94,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _prepare_mysql(connection: Any, _record: object) -> None:
     with connection.cursor() as cursor:
-        cursor.execute(
-            "SET SESSION time_zone = '+00:00', SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,NO_ENGINE_SUBSTITUTION'"
-        )
+        cursor.execute("SET SESSION time_zone = '+00:00', SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,NO_ENGINE_SUBSTITUTION'")
         cursor.execute("SET SESSION innodb_lock_wait_timeout = 30")
         cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
         cursor.execute("SHOW VARIABLES WHERE Variable_name IN ('tx_isolation', 'transaction_isolation')")
