@@ -1,0 +1,1 @@
+"""Addresses, consent, lists and import."""
