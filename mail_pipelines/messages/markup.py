@@ -1,0 +1,297 @@
+"""HTML and MJML with template tags in them: protecting the tags, rendering MJML, inlining CSS, links, the text part.
+
+What belongs here: everything that parses or rewrites markup, done once per content version. What does not: what a tag may
+say (`language`).
+
+The tools for HTML and MJML know nothing of templates and would move or quote tags, so `Tags` puts marks in their place
+and puts the tags back afterwards. Between elements the mark of a `{% … %}` is a comment, which even a table may hold.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mail_pipelines.messages.content import ContentError
+
+if TYPE_CHECKING:
+    from selectolax.lexbor import LexborHTMLParser
+
+Place = Literal["text", "value", "tag", "comment", "style"]
+_RAW_ELEMENTS = ("style", "script", "mj-style")
+_ENDS: Mapping[str, re.Pattern[str]] = {
+    "text": re.compile(r"<!--|</?([a-zA-Z][^\s/>]*)"),
+    "comment": re.compile(r"-->"),
+    "tag": re.compile(r"[\"'>]"),
+    '"': re.compile(r'"'),
+    "'": re.compile(r"'"),
+}
+_PREHEADER_STYLE = "display:none;font-size:1px;line-height:1px;max-height:0;max-width:0;opacity:0;overflow:hidden"
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_URL_IN_TEXT = re.compile(r"https?://[^\s<>\"{}]+", re.IGNORECASE)
+_TRACKABLE = re.compile(r"https?://[^/]", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One `{{ … }}` or `{% … %}` of a template, with its line in the source."""
+
+    source: str
+    line: int
+    is_block: bool
+
+
+def split_tags(source: str, part: str) -> Iterator[str | Tag]:
+    """A template as literal text and tags, comments left out. The template has passed `language.check`."""
+    from mail_pipelines.messages.language import environment
+
+    collected = ""
+    begin = 0
+    for line, kind, text in environment(html=False).lex(source):
+        if kind == "raw_begin":
+            raise ContentError(part, "raw is not available in templates", line=line)
+        if kind in ("variable_begin", "block_begin", "comment_begin"):
+            collected, begin = text, line
+        elif kind in ("variable_end", "block_end"):
+            yield Tag(collected + text, begin, kind == "block_end")
+            collected = ""
+        elif kind == "comment_end":
+            collected = ""
+        elif collected:
+            collected += text
+        else:
+            yield text
+
+
+class Tags:
+    """The template tags of one document and their marks."""
+
+    def __init__(self, *sources: str) -> None:
+        self._letters = "zq"
+        while any(self._letters in source.lower() for source in sources):
+            self._letters += "q"
+        self._tags: list[Tag] = []
+        self._in_comments: list[int] = []
+        self._mark = re.compile(rf"(?:<!--)?{self._letters}(\d+)z(?:-->)?")
+
+    def mark(self, tag: Tag) -> str:
+        """A word of letters and digits that stands for the tag."""
+        self._tags.append(tag)
+        return f"{self._letters}{len(self._tags) - 1}z"
+
+    def protect(self, source: str, part: str) -> str:
+        """A template with marks for its tags. Raises `ContentError` for a tag in a place where it would not work."""
+        scanner = _Scanner()
+        protected = []
+        for piece in split_tags(source, part):
+            if isinstance(piece, str):
+                scanner.feed(piece)
+                protected.append(piece)
+                continue
+            place = scanner.place
+            if place == "style":
+                raise ContentError(part, f"{piece.source} stands in a style sheet or script; use a style attribute", line=piece.line)
+            if place == "tag":
+                raise ContentError(part, f"{piece.source} stands in an HTML tag outside a quoted value", line=piece.line)
+            mark = self.mark(piece)
+            if piece.is_block and place == "text":
+                self._in_comments.append(len(self._tags) - 1)
+                mark = f"<!--{mark}-->"
+            protected.append(mark)
+        return "".join(protected)
+
+    def restore(self, text: str) -> str:
+        return self._mark.sub(lambda match: self._tags[int(match[1])].source, text)
+
+    def marks_in_text(self, markup: str) -> str:
+        """The markup with all marks as plain words."""
+        return self._mark.sub(lambda match: f"{self._letters}{match[1]}z", markup)
+
+    def in_(self, text: str) -> bool:
+        return self._mark.search(text) is not None
+
+    def require(self, document: str, part: str, source_part: str) -> None:
+        """Raises `ContentError` if a tag got lost on the way to `document`, or if `{% … %}` changed their order."""
+        found = [int(match[1]) for match in self._mark.finditer(document)]
+        for number, tag in enumerate(self._tags):
+            if number not in found:
+                raise ContentError(part, f"{tag.source} stands where it is lost in {source_part}; move it into text or a quoted value", line=tag.line)
+        between = [number for number in found if number in set(self._in_comments)]
+        for number, expected in zip(between, self._in_comments, strict=False):
+            if number != expected:
+                tag = self._tags[expected]
+                raise ContentError(part, f"{tag.source} stands where it changes its place in {source_part}; put it around whole elements", line=tag.line)
+
+
+class _Scanner:
+    """Where in an HTML source the reading stands. Only as exact as needed to place marks."""
+
+    def __init__(self) -> None:
+        self._state = "text"
+        self._element = ""
+
+    @property
+    def place(self) -> Place:
+        match self._state:
+            case "text" | "comment" | "tag" | "style":
+                return self._state
+            case _:
+                return "value"
+
+    def feed(self, text: str) -> None:
+        position = 0
+        while True:
+            end = re.compile(rf"</{self._element}", re.IGNORECASE) if self._state == "style" else _ENDS[self._state]
+            found = end.search(text, position)
+            if not found:
+                return
+            position = found.end()
+            self._state = self._after(found)
+
+    def _after(self, found: re.Match[str]) -> str:
+        match self._state, found[0]:
+            case "text", "<!--":
+                return "comment"
+            case "text", opening:
+                self._element = "" if opening.startswith("</") else found[1].lower()
+                return "tag"
+            case "tag", ">":
+                return "style" if self._element in _RAW_ELEMENTS else "text"
+            case "tag", quote:
+                return quote
+            case "style", _:
+                self._element = ""
+                return "tag"
+            case "comment", _:
+                return "text"
+            case _:
+                return "tag"
+
+
+def render_mjml(protected: str, tags: Tags) -> str:
+    """MJML as HTML. Raises `ContentError` with the line in the author's source where the renderer names a position."""
+    from mjml import mjml2html
+
+    try:
+        rendered: str = mjml2html(protected)
+    except ValueError as error:
+        position = re.search(r"position (\d+):\d+", str(error))
+        line = tags.restore(protected.encode()[: int(position[1])].decode(errors="ignore")).count("\n") + 1 if position else None
+        raise ContentError("body", f"no valid MJML: {error}", line=line) from error
+    if unknown := re.search(r"<mj-[a-z-]+", rendered):
+        raise ContentError("body", f"unknown MJML element {unknown[0]}>", line=line_of(unknown[0], protected, tags))
+    return rendered
+
+
+def line_of(text: str, protected: str, tags: Tags) -> int | None:
+    """The line of the author's source where `text` of the protected source first stands."""
+    position = protected.find(text)
+    return tags.restore(protected[:position]).count("\n") + 1 if position >= 0 else None
+
+
+def inline_css(document: str) -> str:
+    """Style sheets copied into style attributes. They also stay where they are, for media queries and hover. Nothing is fetched."""
+    from css_inline import CSSInliner, InlineError
+
+    try:
+        return CSSInliner(load_remote_stylesheets=False, keep_style_tags=True, keep_link_tags=True).inline(document)
+    except InlineError as error:
+        raise ContentError("body", f"a style sheet cannot be read: {error}") from error
+
+
+def add_preheader(document: str, preheader: str) -> str:
+    """`preheader` (markup) as the first thing in the body, hidden."""
+    opening = re.search(r"<body[^>]*>", document, re.IGNORECASE)
+    position = opening.end() if opening else 0
+    return f'{document[:position]}<div style="{_PREHEADER_STYLE}">{preheader}</div>{document[position:]}'
+
+
+class Document:
+    """A rendered and inlined document whose links can be listed and replaced."""
+
+    def __init__(self, markup: str, tags: Tags) -> None:
+        from selectolax.lexbor import LexborHTMLParser
+
+        self._tree: LexborHTMLParser = LexborHTMLParser(markup)
+        self._tags = tags
+
+    def links(self) -> list[str]:
+        """Each different http(s) link without variables, in order. Raises `ContentError` for a link that leads nowhere from a mail."""
+        links = []
+        for node in self._tree.css("a[href], area[href]"):
+            href = (node.attributes["href"] or "").strip()
+            if self._tags.in_(href):
+                continue
+            if not _SCHEME.match(href) and not href.startswith("#"):
+                raise ContentError("body", f"link {href!r} leads nowhere from a mail; write it with https://")
+            if _TRACKABLE.match(href):
+                links.append(href)
+        return list(dict.fromkeys(links))
+
+    def replace_links(self, replacements: Mapping[str, str]) -> None:
+        for node in self._tree.css("a[href], area[href]"):
+            href = (node.attributes["href"] or "").strip()
+            if href in replacements:
+                node.attrs["href"] = replacements[href]
+
+    @property
+    def markup(self) -> str:
+        return self._tree.html or ""
+
+    def text(self) -> str:
+        """The document as plain text with its links in parentheses. Tags of the template are still marks."""
+        from inscriptis import get_text
+        from inscriptis.css_profiles import STRICT_CSS_PROFILE
+        from inscriptis.model.config import ParserConfig
+        from selectolax.lexbor import LexborHTMLParser
+
+        copy = LexborHTMLParser(self.markup)
+        for node in copy.css("a[href]"):
+            href = (node.attributes["href"] or "").strip()
+            if (_TRACKABLE.match(href) or self._tags.in_(href)) and href != node.text(strip=True):
+                node.insert_after(f" ({href})")
+        # A mail's tables are its layout. Read as tables, their cells would be padded into columns.
+        markup = self._tags.marks_in_text(copy.html or "")
+        markup = re.sub(r"<(/?)(?:table|thead|tbody|tfoot|tr)\b[^>]*>", r"<\1div>", markup)
+        markup = re.sub(r"<(/?)t[dh]\b[^>]*>", lambda match: "</span> " if match[1] else "<span>", markup)
+        lines = get_text(markup, ParserConfig(css=STRICT_CSS_PROFILE.copy(), display_images=True, deduplicate_captions=True)).splitlines()
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
+
+
+def links_in_text(source: str) -> list[str]:
+    """Each different http(s) address without variables in a text template, in order."""
+    found: list[str] = []
+
+    def note(url: str) -> str:
+        found.append(url)
+        return url
+
+    replace_links_in_text(source, note)
+    return list(dict.fromkeys(found))
+
+
+def replace_links_in_text(source: str, replacement: Callable[[str], str]) -> str:
+    """The text template with each http(s) address that holds no variable replaced. Punctuation after it is no part of it."""
+    pieces = list(split_tags(source, "text"))
+    replaced = []
+    for piece, following in zip(pieces, [*pieces[1:], ""], strict=True):
+        if isinstance(piece, Tag):
+            replaced.append(piece.source)
+            continue
+
+        def swap(match: re.Match[str], runs_on: bool = isinstance(following, Tag), end: int = len(piece)) -> str:
+            if runs_on and match.end() == end:
+                return match[0]
+            url = match[0].rstrip(".,;:!?)'\"]")
+            return replacement(url) + match[0][len(url) :]
+
+        replaced.append(_URL_IN_TEXT.sub(swap, piece))
+    return "".join(replaced)
+
+
+def escaped(source: str, part: str) -> str:
+    """A template of plain text as a template of HTML."""
+    return "".join(piece.source if isinstance(piece, Tag) else html.escape(piece) for piece in split_tags(source, part))
