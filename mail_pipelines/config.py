@@ -3,8 +3,8 @@
 What belongs here: every knob of the platform, with its unit and meaning, and where its value came from.
 What does not: anything that belongs to one campaign, server or contact (the central database holds those).
 
-A key `[section] name` of `config.toml` is also `MAIL_PIPELINES_<SECTION>__<NAME>`; a secret may be given as
-`MAIL_PIPELINES_<SECTION>__<NAME>_FILE`, the path of a file that holds it.
+A key `[section] name` of `config.toml` is also `MAIL_PIPELINES_<SECTION>__<NAME>`. A secret may be given as `name_file` or
+`MAIL_PIPELINES_<SECTION>__<NAME>_FILE`, the path of a file that holds it ({home} is the home folder).
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pydantic
 
 from mail_pipelines.errors import MailPipelinesError
 
 PREFIX = "MAIL_PIPELINES_"
+CONFIG_FILE = "config.toml"
+# (section, name) of each key that was given: its value and the place that gave it.
+Given: TypeAlias = dict[tuple[str, str], tuple[Any, str]]
 # Names of the prefix that are no `SECTION__NAME` settings: where the home is and which server this process speaks for.
 PLAIN_VARIABLES = frozenset({"MAIL_PIPELINES_HOME", "MAIL_PIPELINES_SERVER"})
 
@@ -80,7 +83,7 @@ class OperationSettings(Section):
     time_zone: str = pydantic.Field(default="UTC", description="time zone of the schedules")
     snapshot_cron: str = pydantic.Field(default="*/15 * * * *", description="when `refresh_snapshots` runs")
     maintenance_cron: str = pydantic.Field(default="40 3 * * *", description="when `maintenance` runs")
-    inbox: str = pydantic.Field(default="{home}/inbox", description="folder watched by `dropped_files`: <list>/<file>.csv|.parquet")
+    inbox: str = pydantic.Field(default="{home}/inbox", description="folder watched by `dropped_files`: LIST/FILE.csv or LIST/FILE.parquet")
     sensor_seconds: int = pydantic.Field(default=10, ge=1, description="shortest interval between two ticks of a sensor (s)")
     ui_host: str = pydantic.Field(default="127.0.0.1", description="address the Dagster UI listens on")
     ui_port: int = pydantic.Field(default=3000, ge=0, le=65535, description="port of the Dagster UI; 0 takes a free one")
@@ -149,43 +152,68 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _from_file(path: Path) -> dict[tuple[str, str], tuple[Any, str]]:
+def _read_secret(path: str, home: Path, named_by: str) -> str:
+    try:
+        return Path(path.replace("{home}", str(home))).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{named_by} names {path}, which cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _from_file(path: Path) -> Given:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    found: dict[tuple[str, str], tuple[Any, str]] = {}
+    found: Given = {}
     for section, values in document.items():
         if section not in SECTIONS or not isinstance(values, dict):
             raise ConfigError(f"{path}: unknown section [{section}]; {_nearest(section, list(SECTIONS))}")
-        for name, value in values.items():
-            if name not in SECTIONS[section].model_fields:
-                raise ConfigError(f"{path}: unknown key {section}.{name}; {_nearest(name, list(SECTIONS[section].model_fields))}")
+        known = {name: (name, False) for name in SECTIONS[section].model_fields}
+        known |= {f"{name}_file": (name, True) for name in SECTIONS[section].model_fields if is_secret(section, name)}
+        for given, value in values.items():
+            if given not in known:
+                raise ConfigError(f"{path}: unknown key {section}.{given}; {_nearest(given, list(known))}")
+            name, by_file = known[given]
+            if (section, name) in found:
+                raise ConfigError(f"{path}: {section}.{name} and {section}.{name}_file are both given; keep one")
+            if by_file:
+                value = _read_secret(str(value), path.parent, f"{path}: {section}.{given}")
             found[section, name] = (value, str(path))
     return found
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[Any, str]]:
-    variables = {f"{PREFIX}{section}__{name}".upper(): (section, name) for section, model in SECTIONS.items() for name in model.model_fields}
-    files = {f"{variable}_FILE": key for variable, key in variables.items() if _extra(*key).get("secret")}
-    found: dict[tuple[str, str], tuple[Any, str]] = {}
-    for variable, text in environ.items():
-        if not variable.startswith(PREFIX) or variable in PLAIN_VARIABLES:
+def _from_environment(environ: Mapping[str, str], home: Path) -> Given:
+    variables = {variable(section, name): (section, name) for section, model in SECTIONS.items() for name in model.model_fields}
+    files = {f"{name}_FILE": key for name, key in variables.items() if is_secret(*key)}
+    found: Given = {}
+    for name, text in environ.items():
+        if not name.startswith(PREFIX) or name in PLAIN_VARIABLES:
             continue
-        if variable in variables:
-            section, name = key = variables[variable]
-            is_list = SECTIONS[section].model_fields[name].annotation == list[str]
-            found[key] = ([item.strip() for item in text.split(",")] if is_list else text, variable)
-        elif variable in files:
-            try:
-                found[files[variable]] = (Path(text).read_text(encoding="utf-8").strip(), variable)
-            except OSError as error:
-                raise ConfigError(f"{variable} names {text}, which cannot be read: {error.strerror}") from error
+        if name in variables:
+            key = variables[name]
+            is_list = SECTIONS[key[0]].model_fields[key[1]].annotation == list[str]
+            value: Any = [item.strip() for item in text.split(",")] if is_list else text
+        elif name in files:
+            key, value = files[name], _read_secret(text, home, name)
         else:
-            raise ConfigError(f"unknown environment variable {variable}; {_nearest(variable, [*variables, *files])}")
+            raise ConfigError(f"unknown environment variable {name}; {_nearest(name, [*variables, *files])}")
+        if key in found:
+            raise ConfigError(f"{variable(*key)} and {variable(*key)}_FILE are both set; keep one")
+        found[key] = (value, name)
     return found
+
+
+def variable(section: str, name: str) -> str:
+    """The environment variable of a key."""
+    return f"{PREFIX}{section}__{name}".upper()
+
+
+def is_secret(section: str, name: str) -> bool:
+    return bool(_extra(section, name).get("secret"))
 
 
 def _extra(section: str, name: str) -> dict[str, Any]:
@@ -193,8 +221,8 @@ def _extra(section: str, name: str) -> dict[str, Any]:
     return extra if isinstance(extra, dict) else {}
 
 
-def _collect(home: Path, environ: Mapping[str, str]) -> dict[tuple[str, str], tuple[Any, str]]:
-    return {**_from_file(home / "config.toml"), **_from_environment(environ)}
+def _collect(home: Path, environ: Mapping[str, str]) -> Given:
+    return {**_from_file(home / CONFIG_FILE), **_from_environment(environ, home)}
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -215,7 +243,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         first = error.errors()[0]
         section, name = str(first["loc"][0]), str(first["loc"][1])
         origin = given.get((section, name), (None, "default"))[1]
-        raise ConfigError(f"{section}.{name} (from {origin}): {first['msg']}, not {first['input']!r}") from error
+        # Neither a secret nor a URL with a password may end up on a screen or in a log.
+        shown = "" if _extra(section, name) else f", not {first['input']!r}"
+        raise ConfigError(f"{section}.{name} (from {origin}): {first['msg']}{shown}") from None
 
 
 def describe(environ: Mapping[str, str] = os.environ) -> list[Origin]:
@@ -227,7 +257,7 @@ def describe(environ: Mapping[str, str] = os.environ) -> list[Origin]:
     for section, model in SECTIONS.items():
         for name, field in model.model_fields.items():
             value = getattr(getattr(settings, section), name)
-            if _extra(section, name).get("secret"):
+            if is_secret(section, name):
                 value = "********" if value else None
             elif _extra(section, name).get("url"):
                 value = mask_url(str(value))

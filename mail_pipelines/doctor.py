@@ -1,0 +1,160 @@
+"""What is wrong with an installation, and what to do about it. Every check only reads, and is a plain function that returns findings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from mail_pipelines import config
+from mail_pipelines.database import migrate
+from mail_pipelines.database.engine import DatabaseError, database_now, is_mysql, open_engine, reading
+from mail_pipelines.dispatch import servers
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+    from sqlalchemy.engine import Engine
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem: what was looked at, what is wrong, what to do."""
+
+    check: str
+    problem: str
+    remedy: str
+
+
+def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """All findings, in the order in which they are best dealt with. A configuration that cannot be read hides everything else."""
+    try:
+        settings = config.load(environ)
+    except config.ConfigError as error:
+        return [Finding("configuration", str(error), "correct it; `mail-pipelines config reference` lists the keys")]
+    return [
+        *check_home(settings),
+        *check_token_key(settings),
+        *check_dagster_home(settings, environ),
+        *check_disk(settings),
+        *check_central_database(settings),
+        *check_dagster(settings),
+    ]
+
+
+def check_home(settings: config.Settings) -> Iterator[Finding]:
+    for path in (settings.home / config.CONFIG_FILE, settings.dagster_home / "dagster.yaml"):
+        if not path.is_file():
+            yield Finding("home", f"{path} is missing", "run `mail-pipelines init`, or set MAIL_PIPELINES_HOME to the folder that was meant")
+
+
+def check_token_key(settings: config.Settings) -> Iterator[Finding]:
+    try:
+        settings.token_key()
+    except config.ConfigError as error:
+        yield Finding("token key", str(error), "bring back the key that earlier mail was sent with: with another one its links and bounces are not recognised")
+
+
+def check_dagster_home(settings: config.Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    given = environ.get("DAGSTER_HOME")
+    remedy = 'eval "$(mail-pipelines env)"'
+    if not given:
+        yield Finding("DAGSTER_HOME", "DAGSTER_HOME is not set: `dagster` commands would use a temporary folder", remedy)
+    elif Path(given).expanduser().resolve() != settings.dagster_home.resolve():
+        yield Finding("DAGSTER_HOME", f"DAGSTER_HOME is {given}, but this home's is {settings.dagster_home}", remedy)
+
+
+def check_disk(settings: config.Settings) -> Iterator[Finding]:
+    folders = {settings.home, settings.snapshot_folder, Path(settings.server.log_folder)}
+    # Folders of one file system share one finding.
+    devices = {folder.stat().st_dev: folder for folder in sorted(folders) if folder.is_dir()}
+    for folder in devices.values():
+        free_mb = shutil.disk_usage(folder).free // 1_000_000
+        if free_mb < settings.operation.min_free_mb:
+            yield Finding(
+                "disk", f"{free_mb} MB are free on the disk of {folder}, fewer than {settings.operation.min_free_mb}", "make room (operation.min_free_mb)"
+            )
+
+
+def check_central_database(settings: config.Settings) -> Iterator[Finding]:
+    engine = open_engine(settings.database)
+    try:
+        migrate.require_schema(engine)
+        with reading(engine) as connection:
+            yield from check_durability(connection)
+        yield from check_servers(engine, settings.server.heartbeat_seconds)
+    except migrate.SchemaOutdated as error:
+        yield Finding("schema", str(error), "run `mail-pipelines init`")
+    except DatabaseError as error:
+        yield Finding("database", str(error), "nothing is sent while the central database is away")
+    finally:
+        engine.dispose()
+
+
+def check_durability(connection: sa.Connection) -> Iterator[Finding]:
+    """A claim that was committed must survive a power failure, or its messages go out twice."""
+    if not is_mysql(connection):
+        return
+    flush, binary_log, sync = connection.exec_driver_sql("SELECT @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog").one()
+    if flush != 1:
+        yield Finding("durability", f"innodb_flush_log_at_trx_commit is {flush}: a power failure loses commits", "set it to 1 in the database's configuration")
+    if binary_log and sync != 1:
+        yield Finding("durability", f"sync_binlog is {sync}: a power failure loses binary log", "set it to 1 in the database's configuration")
+
+
+def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]:
+    with reading(engine) as connection:
+        active = [server for server in servers.all_servers(connection) if server.state == "active"]
+        now = database_now(connection)
+    if not active:
+        yield Finding("servers", "no dispatch server is active: nothing can be sent", "`mail-pipelines up` starts built-in catchers")
+    silent = [server.key for server in active if server.is_silent(now, heartbeat_seconds)]
+    if silent:
+        yield Finding(
+            "servers",
+            f"{len(silent)} of {len(active)} active servers are silent: {_names(silent)}",
+            "start them (`mail-pipelines up` starts built-in catchers), or look into their logs",
+        )
+
+
+def check_dagster(settings: config.Settings) -> Iterator[Finding]:
+    """Dagster's daemon, sensors and schedules, as its own storage has them."""
+    import dagster as dg
+
+    # Without the file an instance would make a new, empty storage.
+    if not (settings.dagster_home / "dagster.yaml").is_file():
+        return
+    try:
+        with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
+            yield from check_daemon(instance)
+            yield from check_instigators(instance)
+    except (dg.DagsterError, sa.exc.SQLAlchemyError) as error:
+        first_line = str(error).partition("\n")[0]
+        yield Finding("Dagster", f"Dagster's storage cannot be used: {first_line}", f"check {settings.dagster_home / 'dagster.yaml'}")
+
+
+def check_daemon(instance: DagsterInstance) -> Iterator[Finding]:
+    required = {name: status.healthy for name, status in instance.get_daemon_statuses().items() if status.required}
+    silent = sorted(name for name, healthy in required.items() if not healthy)
+    if silent:
+        parts = "" if len(silent) == len(required) else f" in part ({_names(silent)})"
+        yield Finding("daemon", f"Dagster's daemon is silent{parts}: no sensor, schedule or queued run starts", "run `mail-pipelines up`")
+
+
+def check_instigators(instance: DagsterInstance) -> Iterator[Finding]:
+    """Sensors and schedules all run unless somebody stopped them."""
+    for state in instance.all_instigator_state():
+        if not state.is_running:
+            kind = state.instigator_type.value.lower()
+            yield Finding(kind, f"the {kind} {state.name} is stopped", f"turn it on in the UI, or run `dagster {kind} start {state.name}`")
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

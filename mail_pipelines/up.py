@@ -1,0 +1,91 @@
+"""What `mail-pipelines up` runs: Dagster's web server and daemon, and built-in mail catchers where no real server is registered."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+
+from sqlalchemy.engine import Engine
+
+from mail_pipelines.config import Settings
+from mail_pipelines.database.engine import reading
+from mail_pipelines.dispatch import servers
+from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.home import checkout, environment
+from mail_pipelines.supervision import Processes
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 90
+LOAD_QUERY = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus locationOrLoadError { ... on PythonError { message } } } } } }"
+
+
+class UpError(MailPipelinesError):
+    """The web server cannot be started, or the definitions do not load."""
+
+
+def lock(settings: Settings) -> Path:
+    """Two daemons on one Dagster home would launch everything twice: this file says that one runs."""
+    return settings.home / "up.lock"
+
+
+def start_dagster(processes: Processes, settings: Settings) -> str:
+    """Start the daemon and the web server, wait until the UI answers, and return its address."""
+    host, port = settings.operation.ui_host, _ui_port(settings)
+    workspace = str(checkout() / "workspace.yaml")
+    _start(processes, settings, "daemon", ["dagster._daemon", "run", "-w", workspace])
+    _start(processes, settings, "web", ["dagster_webserver", "-w", workspace, "-h", host, "-p", str(port)])
+    address = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
+    processes.wait_until_ready(lambda: _loaded(address), seconds=START_SECONDS, what="the Dagster UI")
+    return address
+
+
+def catchers(engine: Engine, settings: Settings) -> list[str]:
+    """The built-in catchers to start here: those that are registered, or on an installation without any server those of `server.catchers`."""
+    with reading(engine) as connection:
+        known = servers.all_servers(connection)
+    if not known:
+        return list(settings.server.catchers)
+    return [server.key for server in known if server.kind == "catcher" and server.state not in ("retired", "lost")]
+
+
+def start_catcher(processes: Processes, engine: Engine, settings: Settings, name: str) -> None:
+    """Register a catcher on a free port of the loopback and start it there."""
+    servers.register(engine, name, kind="catcher", host=LOOPBACK, port=_free_port(LOOPBACK), now=dt.datetime.now(dt.UTC))
+    _start(processes, settings, name, ["mail_pipelines", "catcher", "run", name])
+
+
+def _start(processes: Processes, settings: Settings, name: str, module: list[str]) -> None:
+    processes.start(name, [sys.executable, "-m", *module], env={**os.environ, **environment(settings)}, log=settings.home / "log" / f"{name}.log")
+
+
+def _free_port(host: str, port: int = 0) -> int:
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _ui_port(settings: Settings) -> int:
+    host, port = settings.operation.ui_host, settings.operation.ui_port
+    try:
+        return _free_port(host, port)
+    except OSError as error:
+        raise UpError(f"the UI cannot listen on {host} port {port}: {error.strerror}; set operation.ui_host and operation.ui_port") from error
+
+
+def _loaded(address: str) -> bool:
+    """Whether the UI answers and has loaded the definitions; raises `UpError` if they cannot be loaded."""
+    body = json.dumps({"query": LOAD_QUERY}).encode()
+    request = urllib.request.Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            entries = json.load(reply)["data"]["workspaceOrError"]["locationEntries"]
+    except OSError:
+        return False
+    for entry in entries:
+        if message := (entry["locationOrLoadError"] or {}).get("message"):
+            raise UpError(f"the definitions of {entry['name']} cannot be loaded: {message.strip()}")
+    return all(entry["loadStatus"] == "LOADED" for entry in entries)

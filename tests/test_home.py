@@ -1,0 +1,248 @@
+"""The home folder: made once and for all, judged by `doctor` with real faults, used by Dagster's own commands."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from mail_pipelines import config, doctor, home
+from mail_pipelines.database import migrate
+from mail_pipelines.database.engine import create_engine
+from mail_pipelines.database.models import Server
+from mail_pipelines.dispatch import servers
+from tests.parts.mariadb import MariaDB
+from tests.parts.processes import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template") / "home"
+    home.make({"MAIL_PIPELINES_HOME": str(folder)})
+    return folder
+
+
+@pytest.fixture
+def made(_template: Path, monkeypatch: pytest.MonkeyPatch) -> config.Settings:
+    """A home as `init` leaves it, with the environment that `env` prints."""
+    shutil.copytree(_template, os.environ["MAIL_PIPELINES_HOME"])
+    settings = config.load()
+    monkeypatch.setenv("DAGSTER_HOME", str(settings.dagster_home))
+    return settings
+
+
+def _findings(check: str) -> list[str]:
+    return [finding.problem for finding in doctor.examine() if finding.check == check]
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# --- init -------------------------------------------------------------------------------------------------------
+
+
+def test_init_makes_everything_and_a_second_one_changes_nothing() -> None:
+    first = home.make()
+    settings = config.load()
+    assert any("config.toml" in line for line in first)
+    assert any("made the tables" in line for line in first)
+    before = {path: path.read_bytes() for path in settings.home.rglob("*") if path.suffix in (".toml", ".yaml") or path.name == "token_key"}
+    assert len(before) == 3
+    assert home.make() == []
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_only_the_owner_reads_keys_and_personal_data(made: config.Settings) -> None:
+    assert _mode(made.home) == 0o700
+    assert _mode(made.home / "config.toml") == 0o600
+    assert _mode(made.home / "secrets/token_key") == 0o600
+    assert len(made.token_key()) == 64
+
+
+def test_init_upgrades_an_older_schema(made: config.Settings) -> None:
+    from alembic import command
+
+    engine = create_engine(made.database.url)
+    command.downgrade(migrate.alembic_config(engine), "base")
+    done = home.make()
+    assert len(done) == 1
+    assert "made the tables" in done[0]
+    migrate.require_schema(engine)
+
+
+def test_init_never_makes_a_second_token_key(made: config.Settings) -> None:
+    (made.home / "secrets/token_key").unlink()
+    with pytest.raises(config.ConfigError, match="secrets/token_key, which cannot be read"):
+        home.make()
+
+
+def test_init_keeps_what_the_operator_changed(made: config.Settings) -> None:
+    for path in (made.home / "config.toml", made.dagster_home / "dagster.yaml"):
+        path.write_text(path.read_text() + "\n# mine\n")
+    home.make()
+    assert (made.home / "config.toml").read_text().endswith("# mine\n")
+    assert (made.dagster_home / "dagster.yaml").read_text().endswith("# mine\n")
+
+
+def test_a_home_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(home.HomeError, match="file/home cannot be made: Not a directory; MAIL_PIPELINES_HOME names the folder"):
+        home.make({"MAIL_PIPELINES_HOME": str(tmp_path / "file/home")})
+
+
+def test_dagster_takes_the_shipped_settings(made: config.Settings) -> None:
+    import dagster as dg
+    from dagster._core.launcher import DefaultRunLauncher
+    from dagster._core.run_coordinator import QueuedRunCoordinator
+
+    with dg.DagsterInstance.from_config(str(made.dagster_home)) as instance:
+        assert not instance.telemetry_enabled
+        assert isinstance(instance.run_launcher, DefaultRunLauncher)
+        assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
+        assert instance.run_coordinator.dequeue_interval_seconds == 1
+        queue = instance.get_concurrency_config().run_queue_config
+        assert queue is not None
+        assert queue.max_concurrent_runs == 6
+        assert queue.tag_concurrency_limits == [{"key": "dagster-celery/queue", "value": {"applyLimitPerUniqueValue": True}, "limit": 2}]
+        assert instance.run_monitoring_enabled
+        assert instance.run_retries_max_retries == 0
+
+
+# --- env --------------------------------------------------------------------------------------------------------
+
+
+def test_env_survives_the_shell(tmp_path: Path) -> None:
+    folder = tmp_path / "a home with 'quotes' and $dollars"
+    script = f'eval "$({sys.executable} -m mail_pipelines env)"; printf "%s\\n" "$DAGSTER_HOME" "$MAIL_PIPELINES_HOME"'
+    result = subprocess.run(["bash", "-c", script], env={**os.environ, "MAIL_PIPELINES_HOME": str(folder)}, check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [f"{folder}/dagster", str(folder)]
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------
+
+
+def test_doctor_ends_with_status_1_and_says_what_to_do() -> None:
+    result = subprocess.run([sys.executable, "-m", "mail_pipelines", "doctor"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "config.toml is missing" in result.stdout
+    assert "run `mail-pipelines init`" in result.stdout
+
+
+def test_doctor_names_a_missing_and_a_foreign_dagster_home(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _findings("DAGSTER_HOME") == []
+    monkeypatch.setenv("DAGSTER_HOME", "/elsewhere")
+    assert _findings("DAGSTER_HOME") == [f"DAGSTER_HOME is /elsewhere, but this home's is {made.dagster_home}"]
+    monkeypatch.delenv("DAGSTER_HOME")
+    assert "is not set" in _findings("DAGSTER_HOME")[0]
+
+
+def test_doctor_names_an_old_schema(made: config.Settings) -> None:
+    assert _findings("schema") == []
+    with create_engine(made.database.url).begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0000'")
+    assert "is at schema 0000" in _findings("schema")[0]
+
+
+def test_doctor_names_an_unreachable_database(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", f"mysql+pymysql://mail:hunter2@127.0.0.1:{port}/mail")
+    (problem,) = _findings("database")
+    assert "no connection to" in problem
+    assert str(port) in problem
+    assert "hunter2" not in problem
+
+
+def test_doctor_names_little_disk(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _findings("disk") == []
+    monkeypatch.setenv("MAIL_PIPELINES_OPERATION__MIN_FREE_MB", str(10**9))
+    assert "fewer than 1000000000" in _findings("disk")[0]
+
+
+def test_doctor_names_a_missing_token_key(made: config.Settings) -> None:
+    (made.home / "config.toml").write_text("")
+    assert "sending.token_key is not set" in _findings("token key")[0]
+
+
+def test_doctor_names_a_lost_token_key_file(made: config.Settings) -> None:
+    (made.home / "secrets/token_key").unlink()
+    assert "secrets/token_key, which cannot be read" in _findings("configuration")[0]
+
+
+def test_doctor_names_a_daemon_that_never_ran(made: config.Settings) -> None:
+    assert "daemon is silent" in _findings("daemon")[0]
+
+
+def test_doctor_names_dagster_settings_it_cannot_use(made: config.Settings) -> None:
+    (made.dagster_home / "dagster.yaml").write_text("run_launcher: nonsense\n")
+    (problem,) = _findings("Dagster")
+    assert problem.startswith("Dagster's storage cannot be used")
+
+
+def _register(url: str, key: str, state: str, heartbeat_at: dt.datetime | None) -> None:
+    engine = create_engine(url)
+    servers.register(engine, key, kind="catcher", host="127.0.0.1", port=25, now=dt.datetime.now(dt.UTC))
+    with engine.begin() as connection:
+        connection.execute(sa.update(Server).where(Server.key == key).values(state=state, heartbeat_at=heartbeat_at))
+
+
+def test_doctor_names_silent_servers_and_their_absence(made: config.Settings, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", database_url)
+    now = dt.datetime.now(dt.UTC)
+    _register(database_url, "gone", "retired", None)
+    assert _findings("servers") == ["no dispatch server is active: nothing can be sent"]
+    _register(database_url, "alive", "active", now)
+    assert _findings("servers") == []
+    _register(database_url, "late", "active", now - dt.timedelta(minutes=2))
+    _register(database_url, "never", "active", None)
+    assert _findings("servers") == ["2 of 3 active servers are silent: late, never"]
+
+
+@pytest.mark.server
+def test_doctor_names_a_database_that_may_lose_commits(made: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = MariaDB(tmp_path / "mariadb", options=("--log-bin=binary", "--sync-binlog=0")).start()
+    try:
+        url = server.database()
+        migrate.upgrade(create_engine(url))
+        monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", url)
+        assert _findings("durability") == ["sync_binlog is 0: a power failure loses binary log"]
+        with server.connect() as connection, connection.cursor() as cursor:
+            cursor.execute("SET GLOBAL sync_binlog = 1, GLOBAL innodb_flush_log_at_trx_commit = 2")
+        assert _findings("durability") == ["innodb_flush_log_at_trx_commit is 2: a power failure loses commits"]
+        with server.connect() as connection, connection.cursor() as cursor:
+            cursor.execute("SET GLOBAL innodb_flush_log_at_trx_commit = 1")
+        assert _findings("durability") == []
+    finally:
+        server.stop()
+
+
+@pytest.mark.server
+def test_doctor_names_a_stopped_sensor(made: config.Settings) -> None:
+    assert _findings("sensor") == []
+    command = [sys.executable, "-m", "dagster", "sensor", "stop", "open_shards", "-w", str(ROOT / "workspace.yaml")]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    assert _findings("sensor") == ["the sensor open_shards is stopped"]
+
+
+# --- the web server's own view ----------------------------------------------------------------------------------
+
+
+@pytest.mark.server
+def test_plain_dagster_shows_the_graph_without_a_dagster_home(tmp_path: Path) -> None:
+    """A clone, `pip install -e .`, `dagster …`: the definitions load, and nothing lands in Dagster's temporary folder."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAIL_PIPELINES_", "DAGSTER_"))}
+    environ |= {"TMPDIR": str(tmp_path), "MAIL_PIPELINES_HOME": str(tmp_path / "home")}
+    result = subprocess.run([sys.executable, "-m", "dagster", "definitions", "validate"], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    listing = subprocess.run([sys.executable, "-m", "dagster", "job", "list"], cwd=ROOT, env=environ, check=True, capture_output=True, text=True).stdout
+    assert "send_campaign" in listing
+    assert [path for path in tmp_path.rglob("central.sqlite3") if path.parent != tmp_path / "home"] == []
