@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mail_pipelines.keys import MAX_LENGTH, InvalidKey, check_key, slug
+from mail_pipelines.keys import MAX_LENGTH, InvalidKey, check_key, nearest, slug
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,9 @@ def test_a_refusal_suggests_the_nearest_key() -> None:
 def test_a_name_without_letters_has_no_key() -> None:
     with pytest.raises(InvalidKey, match="at least one letter"):
         slug("日本語")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_or_all() -> None:
+    assert nearest("bayers", ["buyers", "everybody"]) == "; did you mean 'buyers'?"
+    assert nearest("x", ["buyers", "everybody"]) == "; known: buyers, everybody"
+    assert nearest("x", []) == ""

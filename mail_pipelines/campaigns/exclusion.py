@@ -1,0 +1,117 @@
+"""The freeze's second look at every member of a segment: does the database still allow this mail?
+
+Snapshots say who matches; only the database says who may be mailed. Members are joined in chunks with contacts, suppressions and
+subscriptions, and those who may not are counted by reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.campaigns.campaign import Campaign
+from mail_pipelines.contacts.consent import Scope, campaign_scopes, suppressed_clause
+from mail_pipelines.database import bulk
+from mail_pipelines.database.engine import reading
+from mail_pipelines.database.models import Contact, Subscription, Suppression
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Beside the reasons of suppressions: the contact is gone, or its address came up a second time while the freeze looked.
+MISSING = "missing"
+DUPLICATE = "duplicate"
+UNSUBSCRIBED = "unsubscribe"
+_CHUNK_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """`members` may be mailed: contact_id, engagement_rank, address_hash and provider as the database has them. `excluded` counts the rest by reason."""
+
+    members: pa.Table
+    excluded: dict[str, int]
+
+
+def allowed(engine: Engine, campaign: Campaign, members: pa.Table, advance: Callable[[int], None]) -> Allowed:
+    """Look at all members (contact_id unique, engagement_rank); `advance` is told how many were looked at since the last call."""
+    import pyarrow as pa
+
+    # A temporary table of this connection: nothing of the central database is written.
+    looked_at = sa.Table("freeze_members", sa.MetaData(), sa.Column("contact_id", sa.BigInteger, primary_key=True, autoincrement=False), prefixes=["TEMPORARY"])
+    kept: list[pa.Table] = []
+    excluded: Counter[str] = Counter()
+    with reading(engine) as connection:
+        looked_at.create(connection)
+        try:
+            query = _query(looked_at, campaign)
+            for start in range(0, members.num_rows, _CHUNK_ROWS):
+                chunk = members.slice(start, _CHUNK_ROWS)
+                connection.execute(sa.delete(looked_at))
+                bulk.load(connection, looked_at, chunk.select(["contact_id"]), ignore_duplicates=True)
+                kept.append(_keep(connection, query, chunk, excluded))
+                advance(chunk.num_rows)
+        finally:
+            looked_at.drop(connection)
+    empty = pa.schema([("contact_id", pa.int64()), ("engagement_rank", pa.int32()), ("address_hash", pa.binary(16)), ("provider", pa.string())])
+    table = pa.concat_tables([empty.empty_table(), *kept])
+    unique = _first_of_each_address(table)
+    if unique.num_rows < table.num_rows:
+        excluded[DUPLICATE] += table.num_rows - unique.num_rows
+    return Allowed(unique, dict(sorted(excluded.items())))
+
+
+def _query(looked_at: sa.Table, campaign: Campaign) -> sa.Select[tuple[int, bytes, str, str | None]]:
+    scopes = campaign_scopes(campaign.brand_id, campaign.list_id)
+    cases = [
+        (Contact.id.is_(None), sa.literal(MISSING)),
+        (suppressed_clause(Contact.address_hash, Contact.domain, scopes), _suppression_reason(scopes)),
+    ]
+    source = sa.outerjoin(looked_at, Contact, Contact.id == looked_at.c.contact_id)
+    if campaign.list_id is not None:
+        source = source.outerjoin(Subscription, sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == campaign.list_id))
+        cases.append((Subscription.subscribed.is_(False), sa.literal(UNSUBSCRIBED)))
+    reason = sa.case(*cases).label("reason")
+    return sa.select(looked_at.c.contact_id, Contact.address_hash, Contact.provider, reason).select_from(source).order_by(looked_at.c.contact_id)
+
+
+def _suppression_reason(scopes: list[Scope]) -> sa.ColumnElement[str]:
+    in_scope = sa.or_(*(sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id) for scope in scopes))
+    by_address = sa.select(sa.func.min(Suppression.reason)).where(Suppression.address_hash == Contact.address_hash, in_scope)
+    by_domain = sa.select(sa.func.min(Suppression.reason)).where(Suppression.domain == Contact.domain, in_scope)
+    return sa.func.coalesce(by_address.correlate(Contact).scalar_subquery(), by_domain.correlate(Contact).scalar_subquery())
+
+
+def _keep(connection: Connection, query: sa.Select[tuple[int, bytes, str, str | None]], chunk: pa.Table, excluded: Counter[str]) -> pa.Table:
+    import pyarrow as pa
+
+    contact_ids, hashes, providers, reasons = zip(*connection.execute(query).all(), strict=True)
+    found = pa.table(
+        {
+            "contact_id": pa.array(contact_ids, pa.int64()),
+            "engagement_rank": chunk["engagement_rank"].combine_chunks().cast(pa.int32()),
+            "address_hash": pa.array(hashes, pa.binary(16)),
+            "provider": pa.array(providers, pa.string()),
+        }
+    )
+    # Both sides are in the order of the contact id.
+    assert found["contact_id"].equals(chunk["contact_id"])
+    excluded.update(reason for reason in reasons if reason is not None)
+    return found.filter(pa.array([reason is None for reason in reasons]))
+
+
+def _first_of_each_address(table: pa.Table) -> pa.Table:
+    """Addresses are unique at any moment, but one may pass from one contact to another while chunks are read one after the other."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pc.count_distinct(table["address_hash"]).as_py() == table.num_rows:
+        return table
+    numbered = table.append_column("number", pa.array(range(table.num_rows), pa.int64()))
+    first = numbered.group_by("address_hash").aggregate([("number", "min")])["number_min"]
+    return table.take(first.sort())

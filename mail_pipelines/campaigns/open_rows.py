@@ -1,0 +1,146 @@
+"""Moving many ledger rows of a campaign from one state to another at once: expiry, cancel, giving up, sending again.
+
+What belongs here: the set-based, chunked, resumable statement and the probe for open rows. What does not: when it is done
+(`lifecycle`), and rows under a claim, which belong to their sender or to settlement.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.database.bulk import CHUNK_ROWS
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import OPEN_STATES, CampaignCounter, Delivery, State
+from mail_pipelines.delivery import counters
+
+# Rows that nobody has in hand.
+WAITING = (State.PENDING, State.DEFERRED)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The rows of one index range: `rows` is how many the counters knew."""
+
+    shard: int
+    provider: str
+    state: State
+    rows: int
+
+
+def move_rows(
+    engine: Engine,
+    campaign_id: int,
+    sources: Sequence[State],
+    target: State,
+    now: dt.datetime,
+    *,
+    reached_by: dt.datetime | None = None,
+    values: dict[str, Any] | None = None,
+) -> int:
+    """Move all rows of the campaign that are in `sources` to `target`; returns how many moved.
+
+    `reached_by` takes only rows whose `sort_key` is at most that second: for an unknown row, when it became so. `values` are
+    further columns to set; the sort key is the second of `now` unless given. Each transaction moves at most 10,000 rows with their
+    counters, so that a killed call leaves a consistent ledger and the next one goes on.
+    """
+    second = int(now.timestamp())
+    limit = None if reached_by is None else int(reached_by.timestamp())
+    changes = {"state": int(target), "sort_key": second} | (values or {})
+    with reading(engine) as connection:
+        slices = _slices(connection, campaign_id, sources)
+    moved = 0
+    for group in _groups(slices):
+        while True:
+
+            def work(connection: Connection, group: list[Slice] = group) -> list[int]:
+                counts = [_move_chunk(connection, campaign_id, part, limit, changes) for part in group]
+                moves: dict[counters.Place, int] = {}
+                for part, count in zip(group, counts, strict=True):
+                    moves[part.shard, part.provider, part.state, ""] = -count
+                    arrived = (part.shard, part.provider, target, "")
+                    moves[arrived] = moves.get(arrived, 0) + count
+                counters.add(connection, campaign_id, counters.CENTRE, moves, now)
+                return counts
+
+            counts = transact(engine, work)
+            moved += sum(counts)
+            group = [part for part, count in zip(group, counts, strict=True) if count >= CHUNK_ROWS]
+            if not group:
+                break
+    return moved
+
+
+def _slices(connection: Connection, campaign_id: int, states: Iterable[State]) -> list[Slice]:
+    """The index ranges that hold rows in `states`, by the counters."""
+    rows = sa.func.sum(CampaignCounter.count)
+    query = (
+        sa.select(CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state, rows.label("rows"))
+        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_([int(state) for state in states]))
+        .group_by(CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state)
+        .having(rows > 0)
+        .order_by(CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state)
+    )
+    return [Slice(row.shard, row.provider, State(row.state), int(row.rows)) for row in connection.execute(query)]
+
+
+def _groups(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
+    """Slices that fit together into one transaction; a large one stands alone and is moved in several."""
+    group: list[Slice] = []
+    for part in slices:
+        if group and sum(one.rows for one in group) + part.rows > CHUNK_ROWS:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _move_chunk(connection: Connection, campaign_id: int, part: Slice, limit: int | None, changes: dict[str, Any]) -> int:
+    """Move the first rows of the slice, in index order; moved rows leave it, so the next chunk begins at its front again."""
+    where = [
+        Delivery.campaign_id == campaign_id,
+        Delivery.shard == part.shard,
+        Delivery.provider == part.provider,
+        Delivery.state == int(part.state),
+    ]
+    if limit is not None:
+        where.append(Delivery.sort_key <= limit)
+    first_left = sa.select(Delivery.sort_key, Delivery.contact_id).where(*where).order_by(Delivery.sort_key, Delivery.contact_id).offset(CHUNK_ROWS).limit(1)
+    end = connection.execute(first_left).one_or_none()
+    if end is not None:
+        where.append(sa.or_(Delivery.sort_key < end.sort_key, sa.and_(Delivery.sort_key == end.sort_key, Delivery.contact_id < end.contact_id)))
+    return connection.execute(sa.update(Delivery).where(*where).values(changes)).rowcount
+
+
+def any_open(connection: Connection, campaign_id: int, shard: int | None = None) -> bool:
+    """Whether a row of the campaign (or of one shard) is in an open state, by the ledger itself.
+
+    The counters say where rows may be, the ledger's index is probed once for each of these ranges; the ledger is not scanned.
+    """
+    probe = (
+        # A limited scalar subquery, because databases may turn an EXISTS into a join that reads the whole ledger.
+        sa.select(Delivery.contact_id)
+        .where(
+            Delivery.campaign_id == CampaignCounter.campaign_id,
+            Delivery.shard == CampaignCounter.shard,
+            Delivery.provider == CampaignCounter.provider,
+            Delivery.state == CampaignCounter.state,
+        )
+        .limit(1)
+        .correlate(CampaignCounter)
+        .scalar_subquery()
+    )
+    query = sa.select(sa.literal(1)).where(
+        CampaignCounter.campaign_id == campaign_id,
+        CampaignCounter.state.in_([int(state) for state in OPEN_STATES]),
+        probe.is_not(None),
+    )
+    if shard is not None:
+        query = query.where(CampaignCounter.shard == shard)
+    return connection.execute(query.select_from(CampaignCounter).limit(1)).one_or_none() is not None

@@ -1,0 +1,126 @@
+"""The states of a campaign and the moves between them, as one table.
+
+What belongs here: which move exists, who may make it, and the guarded statement that makes it; the hold, which stops a
+campaign in any state without being one. What does not: the work a move entails (`audience`, `lifecycle`, `store`).
+
+```
+draft ⇄ scheduled → building → sending ⇄ paused → finished
+  └─────────┴──────────┴──────────┴────────┴────→ cancelled
+```
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.database.models import Campaign
+from mail_pipelines.errors import MailPipelinesError
+
+# A campaign that becomes ready this long after its start is held: mail for the morning may be wrong in the evening.
+LATE_AFTER = dt.timedelta(hours=6)
+
+
+class CampaignState(enum.StrEnum):
+    DRAFT = "draft"
+    SCHEDULED = "scheduled"
+    BUILDING = "building"
+    SENDING = "sending"
+    PAUSED = "paused"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (CampaignState.FINISHED, CampaignState.CANCELLED)
+
+
+class Actor(enum.StrEnum):
+    """Who makes a move: a person (command, panel, API), or the centre's own runs."""
+
+    OPERATOR = "operator"
+    CENTRE = "centre"
+
+
+@dataclass(frozen=True)
+class Move:
+    """`source` becomes `target` when `actor` says `verb`."""
+
+    source: CampaignState
+    target: CampaignState
+    actor: Actor
+    verb: str
+
+
+MOVES = (
+    Move(CampaignState.DRAFT, CampaignState.SCHEDULED, Actor.OPERATOR, "schedule"),
+    Move(CampaignState.SCHEDULED, CampaignState.DRAFT, Actor.OPERATOR, "unschedule"),
+    Move(CampaignState.SCHEDULED, CampaignState.BUILDING, Actor.CENTRE, "build"),
+    Move(CampaignState.BUILDING, CampaignState.SENDING, Actor.CENTRE, "send"),
+    Move(CampaignState.SENDING, CampaignState.PAUSED, Actor.OPERATOR, "pause"),
+    Move(CampaignState.PAUSED, CampaignState.SENDING, Actor.OPERATOR, "resume"),
+    Move(CampaignState.SENDING, CampaignState.FINISHED, Actor.CENTRE, "finish"),
+    Move(CampaignState.PAUSED, CampaignState.FINISHED, Actor.CENTRE, "finish"),
+    Move(CampaignState.DRAFT, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
+    Move(CampaignState.SCHEDULED, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
+    Move(CampaignState.BUILDING, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
+    Move(CampaignState.SENDING, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
+    Move(CampaignState.PAUSED, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
+)
+
+
+class StateError(MailPipelinesError):
+    """The campaign is not in a state from which this can be done."""
+
+
+def moves_from(state: CampaignState) -> tuple[Move, ...]:
+    return tuple(move for move in MOVES if move.source is state)
+
+
+def move(connection: Connection, campaign_id: int, source: CampaignState, target: CampaignState, *, actor: Actor, now: dt.datetime, **values: Any) -> None:
+    """Move the campaign from `source` to `target` if it is in `source` now, and set further columns with it.
+
+    Raises `StateError`, which names what is possible, if the table has no such move for `actor` or the campaign is in another state.
+    """
+    if not any(known.source is source and known.target is target and known.actor is actor for known in MOVES):
+        raise StateError(f"a campaign cannot be moved from {source} to {target} by the {actor}; from {source} {_possible(source)}")
+    if target is CampaignState.SENDING and source is CampaignState.BUILDING:
+        values["started_at"] = now
+    if target.is_terminal:
+        values["finished_at"] = now
+    swap = sa.update(Campaign).where(Campaign.id == campaign_id, Campaign.state == source).values(state=target.value, updated_at=now, **values)
+    if connection.execute(swap).rowcount != 1:
+        key, found = _current(connection, campaign_id)
+        raise StateError(f"campaign {key} is {found}, not {source}, so it cannot become {target}; from {found} {_possible(found)}")
+
+
+def hold(connection: Connection, campaign_id: int, reason: str, now: dt.datetime) -> bool:
+    """Stop the campaign, whatever its state, until it is released; false if it is held already (the first reason stays) or over."""
+    open_states = [state.value for state in CampaignState if not state.is_terminal]
+    stop = sa.update(Campaign).where(Campaign.id == campaign_id, Campaign.held_reason.is_(None), Campaign.state.in_(open_states))
+    return connection.execute(stop.values(held_reason=reason[:500], updated_at=now)).rowcount == 1
+
+
+def release(connection: Connection, campaign_id: int, now: dt.datetime) -> bool:
+    """End a hold; false if there was none."""
+    go_on = sa.update(Campaign).where(Campaign.id == campaign_id, Campaign.held_reason.is_not(None)).values(held_reason=None, updated_at=now)
+    return connection.execute(go_on).rowcount == 1
+
+
+def _current(connection: Connection, campaign_id: int) -> tuple[str, CampaignState]:
+    row = connection.execute(sa.select(Campaign.key, Campaign.state).where(Campaign.id == campaign_id)).one_or_none()
+    if row is None:
+        raise StateError(f"there is no campaign with id {campaign_id}")
+    return row.key, CampaignState(row.state)
+
+
+def _possible(state: CampaignState) -> str:
+    moves = moves_from(state)
+    if not moves:
+        return "nothing is possible: it is over"
+    return "possible: " + ", ".join(f"{move.verb} → {move.target} (by the {move.actor})" for move in moves)
