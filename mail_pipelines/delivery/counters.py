@@ -10,12 +10,10 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Mapping
 
-import sqlalchemy as sa
-from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.database.engine import is_mysql
 from mail_pipelines.database.models import CampaignCounter, CampaignMinute, State
+from mail_pipelines.database.upsert import add_to
 
 # Server 0 is the centre: freeze, expiry, cancel.
 CENTRE = 0
@@ -26,17 +24,18 @@ Place = tuple[int, str, State, str]
 def add(connection: Connection, campaign_id: int, server_id: int, moves: Mapping[Place, int], now: dt.datetime) -> None:
     """Add the deltas of one change to the ledger to `campaign_counters` and, for rows that reached an outcome, to `campaign_minutes`.
 
-    A row that moves is −1 where it was and +1 where it is now. An outcome is a final state or a deferral; only rows that
+    A row that moves is −1 where it was and +1 where it is now. An outcome is a final state or a deferral with its reason (a row that
+    goes back to its queue unsent has none); only rows that
     arrive count in the minute of `now`. Rows are written in key order, so that two writers wait and do not deadlock.
     """
     states: Counter[tuple[int, str, int]] = Counter()
     outcomes: Counter[tuple[str, int, str]] = Counter()
     for (shard, provider, state, reason), delta in moves.items():
         states[shard, provider, int(state)] += delta
-        if delta > 0 and (state.is_final or state is State.DEFERRED):
+        if delta > 0 and (state.is_final or (state is State.DEFERRED and reason)):
             outcomes[provider, int(state), reason] += delta
     key = {"campaign_id": campaign_id, "server_id": server_id}
-    _upsert(
+    add_to(
         connection,
         CampaignCounter,
         [
@@ -44,29 +43,15 @@ def add(connection: Connection, campaign_id: int, server_id: int, moves: Mapping
             for (shard, provider, state), count in sorted(states.items())
             if count != 0
         ],
+        column="count",
     )
     minute = int(now.timestamp()) // 60
-    _upsert(
+    add_to(
         connection,
         CampaignMinute,
         [
             key | {"minute": minute, "provider": provider, "state": state, "reason": reason, "count": count}
             for (provider, state, reason), count in sorted(outcomes.items())
         ],
+        column="count",
     )
-
-
-def _upsert(connection: Connection, model: type[CampaignCounter] | type[CampaignMinute], rows: list[dict[str, object]]) -> None:
-    """One `executemany` of one cached statement: the MySQL driver turns it into multi-row inserts, SQLite runs it prepared."""
-    if not rows:
-        return
-    table = model.__table__
-    assert isinstance(table, sa.Table)
-    if is_mysql(connection):
-        # `VALUES(count)` and not the row alias of newer MySQL, which MariaDB does not know and which would end the multi-row form.
-        insert = mysql.insert(table)
-        connection.execute(insert.on_duplicate_key_update(count=table.c.count + sa.func.values(sa.column("count"))), rows)
-    else:
-        upsert = sqlite.insert(table)
-        upsert = upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_={"count": table.c.count + upsert.excluded.count})
-        connection.execute(upsert, rows)

@@ -1,0 +1,33 @@
+"""Adding to counted rows: insert, or add to the number that is there, with one statement for many rows on either database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, sqlite
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.database.engine import is_mysql
+from mail_pipelines.database.models import Base
+
+
+def add_to(connection: Connection, model: type[Base], rows: Sequence[dict[str, Any]], *, column: str) -> None:
+    """Insert `rows`; where a primary key exists, add the row's `column` to the stored number instead.
+
+    One `executemany` of one cached statement: the MySQL driver turns it into multi-row inserts, SQLite runs it prepared.
+    Give the rows in key order, so that two writers wait for each other and do not deadlock.
+    """
+    if not rows:
+        return
+    table = model.__table__
+    assert isinstance(table, sa.Table)
+    if is_mysql(connection):
+        # `VALUES(c)` and not the row alias of newer MySQL, which MariaDB does not know and which would end the multi-row form.
+        insert = mysql.insert(table)
+        connection.execute(insert.on_duplicate_key_update({column: table.c[column] + sa.func.values(sa.column(column))}), list(rows))
+    else:
+        upsert = sqlite.insert(table)
+        upsert = upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_={column: table.c[column] + upsert.excluded[column]})
+        connection.execute(upsert, list(rows))

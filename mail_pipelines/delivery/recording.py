@@ -1,0 +1,200 @@
+"""Writing the results of a claim into the ledger: guarded, set-based, in one transaction with counters, events and suppressions.
+
+Nothing here reads a journal or talks SMTP: it gets the end state of every row of a claim and writes them all, or none.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.contacts import consent
+from mail_pipelines.database.engine import database_now
+from mail_pipelines.database.models import Allotment, Campaign, Claim, Delivery, DeliveryEvent, ProviderUsage, State
+from mail_pipelines.delivery import counters
+from mail_pipelines.errors import MailPipelinesError
+
+# Windows in which what a server sends to a provider is counted (s).
+USAGE_WINDOWS = (900, 3600, 86400)
+SLOT_SECONDS = 900
+_ADDRESS = re.compile(r"[^\s<>@:;,]+@([^\s<>@:;,]+)")
+
+
+class LedgerConflict(MailPipelinesError):
+    """The ledger is not as this claim left it: somebody else has settled it. The sender must stop."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of one row of a claim. `due` (epoch seconds) belongs to a deferral; a released row is PENDING and keeps its place."""
+
+    contact_id: int
+    attempt: int
+    state: State
+    code: int | None = None
+    enhanced: str | None = None
+    reason: str = ""
+    due: int | None = None
+    text: str = ""
+    suppress: bool = False
+
+
+@dataclass(frozen=True)
+class ClaimRef:
+    """What recording needs to know of a claim."""
+
+    id: int
+    campaign_id: int
+    shard: int
+    provider: str
+    server_id: int
+    opened_at: dt.datetime
+
+
+def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *, claim_state: str) -> Counter[State]:
+    """Close a claim that is in `claim_state` (open, or settling) with the results of all its rows; returns how many went where.
+
+    Raises `LedgerConflict`, and so changes nothing, unless the claim and every row are still as claimed.
+    """
+    now = database_now(connection)
+    closed = connection.execute(sa.update(Claim).where(Claim.id == claim.id, Claim.state == claim_state).values(state="closed", closed_at=now))
+    if closed.rowcount != 1:
+        raise LedgerConflict(f"claim {claim.id} is no longer {claim_state}: another process has settled it")
+    campaign_state = connection.execute(sa.select(Campaign.state).where(Campaign.id == claim.campaign_id).with_for_update(read=True)).scalar_one()
+    if campaign_state == "cancelled":
+        results = [_cancelled(result) for result in results]
+
+    groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for result in results:
+        groups[result.state, result.code, result.enhanced, result.reason, result.due, result.attempt if result.state is State.DEFERRED else None].append(
+            result.contact_id
+        )
+    moves: Counter[counters.Place] = Counter()
+    for (state, code, enhanced, reason, due, attempt), contact_ids in sorted(groups.items(), key=lambda item: item[1][0]):
+        values: dict[str, Any] = {"claim_id": None if state in (State.PENDING, State.DEFERRED, State.CANCELLED) else claim.id}
+        if state is State.PENDING:
+            # A released row that was deferred before is due at once; its sort key was left alone by the claim.
+            values["state"] = sa.case((Delivery.attempt > 0, int(State.DEFERRED)), else_=int(State.PENDING))
+        else:
+            values |= {"state": int(state), "code": code, "enhanced": enhanced, "reason": reason or None}
+            values["sort_key"] = due if state is State.DEFERRED else int(now.timestamp())
+        if state is State.DEFERRED:
+            values["attempt"] = attempt + 1
+        changed = connection.execute(
+            sa.update(Delivery)
+            .where(
+                Delivery.campaign_id == claim.campaign_id,
+                Delivery.contact_id.in_(sorted(contact_ids)),
+                Delivery.claim_id == claim.id,
+                Delivery.state == int(State.CLAIMED),
+            )
+            .values(values)
+        ).rowcount
+        if changed != len(contact_ids):
+            raise LedgerConflict(f"claim {claim.id}: {changed} of {len(contact_ids)} rows were still claimed")
+    for result in results:
+        moves[claim.shard, claim.provider, State.CLAIMED, ""] -= 1
+        state = State.DEFERRED if result.state is State.PENDING and result.attempt > 0 else result.state
+        # A release is no outcome: it must not count in the minute as a deferral does.
+        moves[claim.shard, claim.provider, state, result.reason] += 1
+    released = Counter(result.state for result in results)
+    counters.add(connection, claim.campaign_id, claim.server_id, moves, now)
+    _write_events(connection, claim, results, now)
+    hard = [result.contact_id for result in results if result.suppress]
+    if hard:
+        hashes = connection.execute(sa.select(Delivery.address_hash).where(Delivery.campaign_id == claim.campaign_id, Delivery.contact_id.in_(hard))).scalars()
+        consent.suppress(connection, list(hashes), reason="bounce", now=now)
+    refund(connection, claim, sum(1 for result in results if result.state in (State.PENDING, State.CANCELLED) and result.code is None), now)
+    return released
+
+
+def _cancelled(result: Result) -> Result:
+    if result.state in (State.PENDING, State.DEFERRED):
+        return Result(result.contact_id, result.attempt, State.CANCELLED, result.code, result.enhanced, "campaign_cancelled")
+    return result
+
+
+def windows_at(moment: dt.datetime) -> list[tuple[int, int]]:
+    """The usage windows that contain a moment: (length in s, start in epoch seconds)."""
+    second = int(moment.timestamp())
+    return [(length, second - second % length) for length in USAGE_WINDOWS]
+
+
+def slot_at(moment: dt.datetime) -> int:
+    """The start (epoch seconds) of the allotment slot that contains a moment."""
+    second = int(moment.timestamp())
+    return second - second % SLOT_SECONDS
+
+
+def refund(connection: Connection, claim: ClaimRef, count: int, now: dt.datetime) -> None:
+    """Give back the debit of messages that were not offered, in the windows that are still open."""
+    if not count:
+        return
+    current = set(windows_at(now))
+    for length, start in windows_at(claim.opened_at):
+        if (length, start) in current:
+            connection.execute(
+                sa.update(ProviderUsage)
+                .where(
+                    ProviderUsage.server_id == claim.server_id,
+                    ProviderUsage.provider == claim.provider,
+                    ProviderUsage.window_seconds == length,
+                    ProviderUsage.window_start == start,
+                )
+                .values(used=ProviderUsage.used - count)
+            )
+    if slot_at(claim.opened_at) == slot_at(now):
+        connection.execute(
+            sa.update(Allotment)
+            .where(
+                Allotment.campaign_id == claim.campaign_id,
+                Allotment.server_id == claim.server_id,
+                Allotment.provider == claim.provider,
+                Allotment.slot_start == slot_at(now),
+            )
+            .values(used=Allotment.used - count)
+        )
+
+
+def _write_events(connection: Connection, claim: ClaimRef, results: Iterable[Result], now: dt.datetime) -> None:
+    """Keep what destinations said, for every outcome but plain delivery (which the ledger row itself says)."""
+    kinds = {State.BOUNCED: "bounced", State.DEFERRED: "deferred", State.UNKNOWN: "unknown"}
+    rows = [
+        {
+            "month": now.year * 100 + now.month,
+            "id": event_id(claim.campaign_id, result.contact_id, result.attempt, kinds[result.state]),
+            "occurred_at": now,
+            "server_id": claim.server_id,
+            "campaign_id": claim.campaign_id,
+            "contact_id": result.contact_id,
+            "attempt": result.attempt,
+            "kind": kinds[result.state],
+            "code": result.code,
+            "enhanced": result.enhanced,
+            "reason": result.reason or None,
+            "text": mask_addresses(result.text)[:500] or None,
+        }
+        for result in results
+        if result.state in kinds
+    ]
+    if rows:
+        connection.execute(consent.insert_if_absent(DeliveryEvent), rows)
+
+
+def event_id(campaign_id: int, contact_id: int, attempt: int, kind: str) -> int:
+    """A 63-bit digest of what an event is about, so that writing it twice adds nothing."""
+    digest = blake2b(f"{campaign_id}|{contact_id}|{attempt}|{kind}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def mask_addresses(text: str) -> str:
+    """The text with the local part of every address replaced: words of destinations quote the recipient."""
+    return _ADDRESS.sub(r"***@\1", text)

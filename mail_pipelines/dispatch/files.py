@@ -1,0 +1,112 @@
+"""Where a server keeps its files, and the lock by which its processes find each other.
+
+One `ServerFolders` for each server: permits and pacers are volatile (on a real host below /run, so that a reboot
+withdraws all permits), the journal and the server's memory are on a real disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mail_pipelines.config import ServerSettings
+from mail_pipelines.errors import MailPipelinesError
+
+
+class DispatchError(MailPipelinesError):
+    """Sending cannot go on; nothing has been lost."""
+
+
+class AlreadyRunning(DispatchError):
+    """Another process holds the lock that only one may hold."""
+
+
+@dataclass(frozen=True)
+class ServerFolders:
+    """The folders of one server on this host."""
+
+    run: Path
+    log: Path
+    mail: Path
+
+    @classmethod
+    def of(cls, settings: ServerSettings, server: str) -> ServerFolders:
+        return cls(Path(settings.run_folder) / server, Path(settings.log_folder) / server, Path(settings.mail_folder) / server)
+
+    @property
+    def permits(self) -> Path:
+        return self.run / "permit"
+
+    @property
+    def pacers(self) -> Path:
+        return self.run / "pacer"
+
+    @property
+    def sessions(self) -> Path:
+        return self.run / "session"
+
+    @property
+    def journal(self) -> Path:
+        return self.log / "main.log"
+
+    @property
+    def memory(self) -> Path:
+        return self.log / "memory.json"
+
+    def make(self) -> None:
+        for folder in (self.permits, self.pacers, self.sessions, self.log, self.mail):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def incarnation(self) -> str:
+        """The server's identity: made once, kept beside the log, so that a replaced log disk is another incarnation."""
+        path = self.log / "incarnation"
+        try:
+            return path.read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            self.log.mkdir(parents=True, exist_ok=True)
+            replace_file(path, str(uuid.uuid4()))
+            return path.read_text(encoding="ascii").strip()
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot: lines written before a power loss may be missing, so evidence never spans two boots."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that a reader, or a power loss, sees either the old or the new content."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def only_one(path: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path` for as long as the block runs; `AlreadyRunning` if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AlreadyRunning(f"{what} is already running (lock {path})") from error
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock on `path`."""
+    try:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False

@@ -1,0 +1,180 @@
+"""The journal: a mail server's own log, read as written proof of what it did with each message.
+
+What belongs here: finding lines from a known place on, across rotation, and saying whether the log covers a claim
+without a gap. What does not: how a particular mail server words its lines (`catcher.log`, and one module for Exim).
+
+Lines (one `Entry` each):
+  MARK    a sender greeted with a permit; the first one of a claim proves where the claim begins
+  INTENT  the body is here and is about to go to the destination (written before the permit is looked at)
+  DONE    how that ended: the destination's own reply, or `unknown` when it gave none, or `void` when nothing was offered
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mail_pipelines.dispatch.files import DispatchError
+
+_BLOCK = 1 << 20
+
+
+class Kind(enum.StrEnum):
+    """What became of one offer."""
+
+    DELIVERED = "delivered"
+    BOUNCED = "bounced"
+    DEFERRED = "deferred"
+    UNKNOWN = "unknown"
+    # Nothing reached a destination: no permit, no connection, refused before the recipient was named.
+    VOID = "void"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an offer ended. `code` and `enhanced` (RFC 3463) are the destination's, `text` its words."""
+
+    kind: Kind
+    code: int | None = None
+    enhanced: str | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line: exactly one of `mark` (a permit's name), `intent_pid` and `outcome` is set; `token` names the message."""
+
+    token: str = ""
+    mark: str | None = None
+    intent_pid: int | None = None
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the log: the file's inode, and the offset of the first byte not yet read."""
+
+    inode: int
+    offset: int
+
+
+@dataclass
+class Evidence:
+    """What the journal says from a claim's position to its end."""
+
+    # The claim's marker line was found, and no byte between it and the end is missing.
+    covered: bool = False
+    # Offers without an end so far: token → id of the mail server's process.
+    intents: dict[str, int] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    bad_lines: int = 0
+
+
+LineParser = Callable[[bytes], Entry | None]
+
+
+class Journal:
+    """The log at `path` and its rotated predecessors in the same folder (`main.log.1`, …), told apart by inode."""
+
+    def __init__(self, path: Path, parse: LineParser) -> None:
+        self.path = path
+        self._parse = parse
+
+    def end(self) -> Position:
+        """The current end. Raises `DispatchError` without a log: a server that writes none cannot be trusted with a claim."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError as error:
+            raise DispatchError(f"there is no journal at {self.path}: does the mail server run, and write there?") from error
+        return Position(status.st_ino, status.st_size)
+
+    def evidence(self, start: Position, claim_id: int) -> Evidence:
+        """Everything from `start` on. `covered` is false if a file of the chain is gone, truncated, or the marker is missing."""
+        found = Evidence()
+        chain = self._chain(start)
+        marked = False
+        for line in self._lines(chain, start.offset) if chain else ():
+            try:
+                entry = self._parse(line)
+            except ValueError:
+                found.bad_lines += 1
+                continue
+            if entry is None:
+                continue
+            if entry.mark is not None:
+                marked = marked or entry.mark.startswith(f"c{claim_id}.")
+            elif entry.intent_pid is not None:
+                found.intents[entry.token] = entry.intent_pid
+                found.outcomes.pop(entry.token, None)
+            elif entry.outcome is not None:
+                found.intents.pop(entry.token, None)
+                found.outcomes[entry.token] = entry.outcome
+        found.covered = bool(chain) and marked
+        return found
+
+    def _chain(self, start: Position) -> list[Path]:
+        """The files from the one with `start` to the current one, oldest first; empty if there is a gap."""
+        files: list[tuple[int, int, Path]] = []
+        for path in self.path.parent.glob(f"{self.path.name}*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            if path == self.path:
+                number = 0
+            else:
+                suffix = path.name.removeprefix(f"{self.path.name}.")
+                if not suffix.isdigit():
+                    continue
+                number = int(suffix)
+            files.append((number, status.st_ino, path))
+        files.sort(reverse=True)
+        numbers = [number for number, _, _ in files]
+        for index, (number, inode, path) in enumerate(files):
+            if inode == start.inode:
+                complete = numbers[index:] == list(range(number, -1, -1))
+                return [path for _, _, path in files[index:]] if complete and path.stat().st_size >= start.offset else []
+        return []
+
+    def _lines(self, chain: list[Path], offset: int) -> Iterator[bytes]:
+        """Complete lines only: the last line of a log that is being written may be torn."""
+        for path in chain:
+            with path.open("rb") as file:
+                file.seek(offset)
+                rest = b""
+                while block := file.read(_BLOCK):
+                    *lines, rest = (rest + block).split(b"\n")
+                    yield from lines
+            offset = 0
+
+
+def process_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie: a process that ended but was not reaped delivers nothing."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 (called in loops)
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class JournalWriter:
+    """Appends lines so that each is on file, whole, before `write` returns; a torn line of a killed predecessor is ended first."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")
+
+    def write(self, line: bytes) -> None:
+        """Append one line. `OSError` if the disk is full: the caller then must not go on with the message."""
+        data = line + b"\n"
+        written = os.write(self._file, data)
+        if written != len(data):
+            raise OSError("the journal could not be written whole")
+
+    def close(self) -> None:
+        os.close(self._file)

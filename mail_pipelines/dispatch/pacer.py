@@ -1,0 +1,84 @@
+"""The pacer: one per server and provider, shared by all processes of the server through two kinds of files.
+
+* Rate: GCRA (ITU-T I.371) with no burst. The file holds the earliest time of the next message; whoever finds it past
+  takes the turn and moves it on by one interval. Spacing is kept between the very moments of offering, so a delayed
+  sender does not catch up by a burst.
+* Connections: one slot file per allowed connection, held by a lock, which the kernel frees when a process dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import struct
+import time
+from pathlib import Path
+
+_TIME = struct.Struct("<d")
+
+
+class Pacer:
+    """Turns and connection slots of one provider on one server. `per_second` messages, `connections` at once."""
+
+    def __init__(self, folder: Path, provider: str, *, per_second: float, connections: int) -> None:
+        self.interval = 1 / per_second
+        self.connections = connections
+        self._folder = folder / provider
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._clock = os.open(self._folder / "next", os.O_RDWR | os.O_CREAT, 0o600)
+        self._queue = asyncio.Lock()
+
+    def close(self) -> None:
+        os.close(self._clock)
+
+    def take(self) -> float:
+        """Take a turn if one is free and return 0; otherwise the seconds until the next may be free.
+
+        The time is the boot clock, which all processes of a host share and nobody sets.
+        """
+        fcntl.flock(self._clock, fcntl.LOCK_EX)
+        try:
+            raw = os.pread(self._clock, _TIME.size, 0)
+            earliest = _TIME.unpack(raw)[0] if len(raw) == _TIME.size else 0.0
+            now = time.clock_gettime(time.CLOCK_BOOTTIME)
+            # A time further ahead than one interval is of an earlier boot or a slower rate: it must not block for ever.
+            if now < earliest <= now + max(self.interval, 60):
+                return earliest - now
+            os.pwrite(self._clock, _TIME.pack(now + self.interval), 0)
+            return 0.0
+        finally:
+            fcntl.flock(self._clock, fcntl.LOCK_UN)
+
+    async def turn(self, deadline: float) -> bool:
+        """Wait for a turn; false if none came before `deadline` (monotonic seconds)."""
+        async with self._queue:
+            while wait := self.take():
+                if time.monotonic() + wait > deadline:
+                    return False
+                await asyncio.sleep(wait)
+        return time.monotonic() <= deadline
+
+    def slot(self) -> Slot | None:
+        """A connection slot, or None if all are taken. Holding it allows one open connection."""
+        for number in range(self.connections):
+            descriptor = os.open(self._folder / f"slot-{number}", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            return Slot(descriptor)
+        return None
+
+
+class Slot:
+    """The right to one connection; `free` gives it back."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def free(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,36 @@
+"""The moves of a ledger row, as a table. SQL statements guard the same moves (`… WHERE state = …`); a test walks both."""
+
+from __future__ import annotations
+
+from mail_pipelines.database.models import State
+
+MOVES: dict[State, frozenset[State]] = {
+    State.PENDING: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED}),
+    State.DEFERRED: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED}),
+    State.CLAIMED: frozenset(
+        {
+            State.DELIVERED,
+            State.BOUNCED,
+            State.DEFERRED,
+            State.UNKNOWN,
+            State.QUEUED,
+            # released: nothing was offered
+            State.PENDING,
+            # released or deferred after a cancel
+            State.CANCELLED,
+        }
+    ),
+    State.QUEUED: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.PENDING, State.CANCELLED}),
+    # Later evidence, or the decision to send again, or 72 hours.
+    State.UNKNOWN: frozenset({State.DELIVERED, State.BOUNCED, State.PENDING, State.UNRESOLVED}),
+    State.DELIVERED: frozenset(),
+    State.BOUNCED: frozenset(),
+    State.SUPPRESSED: frozenset(),
+    State.EXPIRED: frozenset(),
+    State.CANCELLED: frozenset(),
+    State.UNRESOLVED: frozenset(),
+}
+
+
+def may_move(source: State, target: State) -> bool:
+    return target in MOVES[source]

@@ -1,0 +1,1 @@
+"""Sending: every part alone, then whole sessions, then everything that can be killed."""

@@ -1,0 +1,71 @@
+"""Limits of one server hold for all its processes together."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mail_pipelines.dispatch.pacer import Pacer
+
+TAKER = """
+import asyncio, sys, time
+from pathlib import Path
+from mail_pipelines.dispatch.pacer import Pacer
+async def main():
+    pacer = Pacer(Path(sys.argv[1]), "google", per_second=float(sys.argv[2]), connections=5)
+    end = time.monotonic() + float(sys.argv[3])
+    while await pacer.turn(end):
+        print(time.clock_gettime(time.CLOCK_BOOTTIME))
+asyncio.run(main())
+"""
+
+
+def test_three_processes_share_one_rate(tmp_path: Path) -> None:
+    rate, seconds = 50, 2.0
+    takers = [subprocess.Popen([sys.executable, "-c", TAKER, str(tmp_path), str(rate), str(seconds)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    times = sorted(float(line) for taker in takers for line in taker.communicate()[0].split())
+    # In no second more than the limit; a millisecond of slack for reading the clock after the turn was taken.
+    for start in times:
+        assert sum(1 for moment in times if start <= moment < start + 1 - 0.001) <= rate
+    assert len(times) >= rate * seconds * 0.8
+
+
+def test_slots_are_shared_and_come_back_when_their_process_dies(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mail_pipelines.dispatch.pacer import Pacer\n"
+        "pacer = Pacer(Path(sys.argv[1]), 'google', per_second=1, connections=3)\n"
+        "slots = [pacer.slot() for _ in range(5)]\nprint(sum(slot is not None for slot in slots), flush=True)\nsys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline().strip() == "3"
+    pacer = Pacer(tmp_path, "google", per_second=1, connections=3)
+    assert pacer.slot() is None
+    other.kill()
+    other.wait()
+    slots = [pacer.slot() for _ in range(4)]
+    assert [slot is not None for slot in slots] == [True, True, True, False]
+    slots[0].free()
+    assert pacer.slot() is not None
+
+
+def test_a_turn_after_the_deadline_is_not_given(tmp_path: Path) -> None:
+    async def two_turns() -> tuple[bool, bool]:
+        pacer = Pacer(tmp_path, "google", per_second=0.1, connections=1)
+        return await pacer.turn(time.monotonic() + 1), await pacer.turn(time.monotonic() + 1)
+
+    begin = time.monotonic()
+    assert asyncio.run(two_turns()) == (True, False)
+    assert time.monotonic() - begin < 1
+
+
+def test_a_time_left_by_an_earlier_boot_does_not_block(tmp_path: Path) -> None:
+    pacer = Pacer(tmp_path, "google", per_second=10, connections=1)
+    import os
+    import struct
+
+    os.pwrite(pacer._clock, struct.pack("<d", time.clock_gettime(time.CLOCK_BOOTTIME) + 1e6), 0)
+    assert pacer.take() == 0
