@@ -34,6 +34,10 @@ class CompiledMessageError(MailPipelinesError):
     """Bytes that are no compiled message of this version of the program."""
 
 
+class RenderError(MailPipelinesError):
+    """A condition of a template fails on the values of one recipient, in a way that `language.check` did not foresee."""
+
+
 def link_variable(link_id: int) -> str:
     """The variable that stands for a tracked link; no field can have such a name."""
     return f"{_LINK_PREFIX}{link_id}"
@@ -84,8 +88,14 @@ class Script:
         return environment(self.html).from_string(self.source)
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """Raises what the template raises: a comparison that the checks of `language` did not foresee."""
-        return self._template.render({name: values.get(name) for name in self.variables})
+        """Raises `RenderError`."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render({name: values.get(name) for name in self.variables})
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            # The error's own text may hold a value.
+            raise RenderError(f"the template fails on this contact's values ({type(error).__name__})") from error
 
 
 Template = Pieces | Script

@@ -17,7 +17,7 @@ from typing import Any
 from mail_pipelines.contacts import addresses
 from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.messages import headers, quoted_printable
-from mail_pipelines.messages.compiled import EMAIL, UNSUBSCRIBE_URL, CompiledMessage, link_variable
+from mail_pipelines.messages.compiled import EMAIL, UNSUBSCRIBE_URL, CompiledMessage, RenderError, link_variable
 from mail_pipelines.messages.tokens import DeliveryToken, LinkKind, sign_delivery, sign_links
 
 _PUBLIC_URL = re.compile(r"https://[A-Za-z0-9.:-]+(?:/[A-Za-z0-9._~/-]*)?")
@@ -48,8 +48,8 @@ class Recipient:
 class SenderIdentity:
     """Who sends, the same for all messages of a batch. Raises `SenderError`.
 
-    `public_url` is an https URL, with or without a slash at its end. `date` is an aware time for the Date header. `campaign_key`, `brand` and `sender_id` (5 to 15 characters, always the same)
-    are the parts of the Feedback-ID, by which Gmail groups complaints.
+    `public_url` is an https URL, with or without a slash at its end. `date` is an aware time for the Date header. `campaign_key`,
+    `brand` and `sender_id` (5 to 15 characters, always the same) are the parts of the Feedback-ID, by which Gmail groups complaints.
     """
 
     token_key: bytes
@@ -157,8 +157,6 @@ def compose(compiled: CompiledMessage, recipient: Recipient, sender: SenderIdent
             "\r\n"
         )
         data = compiled.body.fill(header.encode("ascii"), values, urls)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ComposeError(
-            f"contact {contact_id} of campaign {campaign_id}: a condition of the template fails on this contact's values: {type(error).__name__}"
-        ) from error
+    except RenderError as error:
+        raise ComposeError(f"contact {contact_id} of campaign {campaign_id}: {error}") from error
     return Message(f"b+{token}@{domain}", to, token, data)

@@ -57,7 +57,7 @@ def check(source: str, part: str, variables: Mapping[str, str]) -> nodes.Templat
         raise ContentError(part, f"{error.message}", line=error.lineno) from error
     length = _Walk(part, variables).visit(tree, frozenset(), 1)
     if length > MAX_LENGTH:
-        raise ContentError(part, f"its loops may write {length:,} characters; at most {MAX_LENGTH:,} are allowed")
+        raise ContentError(part, f"it may write {length:,} characters; at most {MAX_LENGTH:,} are allowed")
     _try(source, part, {name: variables[name] for name in names_in(tree) & variables.keys()})
     return tree
 
@@ -145,7 +145,7 @@ class _Walk:
                 if not isinstance(node.target, nodes.Name):
                     raise self._refuse(node, "{% set %} takes one name")
             case _ if not isinstance(node, _NODES):
-                raise self._refuse(node, f"{_describe(node)} is not available in templates")
+                raise self._refuse(node, f"{_describe(node)} is not available in templates", next((name.name for name in node.find_all(nodes.Name)), None))
         length = _VALUE_LENGTH * repeats if isinstance(node, nodes.Output) else 0
         for child in node.iter_child_nodes():
             if not (isinstance(child, nodes.Name) and child.ctx == "store"):
