@@ -59,6 +59,7 @@ class SendingSettings(Section):
     token_key: str | None = secret("key of the tokens in return paths and links; `mail-pipelines init` makes one")
     return_path_domain: str = pydantic.Field(default="bounces.example.test", description="domain of the envelope sender (VERP)")
     public_url: str = pydantic.Field(default="https://mail.example.test", description="base URL of unsubscribe and tracking links")
+    sender_id: str = pydantic.Field(default="mail-pipelines", description="constant last part of the Feedback-ID header, 5 to 15 characters")
     lease_seconds: int = pydantic.Field(default=120, ge=5, description="a claim not finished after this long is settled (s)")
     reply_timeout_seconds: float = pydantic.Field(default=60, gt=0, description="longest wait for one SMTP reply (s)")
     linger_seconds: float = pydantic.Field(default=30, ge=0, description="a session with nothing due ends unless a row falls due within this (s)")

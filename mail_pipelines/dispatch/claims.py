@@ -203,9 +203,9 @@ def open_claim(
 def _check_sender(connection: Connection, sender: Sender, memory: Memory) -> None:
     remembered = sa.exists().where(Claim.id == memory.newest_claim) if memory.newest_claim is not None else sa.true()
     found = connection.execute(
-        sa.select(Server.state, Server.incarnation, LedgerGeneration.generation, remembered.label("remembered")).where(
-            Server.id == sender.server_id, LedgerGeneration.id == 1
-        )
+        sa.select(Server.state, Server.incarnation, LedgerGeneration.generation, remembered.label("remembered"))
+        .join_from(Server, LedgerGeneration, LedgerGeneration.id == 1)
+        .where(Server.id == sender.server_id)
     ).one_or_none()
     if found is None:
         raise WrongServer(f"server {sender.server_key} is not registered: run `mail-pipelines server list`")

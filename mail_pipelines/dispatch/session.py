@@ -8,6 +8,7 @@ The session ends when its shard is final, nothing falls due soon, its time is up
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import math
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from sqlalchemy.engine import Engine
 from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import OPEN_STATES, CampaignCounter, CampaignVersion, Delivery, ProviderLimit, State
+from mail_pipelines.database.models import OPEN_STATES, Brand, Campaign, CampaignCounter, CampaignVersion, Delivery, ProviderLimit, State
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
@@ -32,7 +33,7 @@ from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
 from mail_pipelines.dispatch.smtp import Connection, Next, Offer, ServerUnreachable
 from mail_pipelines.messages.compiled import CompiledMessage
-from mail_pipelines.messages.composing import Message, Recipient, SenderIdentity, compose
+from mail_pipelines.messages.composing import ComposeError, Message, Recipient, SenderIdentity, compose
 
 T = TypeVar("T")
 CLAIM_SECONDS = 2.0
@@ -100,6 +101,10 @@ class Session:
         self.sender = Sender(self.server.id, self.server.key, self.folders.incarnation(), boot_id(), self.run_id)
         self.memory = servers.recall(self.engine, self.folders)
         self.token_key = self.settings.token_key()
+        with reading(self.engine) as connection:
+            self.brand = connection.execute(
+                sa.select(Brand.key).join(Campaign, Campaign.brand_id == Brand.id).where(Campaign.id == self.campaign_id)
+            ).scalar_one()
         self._versions: dict[int, CompiledMessage] = {}
 
     def run(self) -> Report:
@@ -199,12 +204,16 @@ class Session:
         return self._versions[version_id]
 
     def identity(self) -> SenderIdentity:
+        """Who the messages of the next claim are from, dated now."""
         sending = self.settings.sending
         return SenderIdentity(
             token_key=self.token_key,
             return_path_domain=sending.return_path_domain,
             public_url=sending.public_url,
-            feedback_campaign=self.campaign_key,
+            date=dt.datetime.now(dt.UTC),
+            campaign_key=self.campaign_key,
+            brand=self.brand,
+            sender_id=sending.sender_id,
         )
 
 
@@ -342,7 +351,13 @@ class Lane:
                 if row is None:
                     return
                 recipient = Recipient(claimed.ref.campaign_id, row.contact_id, row.attempt, row.email, row.values)
-                offer = await link.offer(compose(compiled, recipient, identity))
+                try:
+                    message = compose(compiled, recipient, identity)
+                except ComposeError as error:
+                    # One bad value must not stop the others, and trying it again would not mend it.
+                    offers[row.contact_id] = Offer(Next.GO_ON, unusable=str(error))
+                    continue
+                offer = await link.offer(message)
                 offers[row.contact_id] = offer
                 if offer.next is not Next.GO_ON:
                     link.usable = False
@@ -363,8 +378,13 @@ class Lane:
         await asyncio.wait(workers)
         granted.withdraw()
         failure = next((error for worker in workers if (error := worker.exception()) is not None), None)
-        rows = [Offered(row.contact_id, row.attempt, offers[row.contact_id].reply if row.contact_id in offers else None) for row in claimed.rows]
+        nothing = Offer(Next.GO_ON)
+        heard = {row.contact_id: offers.get(row.contact_id, nothing) for row in claimed.rows}
+        rows = [Offered(row.contact_id, row.attempt, heard[row.contact_id].reply) for row in claimed.rows if not heard[row.contact_id].unusable]
         results = await self._read_results(claimed, rows)
+        results += [
+            Result(row.contact_id, row.attempt, State.SUPPRESSED, reason="cannot_be_composed") for row in claimed.rows if heard[row.contact_id].unusable
+        ]
         counts = await in_thread(transact, session.engine, lambda connection: record(connection, claimed.ref, results, claim_state="open"))
         session.report.results.update(counts)
         if failure is not None:

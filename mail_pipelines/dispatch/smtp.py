@@ -38,6 +38,8 @@ class Offer:
     doubt: bool = False
     # The words of an explicit refusal, at whatever stage.
     refusal: str = ""
+    # Why no message could be made for this recipient, so that nothing was offered.
+    unusable: str = ""
 
 
 class ServerUnreachable(Exception):

@@ -18,6 +18,8 @@ MOVES: dict[State, frozenset[State]] = {
             State.PENDING,
             # released or deferred after a cancel
             State.CANCELLED,
+            # no message can be made of its values
+            State.SUPPRESSED,
         }
     ),
     State.QUEUED: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.PENDING, State.CANCELLED}),

@@ -1,0 +1,60 @@
+"""Send sessions as processes of their own, so that they can be killed, stopped and continued like any run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from tests.dispatch.world import World
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["mail_pipelines.dispatch.session", "pymysql"])
+
+
+def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str) -> None:
+    from mail_pipelines import config
+    from mail_pipelines.database.engine import open_engine, reading
+    from mail_pipelines.dispatch import servers
+    from mail_pipelines.dispatch.files import ServerFolders
+    from mail_pipelines.dispatch.session import Session, journal_of
+
+    os.environ.update(environ)
+    settings = config.load(environ)
+    engine = open_engine(settings.database)
+    with reading(engine) as connection:
+        info = servers.find(connection, server)
+    report = Session(engine, settings, info, campaign_id, key, shard, run_id, journal_of(ServerFolders.of(settings.server, server), info.kind)).run()
+    (Path(environ["MAIL_PIPELINES_HOME"]) / f"{run_id}.done").write_text(report.reason)
+
+
+class SessionProcess:
+    """One session of a world's campaign, in its own process."""
+
+    def __init__(self, world: World, server: str, run_id: str, shard: int = 0) -> None:
+        environ = {name: value for name, value in os.environ.items() if name.startswith("MAIL_PIPELINES_")}
+        self.result = world.settings.home / f"{run_id}.done"
+        self.process: ForkServerProcess = _processes.Process(
+            target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id), daemon=True
+        )
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def wait(self, seconds: float = 120) -> str:
+        """Wait for the end; returns the session's reason."""
+        self.process.join(seconds)
+        assert self.process.exitcode == 0, f"session ended with {self.process.exitcode}"
+        return self.result.read_text()

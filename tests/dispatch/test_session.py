@@ -1,0 +1,194 @@
+"""A whole session through a real catcher: every row ends as the destination said, once, within the limits."""
+
+from __future__ import annotations
+
+import datetime as dt
+import email
+import email.policy
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from mail_pipelines.contacts import consent
+from mail_pipelines.database.engine import transact
+from mail_pipelines.database.models import Contact, State
+from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.session import Report, Session, journal_of
+from tests.dispatch.world import RunningCatcher, World, make_world, write_play
+from tests.parts.processes import wait_for
+
+Start = Callable[..., tuple[World, servers.ServerInfo, RunningCatcher]]
+
+
+@pytest.fixture
+def start(engine: sa.Engine, tmp_path: Path) -> Iterator[Start]:
+    """Makes a world with one server and its running catcher."""
+    running: list[RunningCatcher] = []
+
+    def begin(recipients: int = 100, limits: dict[str, Any] | None = None, sending: dict[str, Any] | None = None, **rule: Any) -> Any:
+        world = make_world(engine, tmp_path / "home", recipients=recipients, **(sending or {}))
+        server = world.server(**(limits or {}))
+        catcher = RunningCatcher(world, server, write_play(tmp_path / "play.toml", **rule))
+        running.append(catcher)
+        return world, server, catcher
+
+    yield begin
+    for catcher in running:
+        catcher.stop()
+
+
+def session(world: World, server: servers.ServerInfo, run_id: str = "run-1", **options: Any) -> Session:
+    journal = journal_of(world.folders(server.key), "catcher")
+    return Session(world.engine, world.settings, server, world.campaign_id, world.campaign_key, 0, run_id, journal, **options)
+
+
+def test_everybody_gets_one_message(start: Start) -> None:
+    world, server, _ = start(recipients=300)
+    report = session(world, server).run()
+    assert report.reason == "the shard is final"
+    assert world.states() == {State.DELIVERED: 300}
+    assert world.copies() == dict.fromkeys(range(1, 301), 1)
+    assert report.results[State.DELIVERED] == 300
+    assert report.open_rows == 0
+    assert world.open_claims() == 0
+    world.check_counters()
+
+
+def test_the_message_names_its_recipient_and_its_sender(start: Start) -> None:
+    world, server, _ = start(recipients=1)
+    session(world, server).run()
+    (message,) = world.kept()
+    parsed = email.message_from_bytes(message.data(), policy=email.policy.default)
+    html = parsed.get_body(("html",))
+    assert html is not None
+    assert "Dear Name1" in html.get_content()
+    assert parsed["Subject"] == "Hello Name1"
+    assert message.recipient == "person1@google.test"
+    assert message.sender.startswith("b+")
+    assert parsed["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+
+
+def test_refusals_end_as_bounced_and_deferrals_come_back(start: Start) -> None:
+    world, server, _ = start(recipients=200, refuse_percent=20, greylist_percent=30, greylist_seconds=1)
+    report = session(world, server).run()
+    states = world.states()
+    assert report.reason == "the shard is final"
+    assert set(states) == {State.DELIVERED, State.BOUNCED}
+    assert 20 <= states[State.BOUNCED] <= 65
+    assert len(world.copies()) == states[State.DELIVERED]
+    assert set(world.copies().values()) == {1}
+    with world.engine.connect() as connection:
+        suppressed = connection.execute(sa.text("SELECT COUNT(*) FROM suppressions WHERE reason = 'bounce'")).scalar_one()
+        attempts = connection.execute(sa.text("SELECT COUNT(*) FROM deliveries WHERE attempt > 0")).scalar_one()
+    assert suppressed == states[State.BOUNCED]
+    assert attempts > 20
+    world.check_counters()
+
+
+def test_silence_and_drops_after_the_body_are_unknown_and_never_sent_again(start: Start) -> None:
+    world, server, _ = start(recipients=120, drop_percent=10, silent_percent=5, silent_seconds=1.5, reply_seconds=[0.05, 0.1])
+    report = session(world, server).run()
+    states = world.states()
+    assert report.reason == "all open rows are with other sessions or unknown"
+    assert states[State.UNKNOWN] > 3
+    assert states[State.DELIVERED] + states[State.UNKNOWN] == 120
+    again = session(world, server, "run-2").run()
+    assert again.claimed == 0
+    assert set(world.copies().values()) == {1}
+    # About half of the unknown ones were taken at the far end: they must not have been sent again.
+    assert states[State.DELIVERED] < len(world.copies()) < 120
+    world.check_counters()
+
+
+def test_a_server_that_never_answers_ends_the_session_with_everything_unsent(start: Start) -> None:
+    world, server, catcher = start(recipients=10, sending={"linger_seconds": 1})
+    catcher.stop()
+    report = session(world, server).run()
+    assert "127.0.0.1" in report.reason
+    assert world.states() == {State.PENDING: 10}
+    assert world.open_claims() == 0
+
+
+def test_pause_acts_within_five_seconds_at_full_speed(start: Start) -> None:
+    world, server, _ = start(recipients=1600, limits={"connections": 16, "per_second": 60.0}, reply_seconds=[0.01, 0.3])
+    reports: list[Report] = []
+    thread = threading.Thread(target=lambda: reports.append(session(world, server).run()))
+    thread.start()
+    wait_for(lambda: len(world.kept()) > 200, what="sending")
+    world.set_campaign(state="paused")
+    paused = dt.datetime.now().timestamp()
+    thread.join(30)
+    assert reports[0].reason == "the campaign is paused"
+    late = [message.at - paused for message in world.kept() if message.at > paused + 5]
+    assert late == []
+    states = world.states()
+    assert states[State.PENDING] > 400
+    assert states[State.CLAIMED] == 0
+    # Going on sends the rest, and nobody twice.
+    world.set_campaign(state="sending")
+    assert session(world, server, "run-2").run().reason == "the shard is final"
+    assert set(world.copies().values()) == {1}
+    assert len(world.copies()) == 1600
+
+
+def test_an_address_suppressed_while_sending_is_not_mailed(start: Start) -> None:
+    world, server, _ = start(recipients=1200, limits={"connections": 2, "per_second": 60.0})
+    thread = threading.Thread(target=lambda: session(world, server).run())
+    thread.start()
+    wait_for(lambda: len(world.kept()) > 50, what="sending")
+    late = list(range(1001, 1201))
+    transact(world.engine, lambda connection: consent.unsubscribe(connection, late, scope="all", now=dt.datetime.now(dt.UTC)))
+    when = dt.datetime.now().timestamp()
+    thread.join(60)
+    mailed = {contact for contact in world.copies() if contact > 1000}
+    assert world.states()[State.SUPPRESSED] == 200 - len(mailed)
+    assert not [m for m in world.kept() if m.at > when + 5 and int(m.recipient.removeprefix("person").partition("@")[0]) > 1000]
+    assert len(mailed) < 100
+
+
+def test_two_runs_on_one_shard_send_nothing_twice_and_keep_the_limits(start: Start) -> None:
+    world, server, _ = start(recipients=400, limits={"connections": 4, "per_second": 40.0}, reply_seconds=[0.0, 0.2])
+    threads = [threading.Thread(target=session(world, server, f"run-{number}").run) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    assert world.states() == {State.DELIVERED: 400}
+    assert set(world.copies().values()) == {1}
+    # Per provider 40 a second; the destination's reply time is part of what the far end sees, so a window is widened by its spread.
+    for provider in ("google", "small"):
+        times = sorted(message.at for message in world.kept() if f"{provider}.test" in message.recipient)
+        for start_of_window in times:
+            assert sum(1 for moment in times if start_of_window <= moment < start_of_window + 1) <= 40 * 1.2 + 1
+    world.check_counters()
+
+
+def test_a_value_that_makes_no_message_stops_nobody_else(start: Start) -> None:
+    world, server, _ = start(recipients=20)
+    transact(world.engine, lambda connection: connection.execute(sa.update(Contact).where(Contact.id == 3).values(email="not an address")))
+    report = session(world, server).run()
+    assert report.results[State.SUPPRESSED] == 1
+    assert world.states() == {State.DELIVERED: 19, State.SUPPRESSED: 1}
+    world.check_counters()
+
+
+@pytest.mark.parametrize("state", ["draft", "scheduled", "building", "paused", "cancelled", "finished"])
+def test_no_state_but_sending_sends(start: Start, state: str) -> None:
+    world, server, _ = start(recipients=10)
+    world.set_campaign(state=state)
+    report = session(world, server).run()
+    assert report.claimed == 0
+    assert report.reason == f"the campaign is {state}"
+    assert world.kept() == []
+
+
+def test_a_provider_that_limits_its_rate_is_asked_again_later(start: Start) -> None:
+    world, server, _ = start(recipients=24, per_second=8)
+    report = session(world, server).run()
+    assert report.reason == "the shard is final"
+    assert set(world.copies().values()) == {1}
+    assert len(world.copies()) == 24

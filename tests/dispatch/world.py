@@ -1,0 +1,276 @@
+"""A small world for sending tests: contacts, a frozen campaign in the ledger, a registered server with its folders and limits."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from mail_pipelines import config
+from mail_pipelines.config import Settings
+from mail_pipelines.contacts.addresses import parse
+from mail_pipelines.contacts.providers import provider_of
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import (
+    Allotment,
+    Campaign,
+    CampaignCounter,
+    CampaignVersion,
+    Claim,
+    Contact,
+    Delivery,
+    ProviderUsage,
+    Server,
+    State,
+)
+from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.recording import slot_at, windows_at
+from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.catcher.server import open_connections
+from mail_pipelines.dispatch.catcher.store import Kept, kept
+from mail_pipelines.dispatch.claims import Sender
+from mail_pipelines.dispatch.files import ServerFolders, boot_id
+from mail_pipelines.messages.compilation import compile_content
+from mail_pipelines.messages.content import Content
+from mail_pipelines.messages.tokens import DeliveryToken, read_delivery
+from tests.parts.processes import free_port, listens, wait_for
+
+CONTENT = Content(
+    subject="Hello {{ first_name }}",
+    preheader="",
+    from_name="Shop",
+    from_address="news@shop.test",
+    reply_to=None,
+    body='<p>Dear {{ first_name }}, see <a href="https://shop.test/offer">the offer</a>.</p><p><a href="{{ unsubscribe_url }}">Unsubscribe</a></p>',
+    body_format="html",
+    text=None,
+    tracking=True,
+)
+PROVIDERS = ("google.test", "microsoft.test", "yahoo.test", "small.test")
+
+
+def settings_for(engine: sa.Engine, home: Path, **sending: Any) -> Settings:
+    """Settings with quick retries, on the engine's database."""
+    values = {"token_key": "a key for tests", "first_retry_seconds": 1, "last_retry_seconds": 2, "linger_seconds": 3, "reply_timeout_seconds": 8} | sending
+    environ = {
+        "MAIL_PIPELINES_HOME": str(home),
+        "MAIL_PIPELINES_DATABASE__URL": engine.url.render_as_string(hide_password=False),
+        **{f"MAIL_PIPELINES_SENDING__{name.upper()}": str(value) for name, value in values.items()},
+    }
+    os.environ.update(environ)
+    return config.load(environ)
+
+
+@dataclass
+class World:
+    """`recipients` rows of one campaign in `shards` shards, on `engine`; servers are added by `server`."""
+
+    engine: sa.Engine
+    settings: Settings
+    campaign_id: int = 1
+    campaign_key: str = "spring"
+
+    def folders(self, key: str) -> ServerFolders:
+        return ServerFolders.of(self.settings.server, key)
+
+    def server(self, key: str = "s1", **limits: Any) -> servers.ServerInfo:
+        """Register a server with its incarnation, as its process would."""
+        port = free_port()
+        servers.register(self.engine, key, kind="catcher", host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
+        servers.set_limits(self.engine, None, "*", {"connections": 4, "per_second": 500.0} | limits)
+        folders = self.folders(key)
+        folders.make()
+        incarnation = folders.incarnation()
+        transact(
+            self.engine,
+            lambda connection: connection.execute(sa.update(Server).where(Server.key == key).values(incarnation=incarnation, boot_id=boot_id())),
+        )
+        with reading(self.engine) as connection:
+            return servers.find(connection, key)
+
+    def sender(self, server: servers.ServerInfo) -> Sender:
+        return Sender(server.id, server.key, self.folders(server.key).incarnation(), boot_id(), "run-1")
+
+    def grant(self, server: servers.ServerInfo, amount: int = 1_000_000) -> None:
+        """Room for every provider in the current and the next slot."""
+        now = dt.datetime.now(dt.UTC)
+        with reading(self.engine) as connection:
+            providers = connection.execute(sa.select(Delivery.provider).distinct()).scalars().all()
+        rows = [
+            {"campaign_id": self.campaign_id, "server_id": server.id, "provider": provider, "slot_start": start, "granted": amount, "used": 0}
+            for provider in providers
+            for start in (slot_at(now), slot_at(now) + 900)
+        ]
+        transact(self.engine, lambda connection: connection.execute(sa.insert(Allotment), rows))
+
+    # --- what the ledger says ---
+
+    def states(self) -> Counter[State]:
+        with reading(self.engine) as connection:
+            rows = connection.execute(sa.select(Delivery.state, sa.func.count()).where(Delivery.campaign_id == self.campaign_id).group_by(Delivery.state))
+            return Counter({State(state): count for state, count in rows})
+
+    def counted(self) -> Counter[State]:
+        with reading(self.engine) as connection:
+            rows = connection.execute(
+                sa.select(CampaignCounter.state, sa.func.sum(CampaignCounter.count))
+                .where(CampaignCounter.campaign_id == self.campaign_id)
+                .group_by(CampaignCounter.state)
+            )
+            return Counter({State(state): int(count) for state, count in rows if int(count)})
+
+    def check_counters(self) -> None:
+        assert self.counted() == self.states()
+
+    def usage(self, server: servers.ServerInfo, provider: str) -> dict[int, int]:
+        with reading(self.engine) as connection:
+            rows = connection.execute(
+                sa.select(ProviderUsage.window_seconds, sa.func.sum(ProviderUsage.used))
+                .where(ProviderUsage.server_id == server.id, ProviderUsage.provider == provider)
+                .group_by(ProviderUsage.window_seconds)
+            )
+            return {length: int(used) for length, used in rows}
+
+    def open_claims(self) -> int:
+        with reading(self.engine) as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(Claim).where(Claim.state != "closed")).scalar_one()
+
+    def set_campaign(self, **values: Any) -> None:
+        transact(self.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == self.campaign_id).values(**values)))
+
+    # --- what the far end says ---
+
+    def kept(self) -> list[Kept]:
+        return list(kept(Path(self.settings.server.mail_folder)))
+
+    def copies(self) -> Counter[int]:
+        """How many copies of this campaign each contact got, by the tokens of what the catchers keep."""
+        key = self.settings.token_key()
+        tokens = [read_delivery(message.token, key) for message in self.kept()]
+        return Counter(token.contact_id for token in tokens if token.campaign_id == self.campaign_id)
+
+
+def make_world(engine: sa.Engine, home: Path, *, recipients: int = 100, shards: int = 1, **sending: Any) -> World:
+    """A campaign `spring` in state sending with so many pending rows."""
+    world = World(engine, settings_for(engine, home, **sending))
+    now = dt.datetime.now(dt.UTC)
+    compiled = compile_content(CONTENT, {"first_name": "text"}, lambda urls: list(range(1, len(urls) + 1)))
+    addresses = [parse(f"person{number}@{PROVIDERS[(number - 1) % len(PROVIDERS)]}") for number in range(1, recipients + 1)]
+
+    def work(connection: sa.Connection) -> None:
+        connection.execute(
+            sa.insert(Campaign).values(
+                id=world.campaign_id,
+                key=world.campaign_key,
+                name="Spring",
+                state="sending",
+                brand_id=1,
+                segments={"include": [], "exclude": []},
+                unsubscribe="all",
+                on_unknown="hold",
+                priority=1,
+                expire_at=now + dt.timedelta(days=2),
+                shards=shards,
+                version_id=1,
+                created_at=now,
+                updated_at=now,
+                started_at=now,
+            )
+        )
+        connection.execute(
+            sa.insert(CampaignVersion).values(
+                id=1,
+                campaign_id=world.campaign_id,
+                number=1,
+                source=CONTENT.to_document(),
+                sha256=compiled.sha256,
+                compiled=compiled.to_bytes(),
+                created_at=now,
+            )
+        )
+        connection.execute(
+            sa.insert(Contact),
+            [
+                {
+                    "id": number,
+                    "email": address.email,
+                    "address": address.address,
+                    "address_hash": address.hash,
+                    "domain": address.domain,
+                    "provider": provider_of(address.domain),
+                    "attributes": {"first_name": f"Name{number}"},
+                    "tracking_allowed": True,
+                    "created_at": now,
+                    "updated_at": now,
+                }
+                for number, address in enumerate(addresses, 1)
+            ],
+        )
+        rows = [
+            {
+                "campaign_id": world.campaign_id,
+                "contact_id": number,
+                "address_hash": address.hash,
+                "shard": number % shards,
+                "provider": provider_of(address.domain),
+                "state": int(State.PENDING),
+                "sort_key": number,
+                "attempt": 0,
+                "variant": 0,
+            }
+            for number, address in enumerate(addresses, 1)
+        ]
+        connection.execute(sa.insert(Delivery), rows)
+        moves = Counter((int(str(row["shard"])), str(row["provider"]), State.PENDING, "") for row in rows)
+        counters.add(connection, world.campaign_id, 0, moves, now)
+
+    transact(engine, work)
+    return world
+
+
+class RunningCatcher:
+    """A catcher process of its own, as `mail-pipelines catcher run` starts it."""
+
+    def __init__(self, world: World, server: servers.ServerInfo, play: Path) -> None:
+        self.world, self.server, self.play = world, server, play
+        self.folders = world.folders(server.key)
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mail_pipelines.cli", "catcher", "run", self.server.key, "--play", str(self.play)]
+        log = (self.folders.log / "process.log").open("ab")
+        self.process = subprocess.Popen(command, env=os.environ.copy(), stdout=log, stderr=log)
+        wait_for(self._ready, seconds=30, what=f"catcher {self.server.key}")
+
+    def _ready(self) -> bool:
+        assert self.process.poll() is None, (self.folders.log / "process.log").read_text()[-2000:]
+        return listens(self.server.port)
+
+    def kill(self) -> int:
+        """SIGKILL; returns how many connections it had open by its own count."""
+        self.process.kill()
+        self.process.wait()
+        return open_connections(self.folders)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def write_play(path: Path, **rule: Any) -> Path:
+    """A play file with one rule for all domains."""
+    import json
+
+    values = {"domains": ["*"], "reply_seconds": [0.0, 0.01]} | rule
+    path.write_text("[[rule]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()), encoding="utf-8")
+    return path
+
+
+__all__ = ["DeliveryToken", "RunningCatcher", "World", "make_world", "settings_for", "windows_at", "write_play"]
