@@ -32,7 +32,8 @@ def mailbox(name: str, display_name: str, address: str) -> str:
     """A header of one mailbox such as From, with its final CRLF. `address` is one that `contacts.addresses.parse` takes."""
     local, _, domain = address.strip().rpartition("@")
     address = f"{local}@{normal_domain(domain)}"
-    display_name = header_text(display_name)
+    # In a phrase a run of blanks is one blank (RFC 5322 §3.2.2).
+    display_name = " ".join(header_text(display_name).split())
     if not display_name:
         return f"{name}: {address}\r\n"
     phrase = _phrase(display_name)

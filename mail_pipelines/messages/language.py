@@ -146,7 +146,9 @@ class _Walk:
                     raise self._refuse(node, "{% set %} takes one name")
             case _ if not isinstance(node, _NODES):
                 raise self._refuse(node, f"{_describe(node)} is not available in templates", next((name.name for name in node.find_all(nodes.Name)), None))
-        length = _VALUE_LENGTH * repeats if isinstance(node, nodes.Output) else 0
+        length = 0
+        if isinstance(node, nodes.Output):
+            length = _VALUE_LENGTH * repeats * sum(not isinstance(output, nodes.TemplateData) for output in node.nodes)
         for child in node.iter_child_nodes():
             if not (isinstance(child, nodes.Name) and child.ctx == "store"):
                 length += self.visit(child, own, repeats)
