@@ -1,0 +1,162 @@
+"""The documentation tells the truth: its commands run, its examples are accepted, its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mail_pipelines import config_text
+from mail_pipelines.campaigns import yaml_form
+from mail_pipelines.messages.compilation import compile_content
+from mail_pipelines.segments import criteria
+from mail_pipelines.segments.catalogue import Catalogue, CustomField, KnownList
+from tests.parts.processes import stop
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# The words after the three back quotes. `until-ctrl-c` commands run until they say so, and then get a SIGINT.
+KINDS = {"bash", "bash until-ctrl-c", "text", "toml", "yaml campaign", "yaml segment"}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def _blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+        yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+
+
+BLOCKS = [block for page in PAGES for block in _blocks(page)]
+
+
+def _of_kind(kind: str) -> list[Block]:
+    return [block for block in BLOCKS if block.kind == kind]
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert [str(block) for block in BLOCKS if block.kind not in KINDS] == []
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like the checkout, so that what a command writes beside itself does not land in the real one."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name not in (".git", ".mail_pipelines"):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.mark.server
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind.startswith("bash")}), ids=lambda page: page.name)
+def test_the_commands_of_the_page_work_in_their_order(page: Path, checkout: Path, tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environ |= {
+        "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
+        # `script/test` is run up to its last step, which then only lists the tests: this one is among them.
+        "PYTEST_ADDOPTS": "--collect-only",
+        "STATE": str(tmp_path / "variables"),
+    }
+    (tmp_path / "variables").touch()
+    for block in _blocks(page):
+        if block.kind == "bash":
+            script = f'. "$STATE"\n{block.text}\nexport -p >"$STATE"\n'
+            result = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=checkout, env=environ, capture_output=True, text=True)
+            assert result.returncode == 0, f"{block}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        elif block.kind == "bash until-ctrl-c":
+            _run_until_ctrl_c(block, checkout, environ)
+
+
+def _run_until_ctrl_c(block: Block, folder: Path, environ: dict[str, str]) -> None:
+    """`exec`, so that the signal reaches the program as a terminal's Ctrl-C would."""
+    script = f'. "$STATE"\nexec {block.text}'
+    with subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said += line
+                if "Ctrl-C" in line:
+                    break
+            else:
+                pytest.fail(f"{block} ended by itself:\n{said[-3000:]}")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0, f"{block}\n{said[-3000:]}{process.stdout.read()[-3000:]}"
+        finally:
+            stop(process, 30)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------
+
+CATALOGUE = Catalogue(
+    fields=(
+        CustomField(1, "city", "text"),
+        CustomField(2, "age", "number"),
+        CustomField(3, "signed_up", "date"),
+        CustomField(4, "premium", "boolean"),
+    ),
+    lists=(KnownList(1, "news"),),
+    campaigns=(),
+)
+
+
+@pytest.mark.parametrize("block", _of_kind("yaml segment"), ids=str)
+def test_a_segment_in_the_documentation_is_accepted(block: Block) -> None:
+    assert criteria.parse(yaml.safe_load(block.text), CATALOGUE)
+
+
+@pytest.mark.parametrize("block", _of_kind("yaml campaign"), ids=str)
+def test_a_campaign_in_the_documentation_is_accepted(block: Block) -> None:
+    document = yaml_form.parse(block.text)
+    assert document.content is not None
+    assert yaml_form.parse(yaml_form.render(document)) == document
+    assert compile_content(document.content, {"first_name": "text"}, lambda urls: range(1, len(urls) + 1))
+
+
+@pytest.mark.parametrize("block", _of_kind("toml"), ids=str)
+def test_settings_in_the_documentation_are_accepted(block: Block, tmp_path: Path) -> None:
+    from mail_pipelines import config
+
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/database_password").write_text("x")
+    (tmp_path / "config.toml").write_text(block.text)
+    config.load({"MAIL_PIPELINES_HOME": str(tmp_path)})
+
+
+def test_the_page_of_settings_is_current() -> None:
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    assert page == config_text.reference(), "run: mail-pipelines config reference >docs/configuration.md"
+
+
+# --- links ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_of_the_repository(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
