@@ -113,6 +113,11 @@ class Tags:
     def in_(self, text: str) -> bool:
         return self._mark.search(text) is not None
 
+    def only_blocks_in(self, line: str) -> bool:
+        """Whether a line holds marks of `{% … %}` between elements, and nothing else."""
+        numbers = [int(match[1]) for match in self._mark.finditer(line)]
+        return bool(numbers) and not self._mark.sub("", line).strip() and all(number in self._in_comments for number in numbers)
+
     def require(self, document: str, part: str, source_part: str) -> None:
         """Raises `ContentError` if a tag got lost on the way to `document`, or if `{% … %}` changed their order."""
         found = [int(match[1]) for match in self._mark.finditer(document)]
@@ -176,7 +181,8 @@ def render_mjml(protected: str, tags: Tags) -> str:
     from mjml import mjml2html
 
     try:
-        rendered: str = mjml2html(protected)
+        # `fonts` empty: by default every mail would load a font from a foreign host when it is opened. `<mj-font>` still works.
+        rendered: str = mjml2html(protected, fonts={})
     except ValueError as error:
         position = re.search(r"position (\d+):\d+", str(error))
         line = tags.restore(protected.encode()[: int(position[1])].decode(errors="ignore")).count("\n") + 1 if position else None
@@ -258,7 +264,9 @@ class Document:
         markup = re.sub(r"<(/?)(?:table|thead|tbody|tfoot|tr)\b[^>]*>", r"<\1div>", markup)
         markup = re.sub(r"<(/?)t[dh]\b[^>]*>", lambda match: "</span> " if match[1] else "<span>", markup)
         lines = get_text(markup, ParserConfig(css=STRICT_CSS_PROFILE.copy(), display_images=True, deduplicate_captions=True)).splitlines()
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
+        # A condition must not leave its own line empty.
+        text = "".join(line.strip() if self._tags.only_blocks_in(line) else f"{line.rstrip()}\n" for line in lines)
+        return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def links_in_text(source: str) -> list[str]:
