@@ -82,7 +82,7 @@ def boot_id() -> str:
 def replace_file(path: Path, text: str) -> None:
     """Write a small file so that a reader, or a power loss, sees either the old or the new content."""
     descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    with open(descriptor, "w", encoding="utf-8") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -156,11 +156,13 @@ def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_pa
     assert settle(world, catcher).claims == 0, "a claim within its lease was taken from a living holder"
     wait_for(lambda: settle(world, catcher).claims > 0, seconds=15, what="end of the lease")
     world.check_counters()
-    zombie.signal(signal.SIGCONT)
+    # Settling has ended the stopped process; nobody is left to continue.
+    zombie.process.join(5)
+    with pytest.raises(ProcessLookupError):
+        zombie.signal(signal.SIGCONT)
     finish(world, catcher)
     states = check_promise(world, recipients)
     assert sum(state is State.UNKNOWN for state in states.values()) <= 6
-    zombie.process.join(5)
     assert zombie.process.exitcode == -signal.SIGKILL
 
 
