@@ -1,1 +1,1 @@
-"""Columnar snapshots of contacts and engagement, and safe criteria evaluated on them."""
+"""Segments: columnar snapshots of contacts and engagement, criteria over them, and who matches."""

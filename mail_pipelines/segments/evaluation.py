@@ -1,0 +1,67 @@
+"""Who is in a segment: members with their provider and engagement, or only their number, on pinned snapshots.
+
+What does not belong here: whether they may be mailed; the freeze asks the database for that.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mail_pipelines.segments.criteria import AllOf, AnyOf, Criteria, Not
+from mail_pipelines.segments.snapshots import Snapshots
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mail_pipelines.segments.matching import EngagementMarker
+
+
+@dataclass(frozen=True)
+class SegmentCount:
+    """How many contacts match, by provider (largest first), and the snapshot versions that say so."""
+
+    members: int
+    by_provider: dict[str, int]
+    contact_version: int
+    engagement_version: int
+
+
+def members(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> pa.Table:
+    """Everyone who matches, once, in no order: `contact_id` int64, `provider` string, `engagement_rank` int32.
+
+    The rank is the number of whole days since the last open or click (not by a machine), at most 9998; 9999 if there was none. Lowest is most engaged.
+    """
+    import pyarrow as pa
+
+    matched, engagement = _match(criteria, snapshots, now)
+    return matched.append_column("engagement_rank", pa.array(engagement.ranks(matched["contact_id"].to_numpy())))
+
+
+def members_of(include: Sequence[Criteria], exclude: Sequence[Criteria], snapshots: Snapshots, *, now: dt.datetime) -> pa.Table:
+    """`members` of any of `include` and of none of `exclude`."""
+    return members(AllOf((AnyOf(tuple(include)), Not(AnyOf(tuple(exclude))))), snapshots, now=now)
+
+
+def count(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> SegmentCount:
+    import pyarrow.compute as pc
+
+    matched, _ = _match(criteria, snapshots, now)
+    found = {entry["values"]: entry["counts"] for entry in pc.value_counts(matched["provider"]).to_pylist()}
+    by_provider = dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
+    return SegmentCount(matched.num_rows, by_provider, snapshots.contact_version, snapshots.engagement_version)
+
+
+def _match(criteria: Criteria, snapshots: Snapshots, now: dt.datetime) -> tuple[pa.Table, EngagementMarker]:
+    import pyarrow as pa
+
+    from mail_pipelines.segments.compilation import connect
+    from mail_pipelines.segments.matching import ContactMatcher, EngagementMarker
+
+    connection = connect()
+    engagement = EngagementMarker(connection, snapshots.engagement_folder, snapshots.engagement, now)
+    matcher = ContactMatcher(connection, snapshots.contact_folder, snapshots.contacts, criteria, now, engagement)
+    schema = pa.schema([("contact_id", pa.int64()), ("provider", pa.string())])
+    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in matcher.tables())]), engagement

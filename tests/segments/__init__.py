@@ -1,0 +1,1 @@
+"""Tests of segments: criteria, snapshots, who matches."""
