@@ -43,7 +43,7 @@ class OnUnknown(enum.StrEnum):
 class Definition:
     """What the author decides, the content excepted. Brand, pool, list and segments are named by their keys; times are aware.
 
-    `list` is set exactly when `unsubscribe` is list. Without `start_at` the campaign starts when it is scheduled "now".
+    `list` is set exactly when `unsubscribe` is list (else `CampaignError`). Without `start_at` the campaign starts when it is scheduled "now".
     """
 
     name: str
@@ -59,6 +59,10 @@ class Definition:
     start_at: dt.datetime | None = None
     finish_by: dt.datetime | None = None
     expire_at: dt.datetime | None = None
+
+    def __post_init__(self) -> None:
+        if (self.unsubscribe is Unsubscribe.LIST) != (self.list is not None):
+            raise CampaignError(f"campaign {self.key}: a list is named exactly when unsubscribe is list, not {self.unsubscribe} with {self.list!r}")
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,16 @@ import sqlalchemy as sa
 from mail_pipelines.campaigns import store
 from mail_pipelines.campaigns.campaign import Campaign, Definition
 from mail_pipelines.campaigns.shards import shard_of, shards_for
+from mail_pipelines.config import Settings
+from mail_pipelines.contacts import changes
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.contacts.providers import provider_of
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, Delivery, State
 from mail_pipelines.delivery import counters
+from mail_pipelines.segments import saved
+from mail_pipelines.segments.snapshots import refresh_contacts, refresh_engagement
 
 NOW = dt.datetime(2026, 3, 2, 9, 0, tzinfo=dt.UTC)
 DOMAINS = ("gmail.com", "outlook.com", "yahoo.com", "web.de", "example.net")
@@ -62,10 +66,15 @@ def contact_rows(numbers: Iterable[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def make_contacts(engine: sa.Engine, count: int) -> None:
-    """Contacts 1 to `count`, each with the field `number`."""
-    rows = contact_rows(range(1, count + 1))
-    transact(engine, lambda connection: connection.execute(sa.insert(Contact), rows))
+def add_contacts(engine: sa.Engine, first: int, last: int) -> None:
+    """Contacts `first` to `last`, each with the field `number`; the next refresh of the snapshot sees them."""
+    rows = contact_rows(range(first, last + 1))
+
+    def work(connection: sa.Connection) -> None:
+        connection.execute(sa.insert(Contact), rows)
+        changes.record(connection, [row["id"] for row in rows], "upsert", now=NOW)
+
+    transact(engine, work)
 
 
 def fill_ledger(engine: sa.Engine, campaign_id: int, counts: dict[State, int], *, sort_key: int = 0, now: dt.datetime = NOW) -> None:
@@ -118,3 +127,21 @@ def counters_equal_ledger(engine: sa.Engine, campaign_id: int) -> bool:
         }
         summed = connection.execute(sa.select(*keys, sa.func.sum(counter.count)).where(counter.campaign_id == campaign_id).group_by(*keys))
         return counted == {tuple(row[:3]): int(row[3]) for row in summed if row[3]}
+
+
+def save_segment(engine: sa.Engine, key: str, criteria: Any) -> None:
+    saved.save(engine, saved.SavedSegment(key, key, criteria), now=NOW)
+
+
+def refresh_snapshots(engine: sa.Engine, settings: Settings, now: dt.datetime = NOW) -> None:
+    refresh_contacts(engine, settings.snapshot_folder, now=now)
+    refresh_engagement(engine, settings.snapshot_folder, now=now)
+
+
+def make_people(engine: sa.Engine, settings: Settings, count: int) -> None:
+    """Contacts with the field `number`, the segment `everybody`, and snapshots of both."""
+    field = {"key": "number", "label": "Number", "type": "number", "created_at": NOW}
+    transact(engine, lambda connection: connection.execute(sa.insert(models.Field).values(field)))
+    add_contacts(engine, 1, count)
+    save_segment(engine, "everybody", {"all": []})
+    refresh_snapshots(engine, settings)

@@ -1,0 +1,120 @@
+"""What would keep a campaign from working, found before it is scheduled: all of it at once, each with its place.
+
+What belongs here: checks on one campaign against the database, the settings and the snapshots. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.campaigns import members, store, versions
+from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Definition
+from mail_pipelines.campaigns.states import CampaignState
+from mail_pipelines.config import ConfigError, Settings
+from mail_pipelines.database.engine import reading
+from mail_pipelines.messages.content import ContentError
+from mail_pipelines.segments import saved
+from mail_pipelines.segments.catalogue import read_catalogue
+from mail_pipelines.segments.criteria import CriteriaError, parse
+from mail_pipelines.segments.store import SnapshotError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that cannot work. `part` is the place in the campaign's YAML form (or `settings`); `line` counts from 1 within a template."""
+
+    part: str
+    message: str
+    line: int | None = None
+    variable: str | None = None
+
+    def __str__(self) -> str:
+        return self.message if self.message.startswith(self.part) else f"{self.part}: {self.message}"
+
+
+class CheckFailed(CampaignError):
+    """The campaign cannot be scheduled; `problems` says why, as does the message, one in a line."""
+
+    def __init__(self, key: str, problems: list[Problem]) -> None:
+        super().__init__(f"campaign {key} cannot be scheduled:\n" + "\n".join(f"  {problem}" for problem in problems))
+        self.problems = problems
+
+
+def check(engine: Engine, settings: Settings, key: str, now: dt.datetime, *, start_at: dt.datetime | None = None) -> list[Problem]:
+    """Everything that would keep the campaign from working; an empty list means it can be scheduled.
+
+    `start_at` is checked instead of the campaign's own start. Raises `CampaignError` if there is no such campaign.
+    """
+    with reading(engine) as connection:
+        campaign = store.load(connection, key)
+        problems = [*_times(campaign, now, start_at), *_content(connection, campaign)]
+    named = [*_segments(engine, campaign.definition)]
+    problems += [*_sender(settings, campaign, now), *named]
+    if not named:
+        problems += _audience(engine, settings, campaign.definition, now)
+    return problems
+
+
+def _times(campaign: Campaign, now: dt.datetime, start_at: dt.datetime | None) -> Iterator[Problem]:
+    definition = campaign.definition if start_at is None else replace(campaign.definition, start_at=start_at)
+    # Once scheduled, a start that has passed is late, not wrong.
+    if definition.start_at is not None and definition.start_at < now and campaign.state is CampaignState.DRAFT:
+        yield Problem("start_at", f"{definition.start_at.isoformat()} is in the past")
+    begin = definition.start_at or now
+    if definition.finish_by is not None and definition.finish_by <= begin:
+        yield Problem("finish_by", f"{definition.finish_by.isoformat()} is not after the start, {begin.isoformat()}")
+    if definition.expire_at is not None and definition.expire_at <= begin:
+        yield Problem("expire_at", f"{definition.expire_at.isoformat()} is not after the start, {begin.isoformat()}")
+
+
+def _content(connection: Connection, campaign: Campaign) -> Iterator[Problem]:
+    from mail_pipelines.messages.compilation import compile_content
+
+    try:
+        version = versions.current(connection, campaign)
+        if version is None:
+            yield Problem("content", "there is none: add subject, from_address and body")
+            return
+        # Numbers that stand for link ids: a check leaves no trace.
+        compile_content(version.content, versions.field_types(connection), lambda urls: range(1, len(urls) + 1))
+    except ContentError as error:
+        yield Problem(f"content.{error.part}", f"content.{error}", error.line, error.variable)
+
+
+def _sender(settings: Settings, campaign: Campaign, now: dt.datetime) -> Iterator[Problem]:
+    from mail_pipelines.messages.composing import SenderError, SenderIdentity
+
+    sending = settings.sending
+    try:
+        SenderIdentity(settings.token_key(), sending.return_path_domain, sending.public_url, now, campaign.key, campaign.definition.brand, "server")
+    except (ConfigError, SenderError) as error:
+        yield Problem("settings", str(error))
+
+
+def _segments(engine: Engine, definition: Definition) -> Iterator[Problem]:
+    if not definition.include:
+        yield Problem("segments.include", "is empty: name at least one segment")
+    with reading(engine) as connection:
+        catalogue = read_catalogue(connection)
+    for part, keys in (("include", definition.include), ("exclude", definition.exclude)):
+        for number, key in enumerate(keys):
+            place = f"segments.{part}[{number}]"
+            try:
+                parse(saved.load(engine, key).criteria, catalogue)
+            except saved.SegmentError as error:
+                yield Problem(place, str(error))
+            except CriteriaError as error:
+                yield Problem(place, f"segment {key}: {error}")
+
+
+def _audience(engine: Engine, settings: Settings, definition: Definition, now: dt.datetime) -> Iterator[Problem]:
+    try:
+        found, _ = members.matched(engine, settings, definition, now)
+        if found.num_rows == 0:
+            yield Problem("segments", "nobody matches: the audience would be empty")
+    except (SnapshotError, CampaignError) as error:
+        yield Problem("segments", str(error))
