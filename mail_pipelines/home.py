@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mail_pipelines import config, config_text
+from mail_pipelines.capacity import limits
 from mail_pipelines.database import engine, migrate
 from mail_pipelines.errors import MailPipelinesError
 
@@ -107,6 +108,7 @@ def _upgrade_central_database(settings: config.Settings) -> list[str]:
     opened = engine.open_engine(settings.database)
     before, newest = migrate.revision(opened), migrate.newest_revision()
     migrate.upgrade(opened)
+    limits.write_defaults(opened)
     opened.dispose()
     where = config.mask_url(settings.database.url)
     if before is None:

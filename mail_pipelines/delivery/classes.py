@@ -73,3 +73,9 @@ def _rules() -> tuple[_Rule, ...]:
 def classify(provider: str, code: int | None, enhanced: str | None, text: str) -> Meaning:
     """The meaning of a refusal or deferral by a provider group."""
     return next((rule.meaning for rule in _rules() if rule.matches(provider, code, enhanced, text)), UNCLASSIFIED)
+
+
+@functools.cache
+def bad_address_classes() -> frozenset[str]:
+    """The classes that say the address itself is bad: a bounce of one of them is a hard bounce."""
+    return frozenset(rule.meaning.reason for rule in _rules() if rule.meaning.action in (Action.HARD, Action.HARD_SECOND))

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
+from mail_pipelines.contacts.sets import insert_if_absent
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, Claim, Delivery, DeliveryEvent, ProviderUsage, State
 from mail_pipelines.delivery import counters
@@ -186,7 +187,7 @@ def _write_events(connection: Connection, claim: ClaimRef, results: Iterable[Res
         if result.state in kinds
     ]
     if rows:
-        connection.execute(consent.insert_if_absent(DeliveryEvent), rows)
+        connection.execute(insert_if_absent(DeliveryEvent), rows)
 
 
 def event_id(campaign_id: int, contact_id: int, attempt: int, kind: str) -> int:

@@ -104,7 +104,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
 def is_locked(path: Path) -> bool:
     """Whether a living process holds the lock on `path`."""
     try:
-        with path.open("a") as file:
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Server
 from mail_pipelines.delivery.recording import slot_at
@@ -206,3 +207,22 @@ def choose(connection: Connection, campaign_id: int, among: Collection[str] | No
     )
     busy = dict(connection.execute(sa.select(Claim.server_id, sa.func.count()).where(Claim.state == "open").group_by(Claim.server_id)).tuples().all())
     return max(servers, key=lambda server: (int(unspent.get(server.id) or 0), -busy.get(server.id, 0)))
+
+
+def for_run(connection: Connection, settings: Settings, campaign_id: int, *, own: str | None, hint: str | None) -> ServerInfo:
+    """The server a send run speaks for.
+
+    A worker's identity is its configuration (`own`, from MAIL_PIPELINES_SERVER); the run's tag (`hint`) only says where it
+    was meant to go, and a mismatch is refused. Where no identity is set (embedded mode) the run takes the server of its tag,
+    or else the one with most unspent grant, of those whose journal is on this host. Raises `DispatchError`.
+    """
+    if own is not None:
+        if hint is not None and hint != own:
+            raise DispatchError(f"this run is meant for server {hint}, but this worker speaks for {own}: it is refused, the next one goes to the right queue")
+        return find(connection, own)
+    here = {server.key for server in all_servers(connection) if ServerFolders.of(settings.server, server.key).journal.exists()}
+    if hint is None:
+        return choose(connection, campaign_id, here)
+    if hint not in here:
+        raise DispatchError(f"server {hint} has no journal on this host ({settings.server.log_folder}): its runs must execute on that server")
+    return find(connection, hint)

@@ -23,10 +23,11 @@ from sqlalchemy.engine import Engine
 from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import OPEN_STATES, Brand, Campaign, CampaignCounter, CampaignVersion, Delivery, ProviderLimit, State
+from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
+from mail_pipelines.dispatch.due import due_times, next_due, open_rows
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
 from mail_pipelines.dispatch.journal import Journal, Position
 from mail_pipelines.dispatch.pacer import Pacer, Slot
@@ -433,47 +434,6 @@ class Link:
             await self._connection.close()
             self._open = False
         self._slot.free()
-
-
-# --- what is due ------------------------------------------------------------------------------------------------
-
-
-def due_times(connection: sa.Connection, campaign_id: int, shard: int) -> dict[str, float]:
-    """When each provider of a shard next has a row to send (epoch seconds; 0: now). Two index probes a provider."""
-    providers = connection.execute(
-        sa.select(CampaignCounter.provider).where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.shard == shard).distinct()
-    ).scalars()
-    found: dict[str, float] = {}
-    for provider in providers:
-        for state in (State.PENDING, State.DEFERRED):
-            first = connection.execute(
-                sa.select(Delivery.sort_key)
-                .where(Delivery.campaign_id == campaign_id, Delivery.shard == shard, Delivery.provider == provider, Delivery.state == int(state))
-                .order_by(Delivery.sort_key)
-                .limit(1)
-            ).scalar_one_or_none()
-            if first is not None:
-                due = 0.0 if state is State.PENDING else float(first)
-                found[provider] = min(due, found.get(provider, due))
-    return found
-
-
-def next_due(connection: sa.Connection, campaign_id: int, shard: int) -> float | None:
-    """When a shard next has a row to send; None if never by time alone."""
-    return min(due_times(connection, campaign_id, shard).values(), default=None)
-
-
-def open_rows(connection: sa.Connection, campaign_id: int, shard: int) -> int:
-    """Rows of a shard that are not final, from the counters."""
-    return int(
-        connection.execute(
-            sa.select(sa.func.coalesce(sa.func.sum(CampaignCounter.count), 0)).where(
-                CampaignCounter.campaign_id == campaign_id,
-                CampaignCounter.shard == shard,
-                CampaignCounter.state.in_([int(state) for state in OPEN_STATES]),
-            )
-        ).scalar_one()
-    )
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:

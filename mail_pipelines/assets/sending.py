@@ -1,0 +1,76 @@
+"""Sending: the asset whose runs execute on dispatch servers. It stays light: no pandas, no duckdb, nothing that the send path does not need."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from mail_pipelines import partitions
+from mail_pipelines.assets.audience import campaign_audiences
+from mail_pipelines.dispatch import sending
+from mail_pipelines.dispatch.session import Report
+from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.resources.server import QUEUE_TAG, DispatchServer
+
+
+@dg.asset(
+    partitions_def=partitions.campaign_shards,
+    deps=[dg.AssetDep(campaign_audiences, partition_mapping=partitions.by_campaign)],
+    group_name="sending",
+    owners=["team:sending"],
+    kinds={"email"},
+    output_required=False,
+    pool="dispatch",
+)
+def send_batches(
+    context: dg.AssetExecutionContext, database: CentralDatabase, server: DispatchServer
+) -> Iterator[dg.MaterializeResult[None] | dg.AssetObservation]:
+    """One shard of a campaign, sent through the run's dispatch server. Green only when no recipient of the shard is open.
+
+    A run that stops earlier succeeds with an observation: open rows, reason, when the next ones are due. Nothing is sent
+    unless the campaign's state is sending, however often the partition is materialised.
+    """
+    campaign, shard = partitions.split_batch_key(context.partition_key)
+    engine, settings = database.engine, database.settings
+    plan = sending.plan(engine, campaign, shard)
+    if plan.campaign_id is None or not plan.may_send:
+        yield from _result(context, plan.is_final, {"sent": 0, "claimed": 0, "open": plan.open_rows, "reason": plan.reason})
+        return
+    speaks_for = server.of_run(engine, settings, plan.campaign_id, context.run)
+    if QUEUE_TAG not in context.run.tags:
+        context.instance.add_run_tags(context.run.run_id, {QUEUE_TAG: speaks_for.key})
+    context.log.info("sending shard %02d of %s through %s", shard, campaign, speaks_for.key)
+
+    def progress(report: Report) -> None:
+        context.log.info("%d of %d claimed rows delivered, %d claims", report.sent, report.claimed, report.claims)
+
+    report = sending.run(engine, settings, speaks_for, plan, shard, context.run.run_id, progress)
+    yield from _result(context, report.open_rows == 0, _metadata(report))
+
+
+def _metadata(report: Report) -> dict[str, Any]:
+    due = dt.datetime.fromtimestamp(report.next_due, dt.UTC).isoformat() if report.next_due else "not known"
+    return {
+        "server": report.server,
+        "claimed": report.claimed,
+        "sent": report.sent,
+        **{state.name.lower(): count for state, count in sorted(report.results.items())},
+        **{f"settled_{state.name.lower()}": count for state, count in sorted(report.settled.items())},
+        "claims": report.claims,
+        "seconds": round(report.seconds, 2),
+        "messages_per_second": round(report.sent / report.seconds, 1) if report.seconds else 0.0,
+        "open": report.open_rows,
+        "reason": report.reason,
+        **({"next_due": due} if report.open_rows else {}),
+    }
+
+
+def _result(context: dg.AssetExecutionContext, final: bool, metadata: dict[str, Any]) -> Iterator[dg.MaterializeResult[None] | dg.AssetObservation]:
+    context.log.info("ended: %s", metadata["reason"])
+    if final:
+        yield dg.MaterializeResult(metadata=metadata)
+    else:
+        yield dg.AssetObservation(asset_key=context.asset_key, partition=context.partition_key, metadata=metadata)

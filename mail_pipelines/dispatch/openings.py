@@ -1,0 +1,120 @@
+"""Which send runs to start now: at most the free slots of each server, only where rows are due and a grant is unspent.
+
+A pure reading of the database; the sensor `open_shards` turns the answer into run requests.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.database.engine import database_now
+from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, Server, State
+from mail_pipelines.delivery.recording import slot_at
+from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.due import due_times
+
+# A tick looks at no more campaigns and asks for no more runs than this.
+CAMPAIGNS_A_TICK = 50
+RUNS_A_TICK = 100
+_WAITING = (int(State.PENDING), int(State.DEFERRED))
+
+
+@dataclass(frozen=True, order=True)
+class Opening:
+    """A send run to start: this shard of this campaign, on this server."""
+
+    campaign: str
+    shard: int
+    server: str
+
+
+def find(
+    connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, linger_seconds: float, in_flight: Collection[Opening]
+) -> list[Opening]:
+    """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
+    fleet = {server.id: server for server in servers.all_servers(connection) if server.state == "active" and not server.is_silent(now, heartbeat_seconds)}
+    busy = Counter(opening.server for opening in in_flight)
+    free = {server.id: slots - busy[server.key] for server in fleet.values()}
+    found: list[Opening] = []
+
+    def start(campaign: str, shard: int, server_id: int) -> None:
+        found.append(Opening(campaign, shard, fleet[server_id].key))
+        free[server_id] -= 1
+
+    taken = set(in_flight)
+    for claim in _left_behind(connection):
+        # The run settles its server's abandoned claims before it sends.
+        opening = Opening(claim.key, claim.shard, fleet[claim.server_id].key) if claim.server_id in fleet else None
+        if opening is not None and opening not in taken and opening not in found and free[claim.server_id] > 0:
+            start(claim.key, claim.shard, claim.server_id)
+    for campaign in _sending(connection):
+        if len(found) >= RUNS_A_TICK or not any(count > 0 for count in free.values()):
+            break
+        unspent = _unspent(connection, campaign.id, slot_at(now))
+        waiting = _waiting(connection, campaign.id)
+        worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
+        # Shards that nobody works on first, the fullest before the others; a second server joins a shard only after that.
+        for shard in sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values()))):
+            able = [server for server in free if free[server] > 0 and any(provider in unspent[server] for provider in waiting[shard])]
+            able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
+            if able and _is_due(connection, campaign.id, shard, now.timestamp() + linger_seconds):
+                start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
+            if len(found) >= RUNS_A_TICK:
+                break
+    return found
+
+
+def _sending(connection: Connection) -> list[sa.Row[int, str]]:
+    query = sa.select(Campaign.id, Campaign.key).where(Campaign.state == "sending", Campaign.held_reason.is_(None))
+    return list(connection.execute(query.order_by(Campaign.priority.desc(), Campaign.started_at, Campaign.id).limit(CAMPAIGNS_A_TICK)))
+
+
+def _left_behind(connection: Connection) -> list[sa.Row[int, int, str]]:
+    """Open claims past their lease: whoever held them is gone, and their rows wait for settlement."""
+    return list(
+        connection.execute(
+            sa.select(Claim.server_id, Claim.shard, Campaign.key)
+            .join(Campaign, Campaign.id == Claim.campaign_id)
+            .join(Server, Server.id == Claim.server_id)
+            .where(Claim.state.in_(("open", "settling")), Claim.lease_until <= database_now(connection))
+            .distinct()
+            .limit(RUNS_A_TICK)
+        )
+    )
+
+
+def _unspent(connection: Connection, campaign_id: int, slot: int) -> defaultdict[int, set[str]]:
+    """Providers to which each server still has a grant for the campaign in this slot."""
+    unspent: defaultdict[int, set[str]] = defaultdict(set)
+    rows = connection.execute(
+        sa.select(Allotment.server_id, Allotment.provider).where(
+            Allotment.campaign_id == campaign_id, Allotment.slot_start == slot, Allotment.granted > Allotment.used
+        )
+    )
+    for server_id, provider in rows:
+        unspent[server_id].add(provider)
+    return unspent
+
+
+def _waiting(connection: Connection, campaign_id: int) -> dict[int, dict[str, int]]:
+    """Pending and deferred rows by shard and provider, from the counters."""
+    waiting: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    rows = connection.execute(
+        sa.select(CampaignCounter.shard, CampaignCounter.provider, sa.func.sum(CampaignCounter.count))
+        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_(_WAITING))
+        .group_by(CampaignCounter.shard, CampaignCounter.provider)
+        .having(sa.func.sum(CampaignCounter.count) > 0)
+    )
+    for shard, provider, count in rows:
+        waiting[shard][provider] = int(count)
+    return waiting
+
+
+def _is_due(connection: Connection, campaign_id: int, shard: int, by: float) -> bool:
+    return any(moment <= by for moment in due_times(connection, campaign_id, shard).values())

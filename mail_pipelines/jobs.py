@@ -1,0 +1,38 @@
+"""Asset jobs: what operators start, sensors request and `dagster job backfill` fills."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from mail_pipelines import partitions
+
+build_audience = dg.define_asset_job(
+    "build_audience",
+    selection=dg.AssetSelection.assets("contact_snapshot", "engagement_snapshot", "campaign_audiences"),
+    partitions_def=partitions.campaigns,
+    description="Refresh the snapshots and freeze the audience of one campaign that is due.",
+)
+
+send_campaign = dg.define_asset_job(
+    "send_campaign",
+    selection=dg.AssetSelection.assets("send_batches"),
+    partitions_def=partitions.campaign_shards,
+    # Only the ledger decides what is open: a failed run is never repeated by Dagster, the sensor asks for a new one.
+    tags={"dagster/max_retries": "0"},
+    description="Send shards of a campaign; the target of `dagster job backfill`.",
+)
+
+report_campaign = dg.define_asset_job(
+    "report_campaign",
+    selection=dg.AssetSelection.assets("delivery_results", "campaign_statistics"),
+    partitions_def=partitions.campaigns,
+    description="Totals, checks and statistics of one campaign.",
+)
+
+refresh_snapshots_job = dg.define_asset_job(
+    "refresh_snapshots",
+    selection=dg.AssetSelection.assets("contact_snapshot", "engagement_snapshot"),
+    description="Bring the snapshots of contacts and engagement up to date.",
+)
+
+ALL = [build_audience, send_campaign, report_campaign, refresh_snapshots_job]

@@ -1,0 +1,97 @@
+"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, old runs of Dagster, the import of dropped files."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import dagster as dg
+
+from mail_pipelines.campaigns import lifecycle, overdue
+from mail_pipelines.contacts import importing
+from mail_pipelines.database import partitions as table_partitions
+from mail_pipelines.database.engine import reading
+from mail_pipelines.delivery import upkeep
+from mail_pipelines.resources.database import CentralDatabase
+
+KEEP_RUNS_DAYS = 30
+_RUNS_A_NIGHT = 5_000
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def close_rows(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Expire waiting rows of campaigns past their end, cancel those of cancelled ones, give up rows unknown for too long, finish what is done."""
+    engine, now = database.engine, dt.datetime.now(dt.UTC)
+    with reading(engine) as connection:
+        running = lifecycle.running(connection)
+        cancelled = overdue.cancelled_with_waiting_rows(connection, now)
+    for campaign in running:
+        expired = lifecycle.expire_open_rows(engine, campaign, now)
+        given_up = lifecycle.give_up_unknown(engine, campaign.id, now, database.settings.sending.unknown_hours)
+        resent = overdue.resend_unknown(engine, campaign, now)
+        if expired or given_up or resent:
+            context.log.info("%s: %d expired, %d unresolved, %d unknown to be sent again", campaign.key, expired, given_up, resent)
+        lifecycle.finish_if_done(engine, campaign.id, now)
+    for campaign in cancelled:
+        lifecycle.cancel_waiting_rows(engine, campaign.id, now)
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def extend_partitions(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Make the database partitions that the next months need."""
+    added = table_partitions.extend(database.engine, dt.datetime.now(dt.UTC).date())
+    context.log.info("%d database partitions added", len(added))
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def prune_bookkeeping(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Drop closed claims, past allotments and past usage windows that nothing refers to any more."""
+    pruned = upkeep.prune(database.engine, dt.datetime.now(dt.UTC))
+    context.log.info("pruned: %s", pruned)
+
+
+@dg.op(out=dg.Out(dg.Nothing))
+def prune_runs(context: dg.OpExecutionContext) -> None:
+    """Delete Dagster runs older than 30 days; what they achieved is in the central database and in runless materializations."""
+    before = dt.datetime.now(dt.UTC) - dt.timedelta(days=KEEP_RUNS_DAYS)
+    finished = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+    old = context.instance.get_run_records(dg.RunsFilter(statuses=finished, created_before=before), limit=_RUNS_A_NIGHT)
+    for record in old:
+        context.instance.delete_run(record.dagster_run.run_id)
+    context.log.info("%d old runs deleted", len(old))
+
+
+@dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, old runs.")
+def maintenance() -> None:
+    close_rows()
+    extend_partitions()
+    prune_bookkeeping()
+    prune_runs()
+
+
+@dg.job(description="End rows whose time is over: expired, given up, cancelled. Requested by a sensor when there are such rows.")
+def close_open_rows() -> None:
+    close_rows()
+
+
+class DroppedFile(dg.Config):
+    """A file dropped into the inbox folder."""
+
+    path: str
+    list_name: str
+
+
+@dg.op
+def import_file(context: dg.OpExecutionContext, config: DroppedFile, database: CentralDatabase) -> None:
+    """Import one dropped file and move it into the folder `done` beside it."""
+    path = Path(config.path)
+    report = importing.import_file(database.engine, path, list_name=config.list_name, mapping={}, now=dt.datetime.now(dt.UTC), progress=lambda *_: None)
+    done = path.parent / "done"
+    done.mkdir(exist_ok=True)
+    path.rename(done / path.name)
+    context.log.info("%d rows read, %d new, %d changed, %d rejected", report.read, report.inserted, report.updated, report.rejected)
+
+
+@dg.job(description="Import one contact file from the inbox folder.")
+def import_contacts() -> None:
+    import_file()

@@ -1,0 +1,23 @@
+"""The dispatch server a send run speaks for."""
+
+from __future__ import annotations
+
+import os
+
+import dagster as dg
+import sqlalchemy as sa
+
+from mail_pipelines.config import Settings
+from mail_pipelines.database.engine import reading
+from mail_pipelines.dispatch import servers
+
+# The run tag that names the server a run is meant for (dagster-celery routes by it; elsewhere it is a label).
+QUEUE_TAG = "dagster-celery/queue"
+
+
+class DispatchServer(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Resolves a run to its server: the worker's own name, else the run's tag, else the server with most unspent grant."""
+
+    def of_run(self, engine: sa.Engine, settings: Settings, campaign_id: int, run: dg.DagsterRun) -> servers.ServerInfo:
+        with reading(engine) as connection:
+            return servers.for_run(connection, settings, campaign_id, own=os.environ.get("MAIL_PIPELINES_SERVER"), hint=run.tags.get(QUEUE_TAG))

@@ -1,0 +1,61 @@
+"""Shards: which send runs to start, and which partitions have become final."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+
+import dagster as dg
+
+from mail_pipelines import partitions
+from mail_pipelines.assets.sending import send_batches
+from mail_pipelines.capacity import allotments
+from mail_pipelines.database.engine import database_now, reading
+from mail_pipelines.dispatch import final, openings
+from mail_pipelines.jobs import send_campaign
+from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.resources.server import QUEUE_TAG
+from mail_pipelines.sensors.runs import send_runs
+
+
+def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:
+    """Start send runs: at most the free slots of each server, only for shards with due rows and an unspent grant."""
+    engine, settings = database.engine, database.settings
+    allotments.fill(engine)
+    known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))
+    with reading(engine) as connection:
+        found = openings.find(
+            connection,
+            database_now(connection),
+            slots=settings.server.slots,
+            heartbeat_seconds=settings.server.heartbeat_seconds,
+            linger_seconds=settings.sending.linger_seconds,
+            in_flight=send_runs(context.instance),
+        )
+    runs = [
+        dg.RunRequest(job_name=send_campaign.name, partition_key=partitions.batch_key(opening.campaign, opening.shard), tags={QUEUE_TAG: opening.server})
+        for opening in found
+        if opening.campaign in known
+    ]
+    return dg.SensorResult(run_requests=runs) if runs else dg.SkipReason("no shard has due rows, an unspent grant and a free slot")
+
+
+def finished_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:
+    """Materialise partitions whose shard the ledger calls final, also where no run ended them: unused, settled, expired."""
+    reported = {key: set(shards) for key, shards in json.loads(context.cursor or "{}").items()}
+    known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))
+    with reading(database.engine) as connection:
+        shards = [shard for shard in final.final_shards(connection, dt.datetime.now(dt.UTC), partitions.SHARDS, reported) if shard.campaign in known]
+        recent = final.recent_campaigns(connection, dt.datetime.now(dt.UTC))
+    events = [
+        dg.AssetMaterialization(
+            asset_key=send_batches.key,
+            partition=partitions.batch_key(shard.campaign, shard.shard),
+            metadata={"rows": shard.rows, "open": 0, "reason": "final in the ledger", **shard.states},
+        )
+        for shard in shards
+    ]
+    for shard in shards:
+        reported.setdefault(shard.campaign, set()).add(shard.shard)
+    cursor = json.dumps({key: sorted(numbers) for key, numbers in reported.items() if key in recent})
+    return dg.SensorResult(asset_events=events, cursor=cursor) if events else dg.SkipReason("no further shard is final")
