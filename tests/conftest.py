@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine
-from tests.parts.mariadb import MariaDB
+from mail_pipelines.benchmarks.mariadb import MariaDB
 
 BACKENDS = ["sqlite", pytest.param("mariadb", marks=pytest.mark.server)]
 

@@ -1,7 +1,77 @@
-"""Measure the budgets of the design."""
+"""Measure the budgets of the design, each against a reference measured in the same run."""
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+from mail_pipelines.commands.context import console
+
+if TYPE_CHECKING:
+    from mail_pipelines.benchmarks.contract import Result
+
 app = typer.Typer(no_args_is_help=True, help=__doc__)
+Quick = Annotated[bool, typer.Option("--quick", help="smaller data, under 40 s")]
+Json = Annotated[bool, typer.Option("--json", help="end with one line of JSON")]
+Database = Annotated[str | None, typer.Option(help="URL of an empty MariaDB or MySQL database; without it a private server is started")]
+
+
+@app.command("segment")
+def segment(quick: Quick = False, as_json: Json = False) -> None:
+    """Segments by attributes and by behaviour, on large snapshots."""
+    from mail_pipelines.benchmarks import segment as bench
+
+    _show("segment", bench.run(quick), as_json)
+
+
+@app.command("compose")
+def compose(quick: Quick = False, as_json: Json = False) -> None:
+    """Messages composed a second, against the standard library."""
+    from mail_pipelines.benchmarks import compose as bench
+
+    _show("compose", bench.run(quick), as_json)
+
+
+@app.command("audience")
+def audience(quick: Quick = False, as_json: Json = False, database: Database = None) -> None:
+    """Freezing an audience into MariaDB."""
+    from mail_pipelines.benchmarks import audience as bench
+    from mail_pipelines.benchmarks.mariadb import MariaDB
+    from mail_pipelines.database import engine, migrate
+
+    with tempfile.TemporaryDirectory(prefix="mail-pipelines-bench-") as folder:
+        server = None if database else MariaDB(Path(folder)).start()
+        try:
+            opened = engine.create_engine(database or server.database())  # type: ignore[union-attr]
+            migrate.upgrade(opened)
+            results = bench.run(quick, opened)
+            opened.dispose()
+        finally:
+            if server is not None:
+                server.stop()
+    _show("audience", results, as_json)
+
+
+@app.command("claim")
+def claim(quick: Quick = False, as_json: Json = False, database: Database = None) -> None:
+    """Claims and results on MariaDB by eight claimers at once; memory of a send run."""
+    from mail_pipelines.benchmarks import claim as bench
+
+    _show("claim", bench.run(quick, database), as_json)
+
+
+def _show(name: str, results: list[Result], as_json: bool) -> None:
+    from rich.table import Table
+
+    from mail_pipelines.benchmarks.contract import document
+
+    table = Table("figure", "value", "reference", "ratio", "target", "met")
+    for result in results:
+        value, reference = f"{result.value:,.3f} {result.unit}", f"{result.reference:,.3f}"
+        table.add_row(result.name, value, reference, f"{result.ratio:.3f}", f"{result.target:g}", "yes" if result.met else "no")
+    console.print(table)
+    if as_json:
+        typer.echo(document(name, results))

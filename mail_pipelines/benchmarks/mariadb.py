@@ -1,19 +1,29 @@
-"""A MariaDB server of our own: a fresh data folder, a free port, no system service touched."""
+"""A MariaDB server of our own for measurements and tests: a fresh data folder, a free port, no system service touched."""
 
 from __future__ import annotations
 
 import getpass
 import itertools
+import os
 import shutil
+import socket
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pymysql
 
-from tests.parts.processes import free_port, stop, wait_for
+from mail_pipelines.errors import MailPipelinesError
 
+_START_SECONDS = 60
+_STOP_SECONDS = 30
 _numbers = itertools.count(1)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -21,11 +31,14 @@ class MariaDB:
     """A running server; `database()` makes an empty schema and returns its SQLAlchemy URL."""
 
     folder: Path
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=_free_port)
     process: subprocess.Popen[bytes] | None = None
     options: tuple[str, ...] = ()
 
     def start(self) -> MariaDB:
+        server = shutil.which("mariadbd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        if server is None:
+            raise MailPipelinesError("MariaDB is not installed: run script/test once, or install the package mariadb-server-core")
         data = self.folder / "data"
         user = getpass.getuser()
         if not data.exists():
@@ -35,7 +48,6 @@ class MariaDB:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
-        server = shutil.which("mariadbd") or "/usr/sbin/mariadbd"
         self.process = subprocess.Popen(
             [
                 server,
@@ -59,19 +71,24 @@ class MariaDB:
             stdout=(self.folder / "log").open("ab"),
             stderr=subprocess.STDOUT,
         )
-        wait_for(self._answers, seconds=60, what=f"MariaDB on port {self.port}")
+        end = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            if time.monotonic() > end:
+                raise MailPipelinesError(f"MariaDB does not answer on port {self.port}; see {self.folder / 'log'}")
+            time.sleep(0.05)
         return self
 
     def _answers(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "log").read_text(errors="replace")[-2000:]
+        if self.process.poll() is not None:
+            raise MailPipelinesError(f"MariaDB did not start: {(self.folder / 'log').read_text(errors='replace')[-2000:]}")
         try:
             self.connect().close()
         except pymysql.err.OperationalError:
             return False
         return True
 
-    def connect(self, database: str | None = None) -> pymysql.Connection:  # type: ignore[type-arg]
+    def connect(self, database: str | None = None) -> pymysql.Connection:
         return pymysql.connect(host="127.0.0.1", port=self.port, user="root", database=database, autocommit=True)
 
     def database(self) -> str:
@@ -90,5 +107,11 @@ class MariaDB:
         self.process.wait()
 
     def stop(self) -> None:
-        if self.process is not None:
-            stop(self.process, 30)
+        """End the server by its process id, and wait for it."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
