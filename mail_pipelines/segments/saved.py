@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -57,6 +58,10 @@ def from_yaml(text: str) -> SavedSegment:
     """Read `key`, `name` (default: the key) and `criteria`. Raises `SegmentError` with the place, `InvalidKey`."""
     try:
         document = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise SegmentError(f"not valid YAML: {place}{error.problem}") from error
     except yaml.YAMLError as error:
         raise SegmentError(f"not valid YAML: {error}") from error
     if not isinstance(document, Mapping) or not {"key", "criteria"} <= set(document):
@@ -67,6 +72,18 @@ def from_yaml(text: str) -> SavedSegment:
     if not isinstance(key, str) or not isinstance(name, str):
         raise SegmentError("`key` and `name` are text: put them into quotes")
     return SavedSegment(check_key(key, "segment key"), name[:200], _plain(document["criteria"]))
+
+
+def read_file(path: Path) -> SavedSegment:
+    """`from_yaml` of a file; errors name it."""
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SegmentError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SegmentError(f"{path} is not UTF-8 text") from error
+    except SegmentError as error:
+        raise SegmentError(f"{path}: {error}") from error
 
 
 def to_yaml(segment: SavedSegment) -> str:
