@@ -12,7 +12,7 @@ from hashlib import blake2b
 from jinja2 import TemplateSyntaxError
 
 from mail_pipelines.messages import headers, language, markup
-from mail_pipelines.messages.compiled import BUILT_INS, UNSUBSCRIBE_URL, CompiledMessage, Template, link_variable
+from mail_pipelines.messages.compiled import BUILT_INS, UNSUBSCRIBE_URL, CompiledMessage, link_variable
 from mail_pipelines.messages.content import Content, ContentError
 from mail_pipelines.messages.values import body_text
 
@@ -31,45 +31,42 @@ def compile_content(content: Content, fields: Mapping[str, str], link_ids: Calla
     given_text = None if content.text is None else body_text(content.text)
     language.check(subject, "subject", header_variables)
     language.check(preheader, "preheader", header_variables)
-    _require_unsubscribe(body, "body", variables)
+    language.check(body, "body", variables)
     if given_text is not None:
-        _require_unsubscribe(given_text, "text", variables)
+        language.check(given_text, "text", variables)
+        _require_unsubscribe(given_text, "text", "Unsubscribe: {{ unsubscribe_url }}")
 
     tags = markup.Tags(body, preheader)
     document = _document(body, preheader, content, tags)
-    urls = document.links() if content.tracking else []
-    if content.tracking and given_text is not None:
-        urls = list(dict.fromkeys([*urls, *markup.links_in_text(given_text)]))
-    tracked = dict(zip(urls, link_ids(urls), strict=True)) if urls else {}
-
-    def tag_of(url: str) -> markup.Tag:
-        return markup.Tag(f"{{{{ {link_variable(tracked[url])} }}}}", 0, is_block=False)
-
-    document.replace_links({url: tags.mark(tag_of(url)) for url in document.links() if url in tracked})
-    tags.require(document.markup, "body", "the rendered HTML")
-    html = tags.restore(document.markup)
-    if given_text is None:
-        text = document.text()
-        text = tags.restore(text)
-    else:
-        text = markup.replace_links_in_text(given_text, lambda url: tag_of(url).source if url in tracked else url)
-    names = {*variables, *map(link_variable, tracked.values())}
+    links = document.links(body)
+    urls = [*dict.fromkeys([*links, *(markup.links_in_text(given_text) if given_text else ())])] if content.tracking else []
+    ids = dict(zip(urls, link_ids(urls) if urls else (), strict=True))
+    document.replace_links({url: tags.mark(_link_tag(ids[url])) for url in links if url in ids})
+    tags.require(document.markup)
+    html = _with_final_line_end(tags.restore(document.markup))
+    derived_text = _with_final_line_end(tags.restore(document.text()))
+    text = derived_text
+    if given_text is not None:
+        text = _with_final_line_end(markup.replace_links_in_text(given_text, lambda url: _link_tag(ids[url]).source if url in ids else url))
+    names = {*variables, *map(link_variable, ids.values())}
+    try:
+        # What did not get into the derived text is hidden in HTML too: comments, invisible elements, the head.
+        _require_unsubscribe(derived_text, "body", '<a href="{{ unsubscribe_url }}">Unsubscribe</a>')
+        templates = (language.cut(subject, False, names), language.cut(text, False, names), language.cut(html, True, names))
+    except TemplateSyntaxError as error:
+        raise ContentError("body", f"conditions and loops do not surround whole elements: {error.message}") from error
     return CompiledMessage(
-        from_header=headers.mailbox("From", content.from_name, content.from_address),
-        reply_to_header=headers.mailbox("Reply-To", "", content.reply_to) if content.reply_to else "",
-        subject=_cut(subject, "subject", False, names),
-        text=_cut(_with_final_line_end(text), "text", False, names),
-        html=_cut(_with_final_line_end(html), "body", True, names),
+        headers.mailbox("From", content.from_name, content.from_address),
+        headers.mailbox("Reply-To", "", content.reply_to) if content.reply_to else "",
+        *templates,
         # "=_" cannot occur in quoted-printable, so no value can end a part.
         boundary=f"=_{blake2b(f'{html}{text}'.encode(), digest_size=15).hexdigest()}",
-        link_ids=tuple(tracked.values()),
+        link_ids=tuple(ids.values()),
     )
 
 
-def _require_unsubscribe(source: str, part: str, variables: Mapping[str, str]) -> None:
-    tree = language.check(source, part, variables)
-    if not language.always_shows(tree.body, UNSUBSCRIBE_URL):
-        example = '<a href="{{ unsubscribe_url }}">Unsubscribe</a>' if part == "body" else "Unsubscribe: {{ unsubscribe_url }}"
+def _require_unsubscribe(source: str, part: str, example: str) -> None:
+    if not language.always_shows(source, UNSUBSCRIBE_URL):
         raise ContentError(part, f"has no unsubscribe link that every recipient sees; add {example}", variable=UNSUBSCRIBE_URL)
 
 
@@ -81,12 +78,9 @@ def _document(body: str, preheader: str, content: Content, tags: markup.Tags) ->
     return markup.Document(markup.inline_css(rendered), tags)
 
 
+def _link_tag(link_id: int) -> markup.Tag:
+    return markup.Tag(f"{{{{ {link_variable(link_id)} }}}}", "body", 0, is_block=False)
+
+
 def _with_final_line_end(source: str) -> str:
     return source.rstrip("\n") + "\n"
-
-
-def _cut(source: str, part: str, html: bool, names: set[str]) -> Template:
-    try:
-        return language.cut(source, html, names)
-    except TemplateSyntaxError as error:
-        raise ContentError(part, f"conditions and loops do not surround whole elements: {error.message}") from error

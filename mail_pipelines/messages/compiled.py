@@ -229,8 +229,11 @@ class Body:
                 as_html.append(quoted_printable.encode_segment(escape(text)))
         encoded = [*urls, *as_text, *as_html]
         if self.scripts:
-            clean = {name: body_text(value) if isinstance(value, str) else value for name, value in values.items()}
-            encoded += [quoted_printable.encode(script.render(clean)) for script in self.scripts]
+            rendered = [script.render(values) for script in self.scripts]
+            # Cleaning a whole part takes as long as rendering it, and values with control characters are rare.
+            if not all(value.isprintable() for value in values.values() if isinstance(value, str)):
+                rendered = [body_text(text) for text in rendered]
+            encoded += map(quoted_printable.encode, rendered)
         pieces = self._layout.copy()
         pieces[0] = header
         pieces[2::2] = [encoded[source] for source in self._sources]

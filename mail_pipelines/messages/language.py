@@ -18,10 +18,11 @@ from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import escape
 
 from mail_pipelines.messages.compiled import Pieces, Script, Slot, Template
 from mail_pipelines.messages.content import ContentError, nearest
-from mail_pipelines.messages.values import FILTERS, text_of
+from mail_pipelines.messages.values import FILTERS, body_text, text_of
 
 MAX_ITERATIONS = 10_000
 MAX_LENGTH = 1_000_000
@@ -45,21 +46,22 @@ def environment(html: bool) -> ImmutableSandboxedEnvironment:
     return made
 
 
-def check(source: str, part: str, variables: Mapping[str, str]) -> nodes.Template:
-    """The syntax tree of a template of `part` that may read `variables` (name → field type).
+def check(source: str, part: str, variables: Mapping[str, str]) -> None:
+    """Check a template of `part` that may read `variables` (name → field type).
 
     Raises `ContentError` with line and variable for what does not parse, is not allowed, reads an unknown variable, may write
     too much, or fails when a field is empty.
     """
     try:
         tree = environment(html=False).parse(source)
+        length = _Walk(part, variables).visit(tree, frozenset(), 1)
     except TemplateSyntaxError as error:
         raise ContentError(part, f"{error.message}", line=error.lineno) from error
-    length = _Walk(part, variables).visit(tree, frozenset(), 1)
+    except RecursionError as error:
+        raise ContentError(part, "expressions or conditions are nested too deeply") from error
     if length > MAX_LENGTH:
         raise ContentError(part, f"it may write {length:,} characters; at most {MAX_LENGTH:,} are allowed")
     _try(source, part, {name: variables[name] for name in names_in(tree) & variables.keys()})
-    return tree
 
 
 def names_in(tree: nodes.Node) -> set[str]:
@@ -67,12 +69,16 @@ def names_in(tree: nodes.Node) -> set[str]:
     return {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
 
 
-def always_shows(body: Collection[nodes.Node], variable: str) -> bool:
-    """Whether `{{ variable }}` is written whichever way the conditions among `body` go."""
+def always_shows(source: str, variable: str) -> bool:
+    """Whether a template writes `{{ variable }}` whichever way its conditions go. Raises `jinja2.TemplateSyntaxError`."""
+    return _always_shows(environment(html=False).parse(source).body, variable)
+
+
+def _always_shows(body: Collection[nodes.Node], variable: str) -> bool:
     for node in body:
         if isinstance(node, nodes.Output) and any(slot.name == variable for slot in map(_slot, node.nodes) if slot):
             return True
-        if isinstance(node, nodes.If) and node.else_ and all(always_shows(branch, variable) for branch in _branches(node)):
+        if isinstance(node, nodes.If) and node.else_ and all(_always_shows(branch, variable) for branch in _branches(node)):
             return True
     return False
 
@@ -86,6 +92,8 @@ def cut(source: str, html: bool, fields: Collection[str]) -> Template:
         for output in node.nodes if isinstance(node, nodes.Output) else (node,):
             if isinstance(output, nodes.TemplateData):
                 literals[-1] += output.data
+            elif isinstance(output, nodes.Const):
+                literals[-1] += str(escape(text_of(output.value))) if html else text_of(output.value)
             elif slot := _slot(output):
                 slots.append(slot)
                 literals.append("")
@@ -130,6 +138,8 @@ class _Walk:
             case nodes.Name():
                 if node.name not in self._variables and node.name not in own:
                     raise self._refuse(node, f"unknown variable {node.name!r}; {nearest(node.name, {*self._variables, *own})}", node.name)
+            case nodes.Const(value=str(text)) if body_text(text) != text:
+                raise self._refuse(node, f"the text {text!r} holds a control character")
             case nodes.Filter():
                 self._check_filter(node)
             case nodes.Test():
@@ -206,7 +216,7 @@ def _try(source: str, part: str, used: Mapping[str, str]) -> None:
     for missing, values in cases:
         try:
             template.render(values)
-        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             line = next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == "<template>"), None)
             hint = f" when {missing!r} is empty; test it first, or give it a default" if missing else ""
             raise ContentError(part, f"fails{hint}: {error}", line=line, variable=missing) from error

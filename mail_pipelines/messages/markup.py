@@ -32,14 +32,16 @@ _ENDS: Mapping[str, re.Pattern[str]] = {
 _PREHEADER_STYLE = "display:none;font-size:1px;line-height:1px;max-height:0;max-width:0;opacity:0;overflow:hidden"
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _URL_IN_TEXT = re.compile(r"https?://[^\s<>\"{}]+", re.IGNORECASE)
+_TAG_BRACE = re.compile(r"\{(?=[{%#]|\Z)")
 _TRACKABLE = re.compile(r"https?://[^/]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Tag:
-    """One `{{ … }}` or `{% … %}` of a template, with its line in the source."""
+    """One `{{ … }}` or `{% … %}` of a template, with the part of the content and the line where it stands."""
 
     source: str
+    part: str
     line: int
     is_block: bool
 
@@ -56,7 +58,7 @@ def split_tags(source: str, part: str) -> Iterator[str | Tag]:
         if kind in ("variable_begin", "block_begin", "comment_begin"):
             collected, begin = text, line
         elif kind in ("variable_end", "block_end"):
-            yield Tag(collected + text, begin, kind == "block_end")
+            yield Tag(collected + text, part, begin, kind == "block_end")
             collected = ""
         elif kind == "comment_end":
             collected = ""
@@ -67,15 +69,17 @@ def split_tags(source: str, part: str) -> Iterator[str | Tag]:
 
 
 class Tags:
-    """The template tags of one document and their marks."""
+    """The template tags of one document and their marks: words that no tool changes, or comments of one such word."""
 
     def __init__(self, *sources: str) -> None:
-        self._letters = "zq"
-        while any(self._letters in source.lower() for source in sources):
-            self._letters += "q"
+        letters = "zq"
+        while any(letters in source.lower() for source in sources):
+            letters += "q"
+        self._letters = letters
         self._tags: list[Tag] = []
-        self._in_comments: list[int] = []
-        self._mark = re.compile(rf"(?:<!--)?{self._letters}(\d+)z(?:-->)?")
+        self._between: list[int] = []
+        # Words with a "c" are those between elements, in comments until `words` unpacks them.
+        self._mark = re.compile(rf"(?:<!--)?{letters}c(\d+)z(?:-->)?|{letters}(\d+)z")
 
     def mark(self, tag: Tag) -> str:
         """A word of letters and digits that stands for the tag."""
@@ -90,45 +94,53 @@ class Tags:
             if isinstance(piece, str):
                 scanner.feed(piece)
                 protected.append(piece)
-                continue
-            place = scanner.place
-            if place == "style":
+            elif scanner.place == "style":
                 raise ContentError(part, f"{piece.source} stands in a style sheet or script; use a style attribute", line=piece.line)
-            if place == "tag":
+            elif scanner.place == "tag":
                 raise ContentError(part, f"{piece.source} stands in an HTML tag outside a quoted value", line=piece.line)
-            mark = self.mark(piece)
-            if piece.is_block and place == "text":
-                self._in_comments.append(len(self._tags) - 1)
-                mark = f"<!--{mark}-->"
-            protected.append(mark)
+            elif scanner.place == "text" and piece.is_block:
+                self._between.append(len(self._tags))
+                self._tags.append(piece)
+                protected.append(f"<!--{self._letters}c{self._between[-1]}z-->")
+            else:
+                protected.append(self.mark(piece))
         return "".join(protected)
 
-    def restore(self, text: str) -> str:
-        return self._mark.sub(lambda match: self._tags[int(match[1])].source, text)
+    def restore(self, document: str) -> str:
+        """The template with its tags back. What is no mark is literal text now, braces that came in as entities too."""
+        restored: list[str] = []
+        end = 0
+        for match in self._mark.finditer(document):
+            restored += (literal(document[end : match.start()]), self._tags[_number(match)].source)
+            end = match.end()
+        return "".join([*restored, literal(document[end:])])
 
-    def marks_in_text(self, markup: str) -> str:
-        """The markup with all marks as plain words."""
-        return self._mark.sub(lambda match: f"{self._letters}{match[1]}z", markup)
+    def words(self, document: str) -> str:
+        """The document with marks in comments as plain words."""
+        return self._mark.sub(lambda match: match[0].removeprefix("<!--").removesuffix("-->"), document)
 
     def in_(self, text: str) -> bool:
         return self._mark.search(text) is not None
 
-    def only_blocks_in(self, line: str) -> bool:
-        """Whether a line holds marks of `{% … %}` between elements, and nothing else."""
-        numbers = [int(match[1]) for match in self._mark.finditer(line)]
-        return bool(numbers) and not self._mark.sub("", line).strip() and all(number in self._in_comments for number in numbers)
+    def only_between(self, line: str) -> bool:
+        """Whether a line holds `{% … %}` from between elements and nothing else."""
+        return self.in_(line) and not self._mark.sub(lambda match: "" if match[1] else match[0], line).strip()
 
-    def require(self, document: str, part: str, source_part: str) -> None:
+    def require(self, document: str) -> None:
         """Raises `ContentError` if a tag got lost on the way to `document`, or if `{% … %}` changed their order."""
-        found = [int(match[1]) for match in self._mark.finditer(document)]
+        matches = list(self._mark.finditer(document))
+        found = set(map(_number, matches))
         for number, tag in enumerate(self._tags):
             if number not in found:
-                raise ContentError(part, f"{tag.source} stands where it is lost in {source_part}; move it into text or a quoted value", line=tag.line)
-        between = [number for number in found if number in set(self._in_comments)]
-        for number, expected in zip(between, self._in_comments, strict=False):
-            if number != expected:
+                raise ContentError(tag.part, f"{tag.source} stands where rendering loses it; move it into text or a quoted value", line=tag.line)
+        for match, expected in zip((match for match in matches if match[1]), self._between, strict=False):
+            if _number(match) != expected:
                 tag = self._tags[expected]
-                raise ContentError(part, f"{tag.source} stands where it changes its place in {source_part}; put it around whole elements", line=tag.line)
+                raise ContentError(tag.part, f"{tag.source} stands where rendering moves it; put it around whole elements", line=tag.line)
+
+
+def _number(match: re.Match[str]) -> int:
+    return int(match[1] or match[2])
 
 
 class _Scanner:
@@ -185,17 +197,11 @@ def render_mjml(protected: str, tags: Tags) -> str:
         rendered: str = mjml2html(protected, fonts={})
     except ValueError as error:
         position = re.search(r"position (\d+):\d+", str(error))
-        line = tags.restore(protected.encode()[: int(position[1])].decode(errors="ignore")).count("\n") + 1 if position else None
-        raise ContentError("body", f"no valid MJML: {error}", line=line) from error
+        before = protected.encode()[: int(position[1])].decode(errors="ignore") if position else None
+        raise ContentError("body", f"no valid MJML: {error}", line=None if before is None else tags.restore(before).count("\n") + 1) from error
     if unknown := re.search(r"<mj-[a-z-]+", rendered):
-        raise ContentError("body", f"unknown MJML element {unknown[0]}>", line=line_of(unknown[0], protected, tags))
+        raise ContentError("body", f"unknown MJML element {unknown[0]}>", line=tags.restore(protected[: protected.index(unknown[0])]).count("\n") + 1)
     return rendered
-
-
-def line_of(text: str, protected: str, tags: Tags) -> int | None:
-    """The line of the author's source where `text` of the protected source first stands."""
-    position = protected.find(text)
-    return tags.restore(protected[:position]).count("\n") + 1 if position >= 0 else None
 
 
 def inline_css(document: str) -> str:
@@ -224,15 +230,19 @@ class Document:
         self._tree: LexborHTMLParser = LexborHTMLParser(markup)
         self._tags = tags
 
-    def links(self) -> list[str]:
-        """Each different http(s) link without variables, in order. Raises `ContentError` for a link that leads nowhere from a mail."""
+    def links(self, source: str) -> list[str]:
+        """Each different http(s) link without variables, in order. Raises `ContentError` for a link that leads nowhere from a mail.
+
+        `source` is the author's, in which the line of such a link is looked up.
+        """
         links = []
         for node in self._tree.css("a[href], area[href]"):
             href = (node.attributes["href"] or "").strip()
             if self._tags.in_(href):
                 continue
             if not _SCHEME.match(href) and not href.startswith("#"):
-                raise ContentError("body", f"link {href!r} leads nowhere from a mail; write it with https://")
+                before, found, _ = source.partition(f'="{href}"')
+                raise ContentError("body", f"link {href!r} leads nowhere from a mail; write it with https://", line=before.count("\n") + 1 if found else None)
             if _TRACKABLE.match(href):
                 links.append(href)
         return list(dict.fromkeys(links))
@@ -260,12 +270,12 @@ class Document:
             if (_TRACKABLE.match(href) or self._tags.in_(href)) and href != node.text(strip=True):
                 node.insert_after(f" ({href})")
         # A mail's tables are its layout. Read as tables, their cells would be padded into columns.
-        markup = self._tags.marks_in_text(copy.html or "")
+        markup = self._tags.words(copy.html or "")
         markup = re.sub(r"<(/?)(?:table|thead|tbody|tfoot|tr)\b[^>]*>", r"<\1div>", markup)
         markup = re.sub(r"<(/?)t[dh]\b[^>]*>", lambda match: "</span> " if match[1] else "<span>", markup)
         lines = get_text(markup, ParserConfig(css=STRICT_CSS_PROFILE.copy(), display_images=True, deduplicate_captions=True)).splitlines()
         # A condition must not leave its own line empty.
-        text = "".join(line.strip() if self._tags.only_blocks_in(line) else f"{line.rstrip()}\n" for line in lines)
+        text = "".join(line.strip() if self._tags.only_between(line) else f"{line.rstrip()}\n" for line in lines)
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -298,6 +308,11 @@ def replace_links_in_text(source: str, replacement: Callable[[str], str]) -> str
 
         replaced.append(_URL_IN_TEXT.sub(swap, piece))
     return "".join(replaced)
+
+
+def literal(text: str) -> str:
+    """Text as the source of a template that writes it: an opening brace must not begin a tag."""
+    return _TAG_BRACE.sub("{{ '{' }}", text)
 
 
 def escaped(source: str, part: str) -> str:

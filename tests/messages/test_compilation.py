@@ -110,6 +110,23 @@ def test_marks_are_not_mistaken_for_the_authors_words() -> None:
     assert "<p>zq0z zqq0z Rome</p>" in html_of(compiled(f"<p>zq0z zqq0z {{{{ city }}}}</p>{END}"), city="Rome")
 
 
+@pytest.mark.parametrize(
+    "written", ["&#123;&#123; city.__class__ }}", "&lbrace;% for a in range(9) %}x", "&#123;# hidden #}", "&#123;{{ city }}", "{ { city }}"]
+)
+def test_braces_that_come_in_as_entities_are_text(written: str) -> None:
+    message = compiled(f"<p title='{written}'>{written}</p>{END}")
+    expected = html.unescape(written).replace("{{{ city }}", "{Rome")
+    node = LexborHTMLParser(html_of(message, city="Rome")).css_first("p")
+    assert node is not None
+    assert (node.text(), node.attributes["title"]) == (expected, expected)
+    assert text_of(message, city="Rome").startswith(expected)
+
+
+def test_a_comment_of_one_tag_stays_a_comment() -> None:
+    made = html_of(compiled(f"<p>x<!--{{{{ city }}}}--><!--{{% if vip %}}-->x<!--{{% endif %}}-->{END}"), city="Rome", vip=True)
+    assert "<p>x<!--Rome--><!---->x<!---->" in made
+
+
 def test_the_preheader_comes_first_and_is_escaped() -> None:
     message = compiled(f"<html><body class='x'><p>Hello</p>{END}</body></html>", preheader="<Only> for {{ first_name|default('you') }}")
     body = LexborHTMLParser(html_of(message, first_name="Ada")).body
@@ -179,7 +196,7 @@ def test_mjml_mistakes_are_named_with_their_line(body: str, line: int | None, me
 
 def test_a_tag_that_mjml_would_drop_is_named() -> None:
     body = mjml('<mj-text colour="{{ city }}">a</mj-text>')
-    with pytest.raises(ContentError, match=r"\{\{ city \}\} stands where it is lost") as caught:
+    with pytest.raises(ContentError, match=r"\{\{ city \}\} stands where rendering loses it") as caught:
         compiled(body, body_format="mjml")
     assert caught.value.line == 3
 
@@ -269,6 +286,9 @@ def test_a_derived_text_reads_well() -> None:
         ({"text": "x\n{{ citty }}\n{{ unsubscribe_url }}"}, "text", 2, "citty"),
         ({"body": "<p>Hello</p>"}, "body", None, "unsubscribe_url"),
         ({"body": f"{{% if vip %}}{END}{{% endif %}}"}, "body", None, "unsubscribe_url"),
+        ({"body": f"Hello <!-- {END} -->"}, "body", None, "unsubscribe_url"),
+        ({"body": f"Hello <div style='display: none'>{END}</div>"}, "body", None, "unsubscribe_url"),
+        ({"body": f'{END}\n<a href="/x">x</a>'}, "body", 2, None),
         ({"text": "Hello"}, "text", None, "unsubscribe_url"),
         ({"body": f"\n<a href={{{{ city }}}}>x</a>{END}"}, "body", 2, None),
         ({"body": f"\n<p {{% if vip %}}class='a'{{% endif %}}>x</p>{END}"}, "body", 2, None),

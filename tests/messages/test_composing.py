@@ -74,14 +74,13 @@ def parts_of(message: Any) -> list[tuple[str, str | None, str]]:
 def built(source: tuple[str, str, str], values: Mapping[str, Any]) -> EmailMessage:
     """The same message, by Jinja and the standard library alone."""
     everything = dict.fromkeys([*FIELDS, *BUILT_INS]) | dict(values)
-    clean = {name: body_text(value) if isinstance(value, str) else value for name, value in everything.items()}
-    subject, text = (environment(html=False).from_string(part).render(known) for part, known in ((source[0], everything), (source[1], clean)))
+    subject, text, html = (environment(html).from_string(part).render(everything) for part, html in zip(source, (False, False, True), strict=True))
     made = EmailMessage()
     made["From"] = "The Shop <news@example.test>"
     made["To"] = everything["email"]
     made["Subject"] = header_text(subject)
-    made.set_content(text)
-    made.add_alternative(environment(html=True).from_string(source[2]).render(clean), subtype="html")
+    made.set_content(body_text(text))
+    made.add_alternative(body_text(html), subtype="html")
     return made
 
 
