@@ -1,7 +1,5 @@
 """Audience: snapshots of contacts and engagement, members of saved segments, the frozen audience of a campaign."""
 
-from __future__ import annotations
-
 import datetime as dt
 
 import dagster as dg
@@ -16,7 +14,7 @@ GROUP = "audience"
 OWNERS = ["team:audience"]
 
 
-def _snapshot(info: SnapshotInfo) -> dg.MaterializeResult[None]:
+def _snapshot(info: SnapshotInfo) -> dg.MaterializeResult:
     return dg.MaterializeResult(
         data_version=dg.DataVersion(str(info.version)),
         metadata={
@@ -33,7 +31,7 @@ def _snapshot(info: SnapshotInfo) -> dg.MaterializeResult[None]:
 
 
 @dg.asset(group_name=GROUP, owners=OWNERS, kinds={"parquet", "table"}, pool="snapshots")
-def contact_snapshot(database: CentralDatabase) -> dg.MaterializeResult[None]:
+def contact_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
     """Columnar copy of all contacts for segmenting, brought up to date from the change feed. Consent is never decided by it."""
     settings = database.settings
     info = snapshots.refresh_contacts(database.engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC), min_free_mb=settings.snapshots.min_free_mb)
@@ -41,7 +39,7 @@ def contact_snapshot(database: CentralDatabase) -> dg.MaterializeResult[None]:
 
 
 @dg.asset(group_name=GROUP, owners=OWNERS, kinds={"parquet", "table"}, pool="snapshots")
-def engagement_snapshot(database: CentralDatabase) -> dg.MaterializeResult[None]:
+def engagement_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
     """Columnar copy of opens, clicks and who received what, with a roll-up for each contact."""
     settings = database.settings
     info = snapshots.refresh_engagement(database.engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC), min_free_mb=settings.snapshots.min_free_mb)
@@ -55,7 +53,7 @@ def engagement_snapshot(database: CentralDatabase) -> dg.MaterializeResult[None]
     owners=OWNERS,
     kinds={"duckdb"},
 )
-def recipient_segments(context: dg.AssetExecutionContext, database: CentralDatabase) -> dg.MaterializeResult[None]:
+def recipient_segments(context: dg.AssetExecutionContext, database: CentralDatabase) -> dg.MaterializeResult:
     """How many contacts a saved segment matches now, and at which mailbox providers."""
     tree = saved.load(database.engine, context.partition_key).criteria
     with snapshots.open_snapshots(database.engine, database.settings.snapshot_folder) as pinned:
@@ -77,7 +75,7 @@ def recipient_segments(context: dg.AssetExecutionContext, database: CentralDatab
     owners=OWNERS,
     kinds={"parquet", "sql"},
 )
-def campaign_audiences(context: dg.AssetExecutionContext, database: CentralDatabase) -> dg.MaterializeResult[None]:
+def campaign_audiences(context: dg.AssetExecutionContext, database: CentralDatabase) -> dg.MaterializeResult:
     """The audience of a campaign, frozen once: a manifest file and one ledger row for each address. Building again changes nothing."""
     last = {"step": ""}
 

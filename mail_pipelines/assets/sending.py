@@ -1,7 +1,5 @@
 """Sending: the asset whose runs execute on dispatch servers. It stays light: no pandas, no duckdb, nothing that the send path does not need."""
 
-from __future__ import annotations
-
 import datetime as dt
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +23,7 @@ from mail_pipelines.resources.server import QUEUE_TAG, DispatchServer
     output_required=False,
     pool="dispatch",
 )
-def send_batches(
-    context: dg.AssetExecutionContext, database: CentralDatabase, server: DispatchServer
-) -> Iterator[dg.MaterializeResult[None] | dg.AssetObservation]:
+def send_batches(context: dg.AssetExecutionContext, database: CentralDatabase, server: DispatchServer) -> Iterator[dg.MaterializeResult | dg.AssetObservation]:
     """One shard of a campaign, sent through the run's dispatch server. Green only when no recipient of the shard is open.
 
     A run that stops earlier succeeds with an observation: open rows, reason, when the next ones are due. Nothing is sent
@@ -68,7 +64,7 @@ def _metadata(report: Report) -> dict[str, Any]:
     }
 
 
-def _result(context: dg.AssetExecutionContext, final: bool, metadata: dict[str, Any]) -> Iterator[dg.MaterializeResult[None] | dg.AssetObservation]:
+def _result(context: dg.AssetExecutionContext, final: bool, metadata: dict[str, Any]) -> Iterator[dg.MaterializeResult | dg.AssetObservation]:
     context.log.info("ended: %s", metadata["reason"])
     if final:
         yield dg.MaterializeResult(metadata=metadata)

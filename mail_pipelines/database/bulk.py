@@ -1,10 +1,11 @@
-"""Loading many rows at once: `LOAD DATA LOCAL` where the server allows it, multi-row inserts elsewhere, `executemany` on SQLite.
+"""Loading many rows at once: `LOAD DATA LOCAL` where the server allows it, multi-row inserts elsewhere.
 
 Callers keep a transaction to at most `CHUNK_ROWS` rows, so that nobody waits long for a lock.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ CHUNK_ROWS = 10_000
 # Servers answer so when LOAD DATA LOCAL is switched off on their side or the client's.
 _LOCAL_LOAD_REFUSED = {1148, 3948, 4166}
 _INSERT_ROWS = 5_000
+# A statement of many rows lets go of the interpreter lock once; `executemany` does it for every row, and waits to get it back.
+_SQLITE_PARAMETERS = 10_000
 
 
 def load(connection: Connection, table: sa.Table, rows: pa.Table, *, ignore_duplicates: bool = False) -> None:
@@ -83,8 +86,12 @@ def _insert(connection: Connection, table: sa.Table, rows: pa.Table, ignore_dupl
     names = ", ".join(quote(name) for name in rows.column_names)
     if not is_mysql(connection):
         verb = "INSERT OR IGNORE" if ignore_duplicates else "INSERT"
-        marks = ", ".join("?" * rows.num_columns)
-        connection.exec_driver_sql(f"{verb} INTO {quote(table.name)} ({names}) VALUES ({marks})", list(_tuples(rows, for_sqlite=True)))
+        marks = f"({', '.join('?' * rows.num_columns)})"
+        step = _SQLITE_PARAMETERS // rows.num_columns
+        for start in range(0, rows.num_rows, step):
+            chunk = list(_tuples(rows.slice(start, step), for_sqlite=True))
+            values = ", ".join([marks] * len(chunk))
+            connection.exec_driver_sql(f"{verb} INTO {quote(table.name)} ({names}) VALUES {values}", tuple(itertools.chain.from_iterable(chunk)))
         return
     verb = "INSERT IGNORE" if ignore_duplicates else "INSERT"
     # PyMySQL turns an executemany of this shape into multi-row statements.

@@ -1,7 +1,5 @@
 """Upkeep as op jobs: rows whose time is over, partitions ahead of time, old runs of Dagster, the import of dropped files."""
 
-from __future__ import annotations
-
 import datetime as dt
 from pathlib import Path
 

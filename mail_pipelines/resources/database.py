@@ -19,7 +19,7 @@ def _engine(url: str, password: str | None) -> sa.Engine:
     return open_engine(config.DatabaseSettings(url=url, password=password))
 
 
-class CentralDatabase(dg.ConfigurableResource):  # type: ignore[type-arg]
+class CentralDatabase(dg.ConfigurableResource):
     """Settings (from `config.toml` and the environment) and the central database they name."""
 
     @property

@@ -15,7 +15,7 @@ from mail_pipelines.dispatch import servers
 QUEUE_TAG = "dagster-celery/queue"
 
 
-class DispatchServer(dg.ConfigurableResource):  # type: ignore[type-arg]
+class DispatchServer(dg.ConfigurableResource):
     """Resolves a run to its server: the worker's own name, else the run's tag, else the server with most unspent grant."""
 
     def of_run(self, engine: sa.Engine, settings: Settings, campaign_id: int, run: dg.DagsterRun) -> servers.ServerInfo:

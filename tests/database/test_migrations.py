@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from pytest_alembic import Config
 from pytest_alembic.tests import (  # noqa: F401
     test_model_definitions_match_ddl,
@@ -36,6 +37,11 @@ def alembic_engine(tmp_path) -> sa.Engine:
 def test_autogenerate_finds_no_difference(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), Base.metadata) == []
+
+
+def test_the_newest_revision_is_alembics_head(engine: sa.Engine) -> None:
+    script = ScriptDirectory.from_config(migrate.alembic_config(engine))
+    assert script.get_current_head() == migrate.newest_revision()
 
 
 def test_every_model_has_its_table(engine: sa.Engine) -> None:
