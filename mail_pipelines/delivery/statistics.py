@@ -218,7 +218,7 @@ def _by_server(offered: pd.DataFrame) -> pd.DataFrame:
 def _by_reason(outcomes: pd.DataFrame) -> pd.DataFrame:
     sums = outcomes.groupby(["state", "reason"], as_index=False)["count"].sum()
     sums["share"] = sums["count"] / sums.groupby("state")["count"].transform("sum")
-    given = sums[sums["reason"] != ""].rename(columns={"state": "outcome"})
+    given: pd.DataFrame = sums[sums["reason"] != ""].rename(columns={"state": "outcome"})
     return given.sort_values(["outcome", "count", "reason"], ascending=[True, False, True], ignore_index=True)
 
 
