@@ -52,7 +52,7 @@ def test_a_segment_over_a_field_nobody_has_is_not_saved(world: World) -> None:
         ("key: a\ncriteria: {all: []}\ncritera: 1", "unknown 'critera'"),
         ("key: 7\ncriteria: {all: []}", "put them into quotes"),
         ("key: a\ncriteria: {all: [}", "not valid YAML: line 2, column 18: expected"),
-        ("key: a\ncriteria: {field: city, op: =, op: in}", "not valid YAML: line 2, column 35: key 'op' is given twice"),
+        ("key: a\ncriteria: {field: city, op: =, op: in}", "not valid YAML: line 2, column 32: key 'op' is given twice"),
         ("key: a\ncriteria: !!python/object:os.system {}", "not valid YAML"),
     ],
 )
