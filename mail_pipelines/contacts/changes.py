@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -17,7 +17,7 @@ from mail_pipelines.database.models import ContactChange
 Operation = Literal["upsert", "delete"]
 
 
-def record(connection: Connection, contact_ids: Collection[int] | sa.Select[tuple[int]], op: Operation, *, now: dt.datetime) -> None:
+def record(connection: Connection, contact_ids: Collection[int] | sa.Select[Any], op: Operation, *, now: dt.datetime) -> None:
     """Append one change for each contact id, given as a collection or as a query of one column that the database evaluates itself."""
     if isinstance(contact_ids, sa.Select):
         contact_id = contact_ids.subquery().c[0]

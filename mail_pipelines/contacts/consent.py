@@ -7,25 +7,22 @@ anybody: that takes the contact's own act. A suppression keeps the address's has
 from __future__ import annotations
 
 import datetime as dt
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import changes
 from mail_pipelines.contacts.addresses import normal_domain
-from mail_pipelines.database.models import Base, Contact, ContactList, Subscription, Suppression
+from mail_pipelines.contacts.sets import insert_if_absent, slices
+from mail_pipelines.database.models import Contact, ContactList, Subscription, Suppression
 from mail_pipelines.errors import MailPipelinesError
 
-T = TypeVar("T")
 ScopeKind = Literal["all", "brand", "list"]
 # From weak to strong: an address suppressed twice in a scope keeps the stronger reason, so that lifting a bounce never lifts an opt-out.
 REASONS = ("bounce", "manual", "unsubscribe", "complaint", "erased")
-# Values of one IN list; SQLite takes 32,766 parameters.
-_SLICE = 5_000
 
 
 class ConsentError(MailPipelinesError):
@@ -86,7 +83,7 @@ def _suppress(connection: Connection, column: str, values: Iterable[Any], reason
     weaker = REASONS[: REASONS.index(reason)]
     target = Suppression.__table__.c[column]
     added = 0
-    for chosen in _slices(values):
+    for chosen in slices(values):
         rows = [{column: value, "scope_kind": scope.kind, "scope_id": scope.id, "reason": reason, "created_at": now} for value in chosen]
         added += connection.execute(insert_if_absent(Suppression), rows).rowcount
         if weaker:
@@ -105,7 +102,7 @@ def unsubscribe(connection: Connection, contact_ids: Collection[int], *, scope: 
     """
     ended = Scope(scope, scope_id)
     found = 0
-    for chosen in _slices(contact_ids):
+    for chosen in slices(contact_ids):
         contacts = connection.execute(sa.select(Contact.id, Contact.address_hash).where(Contact.id.in_(chosen))).all()
         if ended.kind == "list":
             # So that a later import finds the refusal, even if the contact never was on the list.
@@ -149,15 +146,3 @@ def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
     connection.execute(sa.delete(Contact).where(Contact.id == contact_id))
     changes.record(connection, [contact_id], "delete", now=now)
     return True
-
-
-def insert_if_absent(table: type[Base]) -> sa.Insert:
-    """An insert that leaves out rows whose key exists and counts only those it made."""
-    insert = sa.insert(table).prefix_with("OR IGNORE", dialect="sqlite")
-    return insert.prefix_with("IGNORE", dialect="mysql").prefix_with("IGNORE", dialect="mariadb")
-
-
-def _slices(values: Iterable[T]) -> Iterator[list[T]]:
-    remaining = iter(values)
-    while chosen := list(itertools.islice(remaining, _SLICE)):
-        yield chosen

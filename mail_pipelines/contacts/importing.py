@@ -1,0 +1,312 @@
+"""Contacts from a file into a list: columns to fields, rows to contacts, problems to a reject file.
+
+What belongs here: what the columns of a file mean and how its rows are checked. What does not: file formats (`files`) and the
+merge into the tables (`merging`). An import can be killed at any moment and run again: rows that are in already are left alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import difflib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.contacts import attributes, fields, lists, merging
+from mail_pipelines.contacts.addresses import AddressError, parse
+from mail_pipelines.contacts.fields import FieldType
+from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
+from mail_pipelines.contacts.providers import provider_of
+from mail_pipelines.database.engine import transact
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# What `--map column=` is given to say that the column holds the addresses.
+ADDRESS_FIELD = "email"
+_ADDRESS_COLUMNS = frozenset({"email", "mail", "emailaddress", "mailaddress"})
+ERASED = "the address was erased at the person's request and is not taken again"
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of a file's rows: `read` = `inserted` + `updated` + `unchanged` + `rejected` + `duplicates`.
+
+    `duplicates` are rows whose address stands in another row, too: all are applied in order, so the last value of each field
+    wins, and the contact counts once. `reject_file` has line and reason of each rejected row, or is None if there is none.
+    """
+
+    list_key: str
+    read: int
+    inserted: int
+    updated: int
+    unchanged: int
+    rejected: int
+    duplicates: int
+    reject_file: Path | None
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column that is imported: its place, its name in the file, and the field it becomes."""
+
+    place: int
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch ready to be merged: `rows` in the columns of `merging.STAGED`, one a contact; `repeated` the lines whose address an earlier batch had."""
+
+    rows: pa.Table
+    rejects: list[Reject]
+    repeated: frozenset[int]
+    superseded: int
+    fraction: float
+
+
+def import_file(
+    engine: Engine,
+    path: Path,
+    *,
+    list_name: str,
+    now: dt.datetime,
+    mapping: Mapping[str, str] | None = None,
+    types: Mapping[str, FieldType] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+    reject_path: Path | None = None,
+) -> ImportReport:
+    """Import a CSV or Parquet file; contacts not yet known to the list are subscribed to it, which is made if there is none.
+
+    `mapping` gives columns another field key, or `email` to the one with the addresses, or nothing to leave one out. `types`
+    declares fields; those unknown take the type of the Parquet column, or the narrowest that fits the first rows. An empty
+    cell says nothing and changes nothing. Nobody who unsubscribed is subscribed again, no suppression is lifted.
+    `progress` is called with the rows read and the fraction of the file. Rejects go to `<path>.rejected.csv` by default.
+
+    Raises `ContactFileError`, `FieldError`, `InvalidKey` or `ListError` before anything is written if file, mapping, types or
+    name cannot be used; `ContactFileError` in the middle if a Parquet file is damaged there.
+    """
+    with open_file(path) as file:
+        email, columns = assign_columns(file, mapping or {}, types or {})
+        first = next(file.batches, None)
+        target, chosen = transact(engine, lambda connection: _declare(connection, file, first, columns, types or {}, list_name, now))
+        batches = itertools.chain([first] if first else [], file.batches)
+        prepared = _prepare_all(batches, email, columns, chosen)
+        read = inserted = updated = unchanged = duplicates = 0
+        with _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
+            pending = reader.submit(next, prepared, None)
+            while (batch := pending.result()) is not None:
+                # The next batch is read while the database works on this one.
+                pending = reader.submit(next, prepared, None)
+                outcome = merging.merge(engine, batch.rows, list_id=target.id, now=now)
+                erased = [Reject(line, ERASED) for line in sorted(outcome.erased)]
+                rejects.write(sorted(batch.rejects + erased, key=lambda reject: reject.line))
+                read += batch.rows.num_rows + len(batch.rejects) + batch.superseded
+                inserted += outcome.inserted
+                updated += outcome.updated
+                unchanged += outcome.unchanged
+                duplicates += batch.superseded + len(batch.repeated - outcome.erased)
+                if progress:
+                    progress(read, batch.fraction)
+    return ImportReport(target.key, read, inserted, updated, unchanged, rejects.count, duplicates, rejects.path if rejects.count else None)
+
+
+# --- columns ----------------------------------------------------------------------------------------------------
+
+
+def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping[str, FieldType]) -> tuple[int, list[_Column]]:
+    """The place of the column with the addresses, and the columns that become fields. Raises `ContactFileError` or `FieldError`."""
+    names = [name for name in file.columns if name]
+    for name in mapping:
+        if name not in names:
+            raise ContactFileError(f"the file has no column {name!r}; {_nearest(name, names)}")
+    email = _address_column(names, mapping)
+    columns: dict[str, _Column] = {}
+    for place, name in enumerate(file.columns):
+        key = mapping.get(name, name)
+        if name == email or not key:
+            continue
+        if name in file.refused:
+            raise ContactFileError(f"column {name!r} is of type {file.refused[name]}, which no field can hold; leave it out with --map {name}=")
+        try:
+            key = fields.check_key(key) if name in mapping else fields.key_of(name)
+        except fields.FieldError as error:
+            raise fields.FieldError(f"column {name!r}: {error}; give it one with --map '{name}=KEY', or leave it out with --map '{name}='") from None
+        if key in columns:
+            raise ContactFileError(f"columns {columns[key].name!r} and {name!r} both become the field {key!r}; give one another key with --map")
+        columns[key] = _Column(place, name, key)
+    for key in types:
+        if key not in columns:
+            raise fields.FieldError(f"no column of the file becomes the field {key!r}; {_nearest(key, list(columns))}")
+    return file.columns.index(email), list(columns.values())
+
+
+def _address_column(names: Sequence[str], mapping: Mapping[str, str]) -> str:
+    mapped = [name for name, key in mapping.items() if key == ADDRESS_FIELD]
+    found = mapped or [name for name in names if re.sub(r"[^a-z]", "", name.lower()) in _ADDRESS_COLUMNS and name not in mapping]
+    if len(found) > 1:
+        raise ContactFileError(f"columns {found[0]!r} and {found[1]!r} may both hold the addresses; say which one with --map '{found[0]}={ADDRESS_FIELD}'")
+    if not found:
+        raise ContactFileError(f"no column with the addresses; say which one it is with --map COLUMN={ADDRESS_FIELD} (columns: {', '.join(names)})")
+    return found[0]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+
+
+def _declare(
+    connection: Connection,
+    file: ContactFile,
+    first: Batch | None,
+    columns: Sequence[_Column],
+    types: Mapping[str, FieldType],
+    list_name: str,
+    now: dt.datetime,
+) -> tuple[lists.MailingList, dict[str, FieldType]]:
+    """The list, and the type of every field, both made where they are new."""
+    known = fields.declared(connection)
+    chosen: dict[str, FieldType] = {}
+    for column in columns:
+        texts = first.columns[column.place].to_pylist() if first else []
+        type_ = types.get(column.key) or known.get(column.key) or file.types.get(column.name)
+        chosen[column.key] = type_ or fields.infer_type(text.strip() for text in texts if text and text.strip())
+        fields.declare(connection, column.key, chosen[column.key], label=column.name, now=now)
+    return lists.ensure(connection, list_name, now=now), chosen
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def _prepare_all(batches: Iterator[Batch], email: int, columns: Sequence[_Column], types: Mapping[str, FieldType]) -> Iterator[_Prepared]:
+    seen = _Seen()
+    for batch in batches:
+        yield _prepare(batch, email, columns, types, seen)
+
+
+def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mapping[str, FieldType], seen: _Seen) -> _Prepared:
+    import pyarrow as pa
+
+    problems: dict[int, list[str]] = {}
+    encoded: dict[str, pa.Array] = {}
+    for column in columns:
+        encoded[column.key], wrong = attributes.encode(batch.columns[column.place], types[column.key])
+        for row, reason in wrong.items():
+            problems.setdefault(row, []).append(f"column {column.name!r}: {reason}")
+    # The last row of each address; earlier ones are merged into it.
+    last: dict[bytes, int] = {}
+    earlier: dict[int, list[int]] = {}
+    addresses = []
+    for row, text in enumerate(batch.columns[email].to_pylist()):
+        try:
+            if not text:
+                raise AddressError("", "there is none")
+            address = parse(text)
+        except AddressError as error:
+            problems.setdefault(row, []).insert(0, f"address: {error.reason}")
+            continue
+        if row in problems:
+            continue
+        before = last.get(address.hash)
+        if before is not None:
+            earlier[row] = [*earlier.pop(before, []), before]
+        last[address.hash] = row
+        addresses.append((row, address))
+    if earlier:
+        encoded = {key: _merged(column, earlier) for key, column in encoded.items()}
+        addresses = [(row, address) for row, address in addresses if last[address.hash] == row]
+    kept = [row for row, _ in addresses]
+    lines = [batch.lines[row] for row in kept]
+    hashes = [address.hash for _, address in addresses]
+    domains = [address.domain for _, address in addresses]
+    taken = encoded if len(kept) == len(batch.lines) else {key: column.take(pa.array(kept, pa.int64())) for key, column in encoded.items()}
+    repeated = seen.before(hashes)
+    rows = pa.table(
+        {
+            "line": pa.array(lines, pa.int64()),
+            "repeated": repeated,
+            "email": pa.array([address.email for _, address in addresses], pa.string()),
+            "address": pa.array([address.address for _, address in addresses], pa.string()),
+            "address_hash": pa.array(hashes, pa.binary(16)),
+            "domain": pa.array(domains, pa.string()),
+            "provider": pa.array(map(provider_of, domains), pa.string()),
+            "attributes": attributes.join(taken, len(kept)),
+        }
+    )
+    rejects = batch.rejects + [Reject(batch.lines[row], "; ".join(reasons)) for row, reasons in problems.items()]
+    return _Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), sum(map(len, earlier.values())), batch.fraction)
+
+
+def _merged(column: pa.Array, earlier: Mapping[int, Sequence[int]]) -> pa.Array:
+    """The column with the newest value of the earlier rows where the last row has none."""
+    import pyarrow as pa
+
+    values = column.to_pylist()
+    for row, before in earlier.items():
+        values[row] = next((value for value in (values[number] for number in (row, *reversed(before))) if value is not None), None)
+    return pa.array(values, pa.string())
+
+
+class _Seen:
+    """Which addresses a file has had so far: 8 bytes each of their hashes, in sorted runs that grow by merging."""
+
+    def __init__(self) -> None:
+        self._runs: list[pa.Array] = []
+
+    def before(self, hashes: Sequence[bytes]) -> pa.Array:
+        """Whether each of these (distinct) hashes was given in an earlier call."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        prefixes = pa.array([int.from_bytes(digest[:8], "big") for digest in hashes], pa.uint64())
+        found = pa.array([False] * len(hashes), pa.bool_())
+        for run in self._runs:
+            found = pc.or_(found, pc.not_equal(pc.search_sorted(run, prefixes, side="left"), pc.search_sorted(run, prefixes, side="right")))
+        new = prefixes.filter(pc.invert(found)).sort()
+        while self._runs and len(self._runs[-1]) <= 2 * len(new):
+            new = pa.concat_arrays([self._runs.pop(), new]).sort()
+        self._runs.append(new)
+        return found
+
+
+class _RejectFile:
+    """A CSV file of rejected rows, made at the first one. It holds places and reasons, not the rows: people in it could not be erased."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> _RejectFile:
+        # What an earlier import left there says nothing about this one.
+        self.path.unlink(missing_ok=True)
+        return self
+
+    def write(self, rejects: Sequence[Reject]) -> None:
+        if not rejects:
+            return
+        try:
+            if self._file is None:
+                self._file = self.path.open("w", encoding="utf-8", newline="")
+                csv.writer(self._file).writerow(["line", "reason"])
+            csv.writer(self._file).writerows([reject.line, reject.reason] for reject in rejects)
+            self._file.flush()
+        except OSError as error:
+            raise ContactFileError(
+                f"the rejected rows cannot be written to {self.path}: {error.strerror}; move the file to a folder you may write to"
+            ) from error
+        self.count += len(rejects)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()

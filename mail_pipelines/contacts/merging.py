@@ -1,0 +1,217 @@
+"""Prepared rows into contacts, subscriptions and the change feed, in one transaction of set-based statements.
+
+The rows go to a temporary table; what they change is decided on both sides: the database compares texts, so that a file
+imported again costs one join, and rows that differ are merged here, because the databases' own JSON functions disagree.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.contacts import changes
+from mail_pipelines.contacts.sets import insert_if_absent, slices
+from mail_pipelines.database import bulk
+from mail_pipelines.database.engine import is_mysql, transact
+from mail_pipelines.database.models import Contact, Subscription, Suppression
+from mail_pipelines.database.types import Hash16, LongText, ascii_string
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_COLLISIONS = 5
+_temporary = sa.MetaData()
+_NOTHING_NEW = 0
+# One row a contact: `line` is its place in the file, `repeated` says that the file had the address before. `attributes` is JSON
+# text in the layout of `json.dumps`. The database finds `contact_id`: NULL for a contact to be made, `_NOTHING_NEW` for a row
+# that changes nothing, else the contact to be changed.
+STAGED = sa.Table(
+    "staged_contacts",
+    _temporary,
+    sa.Column("line", sa.BigInteger, nullable=False),
+    sa.Column("repeated", sa.Boolean, nullable=False),
+    sa.Column("email", sa.String(254), nullable=False),
+    sa.Column("address", sa.String(254), nullable=False),
+    sa.Column("address_hash", Hash16, nullable=False),
+    sa.Column("domain", ascii_string(253), nullable=False),
+    sa.Column("provider", ascii_string(32), nullable=False),
+    sa.Column("attributes", LongText, nullable=False),
+    sa.Column("contact_id", sa.BigInteger),
+    prefixes=["TEMPORARY"],
+    mysql_engine="InnoDB",
+    mysql_charset="utf8mb4",
+    mariadb_engine="InnoDB",
+    mariadb_charset="utf8mb4",
+)
+_UPDATES = sa.Table(
+    "staged_updates",
+    _temporary,
+    sa.Column("contact_id", sa.BigInteger, nullable=False),
+    sa.Column("email", sa.String(254), nullable=False),
+    sa.Column("attributes", LongText, nullable=False),
+    prefixes=["TEMPORARY"],
+    mysql_engine="InnoDB",
+    mysql_charset="utf8mb4",
+    mariadb_engine="InnoDB",
+    mariadb_charset="utf8mb4",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the rows, repeated ones not counted in `updated` and `unchanged`. `erased` are the lines of those left out."""
+
+    inserted: int
+    updated: int
+    unchanged: int
+    erased: frozenset[int]
+
+
+class _Collision(Exception):
+    """Another writer inserted one of these contacts between our look and our insert."""
+
+
+def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime) -> Outcome:
+    """Insert or update at most `bulk.CHUNK_ROWS` contacts (columns of `STAGED`, addresses distinct) and subscribe them to the list.
+
+    Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that
+    changed get a row in the change feed.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return transact(engine, lambda connection: _merge(connection, rows, list_id, now))
+        except (sa.exc.IntegrityError, _Collision):
+            # The other writer's contact is visible now, so the next attempt updates it.
+            if attempt == _COLLISIONS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetime) -> Outcome:
+    _stage(connection, STAGED, rows)
+    erased = _drop_erased(connection)
+    _find(connection, list_id)
+    _update(connection, list_id, now)
+    inserted, updated, unchanged, known = _count(connection)
+    changed = [sa.select(STAGED.c.contact_id).where(STAGED.c.contact_id > _NOTHING_NEW)] if known else []
+    if inserted:
+        changed.append(_insert(connection, inserted, now))
+    if changed:
+        everyone = sa.select(sa.union_all(*changed).subquery())
+        _subscribe(connection, everyone, list_id, now)
+        changes.record(connection, everyone, "upsert", now=now)
+    return Outcome(inserted, updated, unchanged, erased)
+
+
+def _stage(connection: Connection, table: sa.Table, rows: pa.Table) -> None:
+    # In these words, for MySQL commits when a table is dropped unless it is said to be temporary.
+    connection.exec_driver_sql(f"DROP {'TEMPORARY TABLE IF EXISTS ' if is_mysql(connection) else 'TABLE IF EXISTS temp.'}{table.name}")
+    table.create(connection, checkfirst=False)
+    bulk.load(connection, table, rows, ignore_duplicates=True)
+
+
+def _drop_erased(connection: Connection) -> frozenset[int]:
+    query = sa.select(STAGED.c.line).join(Suppression, Suppression.address_hash == STAGED.c.address_hash).where(Suppression.reason == "erased")
+    erased = frozenset(connection.execute(query).scalars())
+    for chosen in slices(erased):
+        connection.execute(sa.delete(STAGED).where(STAGED.c.line.in_(chosen)))
+    return erased
+
+
+def _find(connection: Connection, list_id: int) -> None:
+    """Set `contact_id` of the rows whose contact exists."""
+    subscribed = sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == list_id)
+    found = (
+        sa.select(sa.case((sa.and_(_same_letters(), Subscription.contact_id.is_not(None)), _NOTHING_NEW), else_=Contact.id))
+        .outerjoin(Subscription, subscribed)
+        .where(Contact.address_hash == STAGED.c.address_hash)
+        .correlate(STAGED)
+    )
+    connection.execute(sa.update(STAGED).values(contact_id=found.scalar_subquery()))
+
+
+def _same_letters() -> sa.ColumnElement[bool]:
+    """Whether a contact has the staged e-mail and attributes, case and order of the fields included."""
+    pairs: list[tuple[Any, Any]] = [(Contact.email, STAGED.c.email), (Contact.attributes, STAGED.c.attributes)]
+    return sa.and_(*(sa.cast(stored, sa.LargeBinary) == sa.cast(staged, sa.LargeBinary) for stored, staged in pairs))
+
+
+def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
+    """Write e-mail and merged attributes of the known contacts that differ, and mark the rows that prove to say nothing new."""
+    import pyarrow as pa
+
+    query = (
+        sa.select(
+            STAGED.c.line,
+            STAGED.c.email,
+            STAGED.c.attributes,
+            Contact.id,
+            Contact.email.label("stored_email"),
+            sa.type_coerce(Contact.attributes, sa.Text).label("stored"),
+            Subscription.contact_id.label("subscriber"),
+        )
+        .join(Contact, Contact.id == STAGED.c.contact_id)
+        .outerjoin(Subscription, sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == list_id))
+        .where(STAGED.c.contact_id > _NOTHING_NEW, sa.not_(_same_letters()))
+        .with_for_update()
+    )
+    changed: list[tuple[int, str, str]] = []
+    alike: list[int] = []
+    for row in connection.execute(query):
+        stored = json.loads(row.stored)
+        merged = stored | json.loads(row.attributes)
+        if merged != stored or row.email != row.stored_email:
+            changed.append((row.id, row.email, json.dumps(merged, ensure_ascii=False)))
+        elif row.subscriber is not None:
+            alike.append(row.line)
+    for chosen in slices(alike):
+        connection.execute(sa.update(STAGED).where(STAGED.c.line.in_(chosen)).values(contact_id=_NOTHING_NEW))
+    if changed:
+        ids, emails, texts = zip(*changed, strict=True)
+        rows = pa.table({"contact_id": pa.array(ids, pa.int64()), "email": pa.array(emails, pa.string()), "attributes": pa.array(texts, pa.string())})
+        _stage(connection, _UPDATES, rows)
+        values = {"email": _UPDATES.c.email, "attributes": sa.type_coerce(_UPDATES.c.attributes, sa.JSON), "updated_at": now}
+        connection.execute(sa.update(Contact).where(Contact.id == _UPDATES.c.contact_id).values(values))
+
+
+def _count(connection: Connection) -> tuple[int, int, int, int]:
+    """Contacts to be made; rows that change one, and that change nothing, repeated ones not counted; contacts to be changed in all."""
+    contact_id, once = STAGED.c.contact_id, sa.not_(STAGED.c.repeated)
+    counted = [contact_id.is_(None), sa.and_(contact_id > _NOTHING_NEW, once), sa.and_(contact_id == _NOTHING_NEW, once), contact_id > _NOTHING_NEW]
+    row = connection.execute(sa.select(*(sa.func.count(sa.case((condition, 1))) for condition in counted)).select_from(STAGED)).one()
+    return row[0], row[1], row[2], row[3]
+
+
+def _insert(connection: Connection, expected: int, now: dt.datetime) -> sa.Select[Any]:
+    """Make the contacts that were not found; returns the query of their ids.
+
+    They are written in the order of the unique index, page by page. Their ids are higher than any before and they bear this
+    import's time, so reading them back is one walk along the primary key.
+    """
+    highest = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Contact.id), 0))).scalar_one()
+    time = Contact.created_at.type
+    copied = ["email", "address", "address_hash", "domain", "provider", "attributes"]
+    constants = {"tracking_allowed": sa.literal(True), "created_at": sa.literal(now, time), "updated_at": sa.literal(now, time)}
+    chosen = sa.select(*(STAGED.c[name] for name in copied), *constants.values()).where(STAGED.c.contact_id.is_(None)).order_by(STAGED.c.address_hash)
+    connection.execute(sa.insert(Contact).from_select([*copied, *constants], chosen))
+    made = sa.select(Contact.id).where(Contact.id > highest, Contact.created_at == now)
+    if connection.execute(sa.select(sa.func.count()).select_from(made.subquery())).scalar_one() != expected:
+        raise _Collision
+    return made
+
+
+def _subscribe(connection: Connection, contacts: sa.Select[Any], list_id: int, now: dt.datetime) -> None:
+    constants = {
+        "list_id": sa.literal(list_id),
+        "subscribed": sa.literal(True),
+        "source": sa.literal("import"),
+        "changed_at": sa.literal(now, Subscription.changed_at.type),
+    }
+    chosen = sa.select(contacts.subquery().c[0], *constants.values())
+    connection.execute(insert_if_absent(Subscription).from_select(["contact_id", *constants], chosen))
