@@ -73,7 +73,9 @@ def _ui_port(settings: Settings) -> int:
     try:
         return _free_port(host, port)
     except OSError as error:
-        raise UpError(f"the UI cannot listen on {host} port {port}: {error.strerror}; set operation.ui_host and operation.ui_port") from error
+        # Python adds words of its own to `strerror`.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UpError(f"the UI cannot listen on {host} port {port}: {reason}; set operation.ui_host and operation.ui_port") from error
 
 
 def _loaded(address: str) -> bool:

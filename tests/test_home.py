@@ -14,11 +14,11 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines import config, doctor, home
+from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import servers
-from tests.parts.mariadb import MariaDB
 from tests.parts.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
