@@ -67,11 +67,18 @@ def run(quick: bool) -> list[Result]:
     )
     count, reference_count = (2_000, 30) if quick else (20_000, 300)
     chosen = list(itertools.islice(recipients(), count))
-    seconds = best_of(lambda: _compose_all(message, chosen, sender))
     parsed = message_from_bytes(compose(message, chosen[0], sender).data, policy=SMTP)
     headers = [(name, value) for name, value in parsed.items() if name not in ("MIME-Version", "Content-Type")]
     texts = {part.get_content_subtype(): part.get_content() for part in parsed.iter_parts()}
-    reference_seconds = best_of(lambda: [_by_standard_library(headers, texts["plain"], texts["html"]) for _ in range(reference_count)])
+    # In turns, so that other programs disturb both alike.
+    turns = [
+        (
+            best_of(lambda: _compose_all(message, chosen, sender), runs=1),
+            best_of(lambda: [_by_standard_library(headers, texts["plain"], texts["html"]) for _ in range(reference_count)], runs=1),
+        )
+        for _ in range(5)
+    ]
+    seconds, reference_seconds = (min(times) for times in zip(*turns, strict=True))
     return [judge("compose", count / seconds, "messages/s", reference_count / reference_seconds, target=TARGET, better="higher")]
 
 
