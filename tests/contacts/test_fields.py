@@ -75,6 +75,9 @@ def test_joined_columns_are_one_object_a_row(rows: list[list[str | None]]) -> No
         (["2026-01-02T03:04:05Z", "2026-01-02 03:04"], "datetime"),
         (["2026-01-02", "2026-01-02 03:04"], "text"),
         (["1", "x"], "text"),
+        (["1"] * 99 + ["many"], "number"),
+        (["1"] * 98 + ["many", "few"], "text"),
+        (["1"] * 1000 + ["many"] * 1000, "number"),
     ],
 )
 def test_types_are_guessed_narrowly(texts: list[str], type_: str) -> None:
