@@ -113,10 +113,13 @@ def none_suppressed_delivered(connection: Connection, campaign: Campaign) -> Fin
 
 
 def bounce_rate(connection: Connection, campaign: Campaign) -> Finding:
-    """Few of the answers say that the address is bad: a warning above 2 %, an error above 5 %, judged from 100 answers on."""
+    """Few of the answers say that the address is bad."""
     states = progress.by_state(connection, campaign.id)
-    answers = states[State.DELIVERED] + states[State.BOUNCED]
-    hard = hard_bounces(connection, campaign.id)
+    return judge_bounces(hard_bounces(connection, campaign.id), states[State.DELIVERED] + states[State.BOUNCED])
+
+
+def judge_bounces(hard: int, answers: int) -> Finding:
+    """A warning above 2 % of hard bounces, an error above 5 %, judged from 100 answers on."""
     rate = hard / answers if answers else 0.0
     return Finding(
         answers < BOUNCE_RATE_ANSWERS or rate <= WARN_BOUNCE_RATE,

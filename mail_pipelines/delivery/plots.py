@@ -73,7 +73,7 @@ def states(by_state: pd.DataFrame) -> bytes:
     axes.grid(visible=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("recipients")
-    _legend(axes)
+    _legend(axes, columns=4)
     return _png(figure)
 
 
@@ -173,8 +173,8 @@ def _time_axis(axes: Axes, times: pd.Index[Any], step_minutes: int) -> None:
     axes.set_xlabel("UTC")
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=8, labelcolor=_INK, handlelength=0.9, handleheight=0.9)
+def _legend(axes: Axes, *, columns: int = 5) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=8, labelcolor=_INK, handlelength=0.9, handleheight=0.9)
 
 
 def _nothing(words: str) -> bytes:

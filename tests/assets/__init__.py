@@ -1,0 +1,1 @@
+"""Tests of assets: run as Dagster runs them, on real databases."""
