@@ -26,9 +26,7 @@ def write_defaults(engine: Engine) -> int:
     """Write the defaults into a database that has none; what an operator has set stays. Returns how many were written."""
 
     def work(connection: Connection) -> int:
-        present = connection.execute(
-            sa.select(sa.func.count()).select_from(ProviderLimit).where(ProviderLimit.server_id == ALL_SERVERS)
-        ).scalar_one()
+        present = connection.execute(sa.select(sa.func.count()).select_from(ProviderLimit).where(ProviderLimit.server_id == ALL_SERVERS)).scalar_one()
         if present:
             return 0
         rows = defaults()

@@ -79,13 +79,14 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a power loss, sees either the old or the new content."""
+def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a small file so that a reader sees either the old or the new content; `durable`: after a power loss, too."""
     descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     Path(temporary).replace(path)
 
 

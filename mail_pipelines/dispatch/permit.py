@@ -11,6 +11,7 @@ comes later finds no permit. Looking first would leave a gap between the look an
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -25,7 +26,11 @@ from mail_pipelines.dispatch.files import DispatchError
 
 @dataclass
 class Permit:
-    """A permit held by this process; `withdraw` ends it. `name` is what the sender says in EHLO."""
+    """A permit held by this process. `name` is what the sender says in EHLO.
+
+    It ends in two steps: `withdraw` closes the gate but keeps the lock under another name, so that nobody takes the claim
+    for abandoned while its sender reads the journal and records; `release` gives up the lock.
+    """
 
     path: Path
     file: IO[str]
@@ -35,8 +40,17 @@ class Permit:
         return self.path.name
 
     def withdraw(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(self._withdrawn)
+
+    def release(self) -> None:
         self.path.unlink(missing_ok=True)
+        self._withdrawn.unlink(missing_ok=True)
         self.file.close()
+
+    @property
+    def _withdrawn(self) -> Path:
+        return self.path.with_name(f"w{self.path.name.partition('.')[0][1:]}")
 
 
 def grant(folder: Path, claim_id: int, *, seconds: float) -> Permit:
@@ -62,7 +76,7 @@ def revoke(folder: Path, claim_id: int, *, seconds: float = 10) -> None:
 
     Raises `DispatchError` if the holder has not let go of the lock in time; the permit is withdrawn all the same.
     """
-    for path in folder.glob(f"c{claim_id}.*"):
+    for path in _files(folder, claim_id):
         try:
             file = path.open()
         except FileNotFoundError:
@@ -85,8 +99,8 @@ def revoke_all(folder: Path) -> int:
 
 
 def is_held(folder: Path, claim_id: int) -> bool:
-    """Whether a living process holds the permit of this claim."""
-    for path in folder.glob(f"c{claim_id}.*"):
+    """Whether a living process holds the permit of this claim, or has withdrawn it and is recording."""
+    for path in _files(folder, claim_id):
         try:
             with path.open() as file:
                 if not _lock(file, 0):
@@ -94,6 +108,11 @@ def is_held(folder: Path, claim_id: int) -> bool:
         except FileNotFoundError:
             continue
     return False
+
+
+def _files(folder: Path, claim_id: int) -> list[Path]:
+    """The permit of a claim under either of its names."""
+    return [*folder.glob(f"c{claim_id}.*"), folder / f"w{claim_id}"]
 
 
 def _lock(file: IO[str], seconds: float) -> bool:

@@ -109,7 +109,8 @@ def set_limits(engine: Engine, key: str | None, provider: str, limits: Mapping[s
 
 def remember(folders: ServerFolders, memory: Memory) -> None:
     """Keep on the server's own disk which life of the database it has seen, and the newest claim in it."""
-    replace_file(folders.memory, json.dumps({"generation": memory.generation, "newest_claim": memory.newest_claim}))
+    # Not synced at every claim: an older claim after a power loss is as good a witness.
+    replace_file(folders.memory, json.dumps({"generation": memory.generation, "newest_claim": memory.newest_claim}), durable=False)
 
 
 def recall(engine: Engine, folders: ServerFolders) -> Memory:
@@ -159,7 +160,7 @@ class Heartbeat:
         if not transact(self._engine, work):
             raise NameTaken(f"another process speaks for server {self._key}: its last heartbeat is younger than {SILENT_BEATS * self._interval:.0f} s")
         self._token = token
-        replace_file(self._token_file, token)
+        replace_file(self._token_file, token, durable=False)
 
     def beat(self) -> None:
         token = str(uuid.uuid4())
@@ -174,7 +175,7 @@ class Heartbeat:
         if transact(self._engine, work) != 1:
             raise NameTaken(f"another process has taken over server {self._key}: this one stops and withdraws its permits")
         self._token = token
-        replace_file(self._token_file, token)
+        replace_file(self._token_file, token, durable=False)
 
     def _health(self) -> dict[str, Any]:
         return {

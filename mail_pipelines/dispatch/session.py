@@ -278,11 +278,11 @@ class Lane:
             claimed = answer
         finally:
             if claimed is None:
-                granted.withdraw()
+                granted.release()
         session.report.claims += 1
         session.report.claimed += len(claimed.rows)
         if not claimed.rows:
-            granted.withdraw()
+            granted.release()
             return True
         offers: dict[int, Offer] = {}
         queue = iter(claimed.rows)
@@ -376,25 +376,29 @@ class Lane:
     async def _conclude(self, claimed: OpenClaim, granted: permit.Permit, offers: dict[int, Offer], workers: list[asyncio.Task[None]]) -> None:
         """Wait for the last replies, close the gate, read the journal, record."""
         session = self.session
-        await asyncio.wait(workers)
-        granted.withdraw()
-        failure = next((error for worker in workers if (error := worker.exception()) is not None), None)
-        nothing = Offer(Next.GO_ON)
-        heard = {row.contact_id: offers.get(row.contact_id, nothing) for row in claimed.rows}
-        rows = [Offered(row.contact_id, row.attempt, heard[row.contact_id].reply) for row in claimed.rows if not heard[row.contact_id].unusable]
-        results = await self._read_results(claimed, rows)
-        results += [
-            Result(row.contact_id, row.attempt, State.SUPPRESSED, reason="cannot_be_composed") for row in claimed.rows if heard[row.contact_id].unusable
-        ]
-        counts = await in_thread(transact, session.engine, lambda connection: record(connection, claimed.ref, results, claim_state="open"))
+        try:
+            await asyncio.wait(workers)
+            granted.withdraw()
+            results = await self._results(claimed, offers)
+            counts = await in_thread(transact, session.engine, lambda connection: record(connection, claimed.ref, results, claim_state="open"))
+        finally:
+            granted.release()
         session.report.results.update(counts)
-        if failure is not None:
-            raise failure
+        for worker in workers:
+            worker.result()
         released = {result.contact_id for result in results if result.state is State.PENDING}
         refusals = [offer.refusal for contact_id, offer in offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]
         if refusals:
             # The destination was never asked, so trying again would go on for ever.
             raise SessionOver(f"the mail server {session.server.key} itself refuses messages: {refusals[0][:120]}")
+
+    async def _results(self, claimed: OpenClaim, offers: dict[int, Offer]) -> list[Result]:
+        """The end of every row: by the journal, or that no message could be made."""
+        not_offered = Offer(Next.GO_ON)
+        heard = [(row, offers.get(row.contact_id, not_offered)) for row in claimed.rows]
+        results = await self._read_results(claimed, [Offered(row.contact_id, row.attempt, offer.reply) for row, offer in heard if not offer.unusable])
+        unusable = [row for row, offer in heard if offer.unusable]
+        return results + [Result(row.contact_id, row.attempt, State.SUPPRESSED, reason="cannot_be_composed") for row in unusable]
 
     async def _read_results(self, claimed: OpenClaim, rows: list[Offered]) -> list[Result]:
         """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""

@@ -37,6 +37,16 @@ def test_a_permit_is_valid_until_it_is_withdrawn(tmp_path: Path) -> None:
     assert not permit.is_valid(tmp_path, granted.name)
 
 
+def test_a_withdrawn_permit_is_held_until_its_sender_has_recorded(tmp_path: Path) -> None:
+    """Otherwise another run would settle the claim in the moment between the two."""
+    granted = permit.grant(tmp_path, 7, seconds=60)
+    granted.withdraw()
+    assert permit.is_held(tmp_path, 7)
+    granted.release()
+    assert not permit.is_held(tmp_path, 7)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_permit_dies_by_the_clock_even_if_nobody_withdraws_it(tmp_path: Path) -> None:
     past = f"c7.{int(time.time()) - 1}"
     (tmp_path / past).touch()

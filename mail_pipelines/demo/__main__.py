@@ -1,0 +1,157 @@
+"""The main job on this machine: contacts, segments, one campaign, two dispatch servers, Dagster in between. Run by `script/demo`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sqlalchemy.engine import Engine
+
+from mail_pipelines import config, home, up
+from mail_pipelines.campaigns import progress, scheduling, store, versions, yaml_form
+from mail_pipelines.campaigns.states import CampaignState
+from mail_pipelines.config import Settings
+from mail_pipelines.contacts import importing
+from mail_pipelines.database.engine import open_engine, reading, transact
+from mail_pipelines.demo import campaign, data
+from mail_pipelines.demo.summary import Summary, summarise
+from mail_pipelines.dispatch import servers
+from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.segments import saved, snapshots
+from mail_pipelines.supervision import Processes, Stopped
+
+HOME = ".mail_pipelines_demo"
+SEND_SECONDS = 300
+# Greylisted recipients are tried again after seconds, not after the quarter of an hour that real destinations want.
+SETTINGS = {
+    "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "16",
+    "MAIL_PIPELINES_SENDING__LAST_RETRY_SECONDS": "16",
+    "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
+    "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
+}
+LIMITS = {"connections": 24, "per_second": 150.0, "messages_per_connection": 500}
+
+console = Console(stderr=True)
+
+
+def prepare(environ: dict[str, str], contacts: int) -> tuple[Settings, Engine]:
+    """A fresh home with contacts, two lists, earlier engagement and three segments."""
+    folder = config.home_folder(environ)
+    if folder.exists():
+        shutil.rmtree(folder)
+    home.make(environ)
+    settings = config.load(environ)
+    engine = open_engine(settings.database)
+    now = dt.datetime.now(dt.UTC)
+    with console.status(f"writing {contacts:,} contacts"):
+        files = data.write(folder / "files", contacts=contacts)
+    for path, list_name in files.imports:
+        with Progress(SpinnerColumn(), TextColumn("import {task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
+            task = bar.add_task(path.name, total=1.0)
+            report = importing.import_file(
+                engine, path, list_name=list_name, mapping={}, now=now, progress=lambda _rows, share, task=task, bar=bar: bar.update(task, completed=share)
+            )
+        console.print(f"  {report.inserted:,} new, {report.updated:,} changed, {report.rejected:,} rejected ({report.reject_file})")
+    with console.status("earlier campaigns and what became of them"):
+        data.engagement(engine, now)
+    for text in campaign.SEGMENTS:
+        saved.save(engine, saved.from_yaml(text), now=now)
+    with console.status("snapshots"):
+        snapshots.refresh_contacts(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
+        snapshots.refresh_engagement(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
+    return settings, engine
+
+
+def schedule(engine: Engine, settings: Settings) -> None:
+    """Put the campaign in as a marketer does, to start now. From here on Dagster's sensors do everything."""
+    now = dt.datetime.now(dt.UTC)
+    document = yaml_form.parse(campaign.CAMPAIGN)
+    transact(engine, lambda connection: store.create(connection, document.definition, now))
+    assert document.content is not None
+    versions.set_content(engine, campaign.KEY, document.content, now)
+    scheduling.start(engine, settings, campaign.KEY, now)
+
+
+def follow(engine: Engine, processes: Processes) -> None:
+    """Show how far the campaign is until it has finished. Raises `MailPipelinesError` if it does not."""
+    end = time.monotonic() + SEND_SECONDS
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("waiting for the daemon", total=None)
+
+        def finished() -> bool:
+            with reading(engine) as connection:
+                now = store.load(connection, campaign.KEY)
+                totals = progress.totals(connection, now)
+            if totals.audience:
+                words = f"{now.state}: {totals.delivered:,} delivered, {totals.bounced:,} bounced, {totals.deferred:,} deferred"
+                bar.update(task, description=words, total=totals.audience, completed=totals.audience - totals.open)
+            else:
+                bar.update(task, description=str(now.state))
+            if now.held_reason:
+                raise MailPipelinesError(f"the campaign is held: {now.held_reason}")
+            return now.state is CampaignState.FINISHED
+
+        processes.wait_until_ready(finished, seconds=end - time.monotonic(), what="the campaign")
+
+
+def show(summary: Summary, address: str) -> None:
+    table = Table(title="Spring sale", show_header=False)
+    for name, value in summary.to_document().items():
+        if name == "servers":
+            for server, messages in sorted(summary.servers.items()):
+                table.add_row(f"messages by {server}", f"{messages:,}")
+        else:
+            table.add_row(name.replace("_", " "), f"{value:,}")
+    console.print(table)
+    console.print(f"Dagster: [bold]{address}[/bold]")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="script/demo", description=__doc__)
+    parser.add_argument("--exit", action="store_true", help="end when the campaign has finished, instead of leaving the UI up until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="end standard output with one line of JSON")
+    parser.add_argument("--contacts", type=int, default=100_000, help="how many contacts (default 100,000)")
+    options = parser.parse_args()
+    os.environ.setdefault("MAIL_PIPELINES_HOME", str(home.checkout() / HOME))
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.umask(0o077)
+    try:
+        settings, engine = prepare(dict(os.environ), options.contacts)
+        with Processes(up.lock(settings)) as processes:
+            servers.set_limits(engine, None, "*", LIMITS)
+            for name in up.catchers(engine, settings):
+                up.start_catcher(processes, engine, settings, name)
+            with console.status("starting Dagster"):
+                address = up.start_dagster(processes, settings)
+            console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
+            schedule(engine, settings)
+            follow(engine, processes)
+            summary = summarise(engine, settings, campaign.KEY)
+            show(summary, address)
+            if options.json:
+                sys.stdout.write(json.dumps(summary.to_document()) + "\n")
+                sys.stdout.flush()
+            if not options.exit:
+                console.print("Ctrl-C ends it.")
+                processes.wait()
+    except Stopped:
+        return 0
+    except MailPipelinesError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+    return 0 if summary.is_right else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
