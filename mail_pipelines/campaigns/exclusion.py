@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
 
 from mail_pipelines.campaigns.campaign import Campaign
+from mail_pipelines.campaigns.overlap import overlapped
 from mail_pipelines.contacts.consent import Scope, campaign_scopes, suppressed_clause
 from mail_pipelines.database import bulk
 from mail_pipelines.database.engine import reading
@@ -28,6 +29,8 @@ MISSING = "missing"
 DUPLICATE = "duplicate"
 UNSUBSCRIBED = "unsubscribe"
 _CHUNK_ROWS = 50_000
+# A temporary table, each connection's own: nothing of the central database is written.
+_CHUNK = sa.Table("freeze_chunk", sa.MetaData(), sa.Column("contact_id", sa.BigInteger, primary_key=True, autoincrement=False), prefixes=["TEMPORARY"])
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,17 @@ class Allowed:
 
 
 def allowed(engine: Engine, campaign: Campaign, members: pa.Table, advance: Callable[[int], None]) -> Allowed:
-    """Look at all members (contact_id unique, engagement_rank); `advance` is told how many were looked at since the last call."""
+    """Look at all members (contact_id int64, unique and ascending; engagement_rank int32); `advance` is told how many were looked at since the last call."""
     import pyarrow as pa
 
-    # A temporary table of this connection: nothing of the central database is written.
-    looked_at = sa.Table("freeze_members", sa.MetaData(), sa.Column("contact_id", sa.BigInteger, primary_key=True, autoincrement=False), prefixes=["TEMPORARY"])
+    query = _query(campaign)
     kept: list[pa.Table] = []
     excluded: Counter[str] = Counter()
-    with reading(engine) as connection:
-        looked_at.create(connection)
-        try:
-            query = _query(looked_at, campaign)
-            for start in range(0, members.num_rows, _CHUNK_ROWS):
-                chunk = members.slice(start, _CHUNK_ROWS)
-                connection.execute(sa.delete(looked_at))
-                bulk.load(connection, looked_at, chunk.select(["contact_id"]), ignore_duplicates=True)
-                kept.append(_keep(connection, query, chunk, excluded))
-                advance(chunk.num_rows)
-        finally:
-            looked_at.drop(connection)
+    chunks = (members.slice(start, _CHUNK_ROWS) for start in range(0, members.num_rows, _CHUNK_ROWS))
+    for looked_at, part, reasons in overlapped(engine, lambda chunk: _look(engine, query, chunk), chunks):
+        kept.append(part)
+        excluded.update(reasons)
+        advance(looked_at)
     empty = pa.schema([("contact_id", pa.int64()), ("engagement_rank", pa.int32()), ("address_hash", pa.binary(16)), ("provider", pa.string())])
     table = pa.concat_tables([empty.empty_table(), *kept])
     unique = _first_of_each_address(table)
@@ -66,18 +61,19 @@ def allowed(engine: Engine, campaign: Campaign, members: pa.Table, advance: Call
     return Allowed(unique, dict(sorted(excluded.items())))
 
 
-def _query(looked_at: sa.Table, campaign: Campaign) -> sa.Select[tuple[int, bytes, str, str | None]]:
+def _query(campaign: Campaign) -> sa.Select[bytes, str, str | None]:
+    """address_hash, provider and, of those who may not be mailed, the reason: one row for each row of `_CHUNK`, in the order of contact_id."""
     scopes = campaign_scopes(campaign.brand_id, campaign.list_id)
     cases = [
         (Contact.id.is_(None), sa.literal(MISSING)),
         (suppressed_clause(Contact.address_hash, Contact.domain, scopes), _suppression_reason(scopes)),
     ]
-    source = sa.outerjoin(looked_at, Contact, Contact.id == looked_at.c.contact_id)
+    source = sa.outerjoin(_CHUNK, Contact, Contact.id == _CHUNK.c.contact_id)
     if campaign.list_id is not None:
         source = source.outerjoin(Subscription, sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == campaign.list_id))
         cases.append((Subscription.subscribed.is_(False), sa.literal(UNSUBSCRIBED)))
     reason = sa.case(*cases).label("reason")
-    return sa.select(looked_at.c.contact_id, Contact.address_hash, Contact.provider, reason).select_from(source).order_by(looked_at.c.contact_id)
+    return sa.select(Contact.address_hash, Contact.provider, reason).select_from(source).order_by(_CHUNK.c.contact_id)
 
 
 def _suppression_reason(scopes: list[Scope]) -> sa.ColumnElement[str]:
@@ -87,22 +83,22 @@ def _suppression_reason(scopes: list[Scope]) -> sa.ColumnElement[str]:
     return sa.func.coalesce(by_address.correlate(Contact).scalar_subquery(), by_domain.correlate(Contact).scalar_subquery())
 
 
-def _keep(connection: Connection, query: sa.Select[tuple[int, bytes, str, str | None]], chunk: pa.Table, excluded: Counter[str]) -> pa.Table:
+def _look(engine: Engine, query: sa.Select[bytes, str, str | None], chunk: pa.Table) -> tuple[int, pa.Table, Counter[str]]:
+    """How many were looked at, those allowed, and the others by reason."""
     import pyarrow as pa
 
-    contact_ids, hashes, providers, reasons = zip(*connection.execute(query).all(), strict=True)
-    found = pa.table(
-        {
-            "contact_id": pa.array(contact_ids, pa.int64()),
-            "engagement_rank": chunk["engagement_rank"].combine_chunks().cast(pa.int32()),
-            "address_hash": pa.array(hashes, pa.binary(16)),
-            "provider": pa.array(providers, pa.string()),
-        }
-    )
-    # Both sides are in the order of the contact id.
-    assert found["contact_id"].equals(chunk["contact_id"])
-    excluded.update(reason for reason in reasons if reason is not None)
-    return found.filter(pa.array([reason is None for reason in reasons]))
+    with reading(engine) as connection:
+        _CHUNK.create(connection)
+        try:
+            bulk.load(connection, _CHUNK, chunk.select(["contact_id"]), ignore_duplicates=True)
+            # Both sides are in the order of contact_id, so that the ids need not travel back.
+            hashes, providers, reasons = zip(*connection.execute(query).all(), strict=True)
+        finally:
+            _CHUNK.drop(connection)
+    found = chunk.select(["contact_id", "engagement_rank"])
+    found = found.append_column("address_hash", pa.array(hashes, pa.binary(16))).append_column("provider", pa.array(providers, pa.string()))
+    allowed = found.filter(pa.array([reason is None for reason in reasons]))
+    return chunk.num_rows, allowed, Counter(reason for reason in reasons if reason is not None)
 
 
 def _first_of_each_address(table: pa.Table) -> pa.Table:
