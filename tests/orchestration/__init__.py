@@ -1,0 +1,1 @@
+"""The Dagster layer: definitions, sensors, partitions, and that nothing mails by accident."""
