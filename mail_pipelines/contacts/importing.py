@@ -102,12 +102,14 @@ def import_file(
         batches = itertools.chain([first] if first else [], file.batches)
         prepared = _prepare_all(batches, email, columns, chosen)
         read = inserted = updated = unchanged = duplicates = 0
+        mostly_new = False
         with _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
             pending = reader.submit(next, prepared, None)
             while (batch := pending.result()) is not None:
                 # The next batch is read while the database works on this one.
                 pending = reader.submit(next, prepared, None)
-                outcome = merging.merge(engine, batch.rows, list_id=target.id, now=now)
+                outcome = merging.merge(engine, batch.rows, list_id=target.id, now=now, mostly_new=mostly_new)
+                mostly_new = outcome.inserted > batch.rows.num_rows // 2
                 erased = [Reject(line, ERASED) for line in sorted(outcome.erased)]
                 rejects.write(sorted(batch.rejects + erased, key=lambda reject: reject.line))
                 read += batch.rows.num_rows + len(batch.rejects) + batch.superseded
@@ -243,6 +245,8 @@ def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mappin
             "attributes": attributes.join(taken, len(kept)),
         }
     )
+    # In the order of the unique index, which is then written page by page.
+    rows = rows.sort_by("address_hash")
     rejects = batch.rejects + [Reject(batch.lines[row], "; ".join(reasons)) for row, reasons in problems.items()]
     return _Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), sum(map(len, earlier.values())), batch.fraction)
 

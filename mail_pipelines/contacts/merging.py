@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _COLLISIONS = 5
 _temporary = sa.MetaData()
 _NOTHING_NEW = 0
+_CONTACTS = Contact.metadata.tables[Contact.__tablename__]
+_COPIED = ["email", "address", "address_hash", "domain", "provider", "attributes"]
 # One row a contact: `line` is its place in the file, `repeated` says that the file had the address before. `attributes` is JSON
 # text in the layout of `json.dumps`. The database finds `contact_id`: NULL for a contact to be made, `_NOTHING_NEW` for a row
 # that changes nothing, else the contact to be changed.
@@ -77,15 +79,16 @@ class _Collision(Exception):
     """Another writer inserted one of these contacts between our look and our insert."""
 
 
-def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime) -> Outcome:
+def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime, mostly_new: bool = False) -> Outcome:
     """Insert or update at most `bulk.CHUNK_ROWS` contacts (columns of `STAGED`, addresses distinct) and subscribe them to the list.
 
     Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that
-    changed get a row in the change feed.
+    changed get a row in the change feed. With `mostly_new` the rows are inserted first and only those that were there already
+    are looked at, which is faster if they are few and slower if they are many.
     """
     for attempt in itertools.count(1):
         try:
-            return transact(engine, lambda connection: _merge(connection, rows, list_id, now))
+            return transact(engine, lambda connection: _merge(connection, rows, list_id, now, mostly_new))
         except (sa.exc.IntegrityError, _Collision):
             # The other writer's contact is visible now, so the next attempt updates it.
             if attempt == _COLLISIONS:
@@ -93,20 +96,65 @@ def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime) -> 
     raise AssertionError("unreachable")
 
 
-def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetime) -> Outcome:
-    _stage(connection, STAGED, rows)
-    erased = _drop_erased(connection)
-    _find(connection, list_id)
-    _update(connection, list_id, now)
-    inserted, updated, unchanged, known = _count(connection)
-    changed = [sa.select(STAGED.c.contact_id).where(STAGED.c.contact_id > _NOTHING_NEW)] if known else []
-    if inserted:
-        changed.append(_insert(connection, inserted, now))
+def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetime, mostly_new: bool) -> Outcome:
+    inserted = updated = unchanged = 0
+    erased: frozenset[int] = frozenset()
+    changed: list[sa.Select[Any]] = []
+    if mostly_new:
+        made, inserted, rows = _insert_loaded(connection, rows, now)
+        changed.append(made)
+    if rows.num_rows:
+        _stage(connection, STAGED, rows)
+        erased = _drop_erased(connection)
+        _find(connection, list_id)
+        _update(connection, list_id, now)
+        new, updated, unchanged, known = _count(connection)
+        if known:
+            changed.append(sa.select(STAGED.c.contact_id).where(STAGED.c.contact_id > _NOTHING_NEW))
+        if new:
+            changed.append(_insert_staged(connection, new, now))
+        inserted += new
     if changed:
         everyone = sa.select(sa.union_all(*changed).subquery())
         _subscribe(connection, everyone, list_id, now)
         changes.record(connection, everyone, "upsert", now=now)
     return Outcome(inserted, updated, unchanged, erased)
+
+
+def _insert_loaded(connection: Connection, rows: pa.Table, now: dt.datetime) -> tuple[sa.Select[Any], int, pa.Table]:
+    """Insert what is new of the rows; returns the query of the new ids, their number, and the rows left, whose contacts exist or were erased."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    before = _highest(connection)
+    time = pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), rows.num_rows)
+    constants = {"tracking_allowed": pa.repeat(True, rows.num_rows), "created_at": time, "updated_at": time}
+    loaded = bulk.load(connection, _CONTACTS, pa.table({name: rows[name] for name in _COPIED} | constants), ignore_duplicates=True)
+    made = _made_since(connection, before, loaded, now)
+    erased = made.join(Suppression, Suppression.address_hash == Contact.address_hash).where(Suppression.reason == "erased")
+    erased_ids = connection.execute(erased).scalars().all()
+    for chosen in slices(erased_ids):
+        connection.execute(sa.delete(Contact).where(Contact.id.in_(chosen)))
+    inserted = loaded - len(erased_ids)
+    if inserted == rows.num_rows:
+        return made, inserted, rows.slice(0, 0)
+    hashes = connection.execute(made.with_only_columns(Contact.address_hash)).scalars().all()
+    return made, inserted, rows.filter(pc.invert(pc.is_in(rows["address_hash"], value_set=pa.array(hashes, pa.binary(16)))))
+
+
+def _highest(connection: Connection) -> int:
+    return connection.execute(sa.select(sa.func.coalesce(sa.func.max(Contact.id), 0))).scalar_one()
+
+
+def _made_since(connection: Connection, before: int, expected: int, now: dt.datetime) -> sa.Select[Any]:
+    """The query of the ids of contacts just made: above all that were there `before`, with this import's time; one walk along the primary key.
+
+    Raises `_Collision` if they are not as many as expected, because another import of the same time has made some, too.
+    """
+    made = sa.select(Contact.id).where(Contact.id > before, Contact.id <= _highest(connection), Contact.created_at == now)
+    if connection.execute(sa.select(sa.func.count()).select_from(made.subquery())).scalar_one() != expected:
+        raise _Collision
+    return made
 
 
 def _stage(connection: Connection, table: sa.Table, rows: pa.Table) -> None:
@@ -188,22 +236,14 @@ def _count(connection: Connection) -> tuple[int, int, int, int]:
     return row[0], row[1], row[2], row[3]
 
 
-def _insert(connection: Connection, expected: int, now: dt.datetime) -> sa.Select[Any]:
-    """Make the contacts that were not found; returns the query of their ids.
-
-    They are written in the order of the unique index, page by page. Their ids are higher than any before and they bear this
-    import's time, so reading them back is one walk along the primary key.
-    """
-    highest = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Contact.id), 0))).scalar_one()
+def _insert_staged(connection: Connection, expected: int, now: dt.datetime) -> sa.Select[Any]:
+    """Make the contacts that were not found; returns the query of their ids."""
+    before = _highest(connection)
     time = Contact.created_at.type
-    copied = ["email", "address", "address_hash", "domain", "provider", "attributes"]
     constants = {"tracking_allowed": sa.literal(True), "created_at": sa.literal(now, time), "updated_at": sa.literal(now, time)}
-    chosen = sa.select(*(STAGED.c[name] for name in copied), *constants.values()).where(STAGED.c.contact_id.is_(None)).order_by(STAGED.c.address_hash)
-    connection.execute(sa.insert(Contact).from_select([*copied, *constants], chosen))
-    made = sa.select(Contact.id).where(Contact.id > highest, Contact.created_at == now)
-    if connection.execute(sa.select(sa.func.count()).select_from(made.subquery())).scalar_one() != expected:
-        raise _Collision
-    return made
+    chosen = sa.select(*(STAGED.c[name] for name in _COPIED), *constants.values()).where(STAGED.c.contact_id.is_(None))
+    connection.execute(sa.insert(Contact).from_select([*_COPIED, *constants], chosen))
+    return _made_since(connection, before, expected, now)
 
 
 def _subscribe(connection: Connection, contacts: sa.Select[Any], list_id: int, now: dt.datetime) -> None:

@@ -27,22 +27,21 @@ _INSERT_ROWS = 5_000
 _SQLITE_PARAMETERS = 10_000
 
 
-def load(connection: Connection, table: sa.Table, rows: pa.Table, *, ignore_duplicates: bool = False) -> None:
-    """Insert all rows of an Arrow table into the columns of the same name.
+def load(connection: Connection, table: sa.Table, rows: pa.Table, *, ignore_duplicates: bool = False) -> int:
+    """Insert all rows of an Arrow table into the columns of the same name; returns how many were inserted.
 
     Binary columns hold fixed-length digests, nested values are already JSON text, times are timestamps in UTC.
     With `ignore_duplicates` a row whose key exists is left out; without, it raises the driver's integrity error
     (the local load cannot tell, so it is not used then).
     """
     if rows.num_rows == 0:
-        return
-    if is_mysql(connection) and ignore_duplicates and _load_local(connection, table, rows):
-        return
-    _insert(connection, table, rows, ignore_duplicates)
+        return 0
+    loaded = _load_local(connection, table, rows) if is_mysql(connection) and ignore_duplicates else None
+    return _insert(connection, table, rows, ignore_duplicates) if loaded is None else loaded
 
 
-def _load_local(connection: Connection, table: sa.Table, rows: pa.Table) -> bool:
-    """Send the rows as a CSV stream; false if the server does not take one."""
+def _load_local(connection: Connection, table: sa.Table, rows: pa.Table) -> int | None:
+    """Send the rows as a CSV stream; None if the server does not take one."""
     import pyarrow as pa
     import pyarrow.csv
 
@@ -73,32 +72,35 @@ def _load_local(connection: Connection, table: sa.Table, rows: pa.Table) -> bool
             f"OPTIONALLY ENCLOSED BY '\"' ESCAPED BY '' LINES TERMINATED BY '\\n' ({', '.join(columns)}) SET {', '.join(assignments)}"
         )
         try:
-            connection.exec_driver_sql(statement, (str(path),))
+            return connection.exec_driver_sql(statement, (str(path),)).rowcount
         except sa.exc.DBAPIError as error:
             if error.orig is not None and error.orig.args and error.orig.args[0] in _LOCAL_LOAD_REFUSED:
-                return False
+                return None
             raise
-    return True
 
 
-def _insert(connection: Connection, table: sa.Table, rows: pa.Table, ignore_duplicates: bool) -> None:
+def _insert(connection: Connection, table: sa.Table, rows: pa.Table, ignore_duplicates: bool) -> int:
     quote = connection.dialect.identifier_preparer.quote
     names = ", ".join(quote(name) for name in rows.column_names)
     if not is_mysql(connection):
         verb = "INSERT OR IGNORE" if ignore_duplicates else "INSERT"
         marks = f"({', '.join('?' * rows.num_columns)})"
         step = _SQLITE_PARAMETERS // rows.num_columns
+        inserted = 0
         for start in range(0, rows.num_rows, step):
             chunk = list(_tuples(rows.slice(start, step), for_sqlite=True))
             values = ", ".join([marks] * len(chunk))
-            connection.exec_driver_sql(f"{verb} INTO {quote(table.name)} ({names}) VALUES {values}", tuple(itertools.chain.from_iterable(chunk)))
-        return
+            statement = f"{verb} INTO {quote(table.name)} ({names}) VALUES {values}"
+            inserted += connection.exec_driver_sql(statement, tuple(itertools.chain.from_iterable(chunk))).rowcount
+        return inserted
     verb = "INSERT IGNORE" if ignore_duplicates else "INSERT"
     # PyMySQL turns an executemany of this shape into multi-row statements.
     marks = ", ".join(["%s"] * rows.num_columns)
+    inserted = 0
     for start in range(0, rows.num_rows, _INSERT_ROWS):
         chunk = list(_tuples(rows.slice(start, _INSERT_ROWS), for_sqlite=False))
-        connection.exec_driver_sql(f"{verb} INTO {quote(table.name)} ({names}) VALUES ({marks})", chunk)
+        inserted += connection.exec_driver_sql(f"{verb} INTO {quote(table.name)} ({names}) VALUES ({marks})", chunk).rowcount
+    return inserted
 
 
 def _tuples(rows: pa.Table, *, for_sqlite: bool) -> Iterator[tuple[Any, ...]]:
@@ -108,7 +110,7 @@ def _tuples(rows: pa.Table, *, for_sqlite: bool) -> Iterator[tuple[Any, ...]]:
     for field, column in zip(rows.schema, rows.columns, strict=True):
         if for_sqlite and pa.types.is_timestamp(field.type):
             # The text form in which SQLAlchemy keeps times in SQLite.
-            columns.append([None if value is None else value.strftime("%Y-%m-%d %H:%M:%S.%f") for value in column.cast(pa.timestamp("us")).to_pylist()])
+            columns.append(column.cast(pa.timestamp("us")).cast(pa.string()).to_pylist())
         else:
             columns.append(column.to_pylist())
     return zip(*columns, strict=True)

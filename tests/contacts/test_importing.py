@@ -275,6 +275,25 @@ def test_import_respects_every_refusal(engine: sa.Engine, tmp_path: Path) -> Non
     assert found == {"left@example.test", "quit@example.test", "bounced@example.test"}
 
 
+def test_import_respects_refusals_among_many_new_contacts(engine: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(engine, write(tmp_path, "email\nleft@example.test\ngone@example.test\n"))
+    with reading(engine) as connection:
+        ids = {row.address: row.id for row in connection.execute(sa.select(Contact.address, Contact.id))}
+    transact(engine, lambda connection: consent.unsubscribe(connection, [ids["left@example.test"]], scope="list", scope_id=1, now=NOW))
+    transact(engine, lambda connection: consent.erase(connection, ids["gone@example.test"], now=NOW))
+    forget_changes(engine)
+    # From the second batch on, an import of new people inserts first and looks at the others afterwards.
+    monkeypatch.setattr("mail_pipelines.contacts.files.BATCH_ROWS", 4)
+    monkeypatch.setattr("mail_pipelines.contacts.files._BLOCK_LINES", 4)
+    names = ["new1", "new2", "new3", "new4", "new5", "gone", "left", "new6", "new7", "new8", "new9", "new1"]
+    report = run(engine, write(tmp_path, "email\n" + "".join(f"{name}@example.test\n" for name in names)), now=LATER)
+    assert (report.inserted, report.unchanged, report.rejected, report.duplicates) == (9, 1, 1, 1)
+    assert rejects(report) == {7: ERASED}
+    assert subscriptions(engine).pop(("left@example.test", "news")) is False
+    assert set(attributes(engine)) == {f"{name}@example.test" for name in names if name != "gone"}
+    assert changed(engine) == sorted(f"new{number}@example.test" for number in range(1, 10))
+
+
 # --- against the obvious ----------------------------------------------------------------------------------------
 
 EMAILS = st.sampled_from(["a@x.test", "A@x.test", "b@x.test", "c@bücher.test", "d@x.test", "e@", "", "f g@x.test"])
