@@ -23,6 +23,7 @@ from mail_pipelines.segments import compilation
 from mail_pipelines.segments.compilation import CONTACT_ID, PROVIDER, both, columns_of, definite, expression, has_behaviour
 from mail_pipelines.segments.criteria import AllOf, AnyOf, Behaviour, Criteria, Not
 from mail_pipelines.segments.manifest import ContactManifest, EngagementManifest, Layer, Part
+from mail_pipelines.segments.parts import read_columns
 
 BATCH_ROWS = 500_000
 NEVER_ENGAGED = 9999
@@ -108,14 +109,12 @@ class EngagementMarker:
         """Whole days since the last open or click by a human, at most 9998; 9999 if there was none."""
         highest = int(ids.max(initial=0))
         engaged = np.zeros(highest + 1, np.uint32)
-        for layer in self._manifest.rollups:
-            relation = compilation.scan(self._connection, self._folder, layer, {"contact_id": "BIGINT", "engaged": "UINTEGER"})
-            assert relation is not None
-            for batch in relation.to_arrow_reader(BATCH_ROWS):
-                met, seconds = batch.column(0).to_numpy(), batch.column(1).to_numpy()
-                if int(met.max(initial=0)) > highest:
+        for number, layer in enumerate(self._manifest.rollups):
+            for met, seconds in read_columns(self._folder, layer, "contact_id", "engaged"):
+                if int(met[-1]) > highest:
                     met, seconds = met[met <= highest], seconds[met <= highest]
-                engaged[met] = np.maximum(engaged[met], seconds)
+                # A contact is once in a layer, so the first needs no comparison.
+                engaged[met] = np.maximum(engaged[met], seconds) if number else seconds
         seconds = engaged[ids].astype(np.int64)
         days = np.clip((int(self._now.timestamp()) - seconds) // 86_400, 0, NEVER_ENGAGED - 1)
         return np.where(seconds == 0, NEVER_ENGAGED, days).astype(np.int32)
@@ -171,10 +170,8 @@ class ContactMatcher:
                 self._hide(layers[number], hidden)
 
     def _hide(self, layer: Layer, hidden: Marks) -> None:
-        relation = compilation.scan(self._connection, self._folder, layer, {"contact_id": "BIGINT"})
-        if relation is not None:
-            for batch in relation.to_arrow_reader(BATCH_ROWS):
-                hidden.set(batch.column(0).to_numpy())
+        for (ids,) in read_columns(self._folder, layer, "contact_id"):
+            hidden.set(ids)
 
     def _layer(self, layer: Layer, hidden: Marks) -> pa.Table:
         read = {"contact_id": "BIGINT", "provider": "VARCHAR", **columns_of(self._filter), "deleted": "BOOLEAN"}

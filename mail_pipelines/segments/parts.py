@@ -32,10 +32,12 @@ NewName = Callable[[str], str]
 def write_part(folder: Path, name: str, table: pa.Table) -> Part:
     """Write one file and make it durable.
 
-    Whole numbers and times are delta-packed (sorted ids then take about a byte and decode at memory speed), other columns
-    are dictionary-encoded; only text is compressed, for the rest it costs more time than it saves (10 M ids: 22 ms against 117 ms).
+    Whole numbers and times are delta-packed (sorted ids then take about a byte and decode at memory speed), epoch seconds (uint32)
+    stay plain, other columns are dictionary-encoded; only text is compressed, for the rest it costs more time than it saves
+    (10 M ids: 22 ms against 117 ms).
     """
     delta = [field.name for field in table.schema if pa.types.is_int64(field.type) or pa.types.is_timestamp(field.type)]
+    plain = [field.name for field in table.schema if pa.types.is_uint32(field.type)]
     path = folder / name
     with path.open("xb") as file:
         pq.write_table(
@@ -43,7 +45,7 @@ def write_part(folder: Path, name: str, table: pa.Table) -> Part:
             file,
             row_group_size=ROW_GROUP_ROWS,
             compression={field.name: "lz4" if pa.types.is_string(field.type) or pa.types.is_dictionary(field.type) else "none" for field in table.schema},
-            use_dictionary=[field.name for field in table.schema if field.name not in delta],
+            use_dictionary=[field.name for field in table.schema if field.name not in (*delta, *plain)],
             column_encoding=dict.fromkeys(delta, "DELTA_BINARY_PACKED"),
             store_schema=False,
         )
@@ -116,7 +118,7 @@ def fold(writer: LayerWriter, folder: Path, schema: pa.Schema, older: Layer, new
     Memory stays at about one part of each layer.
     """
     starts = [part.first_id for part in older[1:]]
-    changed = np.unique(np.concatenate([ids for layer in newer for ids in ids_of(folder, layer)] or [np.empty(0, np.int64)]))
+    changed = np.unique(np.concatenate([ids for layer in newer for (ids,) in read_columns(folder, layer, "contact_id")] or [np.empty(0, np.int64)]))
     for number, (first, end) in enumerate(zip([None, *starts], [*starts, None], strict=True)):
         inside = changed[0 if first is None else np.searchsorted(changed, first) : None if end is None else np.searchsorted(changed, end)]
         if not len(inside):
@@ -141,9 +143,12 @@ def merged_tail(layers: Sequence[Layer]) -> int:
     return count
 
 
-def ids_of(folder: Path, layer: Layer) -> Iterator[np.ndarray]:
+def read_columns(folder: Path, layer: Layer, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+    """Whole columns without nulls, part by part; half the time of a scan by the query engine when nothing is filtered."""
     for part in layer:
-        yield pq.read_table(folder / part.name, columns=["contact_id"])["contact_id"].to_numpy()
+        with pq.ParquetFile(folder / part.name) as file:
+            table = file.read(columns=list(names))
+        yield tuple(table[name].to_numpy() for name in names)
 
 
 def newest(tables: Sequence[pa.Table]) -> pa.Table:

@@ -54,6 +54,17 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:value", lambda _loader, node: node.value)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Escapes the line separators beyond ASCII, which the plain dumper writes as they are and the loader then folds."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if any(mark in text for mark in "\x85\u2028\u2029") else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def from_yaml(text: str) -> SavedSegment:
     """Read `key`, `name` (default: the key) and `criteria`. Raises `SegmentError` with the place, `InvalidKey`."""
     try:
@@ -87,7 +98,7 @@ def read_file(path: Path) -> SavedSegment:
 
 
 def to_yaml(segment: SavedSegment) -> str:
-    return yaml.safe_dump({"key": segment.key, "name": segment.name, "criteria": segment.criteria}, sort_keys=False, allow_unicode=True)
+    return yaml.dump({"key": segment.key, "name": segment.name, "criteria": segment.criteria}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
