@@ -42,7 +42,7 @@ class Size:
     events: int
 
 
-FULL, X
+FULL, QUICK = Size(10_000_000, 100_000_000), Size(1_000_000, 10_000_000)
 
 
 def run(quick: bool) -> list[Result]:
