@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine
-from mail_pipelines.benchmarks.mariadb import MariaDB
 
 BACKENDS = ["sqlite", pytest.param("mariadb", marks=pytest.mark.server)]
 

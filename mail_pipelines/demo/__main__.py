@@ -9,10 +9,9 @@ import os
 import shutil
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.engine import Engine
 
@@ -57,9 +56,11 @@ def prepare(environ: dict[str, str], contacts: int) -> tuple[Settings, Engine]:
     for path, list_name in files.imports:
         with Progress(SpinnerColumn(), TextColumn("import {task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
             task = bar.add_task(path.name, total=1.0)
-            report = importing.import_file(
-                engine, path, list_name=list_name, mapping={}, now=now, progress=lambda _rows, share, task=task, bar=bar: bar.update(task, completed=share)
-            )
+
+            def advance(_rows: int, share: float, bar: Progress = bar, task: TaskID = task) -> None:
+                bar.update(task, completed=share)
+
+            report = importing.import_file(engine, path, list_name=list_name, now=now, progress=advance)
         console.print(f"  {report.inserted:,} new, {report.updated:,} changed, {report.rejected:,} rejected ({report.reject_file})")
     with console.status("earlier campaigns and what became of them"):
         data.engagement(engine, now)

@@ -161,7 +161,7 @@ def settle(
     *,
     wait_seconds: float = IN_FLIGHT_SECONDS,
 ) -> Mapping[State, int] | None:
-    """Settle one claim; None if a message of it is still in flight after `wait_seconds`, so that it has to be tried again."""
+    """Settle one abandoned claim; None if a message of it is still in flight after `wait_seconds`, so that it has to be tried again."""
 
     def begin(connection: Connection) -> Any:
         connection.execute(sa.update(Claim).where(Claim.id == claim_id, Claim.server_id == sender.server_id, Claim.state == "open").values(state="settling"))
@@ -169,10 +169,11 @@ def settle(
             sa.select(*Claim.__table__.c).where(Claim.id == claim_id, Claim.server_id == sender.server_id, Claim.state == "settling")
         ).one_or_none()
 
+    # The gate first: it needs no database, and a sender that was stopped inside a transaction would hold SQLite's write lock for ever.
+    permit.revoke(folders.permits, claim_id)
     claim = transact(engine, begin)
     if claim is None:
         return {}
-    permit.revoke(folders.permits, claim_id)
     ref = ClaimRef(claim.id, claim.campaign_id, claim.shard, claim.provider, claim.server_id, claim.opened_at)
     with reading(engine) as connection:
         rows = [

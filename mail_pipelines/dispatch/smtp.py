@@ -99,6 +99,9 @@ def refused(code: int, text: str, *, in_body: bool) -> Offer:
 
     Before the body it is no reply for the message: either the journal has the destination's refusal, or nothing was offered.
     """
+    if not 400 <= code <= 599:
+        # No reply of SMTP at all: whatever talks there does not understand us.
+        return Offer(Next.RECONNECT, doubt=in_body)
     if code == 421:
         following = Next.RECONNECT
     elif code in (451, 452) and text.startswith(("4.7.0", "4.3.1")):

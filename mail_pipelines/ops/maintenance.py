@@ -83,9 +83,11 @@ class DroppedFile(dg.Config):
 def import_file(context: dg.OpExecutionContext, config: DroppedFile, database: CentralDatabase) -> None:
     """Import one dropped file and move it into the folder `done` beside it."""
     path = Path(config.path)
-    report = importing.import_file(database.engine, path, list_name=config.list_name, mapping={}, now=dt.datetime.now(dt.UTC), progress=lambda *_: None)
     done = path.parent / "done"
     done.mkdir(exist_ok=True)
+    report = importing.import_file(
+        database.engine, path, list_name=config.list_name, now=dt.datetime.now(dt.UTC), reject_path=done / f"{path.name}.rejected.csv"
+    )
     path.rename(done / path.name)
     context.log.info("%d rows read, %d new, %d changed, %d rejected", report.read, report.inserted, report.updated, report.rejected)
 

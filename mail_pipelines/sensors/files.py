@@ -13,13 +13,15 @@ from mail_pipelines.resources.database import CentralDatabase
 
 FILES_A_TICK = 20
 SUFFIXES = (".csv", ".parquet")
+# What an import leaves beside its file.
+REJECTS = ".rejected.csv"
 # A file that changed a moment ago may still be written.
 QUIET_SECONDS = 5
 
 
 def waiting_files(inbox: Path, now: float) -> Iterator[Path]:
     """Files `<list>/<name>.csv|.parquet` that nobody has written to for some seconds, oldest first."""
-    files = [path for path in inbox.glob("*/*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files = [path for path in inbox.glob("*/*") if path.suffix.lower() in SUFFIXES and not path.name.endswith(REJECTS) and path.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime):
         if now - path.stat().st_mtime >= QUIET_SECONDS:
             yield path

@@ -18,10 +18,10 @@ from pytest_alembic.tests import (  # noqa: F401
     test_upgrade,
 )
 
+from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.database import migrate, partitions
 from mail_pipelines.database.engine import DatabaseError, create_engine, is_mysql
 from mail_pipelines.database.models import Base, Campaign
-from mail_pipelines.benchmarks.mariadb import MariaDB
 
 
 @pytest.fixture

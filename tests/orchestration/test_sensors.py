@@ -216,10 +216,11 @@ def _started(run: dg.DagsterRun) -> Any:
 def test_dropped_files_are_imported_once_each(tmp_path: Path, world: World) -> None:
     inbox = tmp_path / "home" / "inbox"
     (inbox / "news").mkdir(parents=True)
-    for name in ("a.csv", "b.parquet", "notes.txt"):
+    for name in ("a.csv", "a.csv.rejected.csv", "b.parquet", "notes.txt"):
         (inbox / "news" / name).write_bytes(b"email\n")
     assert list(files.waiting_files(inbox, time.time())) == []
-    os.utime(inbox / "news" / "a.csv", (time.time() - 60, time.time() - 60))
+    for name in ("a.csv", "a.csv.rejected.csv"):
+        os.utime(inbox / "news" / name, (time.time() - 60, time.time() - 60))
     os.utime(inbox / "news" / "b.parquet", (time.time() - 30, time.time() - 30))
     result = files.dropped_files(DATABASE)
     assert isinstance(result, dg.SensorResult)

@@ -1,0 +1,134 @@
+"""A whole installation in a temporary folder: Dagster's daemon and web server and two catchers, on free ports."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from mail_pipelines import config, home, up
+from mail_pipelines.campaigns import progress, scheduling, store, versions, yaml_form
+from mail_pipelines.campaigns.campaign import Campaign
+from mail_pipelines.campaigns.progress import Totals
+from mail_pipelines.config import Settings
+from mail_pipelines.contacts import importing
+from mail_pipelines.database.engine import open_engine, reading, transact
+from mail_pipelines.demo import campaign as demo_campaign
+from mail_pipelines.demo import data
+from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.catcher.store import kept
+from mail_pipelines.messages.tokens import read_delivery
+from mail_pipelines.segments import saved, snapshots
+from mail_pipelines.supervision import Processes
+from tests.parts.processes import wait_for
+
+CONTACTS = 3_000
+SETTINGS = {
+    "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
+    "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
+    "MAIL_PIPELINES_OPERATION__SNAPSHOT_CRON": "* * * * *",
+    "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "16",
+    "MAIL_PIPELINES_SENDING__LINGER_SECONDS": "20",
+    "MAIL_PIPELINES_SENDING__LEASE_SECONDS": "30",
+    "MAIL_PIPELINES_SERVER__HEARTBEAT_SECONDS": "3",
+}
+CAMPAIGN = """
+name: {name}
+key: {key}
+segments: {{include: [everybody]}}
+unsubscribe: all
+content:
+  from_name: Shop
+  from_address: news@shop.test
+  subject: "{{{{ first_name | default('Hello') }}}}, news"
+  body: |
+    <p>Dear {{{{ first_name | default('friend') }}}} {{{{ last_name | default('') }}}}</p>
+    <p><a href="https://shop.test/offer">Offer</a> <a href="{{{{ unsubscribe_url }}}}">Unsubscribe</a></p>
+"""
+
+
+@dataclass
+class Platform:
+    """A running installation; everything below goes through what a user has: the database's own functions, the CLI, the UI."""
+
+    settings: Settings
+    engine: sa.Engine
+    processes: Processes
+    environ: Mapping[str, str]
+    address: str = ""
+
+    def command(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command of this checkout's environment, such as `dagster` or `mail-pipelines`."""
+        program = Path(sys.executable).parent / words[0]
+        done = subprocess.run([program, *words[1:]], env=dict(self.environ), capture_output=True, text=True, timeout=240, cwd=home.checkout())
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def graphql(self, query: str, variables: Mapping[str, Any] | None = None) -> Any:
+        body = json.dumps({"query": query, "variables": variables or {}}).encode()
+        request = urllib.request.Request(f"{self.address}/graphql", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return json.load(reply)["data"]
+
+    def schedule(self, key: str, *, seconds: float = 0) -> None:
+        """A campaign to everybody, to start in so many seconds."""
+        now = dt.datetime.now(dt.UTC)
+        document = yaml_form.parse(CAMPAIGN.format(name=key.title(), key=key))
+        transact(self.engine, lambda connection: store.create(connection, document.definition, now))
+        assert document.content is not None
+        versions.set_content(self.engine, key, document.content, now)
+        scheduling.schedule(self.engine, self.settings, key, now, start_at=now + dt.timedelta(seconds=seconds))
+
+    def campaign(self, key: str) -> Campaign:
+        with reading(self.engine) as connection:
+            return store.load(connection, key)
+
+    def totals(self, key: str) -> Totals:
+        with reading(self.engine) as connection:
+            return progress.totals(connection, store.load(connection, key)).check()
+
+    def copies(self, key: str) -> Counter[int]:
+        """Copies by contact, from what the catchers keep."""
+        campaign_id = self.campaign(key).id
+        tokens = [read_delivery(message.token, self.settings.token_key()) for message in kept(Path(self.settings.server.mail_folder))]
+        return Counter(token.contact_id for token in tokens if token.campaign_id == campaign_id)
+
+    def wait_finished(self, key: str, seconds: float = 200) -> Totals:
+        wait_for(lambda: self.campaign(key).state == "finished", seconds=seconds, what=f"campaign {key}")
+        return self.totals(key)
+
+    def start_dagster(self) -> None:
+        self.address = up.start_dagster(self.processes, self.settings)
+
+
+def make(folder: Path, processes: Processes) -> Platform:
+    """A home with contacts, lists, segments and two catchers; Dagster is not started yet."""
+    os.environ.update(SETTINGS | {"MAIL_PIPELINES_HOME": str(folder)})
+    home.make(os.environ)
+    settings = config.load(os.environ)
+    engine = open_engine(settings.database)
+    now = dt.datetime.now(dt.UTC)
+    files = data.write(folder / "files", contacts=CONTACTS)
+    for path, list_name in files.imports:
+        importing.import_file(engine, path, list_name=list_name, now=now)
+    data.engagement(engine, now)
+    everybody = "key: everybody\ncriteria: {any: [{in_list: news}, {in_list: shop}]}\n"
+    for text in (*demo_campaign.SEGMENTS, everybody):
+        saved.save(engine, saved.from_yaml(text), now=now)
+    snapshots.refresh_contacts(engine, settings.snapshot_folder, now=now)
+    snapshots.refresh_engagement(engine, settings.snapshot_folder, now=now)
+    servers.set_limits(engine, None, "*", {"connections": 24, "per_second": 200.0, "messages_per_connection": 500})
+    for name in settings.server.catchers:
+        up.start_catcher(processes, engine, settings, name)
+    environ = {**os.environ, **home.environment(settings)}
+    return Platform(settings, engine, processes, environ)

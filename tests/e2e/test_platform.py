@@ -1,0 +1,115 @@
+"""A real daemon, no click: campaigns go out on time, backfills repeat nothing, kills lose nothing, nobody's data is in Dagster."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sqlite3
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from mail_pipelines.database.engine import reading
+from mail_pipelines.database.models import Claim, Contact, Server
+from tests.e2e.platform import Platform
+from tests.parts.processes import wait_for
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(420), pytest.mark.xdist_group("platform")]
+
+
+def runs(platform: Platform) -> list[tuple[str, str, str | None]]:
+    """(job, status, partition) of all runs, from Dagster's own storage."""
+    with sqlite3.connect(platform.settings.dagster_home / "history" / "runs.db") as connection:
+        return connection.execute("SELECT pipeline_name, status, partition FROM runs ORDER BY id").fetchall()
+
+
+def materialized(platform: Platform, asset: str) -> set[str]:
+    query = "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode { assetMaterializations { partition } } } }"
+    events = platform.graphql(query, {"key": {"path": [asset]}})["assetNodeOrError"]["assetMaterializations"]
+    return {event["partition"] for event in events}
+
+
+def test_a_campaign_due_in_a_while_goes_out_without_a_click(platform: Platform) -> None:
+    begin = dt.datetime.now(dt.UTC)
+    platform.schedule("first", seconds=20)
+    totals = platform.wait_finished("first")
+    started = platform.campaign("first").started_at
+    assert started is not None
+    assert started >= begin + dt.timedelta(seconds=20)
+    assert totals.audience > 2_000
+    assert totals.open == 0
+    copies = platform.copies("first")
+    assert set(copies.values()) == {1}
+    assert len(copies) == totals.delivered
+    with reading(platform.engine) as connection:
+        used = connection.execute(sa.select(Server.key).join(Claim, Claim.server_id == Server.id).distinct()).scalars().all()
+    assert set(used) == {"catcher-1", "catcher-2"}
+    # Green: every shard, used or not, and the results, once.
+    wait_for(lambda: len(materialized(platform, "send_batches")) == 64, seconds=60, what="64 green shards")
+    wait_for(lambda: ("report_campaign", "SUCCESS", "first") in runs(platform), seconds=90, what="results")
+    finished = [run for run in runs(platform) if run[0] == "report_campaign" and run[2] == "first"]
+    assert len(finished) <= 2, "results are asked for once when finished, and hourly before"
+
+
+def test_a_schedule_tick_launches_its_run(platform: Platform) -> None:
+    wait_for(lambda: ("refresh_snapshots", "SUCCESS", None) in runs(platform), seconds=120, what="a scheduled run")
+
+
+def test_a_backfill_from_the_command_line_repeats_nothing(platform: Platform) -> None:
+    before = platform.copies("first")
+    words = ("dagster", "job", "backfill", "-w", "workspace.yaml", "-j", "send_campaign", "--from", "first|00", "--to", "first|63", "--noprompt")
+    for times in (1, 2):
+        known = len(send_runs(platform))
+        platform.command(*words)
+        wait_for(lambda known=known: len(send_runs(platform)) >= known + 64, seconds=60, what=f"the runs of backfill {times}")
+        wait_for(lambda: set(send_runs(platform)) == {"SUCCESS"}, seconds=300, what="the end of all runs")
+    assert platform.copies("first") == before
+
+
+def send_runs(platform: Platform) -> list[str]:
+    return [status for job, status, _ in runs(platform) if job == "send_campaign"]
+
+
+def test_a_killed_daemon_neither_loses_nor_repeats(platform: Platform) -> None:
+    platform.schedule("second")
+    wait_for(lambda: len(platform.copies("second")) > 100, seconds=90, what="sending")
+    daemon = next(child for child in platform.processes._children if child.name == "daemon")
+    daemon.process.kill()
+    daemon.process.wait()
+    platform.processes._children.remove(daemon)
+    from mail_pipelines import up
+
+    workspace = str(Path("workspace.yaml").resolve())
+    up._start(platform.processes, platform.settings, "daemon", ["dagster._daemon", "run", "-w", workspace])
+    totals = platform.wait_finished("second")
+    copies = platform.copies("second")
+    assert set(copies.values()) == {1}
+    assert len(copies) + totals.unknown >= totals.delivered
+    assert totals.audience == totals.delivered + totals.bounced + totals.suppressed + totals.unknown
+
+
+def test_doctor_is_content_and_names_a_stopped_sensor(platform: Platform) -> None:
+    content = platform.command("mail-pipelines", "doctor", check=False)
+    assert "stopped" not in content.stdout
+    platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
+    named = platform.command("mail-pipelines", "doctor", check=False)
+    platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
+    assert named.returncode == 1
+    assert "open_shards" in named.stdout + named.stderr
+
+
+def test_no_contact_is_named_in_dagsters_storage_or_logs(platform: Platform) -> None:
+    """After all of the above: neither an address nor a surname occurs in any file that Dagster keeps."""
+    with reading(platform.engine) as connection:
+        contacts = connection.execute(sa.select(Contact.address, Contact.attributes)).all()
+    surnames = {str(row.attributes.get("last_name") or "").encode() for row in contacts}
+    needles = {row.address.encode() for row in contacts} | {name for name in surnames if len(name) > 4}
+    words = {needle.split(b"@")[0] + b"@" if b"@" in needle else needle for needle in needles}
+    looked_at = 0
+    for path in [*platform.settings.dagster_home.rglob("*"), *(platform.settings.home / "log").glob("*.log")]:
+        if path.is_file():
+            looked_at += 1
+            content = path.read_bytes()
+            found = [word for word in words if word in content]
+            assert not found, f"{path}: {found[:3]}"
+    assert looked_at > 50
