@@ -15,6 +15,7 @@ import contextlib
 import datetime as dt
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -149,7 +150,8 @@ def _load(engine: Engine, settings: Settings, campaign: Campaign, now: dt.dateti
 def _open(connection: Connection, key: str, now: dt.datetime) -> None:
     campaign = store.load(connection, key, for_update=True)
     start = campaign.definition.start_at
-    values = {}
+    # Claims ask the row whether the campaign has expired.
+    values: dict[str, Any] = {"expire_at": campaign.expires_at}
     if start is not None and now - start > LATE_AFTER and campaign.held_reason is None:
         hours = (now - start).total_seconds() / 3600
         values["held_reason"] = f"ready {hours:.1f} h after its start: check that it is still wanted, then resume it"

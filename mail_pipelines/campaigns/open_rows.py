@@ -21,6 +21,7 @@ from mail_pipelines.delivery import counters
 
 # Rows that nobody has in hand.
 WAITING = (State.PENDING, State.DEFERRED)
+_BY_STATE = "FORCE INDEX (ix_deliveries_campaign_id_shard_provider_state_sort_key)"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def any_open(connection: Connection, campaign_id: int, shard: int | None = None)
     The counters say where rows may be, the ledger's index is probed once for each of these ranges; the ledger is not scanned.
     """
     probe = (
-        # A limited scalar subquery, because databases may turn an EXISTS into a join that reads the whole ledger.
+        # A limited scalar subquery, because databases may turn an EXISTS into a join that reads the whole ledger; and a hint, because
+        # MariaDB's statistics of a partition with one campaign make its primary key look best (82 s instead of 3 ms for a million rows).
         sa.select(Delivery.contact_id)
         .where(
             Delivery.campaign_id == CampaignCounter.campaign_id,
@@ -133,6 +135,8 @@ def any_open(connection: Connection, campaign_id: int, shard: int | None = None)
             Delivery.state == CampaignCounter.state,
         )
         .limit(1)
+        .with_hint(Delivery, _BY_STATE, "mysql")
+        .with_hint(Delivery, _BY_STATE, "mariadb")
         .correlate(CampaignCounter)
         .scalar_subquery()
     )

@@ -7,6 +7,7 @@ can work (`check`), its form as a file (`yaml_form`).
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,8 +32,14 @@ def create(connection: Connection, definition: Definition, now: dt.datetime) -> 
 
 
 def update(connection: Connection, definition: Definition, now: dt.datetime) -> Campaign:
-    """Write the definition over the draft with its key. Raises `StateError` if it differs and the campaign is no draft any more."""
+    """Write the definition over the draft with its key. Raises `StateError` if it differs and the campaign is no draft any more.
+
+    Times that the definition leaves open are no difference once the campaign has them from being scheduled and started.
+    """
     campaign = load(connection, definition.key, for_update=True)
+    if campaign.state is not CampaignState.DRAFT:
+        present = campaign.definition
+        definition = replace(definition, start_at=definition.start_at or present.start_at, expire_at=definition.expire_at or present.expire_at)
     if definition == campaign.definition:
         return campaign
     if campaign.state is not CampaignState.DRAFT:

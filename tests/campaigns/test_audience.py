@@ -64,6 +64,7 @@ def test_everybody_who_matches_becomes_one_pending_row(engine: sa.Engine, settin
     assert (built.built, built.matched, built.audience, built.excluded) == (True, 5100, 5100, {})
     assert built.campaign.state is CampaignState.SENDING
     assert built.campaign.started_at == NOW
+    assert built.campaign.definition.expire_at == NOW + dt.timedelta(hours=48)
     assert built.campaign.shards == 2
     found = rows(engine, campaign)
     expected = {row["id"]: row for row in contact_rows(range(1, 5101))}

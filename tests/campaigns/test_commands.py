@@ -119,7 +119,7 @@ def test_new_content_reaches_a_sending_campaign_only_when_confirmed(command: Com
     command.says("import", str(command.file))
     command.says("start", "spring-sale")
     command.says("build", "spring-sale")
-    command.file.write_text(command.says("export", "spring-sale").replace("Hello {{ number }}", "Corrected"))
+    command.file.write_text(FORM.replace("Hello {{ number }}", "Corrected"))
     assert "--confirm" in command.fails(StateError, "import", str(command.file))
     before = load(engine).version_id
     assert "is sending" in command.says("import", str(command.file), "--confirm")
