@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 MAX_SHARDS = 64
 # A smaller shard would be a run that starts for nothing, a larger one a run that ends late.
-RECIPIENTS_PER_SHARD = 2_500
+RECIPIENTS_PER_SHARD = 5_000
 
 
 def shards_for(audience_size: int) -> int:
-    """How many shards an audience uses: a power of two from 1 to 64, of at least 2,500 recipients each; 64 from 160,000 on."""
+    """How many shards an audience uses: a power of two from 1 to 64, of at least 5,000 recipients each; 64 from 320,000 on."""
     fitting = max(1, min(MAX_SHARDS, audience_size // RECIPIENTS_PER_SHARD))
     return 1 << (fitting.bit_length() - 1)
 

@@ -30,6 +30,7 @@ from mail_pipelines.supervision import Processes, Stopped
 
 HOME = ".mail_pipelines_demo"
 SEND_SECONDS = 300
+REPORT_SECONDS = 90
 # Greylisted recipients are tried again after seconds, not after the quarter of an hour that real destinations want.
 SETTINGS = {
     "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "16",
@@ -105,6 +106,18 @@ def follow(engine: Engine, processes: Processes) -> None:
         processes.wait_until_ready(finished, seconds=end - time.monotonic(), what="the campaign")
 
 
+def reported(settings: Settings) -> bool:
+    """Whether the run that computes the campaign's results after its end has succeeded."""
+    import dagster as dg
+
+    with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
+        tags = {"dagster/partition": campaign.KEY, "dagster/run_key": f"{campaign.KEY}:finished"}
+        runs = instance.get_runs(dg.RunsFilter(job_name="report_campaign", tags=tags))
+    if any(run.status is dg.DagsterRunStatus.FAILURE for run in runs):
+        raise MailPipelinesError("the run that computes the campaign's results failed; its log is in the UI")
+    return any(run.status is dg.DagsterRunStatus.SUCCESS for run in runs)
+
+
 def show(summary: Summary, address: str) -> None:
     table = Table(title="Spring sale", show_header=False)
     for name, value in summary.to_document().items():
@@ -130,14 +143,16 @@ def main() -> int:
     try:
         settings, engine = prepare(dict(os.environ), options.contacts)
         with Processes(up.lock(settings)) as processes:
-            servers.set_limits(engine, None, "*", LIMITS)
             for name in up.catchers(engine, settings):
                 up.start_catcher(processes, engine, settings, name)
+                servers.set_limits(engine, name, "*", LIMITS)
             with console.status("starting Dagster"):
                 address = up.start_dagster(processes, settings)
             console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
             schedule(engine, settings)
             follow(engine, processes)
+            with console.status("waiting for the results in Dagster"):
+                processes.wait_until_ready(lambda: reported(settings), seconds=REPORT_SECONDS, what="the result run")
             summary = summarise(engine, settings, campaign.KEY)
             show(summary, address)
             if options.json:

@@ -18,12 +18,14 @@ from mail_pipelines.database.models import Contact, Delivery, State
 from mail_pipelines.dispatch.catcher.store import Kept, kept
 from mail_pipelines.messages.tokens import read_delivery
 
+_NEAR_SECONDS = 2
+
 
 @dataclass(frozen=True)
 class Summary:
     """`duplicates` (messages beyond the first to a contact) and `lost` (delivered in the ledger, nowhere at the catchers) are
-    counted from what the catchers keep. `servers` has the messages of each; `overlap` is the share of the seconds with
-    deliveries in which every server delivered; `send_seconds` lies between the first and the last message.
+    counted from what the catchers keep. `servers` has the messages of each; `overlap` is the share of the sending
+    time in which every server was sending; `send_seconds` lies between the first and the last message.
     """
 
     contacts: int
@@ -85,12 +87,16 @@ def server_of(message: Kept) -> str:
 
 
 def overlap(messages: list[Kept]) -> float:
-    """Of the seconds in which any server delivered, the share in which all did."""
-    by_second: defaultdict[int, set[str]] = defaultdict(set)
+    """Of the seconds in which any server was sending, the share in which all were.
+
+    A server is sending in a second if it delivered in it or within two seconds of it: destinations take their time to answer.
+    """
+    sending: defaultdict[int, set[str]] = defaultdict(set)
     for message in messages:
-        by_second[int(message.at)].add(server_of(message))
+        for second in range(int(message.at) - _NEAR_SECONDS, int(message.at) + _NEAR_SECONDS + 1):
+            sending[second].add(server_of(message))
     servers = {server_of(message) for message in messages}
-    return sum(1 for active in by_second.values() if active == servers) / len(by_second) if len(servers) > 1 else 0.0
+    return sum(1 for active in sending.values() if active == servers) / len(sending) if len(servers) > 1 else 0.0
 
 
 def _campaign(message: Kept, settings: Settings) -> int:

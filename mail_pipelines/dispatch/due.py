@@ -44,3 +44,15 @@ def open_rows(connection: Connection, campaign_id: int, shard: int) -> int:
             )
         ).scalar_one()
     )
+
+
+def pending_elsewhere(connection: Connection, campaign_id: int, shard: int) -> bool:
+    """Whether another shard of the campaign has rows that were never offered, by the counters."""
+    pending = (
+        sa.select(CampaignCounter.shard)
+        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.shard != shard, CampaignCounter.state == int(State.PENDING))
+        .group_by(CampaignCounter.shard)
+        .having(sa.func.sum(CampaignCounter.count) > 0)
+        .limit(1)
+    )
+    return connection.execute(pending).first() is not None

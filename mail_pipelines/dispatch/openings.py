@@ -22,6 +22,8 @@ from mail_pipelines.dispatch.due import due_times
 # A tick looks at no more campaigns and asks for no more runs than this.
 CAMPAIGNS_A_TICK = 50
 RUNS_A_TICK = 100
+# A run takes about so long to start, so it is asked for that much before its rows fall due.
+START_SECONDS = 3
 _WAITING = (int(State.PENDING), int(State.DEFERRED))
 
 
@@ -34,9 +36,7 @@ class Opening:
     server: str
 
 
-def find(
-    connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, linger_seconds: float, in_flight: Collection[Opening]
-) -> list[Opening]:
+def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
     """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
     fleet = {server.id: server for server in servers.all_servers(connection) if server.state == "active" and not server.is_silent(now, heartbeat_seconds)}
     busy = Counter(opening.server for opening in in_flight)
@@ -63,7 +63,7 @@ def find(
         for shard in sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values()))):
             able = [server for server in free if free[server] > 0 and any(provider in unspent[server] for provider in waiting[shard])]
             able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
-            if able and _is_due(connection, campaign.id, shard, now.timestamp() + linger_seconds):
+            if able and _is_due(connection, campaign.id, shard, now.timestamp() + START_SECONDS):
                 start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
             if len(found) >= RUNS_A_TICK:
                 break

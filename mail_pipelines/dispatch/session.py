@@ -27,7 +27,7 @@ from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, Pro
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
-from mail_pipelines.dispatch.due import due_times, next_due, open_rows
+from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
 from mail_pipelines.dispatch.journal import Journal, Position
 from mail_pipelines.dispatch.pacer import Pacer, Slot
@@ -173,12 +173,14 @@ class Session:
         with reading(self.engine) as connection:
             due = due_times(connection, self.campaign_id, self.shard)
             left = open_rows(connection, self.campaign_id, self.shard)
+            elsewhere = pending_elsewhere(connection, self.campaign_id, self.shard)
         if not left:
             return "the shard is final"
         waits = [max(moment, lanes[provider].wait_until if provider in lanes else 0) for provider, moment in due.items()]
         if not waits:
             return "all open rows are with other sessions or unknown"
-        linger = self.settings.sending.linger_seconds
+        # A slot that only waits is better used by a shard that has work now.
+        linger = 0 if elsewhere else self.settings.sending.linger_seconds
         if min(waits) - time.time() > linger or waited > linger:
             refusals = {lane.reason for lane in lanes.values() if lane.reason}
             return "; ".join(sorted(refusals)) or "nothing falls due soon"

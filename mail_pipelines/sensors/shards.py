@@ -29,7 +29,6 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
             database_now(connection),
             slots=settings.server.slots,
             heartbeat_seconds=settings.server.heartbeat_seconds,
-            linger_seconds=settings.sending.linger_seconds,
             in_flight=send_runs(context.instance),
         )
     runs = [

@@ -13,7 +13,7 @@ from mail_pipelines.campaigns.shards import MAX_SHARDS, shard_of, shards_for, sh
 
 
 @pytest.mark.parametrize(
-    ("audience", "shards"), [(0, 1), (1, 1), (4_999, 1), (5_000, 2), (20_000, 8), (100_000, 32), (159_999, 32), (160_000, 64), (10_000_000, 64)]
+    ("audience", "shards"), [(0, 1), (1, 1), (9_999, 1), (10_000, 2), (20_000, 4), (100_000, 16), (319_999, 32), (320_000, 64), (10_000_000, 64)]
 )
 def test_the_number_of_shards_follows_the_audience(audience: int, shards: int) -> None:
     assert shards_for(audience) == shards
@@ -24,7 +24,7 @@ def test_the_number_is_a_power_of_two_and_shards_are_worth_a_run(audience: int) 
     shards = shards_for(audience)
     assert 1 <= shards <= MAX_SHARDS
     assert shards & (shards - 1) == 0
-    assert shards == 1 or audience / shards >= 2_500
+    assert shards == 1 or audience / shards >= 5_000
     assert shards == MAX_SHARDS or audience / shards < 5_000
 
 
@@ -36,10 +36,10 @@ def test_a_column_of_contacts_is_sharded_as_each_of_them(contact_ids: list[int],
 
 @pytest.mark.parametrize("step", [1, 2, 64, 55, 1000])
 def test_shards_are_even_whatever_the_pattern_of_ids(step: int) -> None:
-    counts = Counter(shards_of(pa.array(range(0, 160_000 * step, step), pa.int64()), 64).to_pylist())
+    counts = Counter(shards_of(pa.array(range(0, 320_000 * step, step), pa.int64()), 64).to_pylist())
     assert len(counts) == 64
-    assert max(counts.values()) < 2_500 * 1.1
-    assert min(counts.values()) > 2_500 * 0.9
+    assert max(counts.values()) < 5_000 * 1.1
+    assert min(counts.values()) > 5_000 * 0.9
 
 
 def test_the_shard_of_a_contact_never_changes() -> None:

@@ -127,8 +127,8 @@ def make(folder: Path, processes: Processes) -> Platform:
         saved.save(engine, saved.from_yaml(text), now=now)
     snapshots.refresh_contacts(engine, settings.snapshot_folder, now=now)
     snapshots.refresh_engagement(engine, settings.snapshot_folder, now=now)
-    servers.set_limits(engine, None, "*", {"connections": 24, "per_second": 200.0, "messages_per_connection": 500})
     for name in settings.server.catchers:
         up.start_catcher(processes, engine, settings, name)
+        servers.set_limits(engine, name, "*", {"connections": 24, "per_second": 200.0, "messages_per_connection": 500})
     environ = {**os.environ, **home.environment(settings)}
     return Platform(settings, engine, processes, environ)

@@ -83,7 +83,7 @@ def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:
     allotments.fill(world.engine)
     busy = {Opening("spring", shard, "s1") for shard in (0, 1)}
     with world.engine.connect() as connection:
-        found = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, linger_seconds=3, in_flight=busy)
+        found = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=busy)
     assert found == [Opening("spring", 2, "s2"), Opening("spring", 3, "s2")]
 
 
@@ -103,13 +103,13 @@ def test_a_claim_left_behind_brings_a_run_to_its_own_server(world: World) -> Non
     for shard in range(4):
         end_rows(world, shard)
     with world.engine.connect() as connection:
-        assert openings.find(connection, now, slots=2, heartbeat_seconds=10, linger_seconds=3, in_flight=()) == []
+        assert openings.find(connection, now, slots=2, heartbeat_seconds=10, in_flight=()) == []
         server = connection.execute(sa.select(Server.id).where(Server.key == "s2")).scalar_one()
     claim = {"id": 5, "campaign_id": 1, "shard": 3, "provider": "google", "server_id": server, "run_id": "r", "size": 1, "state": "open", "incarnation": "i"}
     place = {"boot_id": "b", "journal_inode": 1, "journal_offset": 0, "opened_at": now, "lease_until": now - dt.timedelta(seconds=1)}
     transact(world.engine, lambda connection: connection.execute(sa.insert(Claim).values(claim | place)))
     with world.engine.connect() as connection:
-        assert openings.find(connection, now, slots=2, heartbeat_seconds=10, linger_seconds=3, in_flight=()) == [Opening("spring", 3, "s2")]
+        assert openings.find(connection, now, slots=2, heartbeat_seconds=10, in_flight=()) == [Opening("spring", 3, "s2")]
 
 
 def test_finished_shards_materialises_what_the_ledger_calls_final_once(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
