@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import urllib.request
@@ -106,6 +107,12 @@ class Platform:
     def wait_finished(self, key: str, seconds: float = 200) -> Totals:
         wait_for(lambda: self.campaign(key).state == "finished", seconds=seconds, what=f"campaign {key}")
         return self.totals(key)
+
+    def reported(self, key: str) -> bool:
+        """Whether the campaign's final results are there."""
+        with sqlite3.connect(self.settings.dagster_home / "history" / "runs.db") as connection:
+            tagged = "SELECT COUNT(*) FROM runs JOIN run_tags USING (run_id) WHERE status = 'SUCCESS' AND key = 'dagster/run_key' AND value = ?"
+            return bool(connection.execute(tagged, (f"{key}:finished",)).fetchone()[0])
 
     def start_dagster(self) -> None:
         self.address = up.start_dagster(self.processes, self.settings)

@@ -1,7 +1,9 @@
-"""The Dagster UI in a real browser: the graph by group, a shard started by hand, the picture that the README shows."""
+"""The Dagster UI in a real browser: the graph by group, one shard started by hand, the picture that the README shows."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from tests.e2e.platform import Platform
 from tests.parts.processes import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(420), pytest.mark.xdist_group("platform")]
-SHOTS = checkout() / "docs" / "images"
+PICTURE = checkout() / "docs" / "images" / "ui.png"
 OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -27,37 +29,82 @@ OPTIONS = [
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
+def page() -> Iterator[Page]:
     chromium = shutil.which("chromium")
     assert chromium is not None, "script/test installs chromium"
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=OPTIONS)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page = browser.new_page(viewport={"width": 1440, "height": 820})
         page.set_default_timeout(60_000)
         yield page
         browser.close()
 
 
-def test_the_graph_shows_its_groups_and_assets(platform: Platform, page: Page, tmp_path: Path) -> None:
-    page.goto(f"{platform.address}/asset-groups/")
-    for name in ("contact_snapshot", "campaign_audiences", "send_batches", "delivery_results", "campaign_statistics"):
-        expect(page.get_by_text(name, exact=True).first).to_be_visible()
-    page.screenshot(path=tmp_path / "graph.png")
-    assert (tmp_path / "graph.png").stat().st_size > 20_000
-
-
 def test_a_shard_started_from_the_ui_is_seen_to_finish(platform: Platform, page: Page) -> None:
-    platform.schedule("third", seconds=3600)
-    wait_for(lambda: "third" in _keys(platform), seconds=60, what="the campaign's key")
+    """The sensor that starts send runs is off: the only run of this campaign is the one a person starts."""
+    platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
+    platform.schedule("by-hand")
+    wait_for(lambda: platform.campaign("by-hand").state == "sending", seconds=90, what="the freeze")
     page.goto(f"{platform.address}/assets/send_batches?view=partitions")
     page.get_by_role("button", name="Materialize").first.click()
     dialog = page.get_by_role("dialog")
-    expect(dialog).to_be_visible()
-    page.screenshot(path=Path(platform.settings.home) / "dialog.png")
+    for value in ("by-hand", "00"):
+        dialog.get_by_text("Select a partition or create one").first.click()
+        page.keyboard.type(value)
+        page.get_by_text("Select all (1)").click()
+        dialog.get_by_text("Launch runs to materialize").click()
+    page.get_by_role("button", name="Launch 1 run").click()
+    page.get_by_role("button", name="View").click()
+    expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=180_000)
+    totals = platform.totals("by-hand")
+    assert totals.open == 0
+    assert totals.delivered > 2_000
+    assert set(platform.copies("by-hand").values()) == {1}
+    page.goto(f"{platform.address}/assets/send_batches?partition=by-hand%7C00&view=partitions")
+    expect(page.get_by_text("Materialized", exact=True).first).to_be_visible()
+    platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
 
 
-def _keys(platform: Platform) -> list[str]:
-    import dagster as dg
+def test_results_show_numbers_tables_and_a_plot(platform: Platform, page: Page) -> None:
+    platform.wait_finished("by-hand")
+    wait_for(lambda: platform.reported("by-hand"), seconds=120, what="results")
+    page.goto(f"{platform.address}/assets/delivery_results?partition=by-hand&view=partitions")
+    for words in ("delivered", "by_provider", "by_server", "microsoft"):
+        expect(page.get_by_text(words, exact=True).first).to_be_attached()
+    pictures = page.locator("img[src^='data:image/png']")
+    expect(pictures.first).to_be_attached()
+    assert pictures.first.evaluate("image => image.naturalWidth") > 300
 
-    with dg.DagsterInstance.from_config(str(platform.settings.dagster_home)) as instance:
-        return list(instance.get_dynamic_partitions("campaigns"))
+
+def test_the_graph_shows_its_groups_with_all_assets(platform: Platform, page: Page, tmp_path: Path) -> None:
+    page.goto(f"{platform.address}/asset-groups/")
+    expect(page.get_by_text("reporting").first).to_be_visible()
+    page.mouse.click(900, 250, button="right")
+    page.get_by_text("Expand all groups").click()
+    for name in (
+        "contact_snapshot",
+        "engagement_snapshot",
+        "recipient_segments",
+        "campaign_audiences",
+        "send_batches",
+        "delivery_results",
+        "campaign_statistics",
+    ):
+        expect(page.locator("svg").get_by_text(name, exact=True).first).to_be_visible()
+    page.keyboard.press("Escape")
+    shot = page.screenshot(path=tmp_path / "ui.png")
+    assert len(shot) > 40_000
+    # The README's picture is this one; it is made anew when asked for, so that a test run leaves a checkout as it was.
+    if os.environ.get("UPDATE_PICTURES") or not PICTURE.exists():
+        PICTURE.parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "ui.png", PICTURE)
+
+
+@pytest.mark.parametrize("place", ["runs", "jobs", "automation", "deployment", "overview", "assets"])
+def test_every_page_opens_without_an_error(platform: Platform, page: Page, place: str) -> None:
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{platform.address}/{place}")
+    page.wait_for_load_state("networkidle")
+    assert errors == []
+    assert not page.get_by_text(re.compile("unexpected error|went wrong", re.IGNORECASE)).count()
