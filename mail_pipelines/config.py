@@ -22,6 +22,8 @@ import pydantic
 from mail_pipelines.errors import MailPipelinesError
 
 PREFIX = "MAIL_PIPELINES_"
+# A claim is offered for four seconds, then waits for its last reply, then is recorded.
+LEASE_SLACK_SECONDS = 8
 CONFIG_FILE = "config.toml"
 # (section, name) of each key that was given: its value and the place that gave it.
 Given: TypeAlias = dict[tuple[str, str], tuple[Any, str]]
@@ -60,7 +62,7 @@ class SendingSettings(Section):
     return_path_domain: str = pydantic.Field(default="bounces.example.test", description="domain of the envelope sender (VERP)")
     public_url: str = pydantic.Field(default="https://mail.example.test", description="base URL of unsubscribe and tracking links")
     sender_id: str = pydantic.Field(default="mail-pipelines", description="constant last part of the Feedback-ID header, 5 to 15 characters")
-    lease_seconds: int = pydantic.Field(default=120, ge=5, description="a claim not finished after this long is settled (s)")
+    lease_seconds: int = pydantic.Field(default=120, ge=10, description="a claim not finished after this long is settled (s)")
     reply_timeout_seconds: float = pydantic.Field(default=60, gt=0, description="longest wait for one SMTP reply (s)")
     linger_seconds: float = pydantic.Field(default=30, ge=0, description="a session with nothing due ends unless a row falls due within this (s)")
     session_seconds: float = pydantic.Field(default=2700, gt=0, description="a session ends after this long (s)")
@@ -239,7 +241,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         values |= {name: value for (where, name), (value, _) in given.items() if where == section}
         document[section] = {name: value.replace("{home}", str(home)) if isinstance(value, str) else value for name, value in values.items()}
     try:
-        return Settings(home=home, **document)
+        settings = Settings(home=home, **document)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         section, name = str(first["loc"][0]), str(first["loc"][1])
@@ -247,6 +249,13 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         # Neither a secret nor a URL with a password may end up on a screen or in a log.
         shown = "" if _extra(section, name) else f", not {first['input']!r}"
         raise ConfigError(f"{section}.{name} (from {origin}): {first['msg']}{shown}") from None
+    sending = settings.sending
+    if sending.lease_seconds < sending.reply_timeout_seconds + LEASE_SLACK_SECONDS:
+        raise ConfigError(
+            f"sending.lease_seconds is {sending.lease_seconds}: it must be at least sending.reply_timeout_seconds ({sending.reply_timeout_seconds:g}) plus "
+            f"{LEASE_SLACK_SECONDS}, or claims would be taken from senders that only wait for a reply"
+        )
+    return settings
 
 
 def describe(environ: Mapping[str, str] = os.environ) -> list[Origin]:

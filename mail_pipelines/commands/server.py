@@ -42,15 +42,20 @@ def add(name: str, port: Annotated[int, typer.Option(help="port it listens on")]
 
 @app.command("state")
 def state(name: str, state: str) -> None:
-    """Set the state of a server: active, paused, draining, retired or lost. Sending reacts within seconds."""
+    """Set the state of a server: active, paused, draining, retired or lost. Sending reacts within seconds.
+
+    `lost` is for a server that will not come back: what it had in hand becomes unknown.
+    """
     from mail_pipelines.database.engine import reading
-    from mail_pipelines.dispatch import servers
+    from mail_pipelines.dispatch import servers, settlement
 
     engine = open_engine()
     with reading(engine) as connection:
-        servers.find(connection, name)
+        found = servers.find(connection, name)
     servers.set_state(engine, name, state)
     console.print(f"server {name} is {state}")
+    if state == "lost":
+        console.print(f"{settlement.give_up(engine, found.id):,} recipients it had in hand are unknown now")
 
 
 @app.command("limits")

@@ -58,7 +58,9 @@ def create_engine(url: str, password: str | None = None) -> Engine:
     if backend == "sqlite":
         if parsed.database and parsed.database != ":memory:":
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None, "check_same_thread": False})
+        engine = sa.create_engine(
+            parsed, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None, "check_same_thread": False}
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -69,6 +71,8 @@ def create_engine(url: str, password: str | None = None) -> Engine:
             isolation_level="READ COMMITTED",
             pool_pre_ping=True,
             pool_recycle=1800,
+            # Parameters are addresses and names: they must not get into errors, and so into logs.
+            hide_parameters=True,
             # found_rows: an UPDATE counts the rows it matched, as SQLite does, not only those it changed.
             connect_args={"charset": "utf8mb4", "local_infile": True, "connect_timeout": 10, "client_flag": 2, "autocommit": False},
         )
@@ -109,8 +113,8 @@ def _mysql_code(error: sa.exc.DBAPIError) -> int | None:
 
 
 def is_transient(error: sa.exc.DBAPIError) -> bool:
-    """Whether trying the whole transaction again can help."""
-    return _mysql_code(error) in RETRIED_MYSQL_ERRORS or "database is locked" in str(error.orig)
+    """Whether trying the whole transaction again can help. (SQLite has waited for its lock long enough by itself.)"""
+    return _mysql_code(error) in RETRIED_MYSQL_ERRORS
 
 
 @contextmanager

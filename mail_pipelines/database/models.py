@@ -204,8 +204,6 @@ class Campaign(Base):
     updated_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     started_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
-    # When a sensor last asked for this campaign's results, so that they are requested once per reason.
-    reported_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     __table_args__ = (sa.Index(None, "state", "start_at"), MYSQL)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ class OpenClaim:
     version_id: int
     lease_until: dt.datetime
     position: Position
+    # The same moment on this process's monotonic clock, taken before the database was asked.
+    opened: float
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def open_claim(
     """
 
     def work(connection: Connection) -> OpenClaim | NothingClaimed:
+        asked = time.monotonic()
         now = database_now(connection)
         _check_sender(connection, sender, memory)
         campaign = connection.execute(
@@ -195,7 +199,7 @@ def open_claim(
         )
         counters.add(connection, campaign_id, sender.server_id, moves, now)
         ref = ClaimRef(claim_id, campaign_id, shard, provider, sender.server_id, now)
-        return OpenClaim(ref, tuple(sendable), campaign.version_id, lease_until, position)
+        return OpenClaim(ref, tuple(sendable), campaign.version_id, lease_until, position, asked)
 
     return transact(engine, work)
 
@@ -244,6 +248,9 @@ def _room(connection: Connection, server_id: int, campaign_id: int, provider: st
     caps = {3600: limit.per_hour, 86400: limit.per_day}
     windows = [(length, start) for length, start in windows_at(now) if caps.get(length) is not None]
     if windows:
+        # The rows must exist to be locked: two campaigns that meet in a new window would both see an empty one.
+        usage = {"server_id": server_id, "provider": provider, "used": 0}
+        add_to(connection, ProviderUsage, [usage | {"window_seconds": length, "window_start": start} for length, start in windows], column="used")
         used = {
             row.window_seconds: row.used
             for row in connection.execute(

@@ -65,7 +65,7 @@ class Position:
 class Evidence:
     """What the journal says from a claim's position to its end."""
 
-    # The claim's marker line was found, and no byte between it and the end is missing.
+    # The claim's marker line was found, and every line between it and the end could be read.
     covered: bool = False
     # Offers without an end so far: token → id of the mail server's process.
     intents: dict[str, int] = field(default_factory=dict)
@@ -112,7 +112,8 @@ class Journal:
             elif entry.outcome is not None:
                 found.intents.pop(entry.token, None)
                 found.outcomes[entry.token] = entry.outcome
-        found.covered = bool(chain) and marked
+        # An unreadable line may have been an INTENT: it proves that something is missing.
+        found.covered = bool(chain) and marked and not found.bad_lines
         return found
 
     def _chain(self, start: Position) -> list[Path]:
@@ -166,14 +167,14 @@ class JournalWriter:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+        self._torn = bool(size) and os.pread(self._file, 1, size - 1) != b"\n"
 
     def write(self, line: bytes) -> None:
         """Append one line. `OSError` if the disk is full: the caller then must not go on with the message."""
-        data = line + b"\n"
+        data = (b"\n" if self._torn else b"") + line + b"\n"
         written = os.write(self._file, data)
-        if written != len(data):
+        self._torn = written != len(data)
+        if self._torn:
             raise OSError("the journal could not be written whole")
 
     def close(self) -> None:

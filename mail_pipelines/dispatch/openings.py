@@ -38,9 +38,10 @@ class Opening:
 
 def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
     """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
-    fleet = {server.id: server for server in servers.all_servers(connection) if server.state == "active" and not server.is_silent(now, heartbeat_seconds)}
+    active = {server.id: server for server in servers.all_servers(connection) if server.state == "active"}
+    fleet = {number: server for number, server in active.items() if not server.is_silent(now, heartbeat_seconds)}
     busy = Counter(opening.server for opening in in_flight)
-    free = {server.id: slots - busy[server.key] for server in fleet.values()}
+    free = {number: slots - busy[server.key] for number, server in fleet.items()}
     found: list[Opening] = []
 
     def start(campaign: str, shard: int, server_id: int) -> None:
@@ -49,10 +50,12 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
 
     taken = set(in_flight)
     for claim in _left_behind(connection):
-        # The run settles its server's abandoned claims before it sends.
-        opening = Opening(claim.key, claim.shard, fleet[claim.server_id].key) if claim.server_id in fleet else None
-        if opening is not None and opening not in taken and opening not in found and free[claim.server_id] > 0:
-            start(claim.key, claim.shard, claim.server_id)
+        # The run settles its server's abandoned claims before it sends. A silent server needs it too, and needs no free slot for it.
+        opening = Opening(claim.key, claim.shard, active[claim.server_id].key) if claim.server_id in active else None
+        if opening is not None and opening not in taken and opening not in found:
+            found.append(opening)
+            if claim.server_id in free:
+                free[claim.server_id] -= 1
     for campaign in _sending(connection):
         if len(found) >= RUNS_A_TICK or not any(count > 0 for count in free.values()):
             break

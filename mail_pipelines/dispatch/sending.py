@@ -11,7 +11,7 @@ from sqlalchemy.engine import Engine
 
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import Campaign
+from mail_pipelines.database.models import Campaign, Claim
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.due import open_rows
 from mail_pipelines.dispatch.files import ServerFolders
@@ -24,7 +24,10 @@ _FROZEN = ("sending", "paused", "finished", "cancelled", "archived")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of one shard finds before it starts. `is_final`: the audience is frozen and no row of the shard is open."""
+    """What a run of one shard finds before it starts.
+
+    `may_send`: a session has something to do. `is_final`: the audience is frozen and no row of the shard is open.
+    """
 
     campaign: str
     campaign_id: int | None
@@ -41,7 +44,11 @@ def plan(engine: Engine, campaign: str, shard: int) -> Plan:
         if row is None:
             return Plan(campaign, None, False, False, 0, "there is no such campaign")
         left = open_rows(connection, row.id, shard)
+        unsettled = connection.execute(sa.exists().where(Claim.campaign_id == row.id, Claim.shard == shard, Claim.state != "closed").select()).scalar_one()
     final = row.state in _FROZEN and not left
+    if unsettled:
+        # A session settles first what a dead one left, also where nothing may be sent any more.
+        return Plan(campaign, row.id, True, final, left, "")
     if row.state != "sending":
         return Plan(campaign, row.id, False, final, left, f"the campaign is {row.state}")
     if row.held_reason:

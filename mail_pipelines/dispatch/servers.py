@@ -92,7 +92,13 @@ def set_state(engine: Engine, key: str, state: str) -> None:
 
 
 def set_limits(engine: Engine, key: str | None, provider: str, limits: Mapping[str, Any]) -> None:
-    """Limits of a server (or of all that have no own, with `key` None) to a provider, or to all others with `*`."""
+    """Limits of a server (or of all that have no own, with `key` None) to a provider, or to all others with `*`.
+
+    Raises `DispatchError` for a limit that nothing could be sent under, or that is no limit.
+    """
+    for name, value in limits.items():
+        if value is not None and isinstance(value, int | float) and value <= 0:
+            raise DispatchError(f"{name} is {value}; expected more than 0 (to stop a server, `mail-pipelines server state NAME paused`)")
 
     def work(connection: Connection) -> None:
         server_id = 0 if key is None else find(connection, key).id
@@ -114,10 +120,11 @@ def remember(folders: ServerFolders, memory: Memory) -> None:
 
 
 def recall(engine: Engine, folders: ServerFolders) -> Memory:
-    """What this server remembers; on its first day, what the database says."""
+    """What this server remembers; if it remembers nothing, what the database says."""
     try:
         return Memory(**json.loads(folders.memory.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):
+        # The first day, or a power loss that left the file empty.
         with reading(engine) as connection:
             memory = Memory(connection.execute(sa.select(LedgerGeneration.generation)).scalar_one())
         remember(folders, memory)
@@ -133,11 +140,13 @@ class Heartbeat:
         self._folders = folders
         self._interval = interval_seconds
         self._token_file = folders.log / "heartbeat"
+        # Tokens of which one is in the database: two while it is not known whether a beat was committed.
+        self._possible: list[str] = []
 
     def start(self) -> None:
         incarnation = self._folders.incarnation()
         token = str(uuid.uuid4())
-        known = self._token_file.read_text(encoding="ascii") if self._token_file.exists() else ""
+        known = self._token_file.read_text(encoding="ascii").split() if self._token_file.exists() else []
 
         def work(connection: Connection) -> bool:
             server = connection.execute(
@@ -147,7 +156,7 @@ class Heartbeat:
                 raise DispatchError(f"server {self._key} is not registered: run `mail-pipelines server add`")
             now = database_now(connection)
             fresh = server.heartbeat_at is not None and now - server.heartbeat_at < dt.timedelta(seconds=SILENT_BEATS * self._interval)
-            own = server.heartbeat_token is None or (server.incarnation == incarnation and server.heartbeat_token == known)
+            own = server.heartbeat_token is None or (server.incarnation == incarnation and server.heartbeat_token in known)
             if fresh and not own:
                 return False
             connection.execute(
@@ -157,25 +166,31 @@ class Heartbeat:
             )
             return True
 
+        self._keep([*known, token])
         if not transact(self._engine, work):
             raise NameTaken(f"another process speaks for server {self._key}: its last heartbeat is younger than {SILENT_BEATS * self._interval:.0f} s")
-        self._token = token
-        replace_file(self._token_file, token, durable=False)
+        self._keep([token])
+
+    def _keep(self, tokens: list[str]) -> None:
+        """Written before the database is asked and after it has answered: a kill in between loses no name."""
+        self._possible = tokens
+        replace_file(self._token_file, "\n".join(tokens), durable=False)
 
     def beat(self) -> None:
         token = str(uuid.uuid4())
+        before = self._possible
+        self._keep([*before, token])
 
         def work(connection: Connection) -> int:
             return connection.execute(
                 sa.update(Server)
-                .where(Server.key == self._key, Server.incarnation == self._folders.incarnation(), Server.heartbeat_token == self._token)
+                .where(Server.key == self._key, Server.incarnation == self._folders.incarnation(), Server.heartbeat_token.in_(before))
                 .values(heartbeat_token=token, heartbeat_at=database_now(connection), health=self._health())
             ).rowcount
 
         if transact(self._engine, work) != 1:
             raise NameTaken(f"another process has taken over server {self._key}: this one stops and withdraws its permits")
-        self._token = token
-        replace_file(self._token_file, token, durable=False)
+        self._keep([token])
 
     def _health(self) -> dict[str, Any]:
         return {
@@ -188,15 +203,16 @@ class Heartbeat:
 # --- choice -----------------------------------------------------------------------------------------------------
 
 
-def choose(connection: Connection, campaign_id: int, among: Collection[str] | None = None) -> ServerInfo:
-    """The server for a run that names none: of the active ones, that with most unspent grant for the campaign in this slot, then fewest open claims.
+def choose(connection: Connection, campaign_id: int, among: Collection[str], heartbeat_seconds: float) -> ServerInfo:
+    """The server for a run that names none: of the active ones that speak, that with most unspent grant for the campaign in this slot, then fewest open claims.
 
     Raises `DispatchError` if there is no active server.
     """
     now = database_now(connection)
-    servers = [server for server in all_servers(connection) if server.state == "active" and (among is None or server.key in among)]
+    servers = [server for server in all_servers(connection) if server.state == "active" and server.key in among]
+    servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds)]
     if not servers:
-        raise DispatchError("no dispatch server is active: start the catchers with `mail-pipelines up`, or see `mail-pipelines server list`")
+        raise DispatchError("no dispatch server is active and speaking: start the catchers with `mail-pipelines up`, or see `mail-pipelines server list`")
     unspent = dict(
         connection.execute(
             sa.select(Allotment.server_id, sa.func.sum(Allotment.granted - Allotment.used))
@@ -223,7 +239,7 @@ def for_run(connection: Connection, settings: Settings, campaign_id: int, *, own
         return find(connection, own)
     here = {server.key for server in all_servers(connection) if ServerFolders.of(settings.server, server.key).journal.exists()}
     if hint is None:
-        return choose(connection, campaign_id, here)
+        return choose(connection, campaign_id, here, settings.server.heartbeat_seconds)
     if hint not in here:
         raise DispatchError(f"server {hint} has no journal on this host ({settings.server.log_folder}): its runs must execute on that server")
     return find(connection, hint)

@@ -24,7 +24,7 @@ from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
-from mail_pipelines.delivery.recording import Result, record
+from mail_pipelines.delivery.recording import Result, mask_addresses, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
@@ -41,6 +41,8 @@ CLAIM_SECONDS = 2.0
 CLAIM_ROWS = 500
 # Nothing of a claim is offered later than this after it was asked for: it bounds how long a pause or a suppression takes to act.
 OFFER_SECONDS = 4.0
+# A claim is recorded so long before its lease ends.
+LEASE_MARGIN_SECONDS = 3.0
 # Claims of one lane whose last replies are still awaited while the next is being sent.
 CLAIMS_AT_ONCE = 4
 _IDLE_POLL_SECONDS = 0.5
@@ -392,7 +394,7 @@ class Lane:
         refusals = [offer.refusal for contact_id, offer in offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]
         if refusals:
             # The destination was never asked, so trying again would go on for ever.
-            raise SessionOver(f"the mail server {session.server.key} itself refuses messages: {refusals[0][:120]}")
+            raise SessionOver(f"the mail server {session.server.key} itself refuses messages: {mask_addresses(refusals[0])[:120]}")
 
     async def _results(self, claimed: OpenClaim, offers: dict[int, Offer]) -> list[Result]:
         """The end of every row: by the journal, or that no message could be made."""
@@ -406,7 +408,9 @@ class Lane:
         """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""
         session = self.session
         tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows}
+        # The lease must not run out while we wait: what is in flight then is unknown, as it would be to a settler.
         end = time.monotonic() + session.settings.sending.reply_timeout_seconds
+        end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)
         while True:
             evidence = await in_thread(session.journal.evidence, claimed.position, claimed.ref.id)
             if not settlement.in_flight(evidence, tokens) or time.monotonic() > end:

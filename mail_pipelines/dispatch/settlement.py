@@ -175,19 +175,7 @@ def settle(
     if claim is None:
         return {}
     ref = ClaimRef(claim.id, claim.campaign_id, claim.shard, claim.provider, claim.server_id, claim.opened_at)
-    with reading(engine) as connection:
-        rows = [
-            Offered(row.contact_id, row.attempt)
-            for row in connection.execute(
-                sa.select(Delivery.contact_id, Delivery.attempt).where(
-                    Delivery.campaign_id == ref.campaign_id,
-                    Delivery.shard == ref.shard,
-                    Delivery.provider == ref.provider,
-                    Delivery.state == int(State.CLAIMED),
-                    Delivery.claim_id == claim_id,
-                )
-            )
-        ]
+    rows = _claimed_rows(engine, ref)
     tokens = {token_of(ref, row, token_key) for row in rows}
     position = Position(claim.journal_inode, claim.journal_offset)
     end = time.monotonic() + wait_seconds
@@ -200,3 +188,42 @@ def settle(
     same_life = claim.incarnation == sender.incarnation and claim.boot_id == sender.boot_id
     results = conclude(rows, evidence, ref, settings, token_key, time.time(), same_life=same_life)
     return transact(engine, lambda connection: record(connection, ref, results, claim_state="settling"))
+
+
+def give_up(engine: Engine, server_id: int) -> int:
+    """Close all open claims of a server that will not come back; their rows become unknown, never pending. Returns how many rows.
+
+    Only for a server declared lost: its own settlement would know more.
+    """
+    with reading(engine) as connection:
+        claims = connection.execute(
+            sa.select(Claim.id, Claim.campaign_id, Claim.shard, Claim.provider, Claim.server_id, Claim.opened_at, Claim.state).where(
+                Claim.server_id == server_id, Claim.state != "closed"
+            )
+        ).all()
+    given_up = 0
+    for claim in claims:
+        ref = ClaimRef(claim.id, claim.campaign_id, claim.shard, claim.provider, claim.server_id, claim.opened_at)
+        results = [Result(row.contact_id, row.attempt, State.UNKNOWN, reason="server_lost") for row in _claimed_rows(engine, ref)]
+
+        def work(connection: Connection, ref: ClaimRef = ref, results: list[Result] = results, state: str = claim.state) -> Mapping[State, int]:
+            return record(connection, ref, results, claim_state=state)
+
+        transact(engine, work)
+        given_up += len(results)
+    return given_up
+
+
+def _claimed_rows(engine: Engine, ref: ClaimRef) -> list[Offered]:
+    """The rows that a claim still has, by the ledger's index."""
+    with reading(engine) as connection:
+        rows = connection.execute(
+            sa.select(Delivery.contact_id, Delivery.attempt).where(
+                Delivery.campaign_id == ref.campaign_id,
+                Delivery.shard == ref.shard,
+                Delivery.provider == ref.provider,
+                Delivery.state == int(State.CLAIMED),
+                Delivery.claim_id == ref.id,
+            )
+        )
+        return [Offered(row.contact_id, row.attempt) for row in rows]

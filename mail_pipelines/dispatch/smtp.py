@@ -47,10 +47,11 @@ class ServerUnreachable(Exception):
 
 
 class Connection:
-    """A connection to the mail server at `host`:`port`; every reply is waited for at most `timeout` seconds."""
+    """A connection to the mail server at `host`:`port`; no reply and no message takes longer than `timeout` seconds."""
 
     def __init__(self, host: str, port: int, timeout: float) -> None:
         self._client = aiosmtplib.SMTP(hostname=host, port=port, timeout=timeout, start_tls=False, use_tls=False, local_hostname="localhost")
+        self._timeout = timeout
         self._permit = ""
 
     async def open(self) -> None:
@@ -72,13 +73,14 @@ class Connection:
         self._permit = permit
 
     async def offer(self, message: Message) -> Offer:
-        """MAIL, RCPT, DATA for one message."""
+        """MAIL, RCPT, DATA for one message, all within the time-out."""
         in_body = False
         try:
-            await self._client.mail(message.envelope_sender)
-            await self._client.rcpt(message.recipient)
-            in_body = True
-            response = await self._client.data(message.data)
+            async with asyncio.timeout(self._timeout):
+                await self._client.mail(message.envelope_sender)
+                await self._client.rcpt(message.recipient)
+                in_body = True
+                response = await self._client.data(message.data)
         except aiosmtplib.SMTPResponseException as error:
             return refused(error.code, error.message, in_body=in_body)
         except (TimeoutError, aiosmtplib.SMTPException, OSError):

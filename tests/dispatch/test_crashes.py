@@ -147,14 +147,14 @@ def test_kills_while_destinations_drop_and_fall_silent(engine: sa.Engine, tmp_pa
 def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
     """Failure scenario 3: a sender stopped beyond its lease wakes up when others have sent its rows."""
     recipients = 400
-    world = make_world(engine, tmp_path / "home", recipients=recipients, lease_seconds=5)
+    world = make_world(engine, tmp_path / "home", recipients=recipients, lease_seconds=10, reply_timeout_seconds=2)
     server = world.server(connections=6, per_second=60.0)
     catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3])))
     zombie = SessionProcess(world, server.key, "zombie")
     wait_for(lambda: len(world.kept()) > 40, what="sending")
     zombie.signal(signal.SIGSTOP)
     assert settle(world, catcher).claims == 0, "a claim within its lease was taken from a living holder"
-    wait_for(lambda: settle(world, catcher).claims > 0, seconds=15, what="end of the lease")
+    wait_for(lambda: settle(world, catcher).claims > 0, seconds=25, what="end of the lease")
     world.check_counters()
     # Settling has ended the stopped process; nobody is left to continue.
     zombie.process.join(5)

@@ -93,6 +93,8 @@ def test_torn_and_foreign_lines_are_counted_and_left_out(path: Path) -> None:
     evidence = Journal(path, log.parse).evidence(Position(path.stat().st_ino, 0), 1)
     assert evidence.bad_lines == 2
     assert evidence.outcomes == {}
+    # A line that cannot be read may have been an INTENT: silence proves nothing here.
+    assert not evidence.covered
     # A new writer ends the torn line instead of writing on it.
     write(path, log.done("bb", DELIVERED))
     evidence = Journal(path, log.parse).evidence(Position(path.stat().st_ino, 0), 1)
@@ -102,6 +104,20 @@ def test_torn_and_foreign_lines_are_counted_and_left_out(path: Path) -> None:
 def test_no_journal_is_an_error_that_says_so(path: Path) -> None:
     with pytest.raises(DispatchError, match="no journal at"):
         Journal(path, log.parse).end()
+
+
+def test_a_line_torn_by_a_full_disk_is_ended_before_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = JournalWriter(path)
+    writer.write(log.mark("c1.99"))
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:10]))
+        with pytest.raises(OSError, match="could not be written whole"):
+            writer.write(log.intent("aa", 5))
+    writer.write(log.intent("bb", 6))
+    evidence = Journal(path, log.parse).evidence(Position(path.stat().st_ino, 0), 1)
+    assert evidence.intents == {"bb": 6}
+    assert not evidence.covered
 
 
 def test_a_full_disk_refuses_the_line() -> None:

@@ -12,6 +12,9 @@ import pytest
 from mail_pipelines import partitions
 from mail_pipelines.assets.audience import campaign_audiences, contact_snapshot, engagement_snapshot
 from mail_pipelines.assets.sending import send_batches
+from mail_pipelines.database.models import State
+from mail_pipelines.dispatch import claims, servers
+from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.server import DispatchServer
 from tests.dispatch.world import RunningCatcher, World, write_play
@@ -112,3 +115,32 @@ def test_a_run_meant_for_another_server_is_refused(
     )
     assert not result.success
     assert world.kept() == []
+
+
+def test_what_a_killed_run_left_is_settled_even_if_the_campaign_was_cancelled_since(
+    world: World, catcher: RunningCatcher, instance: dg.DagsterInstance
+) -> None:
+    """Its rows would stay claimed for ever, and the shard never final."""
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    world.grant(catcher.server)
+    opened = claims.open_claim(
+        world.engine,
+        world.sender(catcher.server),
+        servers.recall(world.engine, catcher.folders),
+        claim_id=claims.new_id(),
+        campaign_id=1,
+        shard=1,
+        provider="google",
+        limit=5,
+        position=Position(catcher.folders.journal.stat().st_ino, 0),
+        lease_seconds=60,
+    )
+    assert isinstance(opened, claims.OpenClaim)
+    world.set_campaign(state="cancelled")
+    send(instance, 1)
+    # No marker line of this claim is in the journal: nothing proves that nothing was offered.
+    assert world.states()[State.UNKNOWN] == len(opened.rows) > 0
+    assert world.states()[State.CLAIMED] == 0
+    assert world.open_claims() == 0
+    assert world.kept() == []
+    world.check_counters()

@@ -11,7 +11,7 @@ from mail_pipelines.database.engine import DatabaseUnreachable, open_engine, rea
 from mail_pipelines.dispatch import permit, servers
 from mail_pipelines.dispatch.catcher.play import DEFAULT_RULES, Play, load_rules
 from mail_pipelines.dispatch.catcher.server import Catcher
-from mail_pipelines.dispatch.files import ServerFolders, only_one
+from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
 
 
 def run(settings: Settings, key: str, rules: Path = DEFAULT_RULES) -> None:
@@ -41,14 +41,16 @@ async def _serve(catcher: Catcher, heartbeat: servers.Heartbeat, interval_second
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await catcher.start()
     beating = asyncio.create_task(_beat(heartbeat, interval_seconds))
-    stopping = asyncio.create_task(stop.wait())
+    stopping, failing = asyncio.create_task(stop.wait()), asyncio.create_task(catcher.failure.wait())
     try:
-        await asyncio.wait({beating, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({beating, stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
         if beating.done():
             beating.result()
+        if failing.done():
+            raise DispatchError(f"the journal {catcher.folders.journal} cannot be written (is the disk full?): messages in flight are unknown")
     finally:
-        beating.cancel()
-        stopping.cancel()
+        for task in (beating, stopping, failing):
+            task.cancel()
         await catcher.stop()
 
 

@@ -37,6 +37,10 @@ class Catcher:
     host: str = "127.0.0.1"
     conversations: set[Conversation] = field(default_factory=set)
     destinations: set[asyncio.Task[None]] = field(default_factory=set)
+    stopping: bool = False
+    # Set when the end of an offer could not be written down. The process then has to end, for as long as it lives
+    # an INTENT without end means that the message is still at its destination.
+    failure: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
         self.folders.make()
@@ -48,9 +52,10 @@ class Catcher:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Close the door, then wait for what is at the destinations: their answers still belong into the journal."""
+        """Take no more messages, then wait for what is at the destinations: their answers still belong into the journal."""
         self._server.close()
-        if self.destinations:
+        self.stopping = True
+        while self.destinations:
             await asyncio.wait(self.destinations)
         for conversation in list(self.conversations):
             conversation.transport.close()
@@ -199,6 +204,10 @@ class Conversation(asyncio.Protocol):
         """Hand a body to the destination, unless the permit has been withdrawn."""
         assert self.sender is not None
         assert self.recipient is not None
+        if self.catcher.stopping:
+            self.reply("421 4.3.2 shutting down")
+            self.transport.close()
+            return
         token = self.token()
         journal = self.catcher.journal
         try:
@@ -208,7 +217,10 @@ class Conversation(asyncio.Protocol):
             self.reply("452 4.3.1 no space for the journal")
             return
         if not permit.is_valid(self.catcher.folders.permits, self.permit):
-            journal.write(log.done(token, _VOID_NO_PERMIT))
+            try:
+                journal.write(log.done(token, _VOID_NO_PERMIT))
+            except OSError:
+                self.catcher.failure.set()
             self.reply("451 4.7.0 permit withdrawn")
             return
         self.busy = True
@@ -229,8 +241,8 @@ class Conversation(asyncio.Protocol):
                     outcome = _NO_SPACE
             self.catcher.journal.write(log.done(token, outcome))
         except OSError:
-            # The end of this offer cannot be written down: no reply either, and the message stays unknown.
             self.transport.abort()
+            self.catcher.failure.set()
             return
         if outcome.kind is Kind.UNKNOWN:
             self.reply("450 4.4.2 Onward transmission not accepted")

@@ -350,7 +350,6 @@ def upgrade() -> None:
         sa.Column("updated_at", UtcDateTime(), nullable=False),
         sa.Column("started_at", UtcDateTime(), nullable=True),
         sa.Column("finished_at", UtcDateTime(), nullable=True),
-        sa.Column("reported_at", UtcDateTime(), nullable=True),
         sa.ForeignKeyConstraint(["brand_id"], ["brands.id"], name=op.f("fk_campaigns_brand_id")),
         sa.ForeignKeyConstraint(["pool_id"], ["pools.id"], name=op.f("fk_campaigns_pool_id")),
         sa.ForeignKeyConstraint(["unsubscribe_list_id"], ["lists.id"], name=op.f("fk_campaigns_unsubscribe_list_id")),
