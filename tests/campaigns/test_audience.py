@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.campaigns import audience, exclusion, lifecycle, manifest, progress, scheduling, states
+from mail_pipelines.campaigns import audience, exclusion, lifecycle, manifest, progress, scheduling, shards, states
 from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Unsubscribe
 from mail_pipelines.campaigns.manifest import ManifestError
 from mail_pipelines.campaigns.shards import shard_of
@@ -57,18 +57,19 @@ def of_manifest(settings: Settings, campaign: Campaign) -> set[int]:
     return set(pq.read_table(manifest.folder(settings) / campaign.audience_manifest["file"])["contact_id"].to_pylist())
 
 
-def test_everybody_who_matches_becomes_one_pending_row(engine: sa.Engine, settings: Settings) -> None:
-    make_people(engine, settings, 5100)
+def test_everybody_who_matches_becomes_one_pending_row(engine: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "RECIPIENTS_PER_SHARD", 500)
+    make_people(engine, settings, 1100)
     campaign = scheduled(engine)
     built = audience.build(engine, settings, campaign.key, NOW)
-    assert (built.built, built.matched, built.audience, built.excluded) == (True, 5100, 5100, {})
+    assert (built.built, built.matched, built.audience, built.excluded) == (True, 1100, 1100, {})
     assert built.campaign.state is CampaignState.SENDING
     assert built.campaign.started_at == NOW
     assert built.campaign.definition.expire_at == NOW + dt.timedelta(hours=48)
     assert built.campaign.shards == 2
     found = rows(engine, campaign)
-    expected = {row["id"]: row for row in contact_rows(range(1, 5101))}
-    assert len(found) == 5100
+    expected = {row["id"]: row for row in contact_rows(range(1, 1101))}
+    assert len(found) == 1100
     for row in found:
         contact = expected[row.contact_id]
         assert (row.address_hash, row.provider, row.shard) == (contact["address_hash"], contact["provider"], shard_of(row.contact_id, 2))
@@ -76,7 +77,7 @@ def test_everybody_who_matches_becomes_one_pending_row(engine: sa.Engine, settin
         assert row.sort_key == 9999
     assert counters_equal_ledger(engine, campaign.id)
     with reading(engine) as connection:
-        assert progress.totals(connection, built.campaign).check().pending == 5100
+        assert progress.totals(connection, built.campaign).check().pending == 1100
 
 
 def test_overlapping_segments_give_one_row_and_excluded_segments_none(engine: sa.Engine, settings: Settings) -> None:

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from mail_pipelines.campaigns import lifecycle, open_rows, progress
+from mail_pipelines.campaigns import lifecycle, open_rows, progress, shards
 from mail_pipelines.campaigns.campaign import OnUnknown, Priority
 from mail_pipelines.campaigns.states import CampaignState, StateError
 from mail_pipelines.database.engine import reading, transact
@@ -177,9 +177,10 @@ def test_the_ledger_decides_about_the_end_even_if_counters_are_wrong(engine: sa.
     assert lifecycle.finish_if_done(engine, campaign.id, NOW) is False
 
 
-def test_a_shard_is_open_by_its_own_rows(engine: sa.Engine) -> None:
+def test_a_shard_is_open_by_its_own_rows(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "RECIPIENTS_PER_SHARD", 50)
     campaign = make_campaign(engine, state="sending")
-    fill_ledger(engine, campaign.id, {State.DELIVERED: 5200})
+    fill_ledger(engine, campaign.id, {State.DELIVERED: 110})
 
     def defer(connection: sa.Connection) -> int:
         row = connection.execute(sa.select(Delivery.shard, Delivery.provider).where(Delivery.contact_id == 1)).one()

@@ -143,7 +143,7 @@ def test_a_mistake_is_named_with_its_place(change: tuple[str, str], error: str) 
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b", "just text", "segments: 5\nname: x", "content: 5\nname: x\nsegments: {include: [a]}", "[" * 2000])
+@pytest.mark.parametrize("text", ["", "- a\n- b", "just text", "segments: 5\nname: x", "content: 5\nname: x\nsegments: {include: [a]}", "[" * 1000])
 def test_a_document_of_another_shape_is_refused(text: str) -> None:
     with pytest.raises(FormError, match=r"expected a mapping|no valid YAML"):
         parse(text)
