@@ -26,8 +26,11 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
 
 @pytest.fixture(autouse=True)
-def _platform_environment(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shared home instead of each test's own."""
-    for name, value in platform.environ.items():
+def _platform_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared home instead of each test's own, where the installation is used."""
+    if "platform" not in request.fixturenames:
+        return
+    running: Platform = request.getfixturevalue("platform")
+    for name, value in running.environ.items():
         if name.startswith(("MAIL_PIPELINES_", "DAGSTER_")):
             monkeypatch.setenv(name, value)
