@@ -50,20 +50,28 @@ def extend(engine: Engine, today: dt.date) -> list[str]:
     added = []
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("SET SESSION lock_wait_timeout = 1")
-        newest = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Campaign.id), 0))).scalar_one()
-        wanted = _blocks(0, newest // CAMPAIGNS_PER_BLOCK + BLOCKS_AHEAD)
-        for table, bounds, prefix in [
-            (LEDGER, wanted, "c"),
-            *((table, months_from(today, MONTHS_AHEAD + 1), "m") for table in EVENTS),
-        ]:
-            last = connection.execute(
-                sa.text(
-                    "SELECT MAX(CAST(partition_description AS UNSIGNED)) FROM information_schema.partitions "
-                    "WHERE table_schema = DATABASE() AND table_name = :table"
-                ),
-                {"table": table},
-            ).scalar_one()
-            for bound in (bound for bound in bounds if bound > (last or 0)):
+        try:
+            for table, bound, prefix in _missing(connection, today):
                 connection.exec_driver_sql(f"ALTER TABLE {table} ADD PARTITION (PARTITION {prefix}{bound} VALUES LESS THAN ({bound}))")
                 added.append(f"{table}.{prefix}{bound}")
+        finally:
+            # The connection goes back to the pool.
+            connection.exec_driver_sql("SET SESSION lock_wait_timeout = DEFAULT")
     return added
+
+
+def _missing(connection: Connection, today: dt.date) -> list[tuple[str, int, str]]:
+    """(table, upper bound, prefix of the name) of the partitions to add, each table's in order."""
+    newest = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Campaign.id), 0))).scalar_one()
+    wanted = [(LEDGER, _blocks(0, newest // CAMPAIGNS_PER_BLOCK + BLOCKS_AHEAD), "c")]
+    wanted += [(table, months_from(today, MONTHS_AHEAD + 1), "m") for table in EVENTS]
+    missing = []
+    for table, bounds, prefix in wanted:
+        last = connection.execute(
+            sa.text(
+                "SELECT MAX(CAST(partition_description AS UNSIGNED)) FROM information_schema.partitions WHERE table_schema = DATABASE() AND table_name = :table"
+            ),
+            {"table": table},
+        ).scalar_one()
+        missing += [(table, bound, prefix) for bound in bounds if bound > (last or 0)]
+    return missing

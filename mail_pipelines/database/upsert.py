@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,15 +20,17 @@ def add_to(connection: Connection, model: type[Base], rows: Sequence[dict[str, A
     One `executemany` of one cached statement: the MySQL driver turns it into multi-row inserts, SQLite runs it prepared.
     Give the rows in key order, so that two writers wait for each other and do not deadlock.
     """
-    if not rows:
-        return
+    if rows:
+        connection.execute(_statement(model, column, is_mysql(connection)), list(rows))
+
+
+@functools.cache
+def _statement(model: type[Base], column: str, mysql_family: bool) -> sa.Insert:
     table = model.__table__
     assert isinstance(table, sa.Table)
-    if is_mysql(connection):
+    if mysql_family:
         # `VALUES(c)` and not the row alias of newer MySQL, which MariaDB does not know and which would end the multi-row form.
         insert = mysql.insert(table)
-        connection.execute(insert.on_duplicate_key_update({column: table.c[column] + sa.func.values(sa.column(column))}), list(rows))
-    else:
-        upsert = sqlite.insert(table)
-        upsert = upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_={column: table.c[column] + upsert.excluded[column]})
-        connection.execute(upsert, list(rows))
+        return insert.on_duplicate_key_update({column: table.c[column] + sa.func.values(sa.column(column))})
+    upsert = sqlite.insert(table)
+    return upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_={column: table.c[column] + upsert.excluded[column]})

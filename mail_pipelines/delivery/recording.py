@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -27,6 +26,28 @@ from mail_pipelines.errors import MailPipelinesError
 USAGE_WINDOWS = (900, 3600, 86400)
 SLOT_SECONDS = 900
 _ADDRESS = re.compile(r"[^\s<>@:;,]+@([^\s<>@:;,]+)")
+
+
+# The statements are built once: building one costs more than running it.
+_CLOSE = sa.update(Claim).where(Claim.id == sa.bindparam("claim"), Claim.state == sa.bindparam("before")).values(state="closed", closed_at=sa.bindparam("now"))
+_CAMPAIGN_STATE = sa.select(Campaign.state).where(Campaign.id == sa.bindparam("campaign")).with_for_update(read=True)
+_OUR_ROWS = sa.update(Delivery).where(
+    Delivery.campaign_id == sa.bindparam("campaign"),
+    Delivery.contact_id.in_(sa.bindparam("contacts", expanding=True)),
+    Delivery.claim_id == sa.bindparam("claim"),
+    Delivery.state == int(State.CLAIMED),
+)
+# A released row that was deferred before is due at once; its sort key was left alone by the claim.
+_RELEASE = _OUR_ROWS.values(claim_id=None, state=sa.case((Delivery.attempt > 0, int(State.DEFERRED)), else_=int(State.PENDING)))
+_END = _OUR_ROWS.values(
+    claim_id=sa.bindparam("kept_claim"),
+    state=sa.bindparam("to"),
+    code=sa.bindparam("reply"),
+    enhanced=sa.bindparam("extended"),
+    reason=sa.bindparam("why"),
+    sort_key=sa.bindparam("key"),
+    attempt=Delivery.attempt + sa.bindparam("more"),
+)
 
 
 class LedgerConflict(MailPipelinesError):
@@ -66,41 +87,21 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
     Raises `LedgerConflict`, and so changes nothing, unless the claim and every row are still as claimed.
     """
     now = database_now(connection)
-    closed = connection.execute(sa.update(Claim).where(Claim.id == claim.id, Claim.state == claim_state).values(state="closed", closed_at=now))
+    closed = connection.execute(_CLOSE, {"claim": claim.id, "before": claim_state, "now": now})
     if closed.rowcount != 1:
         raise LedgerConflict(f"claim {claim.id} is no longer {claim_state}: another process has settled it")
-    campaign_state = connection.execute(sa.select(Campaign.state).where(Campaign.id == claim.campaign_id).with_for_update(read=True)).scalar_one()
+    campaign_state = connection.execute(_CAMPAIGN_STATE, {"campaign": claim.campaign_id}).scalar_one()
     if campaign_state == "cancelled":
         results = [_cancelled(result) for result in results]
 
-    groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    groups: defaultdict[tuple[State, int | None, str | None, str, int | None], list[int]] = defaultdict(list)
     for result in results:
-        groups[result.state, result.code, result.enhanced, result.reason, result.due, result.attempt if result.state is State.DEFERRED else None].append(
-            result.contact_id
-        )
-    moves: Counter[counters.Place] = Counter()
-    for (state, code, enhanced, reason, due, attempt), contact_ids in sorted(groups.items(), key=lambda item: item[1][0]):
-        values: dict[str, Any] = {"claim_id": None if state in (State.PENDING, State.DEFERRED, State.CANCELLED) else claim.id}
-        if state is State.PENDING:
-            # A released row that was deferred before is due at once; its sort key was left alone by the claim.
-            values["state"] = sa.case((Delivery.attempt > 0, int(State.DEFERRED)), else_=int(State.PENDING))
-        else:
-            values |= {"state": int(state), "code": code, "enhanced": enhanced, "reason": reason or None}
-            values["sort_key"] = due if state is State.DEFERRED else int(now.timestamp())
-        if state is State.DEFERRED:
-            values["attempt"] = attempt + 1
-        changed = connection.execute(
-            sa.update(Delivery)
-            .where(
-                Delivery.campaign_id == claim.campaign_id,
-                Delivery.contact_id.in_(sorted(contact_ids)),
-                Delivery.claim_id == claim.id,
-                Delivery.state == int(State.CLAIMED),
-            )
-            .values(values)
-        ).rowcount
+        groups[result.state, result.code, result.enhanced, result.reason, result.due].append(result.contact_id)
+    for end, contact_ids in sorted(groups.items(), key=lambda item: item[1][0]):
+        changed = _move(connection, claim, end, sorted(contact_ids), int(now.timestamp()))
         if changed != len(contact_ids):
             raise LedgerConflict(f"claim {claim.id}: {changed} of {len(contact_ids)} rows were still claimed")
+    moves: Counter[counters.Place] = Counter()
     for result in results:
         moves[claim.shard, claim.provider, State.CLAIMED, ""] -= 1
         state = State.DEFERRED if result.state is State.PENDING and result.attempt > 0 else result.state
@@ -115,6 +116,25 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
         consent.suppress(connection, list(hashes), reason="bounce", now=now)
     refund(connection, claim, sum(1 for result in results if result.state in (State.PENDING, State.CANCELLED) and result.code is None), now)
     return released
+
+
+def _move(connection: Connection, claim: ClaimRef, end: tuple[State, int | None, str | None, str, int | None], contact_ids: list[int], second: int) -> int:
+    """Move rows of the claim to one end; returns how many were still the claim's."""
+    state, code, enhanced, reason, due = end
+    rows = {"campaign": claim.campaign_id, "contacts": contact_ids, "claim": claim.id}
+    if state is State.PENDING:
+        return connection.execute(_RELEASE, rows).rowcount
+    values = {
+        "kept_claim": None if state in (State.DEFERRED, State.CANCELLED) else claim.id,
+        "to": int(state),
+        "reply": code,
+        "extended": enhanced,
+        "why": reason or None,
+        "key": due if state is State.DEFERRED else second,
+        # An explicit refusal ends an attempt; silence does not, so that a retry carries the same Message-ID.
+        "more": 1 if state is State.DEFERRED else 0,
+    }
+    return connection.execute(_END, rows | values).rowcount
 
 
 def _cancelled(result: Result) -> Result:

@@ -8,6 +8,7 @@ is not suppressed and has the address that was frozen.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import secrets
 import time
 from collections import Counter
@@ -34,9 +35,104 @@ from mail_pipelines.database.models import (
 )
 from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
-from mail_pipelines.delivery.recording import ClaimRef, slot_at, windows_at
+from mail_pipelines.delivery.recording import SLOT_SECONDS, ClaimRef, slot_at, windows_at
 from mail_pipelines.dispatch.files import DispatchError
 from mail_pipelines.dispatch.journal import Position
+
+# The statements are built once: building one costs more than running it, and a claim runs a dozen, many times a second.
+_CAMPAIGN = (
+    sa.select(
+        Campaign.state,
+        Campaign.held_reason,
+        Campaign.version_id,
+        Campaign.expire_at,
+        Campaign.brand_id,
+        Campaign.unsubscribe,
+        Campaign.unsubscribe_list_id,
+    )
+    .where(Campaign.id == sa.bindparam("campaign_id"))
+    .with_for_update(read=True)
+)
+_SENDER = (
+    sa.select(
+        Server.state,
+        Server.incarnation,
+        LedgerGeneration.generation,
+        sa.or_(sa.bindparam("newest_claim", type_=sa.BigInteger).is_(None), sa.exists().where(Claim.id == sa.bindparam("newest_claim"))).label("remembered"),
+    )
+    .join_from(Server, LedgerGeneration, LedgerGeneration.id == 1)
+    .where(Server.id == sa.bindparam("server_id"))
+)
+_OUR_GRANT = (
+    Allotment.campaign_id == sa.bindparam("campaign"),
+    Allotment.server_id == sa.bindparam("server"),
+    Allotment.provider == sa.bindparam("to"),
+    Allotment.slot_start == sa.bindparam("slot"),
+)
+_GRANT = sa.select(Allotment.granted, Allotment.used).where(*_OUR_GRANT).with_for_update()
+_SPEND = sa.update(Allotment).where(*_OUR_GRANT).values(used=Allotment.used + sa.bindparam("spent"))
+_LIMIT = (
+    sa.select(ProviderLimit.per_hour, ProviderLimit.per_day)
+    .where(ProviderLimit.server_id.in_((0, sa.bindparam("server_id"))), ProviderLimit.provider.in_((sa.bindparam("provider"), "*")))
+    .order_by(ProviderLimit.server_id.desc(), ProviderLimit.provider.desc())
+    .limit(1)
+)
+_USED = (
+    sa.select(ProviderUsage.window_seconds, ProviderUsage.window_start, ProviderUsage.used)
+    .where(
+        ProviderUsage.server_id == sa.bindparam("server_id"),
+        ProviderUsage.provider == sa.bindparam("provider"),
+        ProviderUsage.window_seconds.in_(sa.bindparam("lengths", expanding=True)),
+        ProviderUsage.window_start.in_(sa.bindparam("starts", expanding=True)),
+    )
+    .with_for_update()
+)
+
+
+def _due(state: State, condition: sa.ColumnElement[bool]) -> Any:
+    return (
+        sa.select(Delivery.contact_id, Delivery.attempt, Delivery.address_hash, Delivery.state)
+        .where(
+            Delivery.campaign_id == sa.bindparam("campaign_id"),
+            Delivery.shard == sa.bindparam("shard"),
+            Delivery.provider == sa.bindparam("provider"),
+            Delivery.state == int(state),
+            condition,
+        )
+        .order_by(Delivery.sort_key)
+        .limit(sa.bindparam("most"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+# Deferred rows that are due first, then pending ones; rows that others hold are skipped.
+_ROWS = (
+    _due(State.DEFERRED, Delivery.sort_key <= sa.bindparam("second")),
+    _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= sa.bindparam("second"))),
+)
+_TAKE = (
+    sa.update(Delivery)
+    .where(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id.in_(sa.bindparam("contacts", expanding=True)))
+    .values(state=int(State.CLAIMED), claim_id=sa.bindparam("claim"), server_id=sa.bindparam("server"), version_id=sa.bindparam("version"))
+)
+_OPEN = sa.insert(Claim)
+
+
+@functools.lru_cache(maxsize=256)
+def _recipients(brand_id: int, list_id: int | None, of_list: bool) -> Any:
+    """Contacts by id, with whether a campaign of this brand (and list) may mail them."""
+    left_list: sa.ColumnElement[bool] = sa.false()
+    if of_list:
+        left_list = sa.exists().where(Subscription.contact_id == Contact.id, Subscription.list_id == list_id, Subscription.subscribed.is_(False))
+    return sa.select(
+        Contact.id,
+        Contact.email,
+        Contact.address_hash,
+        Contact.provider,
+        Contact.attributes,
+        consent.suppressed_clause(Contact.address_hash, Contact.domain, consent.campaign_scopes(brand_id, list_id)).label("suppressed"),
+        left_list.label("left_list"),
+    ).where(Contact.id.in_(sa.bindparam("contacts", expanding=True)))
 
 
 class WrongServer(DispatchError):
@@ -124,19 +220,7 @@ def open_claim(
         asked = time.monotonic()
         now = database_now(connection)
         _check_sender(connection, sender, memory)
-        campaign = connection.execute(
-            sa.select(
-                Campaign.state,
-                Campaign.held_reason,
-                Campaign.version_id,
-                Campaign.expire_at,
-                Campaign.brand_id,
-                Campaign.unsubscribe,
-                Campaign.unsubscribe_list_id,
-            )
-            .where(Campaign.id == campaign_id)
-            .with_for_update(read=True)
-        ).one_or_none()
+        campaign = connection.execute(_CAMPAIGN, {"campaign_id": campaign_id}).one_or_none()
         if campaign is None:
             return NothingClaimed("the campaign does not exist", ends_session=True)
         if campaign.state != "sending":
@@ -154,48 +238,33 @@ def open_claim(
         moves: Counter[counters.Place] = Counter()
         sendable = _check_recipients(connection, campaign, campaign_id, shard, provider, found, now, moves)
         if sendable:
-            connection.execute(
-                sa.update(Delivery)
-                .where(Delivery.campaign_id == campaign_id, Delivery.contact_id.in_([row.contact_id for row in sendable]))
-                .values(state=int(State.CLAIMED), claim_id=claim_id, server_id=sender.server_id, version_id=campaign.version_id)
-            )
-            debit = {"server_id": sender.server_id, "provider": provider}
-            add_to(
-                connection,
-                ProviderUsage,
-                [debit | {"window_seconds": length, "window_start": start, "used": len(sendable)} for length, start in windows_at(now)],
-                column="used",
-            )
-            connection.execute(
-                sa.update(Allotment)
-                .where(
-                    Allotment.campaign_id == campaign_id,
-                    Allotment.server_id == sender.server_id,
-                    Allotment.provider == provider,
-                    Allotment.slot_start == slot_at(now),
-                )
-                .values(used=Allotment.used + len(sendable))
-            )
+            take = {"campaign": campaign_id, "contacts": [row.contact_id for row in sendable], "claim": claim_id}
+            connection.execute(_TAKE, take | {"server": sender.server_id, "version": campaign.version_id})
+            debit = {"server_id": sender.server_id, "provider": provider, "used": len(sendable)}
+            add_to(connection, ProviderUsage, [debit | {"window_seconds": length, "window_start": start} for length, start in windows_at(now)], column="used")
+            spend = {"campaign": campaign_id, "server": sender.server_id, "to": provider, "slot": slot_at(now), "spent": len(sendable)}
+            connection.execute(_SPEND, spend)
         lease_until = now + dt.timedelta(seconds=lease_seconds)
         # A claim of which nothing is left to send is written closed: it proves to its server that the database remembers it.
         connection.execute(
-            sa.insert(Claim).values(
-                id=claim_id,
-                campaign_id=campaign_id,
-                shard=shard,
-                provider=provider,
-                server_id=sender.server_id,
-                run_id=sender.run_id,
-                size=len(sendable),
-                state="open" if sendable else "closed",
-                incarnation=sender.incarnation,
-                boot_id=sender.boot_id,
-                journal_inode=position.inode,
-                journal_offset=position.offset,
-                opened_at=now,
-                lease_until=lease_until,
-                closed_at=None if sendable else now,
-            )
+            _OPEN,
+            {
+                "id": claim_id,
+                "campaign_id": campaign_id,
+                "shard": shard,
+                "provider": provider,
+                "server_id": sender.server_id,
+                "run_id": sender.run_id,
+                "size": len(sendable),
+                "state": "open" if sendable else "closed",
+                "incarnation": sender.incarnation,
+                "boot_id": sender.boot_id,
+                "journal_inode": position.inode,
+                "journal_offset": position.offset,
+                "opened_at": now,
+                "lease_until": lease_until,
+                "closed_at": None if sendable else now,
+            },
         )
         counters.add(connection, campaign_id, sender.server_id, moves, now)
         ref = ClaimRef(claim_id, campaign_id, shard, provider, sender.server_id, now)
@@ -205,12 +274,7 @@ def open_claim(
 
 
 def _check_sender(connection: Connection, sender: Sender, memory: Memory) -> None:
-    remembered = sa.exists().where(Claim.id == memory.newest_claim) if memory.newest_claim is not None else sa.true()
-    found = connection.execute(
-        sa.select(Server.state, Server.incarnation, LedgerGeneration.generation, remembered.label("remembered"))
-        .join_from(Server, LedgerGeneration, LedgerGeneration.id == 1)
-        .where(Server.id == sender.server_id)
-    ).one_or_none()
+    found = connection.execute(_SENDER, {"server_id": sender.server_id, "newest_claim": memory.newest_claim}).one_or_none()
     if found is None:
         raise WrongServer(f"server {sender.server_key} is not registered: run `mail-pipelines server list`")
     if found.incarnation != sender.incarnation:
@@ -227,44 +291,26 @@ def _check_sender(connection: Connection, sender: Sender, memory: Memory) -> Non
 def _room(connection: Connection, server_id: int, campaign_id: int, provider: str, now: dt.datetime) -> int | NothingClaimed:
     """How many messages grant and limits still allow, with the rows locked in key order."""
     slot = slot_at(now)
-    grant = connection.execute(
-        sa.select(Allotment.granted, Allotment.used)
-        .where(Allotment.campaign_id == campaign_id, Allotment.server_id == server_id, Allotment.provider == provider, Allotment.slot_start == slot)
-        .with_for_update()
-    ).one_or_none()
-    next_slot = slot + 900
+    grant = connection.execute(_GRANT, {"campaign": campaign_id, "server": server_id, "to": provider, "slot": slot}).one_or_none()
+    next_slot = slot + SLOT_SECONDS
     if grant is None or grant.granted <= grant.used:
         when = dt.datetime.fromtimestamp(next_slot, dt.UTC).strftime("%H:%M UTC")
         return NothingClaimed(f"no grant before {when}", retry_at=next_slot)
     room: int = grant.granted - grant.used
-    limit = connection.execute(
-        sa.select(ProviderLimit.per_hour, ProviderLimit.per_day)
-        .where(ProviderLimit.server_id.in_((0, server_id)), ProviderLimit.provider.in_((provider, "*")))
-        .order_by(ProviderLimit.server_id.desc(), ProviderLimit.provider.desc())
-        .limit(1)
-    ).one_or_none()
+    place = {"server_id": server_id, "provider": provider}
+    limit = connection.execute(_LIMIT, place).one_or_none()
     if limit is None:
         return NothingClaimed(f"no limits are set for {provider}: run `mail-pipelines server limits`")
     caps = {3600: limit.per_hour, 86400: limit.per_day}
     windows = [(length, start) for length, start in windows_at(now) if caps.get(length) is not None]
     if windows:
         # The rows must exist to be locked: two campaigns that meet in a new window would both see an empty one.
-        usage = {"server_id": server_id, "provider": provider, "used": 0}
-        add_to(connection, ProviderUsage, [usage | {"window_seconds": length, "window_start": start} for length, start in windows], column="used")
-        used = {
-            row.window_seconds: row.used
-            for row in connection.execute(
-                sa.select(ProviderUsage.window_seconds, ProviderUsage.used)
-                .where(
-                    ProviderUsage.server_id == server_id,
-                    ProviderUsage.provider == provider,
-                    sa.tuple_(ProviderUsage.window_seconds, ProviderUsage.window_start).in_(windows),
-                )
-                .with_for_update()
-            )
-        }
+        add_to(connection, ProviderUsage, [place | {"window_seconds": length, "window_start": start, "used": 0} for length, start in windows], column="used")
+        lengths, starts = (list(values) for values in zip(*windows, strict=True))
+        rows = connection.execute(_USED, place | {"lengths": lengths, "starts": starts})
+        used = {(row.window_seconds, row.window_start): row.used for row in rows}
         for length, start in windows:
-            left = caps[length] - used.get(length, 0)
+            left = caps[length] - used[length, start]
             if left <= 0:
                 return NothingClaimed(f"the limit of {caps[length]} in {length} s is used up", retry_at=start + length)
             room = min(room, left)
@@ -272,21 +318,12 @@ def _room(connection: Connection, server_id: int, campaign_id: int, provider: st
 
 
 def _lock_rows(connection: Connection, campaign_id: int, shard: int, provider: str, limit: int, now: dt.datetime) -> list[Any]:
-    """Due deferred rows first, then pending ones, most engaged first; rows that others hold are skipped."""
-    second = int(now.timestamp())
+    """The next rows, most engaged first among the pending."""
+    queue = {"campaign_id": campaign_id, "shard": shard, "provider": provider, "second": int(now.timestamp())}
     rows: list[Any] = []
-    for state, due in (
-        (State.DEFERRED, Delivery.sort_key <= second),
-        (State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= second)),
-    ):
+    for statement in _ROWS:
         if len(rows) < limit:
-            rows += connection.execute(
-                sa.select(Delivery.contact_id, Delivery.attempt, Delivery.address_hash, Delivery.state)
-                .where(Delivery.campaign_id == campaign_id, Delivery.shard == shard, Delivery.provider == provider, Delivery.state == int(state), due)
-                .order_by(Delivery.sort_key)
-                .limit(limit - len(rows))
-                .with_for_update(skip_locked=True)
-            ).all()
+            rows += connection.execute(statement, queue | {"most": limit - len(rows)}).all()
     return rows
 
 
@@ -301,26 +338,8 @@ def _check_recipients(
     moves: Counter[counters.Place],
 ) -> list[Row]:
     """The rows that may be mailed; the others are moved where they belong: suppressed, or back to their queue under a new address."""
-    scopes = consent.campaign_scopes(campaign.brand_id, campaign.unsubscribe_list_id)
-    left_list: sa.ColumnElement[bool] = sa.false()
-    if campaign.unsubscribe == "list":
-        left_list = sa.exists().where(
-            Subscription.contact_id == Contact.id, Subscription.list_id == campaign.unsubscribe_list_id, Subscription.subscribed.is_(False)
-        )
-    contacts = {
-        contact.id: contact
-        for contact in connection.execute(
-            sa.select(
-                Contact.id,
-                Contact.email,
-                Contact.address_hash,
-                Contact.provider,
-                Contact.attributes,
-                consent.suppressed_clause(Contact.address_hash, Contact.domain, scopes).label("suppressed"),
-                left_list.label("left_list"),
-            ).where(Contact.id.in_([row.contact_id for row in found]))
-        )
-    }
+    statement = _recipients(campaign.brand_id, campaign.unsubscribe_list_id, campaign.unsubscribe == "list")
+    contacts = {contact.id: contact for contact in connection.execute(statement, {"contacts": [row.contact_id for row in found]})}
     sendable: list[Row] = []
     refused: dict[str, list[int]] = {}
     moved: list[Any] = []
