@@ -26,11 +26,11 @@ from mail_pipelines.benchmarks.contract import Result, judge
 from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.database import bulk, migrate, models, partitions
 from mail_pipelines.database.engine import create_engine, transact
-from mail_pipelines.database.models import Allotment, Campaign, CampaignVersion, Claim, Contact, Delivery, ProviderLimit, Server, State
+from mail_pipelines.database.models import Allotment, Campaign, CampaignVersion, Claim, Contact, Delivery, Server, State
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.recording import SLOT_SECONDS, record, slot_at
 from mail_pipelines.delivery.recording import Result as Outcome
-from mail_pipelines.dispatch import claims
+from mail_pipelines.dispatch import claims, servers
 from mail_pipelines.dispatch.claims import Memory, OpenClaim, Sender
 from mail_pipelines.dispatch.journal import Position
 
@@ -74,13 +74,12 @@ def fill(engine: Engine, shards: int, rows_per_shard: int) -> None:
             for number in range(1, CLAIMERS + 1)
         ]
         connection.execute(sa.insert(Server), fleet)
-        limit = {"server_id": 0, "provider": "*", "mode": "cutthrough", "connections": 10, "per_second": 1e6, "messages_per_connection": 100}
-        connection.execute(sa.insert(ProviderLimit).values(**limit))
         grant = {"campaign_id": _CAMPAIGN, "provider": PROVIDER, "granted": 2**30, "used": 0}
         rows = [grant | {"server_id": server["id"], "slot_start": slot_at(now) + step * SLOT_SECONDS} for server in fleet for step in range(3)]
         connection.execute(sa.insert(Allotment), rows)
 
     transact(engine, campaign)
+    servers.set_limits(engine, None, "*", {"per_second": 1e6})
     attributes = json.dumps({"first_name": "Maria", "city": "Berlin", "orders": 3})
     for start in range(0, total, bulk.CHUNK_ROWS):
         ids = np.arange(start + 1, min(start + bulk.CHUNK_ROWS, total) + 1, dtype=np.int64)
@@ -259,20 +258,21 @@ def _one_update(engine: Engine, shards: int) -> float:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 _SENDER = """
-import json, resource, sys
+import json
 from mail_pipelines import config, definitions
 from mail_pipelines.database.engine import open_engine, reading
 from mail_pipelines.dispatch import sending, servers
-def resident():
+def megabytes(field):
+    # Not getrusage: that counts what this process was before it became a Python of its own.
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-baseline = resident()
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+baseline = megabytes("VmRSS")
 settings = config.load()
 engine = open_engine(settings.database)
 with reading(engine) as connection:
     server = servers.find(connection, "bench")
 report = sending.run(engine, settings, server, sending.plan(engine, "bench", 0), 0, "bench", lambda _: None)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = megabytes("VmHWM")
 print(json.dumps([peak - baseline, report.sent, peak]))
 """
 
@@ -280,7 +280,6 @@ print(json.dumps([peak - baseline, report.sent, peak]))
 def _memory(recipients: int) -> tuple[float, int]:
     """(MB above the imports, messages sent) of a real session of some seconds through a catcher, one shard of all recipients."""
     from mail_pipelines import home
-    from mail_pipelines.dispatch import servers
     from mail_pipelines.messages.compilation import compile_content
     from mail_pipelines.messages.content import Content
     from mail_pipelines.supervision import Processes
