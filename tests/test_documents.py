@@ -68,6 +68,8 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+# Only one whole installation runs at a time: two cores are too few for more.
+@pytest.mark.xdist_group("platform")
 @pytest.mark.server
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind.startswith("bash")}), ids=lambda page: page.name)

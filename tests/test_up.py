@@ -18,7 +18,7 @@ from mail_pipelines.database.engine import open_engine, reading
 from mail_pipelines.dispatch import servers
 from tests.parts.processes import stop, wait_for
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("platform")]
 COMMAND = [sys.executable, "-m", "mail_pipelines", "up"]
 
 

@@ -26,7 +26,7 @@ from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.world import RunningCatcher, World, make_world, write_play
 from tests.parts.processes import wait_for
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.timeout(280), pytest.mark.server]
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from tests.parts.processes import wait_for
 
 Start = Callable[..., tuple[World, servers.ServerInfo, RunningCatcher]]
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def start(engine: sa.Engine, tmp_path: Path) -> Iterator[Start]:

@@ -14,7 +14,7 @@ from mail_pipelines.database.engine import create_engine
 from mail_pipelines.home import checkout
 from tests.e2e.privacy import dagster_files, people_named
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
 
 
 def test_the_demo_mails_everybody_once_and_names_nobody(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from tests.dispatch.world import RunningCatcher, World, write_play
 RESOURCES = {"database": CentralDatabase(), "server": DispatchServer()}
 SHARDS = (0, 1, 2, 3, 63)
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def catcher(world: World, tmp_path: Path) -> Iterator[RunningCatcher]:
