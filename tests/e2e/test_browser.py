@@ -54,7 +54,7 @@ def test_a_shard_started_from_the_ui_is_seen_to_finish(platform: Platform, page:
         page.get_by_text("Select all (1)").click()
         dialog.get_by_text("Launch runs to materialize").click()
     page.get_by_role("button", name="Launch 1 run").click()
-    page.get_by_role("button", name="View").click()
+    page.get_by_role("button", name="View", exact=True).click()
     expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=180_000)
     totals = platform.totals("by-hand")
     assert totals.open == 0
