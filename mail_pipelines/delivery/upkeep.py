@@ -3,50 +3,83 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import InstrumentedAttribute
 
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.bulk import CHUNK_ROWS
+from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage
 
 KEEP_CLAIMS = dt.timedelta(days=14)
 KEEP_WINDOWS = dt.timedelta(days=3)
-_CHUNK = 10_000
 
 
 def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
-    """Delete what is old, in chunks; returns the number of rows by table.
+    """Delete what is old, at most 10,000 rows a transaction; returns the number of rows by table.
 
-    A server proves by its newest claim that the database did not go back in time, so claims are kept for two weeks, and those
-    of campaigns that still run for as long as they do.
+    A server proves by one of its own newest claims that the database did not go back in time. So the claims of each server's last
+    two weeks of activity are kept, however long ago they were, and those of campaigns that run for as long as they do.
     """
     past = int((now - KEEP_WINDOWS).timestamp())
-    running = sa.select(Campaign.id).where(Campaign.state.in_(("sending", "paused")))
-    newest = sa.select(sa.func.max(Claim.opened_at)).scalar_subquery()
-    old_claims = transact(
-        engine,
-        lambda connection: (
-            connection.execute(
-                sa.select(Claim.id)
-                .where(Claim.state == "closed", Claim.closed_at < now - KEEP_CLAIMS, Claim.campaign_id.not_in(running), Claim.opened_at < newest)
-                .limit(_CHUNK * 20)
-            )
-            .scalars()
-            .all()
+    return {
+        "claims": _prune_claims(engine),
+        "allotments": _delete(
+            engine, Allotment, (Allotment.slot_start, Allotment.campaign_id, Allotment.server_id, Allotment.provider), Allotment.slot_start < past
         ),
+        "provider_usage": _delete(
+            engine,
+            ProviderUsage,
+            (ProviderUsage.server_id, ProviderUsage.provider, ProviderUsage.window_seconds, ProviderUsage.window_start),
+            ProviderUsage.window_start + ProviderUsage.window_seconds < past,
+        ),
+    }
+
+
+def _prune_claims(engine: Engine) -> int:
+    with reading(engine) as connection:
+        newest = connection.execute(sa.select(Claim.server_id, sa.func.max(Claim.opened_at)).group_by(Claim.server_id)).tuples().all()
+    running = sa.select(Campaign.id).where(Campaign.state.in_(("sending", "paused")))
+    return sum(
+        _delete(
+            engine,
+            Claim,
+            (Claim.id,),
+            sa.and_(Claim.server_id == server_id, Claim.state == "closed", Claim.opened_at <= last - KEEP_CLAIMS, Claim.campaign_id.not_in(running)),
+        )
+        for server_id, last in newest
     )
-    pruned = {"claims": 0}
-    for start in range(0, len(old_claims), _CHUNK):
-        chunk = old_claims[start : start + _CHUNK]
-        pruned["claims"] += transact(engine, lambda connection, chunk=chunk: connection.execute(sa.delete(Claim).where(Claim.id.in_(chunk))).rowcount)  # type: ignore[misc]
-    pruned["allotments"] = _delete_before(engine, Allotment, Allotment.slot_start < past)
-    pruned["provider_usage"] = _delete_before(engine, ProviderUsage, ProviderUsage.window_start + ProviderUsage.window_seconds < past)
-    return pruned
 
 
-def _delete_before(engine: Engine, table: type[Base], condition: sa.ColumnElement[bool]) -> int:
-    def work(connection: Connection) -> int:
-        return connection.execute(sa.delete(table).where(condition)).rowcount
+def _delete(engine: Engine, table: type[Base], order: Sequence[InstrumentedAttribute[Any]], condition: sa.ColumnElement[bool]) -> int:
+    """Delete the rows that meet the condition, one stretch of the unique `order` after the other; returns how many."""
+    deleted = 0
+    begin: Sequence[Any] | None = None
+    while True:
+        where = [condition] if begin is None else [condition, order[0] >= begin[0], ~_before(order, begin)]
+        with reading(engine) as connection:
+            end = connection.execute(sa.select(*order).where(*where).order_by(*order).offset(CHUNK_ROWS).limit(1)).one_or_none()
+        if end is not None:
+            where += [order[0] <= end[0], _before(order, end)]
+        statement = sa.delete(table).where(*where)
 
-    return transact(engine, work)
+        def work(connection: Connection, statement: sa.Delete = statement) -> int:
+            return connection.execute(statement).rowcount
+
+        deleted += transact(engine, work)
+        if end is None:
+            return deleted
+        begin = end
+
+
+def _before(order: Sequence[InstrumentedAttribute[Any]], place: Sequence[Any]) -> sa.ColumnElement[bool]:
+    """Rows that come before `place`, a value for each column of the order."""
+    return sa.or_(
+        *(
+            sa.and_(*(earlier == value for earlier, value in zip(order[:number], place[:number], strict=True)), column < place[number])
+            for number, column in enumerate(order)
+        )
+    )
