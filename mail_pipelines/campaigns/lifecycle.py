@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.campaigns import progress, states, store
+from mail_pipelines.campaigns import progress, resending, states, store
 from mail_pipelines.campaigns.campaign import Campaign, OnUnknown
 from mail_pipelines.campaigns.open_rows import WAITING, any_open, move_rows
 from mail_pipelines.campaigns.states import Actor, CampaignState, StateError
@@ -21,6 +21,10 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import State
 
 _RUNNING = (CampaignState.SENDING, CampaignState.PAUSED)
+# A tick looks at no more campaigns than these, the oldest first: they come to an end, and make room for the others.
+DUE_A_TICK = 50
+RUNNING_A_TICK = 500
+ENDED_A_TICK = 500
 
 
 def due(connection: Connection, now: dt.datetime) -> list[Campaign]:
@@ -30,24 +34,36 @@ def due(connection: Connection, now: dt.datetime) -> list[Campaign]:
         connection,
         sa.and_(row.state == CampaignState.SCHEDULED.value, row.start_at <= now, row.held_reason.is_(None)),
         order_by=(row.priority.desc(), row.start_at, row.id),
+        limit=DUE_A_TICK,
     )
 
 
 def building(connection: Connection) -> list[Campaign]:
     """Campaigns whose freeze has begun and not ended, not held: it runs now, or was killed and is to be run again."""
-    return store.select(connection, sa.and_(models.Campaign.state == CampaignState.BUILDING.value, models.Campaign.held_reason.is_(None)))
+    row = models.Campaign
+    return store.select(connection, sa.and_(row.state == CampaignState.BUILDING.value, row.held_reason.is_(None)), limit=DUE_A_TICK)
 
 
 def running(connection: Connection) -> list[Campaign]:
     """Campaigns that are sending or paused: those whose rows may expire, be given up or be the last."""
-    return store.select(connection, models.Campaign.state.in_([state.value for state in _RUNNING]))
+    return store.select(connection, models.Campaign.state.in_([state.value for state in _RUNNING]), limit=RUNNING_A_TICK)
+
+
+def ended(connection: Connection, since: dt.datetime) -> list[Campaign]:
+    """Campaigns that were finished or cancelled after `since`, the newest first. A cancelled one may still have open rows."""
+    row = models.Campaign
+    over = row.state.in_([state.value for state in CampaignState if state.is_terminal])
+    return store.select(connection, sa.and_(over, row.finished_at > since), order_by=(row.finished_at.desc(), row.id), limit=ENDED_A_TICK)
 
 
 def expire_open_rows(engine: Engine, campaign: Campaign, now: dt.datetime) -> int:
-    """After the campaign's expiry, turn pending and deferred rows into expired; returns how many. Claimed rows are their sender's."""
+    """After the campaign's expiry, turn pending and deferred rows into expired; returns how many. Claimed rows are their sender's.
+
+    Rows that waited to be sent again become unresolved.
+    """
     if campaign.state not in _RUNNING or campaign.expires_at is None or now < campaign.expires_at:
         return 0
-    return move_rows(engine, campaign.id, WAITING, State.EXPIRED, now)
+    return move_rows(engine, campaign.id, WAITING, State.EXPIRED, now, only=resending.give_up_waiting(engine, campaign.id, now))
 
 
 def give_up_unknown(engine: Engine, campaign_id: int, now: dt.datetime, unknown_hours: float) -> int:
@@ -99,8 +115,8 @@ def _counts_of_loaded_rows(connection: Connection, campaign: Campaign) -> dict[s
 
 
 def cancel_waiting_rows(engine: Engine, campaign_id: int, now: dt.datetime) -> int:
-    """Turn the pending and deferred rows of a cancelled campaign into cancelled; returns how many."""
-    return move_rows(engine, campaign_id, WAITING, State.CANCELLED, now)
+    """Turn the pending and deferred rows of a cancelled campaign into cancelled; returns how many. Those to be sent again become unresolved."""
+    return move_rows(engine, campaign_id, WAITING, State.CANCELLED, now, only=resending.give_up_waiting(engine, campaign_id, now))
 
 
 def resolve_unknown(engine: Engine, key: str, target: State, now: dt.datetime, *, confirmed: bool) -> int:
@@ -117,6 +133,4 @@ def resolve_unknown(engine: Engine, key: str, target: State, now: dt.datetime, *
         raise StateError(f"campaign {key} is {campaign.state}: only a sending or paused campaign can send again")
     if campaign.definition.on_unknown is not OnUnknown.RESEND and not confirmed:
         raise StateError(f"campaign {key} has on_unknown: hold; sending again may reach people twice, so it needs your explicit yes (--yes)")
-    # The engagement rank is gone with the claim; rows in doubt go first, while the answer is still of use.
-    values = {"sort_key": 0, "claim_id": None, "server_id": None, "not_before": None}
-    return move_rows(engine, campaign.id, (State.UNKNOWN,), State.PENDING, now, values=values)
+    return resending.send_again(engine, campaign.id, now, _RUNNING)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -21,7 +20,7 @@ from mail_pipelines.delivery import counters
 
 # Rows that nobody has in hand.
 WAITING = (State.PENDING, State.DEFERRED)
-_BY_STATE = "FORCE INDEX (ix_deliveries_campaign_id_shard_provider_state_sort_key)"
+BY_STATE = "FORCE INDEX (ix_deliveries_campaign_id_shard_provider_state_sort_key)"
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,26 @@ def move_rows(
     now: dt.datetime,
     *,
     reached_by: dt.datetime | None = None,
-    values: dict[str, Any] | None = None,
+    only: sa.ColumnElement[bool] | None = None,
 ) -> int:
     """Move all rows of the campaign that are in `sources` to `target`; returns how many moved.
 
-    `reached_by` takes only rows whose `sort_key` is at most that second: for an unknown row, when it became so. `values` are
-    further columns to set; the sort key is the second of `now` unless given. Each transaction moves at most 10,000 rows with their
+    `reached_by` takes only rows whose `sort_key` is at most that second: for an unknown row, when it became so. `only` is a further
+    condition on the ledger's row. The sort key becomes the second of `now`. Each transaction moves at most 10,000 rows with their
     counters, so that a killed call leaves a consistent ledger and the next one goes on.
     """
-    second = int(now.timestamp())
-    limit = None if reached_by is None else int(reached_by.timestamp())
-    changes = {"state": int(target), "sort_key": second} | (values or {})
+    conditions = [] if reached_by is None else [Delivery.sort_key <= int(reached_by.timestamp())]
+    if only is not None:
+        conditions.append(only)
+    changes = {"state": int(target), "sort_key": int(now.timestamp())}
     with reading(engine) as connection:
-        slices = _slices(connection, campaign_id, sources)
+        parts = slices(connection, campaign_id, sources)
     moved = 0
-    for group in _groups(slices):
+    for group in _groups(parts):
         while True:
 
             def work(connection: Connection, group: list[Slice] = group) -> list[int]:
-                counts = [_move_chunk(connection, campaign_id, part, limit, changes) for part in group]
+                counts = [_move_chunk(connection, campaign_id, part, conditions, changes) for part in group]
                 moves: dict[counters.Place, int] = {}
                 for part, count in zip(group, counts, strict=True):
                     moves[part.shard, part.provider, part.state, ""] = -count
@@ -77,7 +77,7 @@ def move_rows(
     return moved
 
 
-def _slices(connection: Connection, campaign_id: int, states: Iterable[State]) -> list[Slice]:
+def slices(connection: Connection, campaign_id: int, states: Iterable[State]) -> list[Slice]:
     """The index ranges that hold rows in `states`, by the counters."""
     rows = sa.func.sum(CampaignCounter.count)
     query = (
@@ -90,10 +90,10 @@ def _slices(connection: Connection, campaign_id: int, states: Iterable[State]) -
     return [Slice(row.shard, row.provider, State(row.state), int(row.rows)) for row in connection.execute(query)]
 
 
-def _groups(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
+def _groups(parts: Iterable[Slice]) -> Iterator[list[Slice]]:
     """Slices that fit together into one transaction; a large one stands alone and is moved in several."""
     group: list[Slice] = []
-    for part in slices:
+    for part in parts:
         if group and sum(one.rows for one in group) + part.rows > CHUNK_ROWS:
             yield group
             group = []
@@ -102,16 +102,19 @@ def _groups(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
         yield group
 
 
-def _move_chunk(connection: Connection, campaign_id: int, part: Slice, limit: int | None, changes: dict[str, Any]) -> int:
-    """Move the first rows of the slice, in index order; moved rows leave it, so the next chunk begins at its front again."""
-    where = [
+def in_slice(campaign_id: int, part: Slice) -> list[sa.ColumnElement[bool]]:
+    """The condition that a ledger row is in the slice: the front columns of the index."""
+    return [
         Delivery.campaign_id == campaign_id,
         Delivery.shard == part.shard,
         Delivery.provider == part.provider,
         Delivery.state == int(part.state),
     ]
-    if limit is not None:
-        where.append(Delivery.sort_key <= limit)
+
+
+def _move_chunk(connection: Connection, campaign_id: int, part: Slice, conditions: Iterable[sa.ColumnElement[bool]], changes: dict[str, int]) -> int:
+    """Move the first rows of the slice, in index order; moved rows leave it, so the next chunk begins at its front again."""
+    where = [*in_slice(campaign_id, part), *conditions]
     first_left = sa.select(Delivery.sort_key, Delivery.contact_id).where(*where).order_by(Delivery.sort_key, Delivery.contact_id).offset(CHUNK_ROWS).limit(1)
     end = connection.execute(first_left).one_or_none()
     if end is not None:
@@ -135,8 +138,8 @@ def any_open(connection: Connection, campaign_id: int, shard: int | None = None)
             Delivery.state == CampaignCounter.state,
         )
         .limit(1)
-        .with_hint(Delivery, _BY_STATE, "mysql")
-        .with_hint(Delivery, _BY_STATE, "mariadb")
+        .with_hint(Delivery, BY_STATE, "mysql")
+        .with_hint(Delivery, BY_STATE, "mariadb")
         .correlate(CampaignCounter)
         .scalar_subquery()
     )

@@ -91,8 +91,9 @@ def select(
     *,
     order_by: tuple[sa.ColumnElement[Any] | sa.orm.InstrumentedAttribute[Any], ...] = (models.Campaign.id,),
     for_update: bool = False,
+    limit: int | None = None,
 ) -> list[Campaign]:
-    """The campaigns that meet a condition on `models.Campaign`."""
+    """The campaigns that meet a condition on `models.Campaign`, at most the first `limit`."""
     query = (
         sa.select(
             models.Campaign.__table__,
@@ -105,6 +106,7 @@ def select(
         .outerjoin(models.ContactList, models.ContactList.id == models.Campaign.unsubscribe_list_id)
         .where(where)
         .order_by(*order_by)
+        .limit(limit)
     )
     if for_update:
         # The campaign's row first and alone, so that nobody waits for a brand or a list.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mail_pipelines.database.models import State
 
 MOVES: dict[State, frozenset[State]] = {
-    State.PENDING: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED}),
-    State.DEFERRED: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED}),
+    # Unresolved instead of expired or cancelled: a row that waits to be sent again, since its first copy may have arrived.
+    State.PENDING: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED}),
+    State.DEFERRED: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED}),
     State.CLAIMED: frozenset(
         {
             State.DELIVERED,

@@ -20,18 +20,22 @@ _RUNS_A_NIGHT = 5_000
 def close_rows(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
     """Expire waiting rows of campaigns past their end, cancel those of cancelled ones, give up rows unknown for too long, finish what is done."""
     engine, now = database.engine, dt.datetime.now(dt.UTC)
+    unknown_hours = database.settings.sending.unknown_hours
     with reading(engine) as connection:
         running = lifecycle.running(connection)
-        cancelled = overdue.cancelled_with_waiting_rows(connection, now)
+        cancelled = overdue.cancelled_with_open_rows(connection)
     for campaign in running:
         expired = lifecycle.expire_open_rows(engine, campaign, now)
-        given_up = lifecycle.give_up_unknown(engine, campaign.id, now, database.settings.sending.unknown_hours)
+        given_up = lifecycle.give_up_unknown(engine, campaign.id, now, unknown_hours)
         resent = overdue.resend_unknown(engine, campaign, now)
         if expired or given_up or resent:
             context.log.info("%s: %d expired, %d unresolved, %d unknown to be sent again", campaign.key, expired, given_up, resent)
         lifecycle.finish_if_done(engine, campaign.id, now)
     for campaign in cancelled:
-        lifecycle.cancel_waiting_rows(engine, campaign.id, now)
+        ended = lifecycle.cancel_waiting_rows(engine, campaign.id, now)
+        given_up = lifecycle.give_up_unknown(engine, campaign.id, now, unknown_hours)
+        if ended or given_up:
+            context.log.info("%s: %d cancelled, %d unresolved", campaign.key, ended, given_up)
 
 
 @dg.op(out=dg.Out(dg.Nothing))

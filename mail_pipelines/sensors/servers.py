@@ -7,28 +7,31 @@ import time
 import dagster as dg
 
 from mail_pipelines import partitions
+from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
-from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.jobs import build_audience, refresh_snapshots_job, report_campaign, send_campaign
+from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
+from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.server import QUEUE_TAG
 from mail_pipelines.sensors.campaigns import missing_keys
+from mail_pipelines.sensors.runs import gone, report_gone, started
 
 SEND_POOL = "dispatch"
-# From the start of a run's process to the lock of its session: imports and a look at the database.
-START_SECONDS = 60
+CENTRE_JOBS = tuple(job.name for job in (build_audience, report_campaign, refresh_snapshots_job, maintenance, close_open_rows, import_contacts))
 
 
 def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:
-    """Keep the send slots equal to what the active servers offer, and mark runs failed whose session is gone."""
+    """Keep the send slots equal to what the active servers offer, and mark runs failed whose process is gone."""
     settings = database.settings
     with reading(database.engine) as connection:
         fleet = servers.all_servers(connection)
         now = database_now(connection)
     speaking = [server for server in fleet if server.state == "active" and not server.is_silent(now, settings.server.heartbeat_seconds)]
     _set_slots(context.instance, max(1, len(speaking) * settings.server.slots))
-    for run in _dead_runs(context.instance, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet}):
-        context.instance.report_run_failed(run, "the session's process is gone; its claims are settled by the next run on the same server")
+    _end_dead_sessions(context.instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
+    _end_dead_centre_runs(context.instance, settings)
     new = missing_keys([server.key for server in fleet], context.instance.get_dynamic_partitions(partitions.servers.name or ""))
     silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
     if silent:
@@ -45,15 +48,20 @@ def _set_slots(instance: dg.DagsterInstance, slots: int) -> None:
         storage.set_concurrency_slots(SEND_POOL, slots)
 
 
-def _dead_runs(instance: dg.DagsterInstance, folders: dict[str, ServerFolders]) -> list[dg.DagsterRun]:
-    """Send runs that Dagster calls started, of servers on this host, whose session no living process holds."""
-    dead = []
-    started = dg.RunsFilter(job_name="send_campaign", statuses=[dg.DagsterRunStatus.STARTED])
-    for record in instance.get_run_records(started, limit=200):
-        run = record.dagster_run
+def _end_dead_sessions(instance: dg.DagsterInstance, settings: Settings, folders: dict[str, ServerFolders]) -> None:
+    """Mark send runs failed, of servers on this host, whose session no living process holds."""
+
+    def lives(run: dg.DagsterRun) -> bool:
         place = folders.get(run.tags.get(QUEUE_TAG, ""))
-        if place is None or not place.journal.exists() or record.start_time is None or time.time() - record.start_time < START_SECONDS:
-            continue
-        if not is_locked(place.sessions / run.run_id):
-            dead.append(run)
-    return dead
+        # A server without a journal here is another host's.
+        return place is None or not place.journal.exists() or is_locked(place.sessions / run.run_id) or is_locked(run_lock(settings, run.run_id))
+
+    for run in gone(started(instance, [send_campaign.name]), lives, time.time()):
+        report_gone(instance, run, "the session's process is gone; its claims are settled by the next run on the same server")
+
+
+def _end_dead_centre_runs(instance: dg.DagsterInstance, settings: Settings) -> None:
+    """Mark runs of the centre failed whose process is gone: they would block what is asked for once at a time until Dagster's time limit."""
+    for run in gone(started(instance, CENTRE_JOBS), lambda run: is_locked(run_lock(settings, run.run_id)), time.time()):
+        if report_gone(instance, run, "the run's process is gone; it is asked for again if it is still needed"):
+            run_lock(settings, run.run_id).unlink(missing_ok=True)

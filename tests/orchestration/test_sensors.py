@@ -16,15 +16,18 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines import partitions
+from mail_pipelines.campaigns import lifecycle, scheduling
 from mail_pipelines.database.engine import transact
-from mail_pipelines.database.models import Campaign, Claim, Delivery, Server, State
+from mail_pipelines.database.models import Campaign, CampaignCounter, Claim, Delivery, Server, State
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import openings
+from mail_pipelines.dispatch.files import is_locked, only_one
 from mail_pipelines.dispatch.openings import Opening
-from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.server import QUEUE_TAG
-from mail_pipelines.sensors import campaigns, files, servers, shards
+from mail_pipelines.sensors import campaigns, failures, files, servers, shards
+from mail_pipelines.sensors import runs as runs_of_dagster
 from tests.dispatch.world import World
 
 DATABASE = CentralDatabase()
@@ -192,7 +195,7 @@ def test_a_run_whose_process_is_gone_is_marked_failed_and_a_living_one_is_not(
         runs.append(run)
     with (folders.sessions / runs[0].run_id).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        monkeypatch.setattr(servers, "START_SECONDS", 0)
+        monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 0)
         servers.server_health(context(instance, repository), DATABASE)
         statuses = [instance.get_run_by_id(run.run_id).status for run in runs]  # type: ignore[union-attr]
     assert statuses == [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE]
@@ -213,23 +216,64 @@ def _started(run: dg.DagsterRun) -> Any:
     )
 
 
-def test_dropped_files_are_imported_once_each(tmp_path: Path, world: World) -> None:
-    inbox = tmp_path / "home" / "inbox"
-    (inbox / "news").mkdir(parents=True)
-    for name in ("a.csv", "a.csv.rejected.csv", "b.parquet", "notes.txt"):
-        (inbox / "news" / name).write_bytes(b"email\n")
-    assert list(files.waiting_files(inbox, time.time())) == []
-    for name in ("a.csv", "a.csv.rejected.csv"):
-        os.utime(inbox / "news" / name, (time.time() - 60, time.time() - 60))
-    os.utime(inbox / "news" / "b.parquet", (time.time() - 30, time.time() - 30))
-    result = files.dropped_files(DATABASE)
-    assert isinstance(result, dg.SensorResult)
-    requests = result.run_requests or []
+def inbox_files(world: World, *names: str) -> Path:
+    """Files in the list `news` of the inbox, written a minute ago, in this order."""
+    folder = Path(world.settings.operation.inbox) / "news"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(b"email\n")
+        os.utime(folder / name, (time.time() - 60 + number, time.time() - 60 + number))
+    return folder
+
+
+def imports(instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> list[dg.RunRequest]:
+    result = files.dropped_files(context(instance, repository), DATABASE)
+    return list(result.run_requests or []) if isinstance(result, dg.SensorResult) else []
+
+
+def start_import(instance: dg.DagsterInstance, request: dg.RunRequest) -> dg.DagsterRun:
+    job = build_defs().resolve_job_def("import_contacts")
+    return instance.create_run_for_job(job, run_config=request.run_config, tags=request.tags, status=dg.DagsterRunStatus.STARTED)
+
+
+def test_dropped_files_are_imported_oldest_first_and_not_twice_at_a_time(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
+) -> None:
+    folder = inbox_files(world, "a.csv", "a.csv.rejected.csv", "b.parquet", "notes.txt")
+    (folder / "still-written.csv").write_bytes(b"email\n")
+    requests = imports(instance, repository)
     assert [Path(request.run_config["ops"]["import_file"]["config"]["path"]).name for request in requests] == ["a.csv", "b.parquet"]
     assert {request.run_config["ops"]["import_file"]["config"]["list_name"] for request in requests} == {"news"}
-    again = files.dropped_files(DATABASE)
-    assert isinstance(again, dg.SensorResult)
-    assert [request.run_key for request in again.run_requests or []] == [request.run_key for request in requests]
+    for request in requests:
+        start_import(instance, request)
+    assert imports(instance, repository) == []
+
+
+def test_a_killed_import_is_asked_for_again_and_a_failing_file_is_left_after_three(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
+) -> None:
+    folder = inbox_files(world, "a.csv")
+    for _ in range(3):
+        (request,) = imports(instance, repository)
+        instance.report_run_failed(start_import(instance, request))
+    assert imports(instance, repository) == []
+    (folder / "a.csv").write_bytes(b"email\na@small.test\n")
+    os.utime(folder / "a.csv", (time.time() - 30, time.time() - 30))
+    # Another version of the file is another matter.
+    assert len(imports(instance, repository)) == 1
+
+
+def test_a_file_whose_import_was_cancelled_is_left(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    inbox_files(world, "a.csv")
+    (request,) = imports(instance, repository)
+    instance.report_run_canceled(start_import(instance, request))
+    assert imports(instance, repository) == []
+
+
+def test_tags_of_an_import_do_not_tell_the_file(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    inbox_files(world, "friends-of-jo.csv")
+    (request,) = imports(instance, repository)
+    assert "jo" not in " ".join(request.tags.values())
 
 
 def test_a_dropped_file_is_imported_and_moved(tmp_path: Path, engine: sa.Engine, world: World, instance: dg.DagsterInstance) -> None:
@@ -257,3 +301,215 @@ def test_missing_keys_are_added_in_portions() -> None:
 
 def test_batch_keys_are_in_the_order_of_shards() -> None:
     assert [str(partitions.batch_key("spring", shard)) for shard in (0, 9, 63)] == ["spring|00", "spring|09", "spring|63"]
+
+
+# --- liveness -----------------------------------------------------------------------------------------------------
+
+
+def start_run(instance: dg.DagsterInstance, job_name: str, **tags: str) -> dg.DagsterRun:
+    file = {"ops": {"import_file": {"config": {"path": "a.csv", "list_name": "news"}}}}
+    run = instance.create_run_for_job(
+        build_defs().resolve_job_def(job_name), tags=tags, run_config=file if job_name == "import_contacts" else None, status=dg.DagsterRunStatus.STARTING
+    )
+    instance.handle_new_event(_started(run))
+    return run
+
+
+def status(instance: dg.DagsterInstance, run: dg.DagsterRun) -> dg.DagsterRunStatus:
+    found = instance.get_run_by_id(run.run_id)
+    assert found is not None
+    return found.status
+
+
+def test_a_run_proves_until_its_end_is_recorded_that_its_process_lives(world: World, instance: dg.DagsterInstance) -> None:
+    job = build_defs().resolve_job_def("close_open_rows")
+    seen = []
+
+    def look(_connection: object, *_rest: object) -> None:
+        (run,) = instance.get_runs(limit=1)
+        seen.append((run.status, is_locked(run_lock(world.settings, run.run_id))))
+
+    engine = DATABASE.engine
+    sa.event.listen(engine, "before_cursor_execute", look)
+    first = job.execute_in_process(instance=instance, resources={"database": DATABASE})
+    sa.event.remove(engine, "before_cursor_execute", look)
+    assert set(seen) == {(dg.DagsterRunStatus.STARTED, True)}
+    assert is_locked(run_lock(world.settings, first.run_id))
+    # The next run of the same process ends the proof of the one before.
+    second = job.execute_in_process(instance=instance, resources={"database": DATABASE})
+    assert not run_lock(world.settings, first.run_id).exists()
+    assert is_locked(run_lock(world.settings, second.run_id))
+
+
+@pytest.mark.parametrize("job_name", ["build_audience", "close_open_rows", "import_contacts"])
+def test_a_killed_run_of_the_centre_is_marked_failed_and_a_living_or_young_one_is_not(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch, job_name: str
+) -> None:
+    killed, living = start_run(instance, job_name), start_run(instance, job_name)
+    run_lock(world.settings, killed.run_id).parent.mkdir(parents=True, exist_ok=True)
+    run_lock(world.settings, killed.run_id).touch()
+    with only_one(run_lock(world.settings, living.run_id), "the other run"):
+        servers.server_health(context(instance, repository), DATABASE)
+        assert status(instance, killed) is dg.DagsterRunStatus.STARTED
+        monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 0)
+        servers.server_health(context(instance, repository), DATABASE)
+        assert status(instance, killed) is dg.DagsterRunStatus.FAILURE
+        assert status(instance, living) is dg.DagsterRunStatus.STARTED
+    assert not run_lock(world.settings, killed.run_id).exists()
+
+
+def test_a_run_that_ended_while_it_was_looked_at_keeps_its_end(world: World, instance: dg.DagsterInstance) -> None:
+    run = start_run(instance, "close_open_rows")
+    instance.report_run_canceled(run)
+    assert not runs_of_dagster.report_gone(instance, run, "gone")
+    assert status(instance, run) is dg.DagsterRunStatus.CANCELED
+
+
+def test_a_freeze_that_was_killed_is_asked_for_again(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    world.set_campaign(state="building", start_at=dt.datetime.now(dt.UTC))
+    start_run(instance, "build_audience", **{"dagster/partition": "spring"})
+    assert campaigns.due_campaigns(context(instance, repository), DATABASE).run_requests == []
+    monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 0)
+    servers.server_health(context(instance, repository), DATABASE)
+    assert len(campaigns.due_campaigns(context(instance, repository), DATABASE).run_requests or []) == 1
+
+
+# --- holds --------------------------------------------------------------------------------------------------------
+
+
+def fail_freeze(instance: dg.DagsterInstance) -> dg.RunFailureSensorContext:
+    """A failed freeze of `spring`, and the context in which the failure sensor hears of it."""
+    run = start_run(instance, "build_audience", **{"dagster/partition": "spring"})
+    event = instance.report_run_failed(run)
+    failed = instance.get_run_by_id(run.run_id)
+    assert failed is not None
+    return dg.build_run_status_sensor_context("failed_runs", dagster_event=event, dagster_instance=instance, dagster_run=failed).for_run_failure()
+
+
+def held_reason(world: World) -> str | None:
+    with world.engine.connect() as connection:
+        return connection.execute(sa.select(Campaign.held_reason)).scalar_one()
+
+
+def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_resumed(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
+) -> None:
+    def asked() -> int:
+        return len(campaigns.due_campaigns(context(instance, repository), DATABASE).run_requests or [])
+
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    world.set_campaign(state="scheduled", start_at=dt.datetime.now(dt.UTC))
+    for _ in range(2):
+        for failure in range(3):
+            assert asked() == 1
+            heard = fail_freeze(instance)
+            failures.failed_runs(heard, DATABASE)
+            assert (held_reason(world) is not None) == (failure == 2)
+        assert heard.dagster_run.run_id in (held_reason(world) or "")
+        assert asked() == 0
+        scheduling.resume(world.engine, "spring", dt.datetime.now(dt.UTC))
+        # A failure that is heard of late does not hold it again.
+        failures.failed_runs(heard, DATABASE)
+        assert held_reason(world) is None
+
+
+def test_failures_of_other_runs_hold_nothing(world: World, instance: dg.DagsterInstance) -> None:
+    for job_name, key in (("send_campaign", "spring|00"), ("report_campaign", "spring"), ("build_audience", "no-such-campaign")):
+        for _ in range(3):
+            run = start_run(instance, job_name, **{"dagster/partition": key})
+            event = instance.report_run_failed(run)
+            heard = dg.build_run_status_sensor_context("failed_runs", dagster_event=event, dagster_instance=instance, dagster_run=run)
+            failures.failed_runs(heard.for_run_failure(), DATABASE)
+    assert held_reason(world) is None
+
+
+# --- the end ------------------------------------------------------------------------------------------------------
+
+
+def asked_for(result: dg.SensorResult) -> list[tuple[str | None, str | None]]:
+    return [(request.job_name, request.run_key) for request in result.run_requests or []]
+
+
+def test_results_of_a_cancelled_campaign_wait_for_its_last_row(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    now = dt.datetime.now(dt.UTC)
+    end_rows(world, 0, State.UNKNOWN)
+    assert lifecycle.cancel(world.engine, "spring", now) == 90
+    result = campaigns.finished_campaigns(context(instance, repository), DATABASE)
+    assert asked_for(result) == [("close_open_rows", f"unknown:{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}")]
+    long_ago = int((now - dt.timedelta(hours=73)).timestamp())
+    transact(world.engine, lambda c: c.execute(sa.update(Delivery).where(Delivery.state == int(State.UNKNOWN)).values(sort_key=long_ago)))
+    job = build_defs().resolve_job_def("close_open_rows")
+    assert job.execute_in_process(instance=instance, resources={"database": DATABASE}).success
+    assert world.states() == {State.UNRESOLVED: 30, State.CANCELLED: 90}
+    world.check_counters()
+    result = campaigns.finished_campaigns(context(instance, repository, result.cursor), DATABASE)
+    assert asked_for(result) == [("report_campaign", "spring:finished")]
+    assert asked_for(campaigns.finished_campaigns(context(instance, repository, result.cursor), DATABASE)) == []
+
+
+@pytest.mark.parametrize(("days", "asked"), [(5, [("report_campaign", "spring:finished")]), (20, [])])
+def test_results_are_asked_for_also_when_the_daemon_was_down(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, days: int, asked: list[tuple[str, str]]
+) -> None:
+    for shard in range(4):
+        end_rows(world, shard)
+    world.set_campaign(state="finished", finished_at=dt.datetime.now(dt.UTC) - dt.timedelta(days=days))
+    # Without a key Dagster cannot be asked, and that must not be forgotten.
+    unknown = campaigns.finished_campaigns(context(instance, repository), DATABASE)
+    assert asked_for(unknown) == []
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    result = campaigns.finished_campaigns(context(instance, repository, unknown.cursor), DATABASE)
+    assert asked_for(result) == asked
+    assert asked_for(campaigns.finished_campaigns(context(instance, repository, result.cursor), DATABASE)) == []
+
+
+def test_a_tick_stays_bounded_with_300_campaigns(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    now = dt.datetime.now(dt.UTC)
+    states = ("scheduled", "sending", "paused", "finished", "cancelled", "finished")
+    rows = []
+    for number in range(300):
+        state = states[number % len(states)]
+        ended = None if state in ("scheduled", "sending", "paused") else now - dt.timedelta(days=40 if number % 6 == 5 else 3)
+        rows.append(
+            {"id": 1_000 + number, "key": f"c{number}", "name": "c", "state": state, "brand_id": 1, "segments": {"include": [], "exclude": []}}
+            | {"unsubscribe": "all", "on_unknown": "hold", "priority": 1, "start_at": now, "expire_at": now + dt.timedelta(days=1), "shards": 4}
+            | {"version_id": 1, "created_at": now, "updated_at": now, "finished_at": ended}
+        )
+    counts = [
+        {"campaign_id": 1_000 + number, "shard": shard, "provider": provider, "server_id": server, "state": int(state), "count": 1}
+        for number in range(300)
+        for shard in range(4)
+        for provider in ("google", "other")
+        for server in (1, 2)
+        for state in ((State.PENDING, State.DELIVERED) if number % 6 in (1, 2) else (State.DELIVERED,))
+    ]
+    transact(world.engine, lambda c: (c.execute(sa.insert(Campaign), rows), c.execute(sa.insert(CampaignCounter), counts)))
+    # The processor time of this process: other work on the machine does not count.
+    begin = time.process_time()
+    due = campaigns.due_campaigns(context(instance, repository), DATABASE)
+    assert time.process_time() - begin < 1
+    keys = {key for request in due.dynamic_partitions_requests or [] for key in request.partition_keys}
+    assert len(keys) == campaigns.KEYS_A_TICK
+    for _ in range(10):
+        instance.add_dynamic_partitions("campaigns", sorted(keys))
+        due = campaigns.due_campaigns(context(instance, repository), DATABASE)
+        keys = {key for request in due.dynamic_partitions_requests or [] for key in request.partition_keys}
+    # Those over for 40 days get no key any more.
+    assert len(instance.get_dynamic_partitions("campaigns")) == 251
+    begin = time.process_time()
+    assert len(campaigns.due_campaigns(context(instance, repository), DATABASE).run_requests or []) == lifecycle.DUE_A_TICK
+    assert time.process_time() - begin < 1
+    asked, cursor = [], None
+    for _ in range(6):
+        begin = time.process_time()
+        result = campaigns.finished_campaigns(context(instance, repository, cursor), DATABASE)
+        assert time.process_time() - begin < 1
+        assert len(result.run_requests or []) <= campaigns.REPORTS_A_TICK
+        asked += [run_key for _, run_key in asked_for(result)]
+        cursor = result.cursor
+    # 100 that are over and 101 that run, each once.
+    assert len(asked) == len(set(asked)) == 201

@@ -1,0 +1,52 @@
+"""Nightly upkeep of what Dagster keeps: old runs go, what they achieved stays."""
+
+from __future__ import annotations
+
+import dagster as dg
+import pytest
+
+from mail_pipelines import partitions
+from mail_pipelines.assets.sending import send_batches
+from mail_pipelines.database.models import State
+from mail_pipelines.definitions import build_defs
+from mail_pipelines.ops import maintenance
+from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.sensors import shards
+from tests.dispatch.world import World
+from tests.orchestration.test_sensors import context, end_rows
+
+DATABASE = CentralDatabase()
+
+
+def prune(instance: dg.DagsterInstance) -> None:
+    job = build_defs().resolve_job_def("maintenance")
+    assert job.execute_in_process(instance=instance, resources={"database": DATABASE}).success
+
+
+def test_final_shards_stay_green_when_old_runs_are_deleted(world: World, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    for shard in range(4):
+        end_rows(world, shard, State.DELIVERED)
+    result = shards.finished_shards(context(instance, build_defs().get_repository_def()), DATABASE)
+    assert isinstance(result, dg.SensorResult)
+    for event in result.asset_events:
+        instance.report_runless_asset_event(event)
+    final = {str(partitions.batch_key("spring", shard)) for shard in range(64)}
+    assert instance.get_materialized_partitions(send_batches.key) == final
+    job = build_defs().resolve_job_def("refresh_snapshots")
+    old = [instance.create_run_for_job(job, status=dg.DagsterRunStatus.SUCCESS).run_id for _ in range(3)]
+    monkeypatch.setattr(maintenance, "KEEP_RUNS_DAYS", -1)
+    prune(instance)
+    assert not any(instance.has_run(run_id) for run_id in old)
+    assert instance.get_materialized_partitions(send_batches.key) == final
+
+
+def test_young_and_unfinished_runs_are_kept(world: World, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = build_defs().resolve_job_def("refresh_snapshots")
+    young = instance.create_run_for_job(job, status=dg.DagsterRunStatus.FAILURE)
+    prune(instance)
+    assert instance.has_run(young.run_id)
+    working = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    monkeypatch.setattr(maintenance, "KEEP_RUNS_DAYS", -1)
+    prune(instance)
+    assert (instance.has_run(young.run_id), instance.has_run(working.run_id)) == (False, True)
