@@ -112,7 +112,7 @@ def test_dagster_takes_the_shipped_settings(made: config.Settings) -> None:
         assert instance.run_coordinator.dequeue_interval_seconds == 1
         queue = instance.get_concurrency_config().run_queue_config
         assert queue is not None
-        assert queue.max_concurrent_runs == 6
+        assert queue.max_concurrent_runs == 10
         assert queue.tag_concurrency_limits == [{"key": "dagster-celery/queue", "value": {"applyLimitPerUniqueValue": True}, "limit": 2}]
         assert instance.run_monitoring_enabled
         assert instance.run_retries_max_retries == 0

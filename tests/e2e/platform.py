@@ -109,6 +109,12 @@ class Platform:
         wait_for(lambda: self.campaign(key).state == "finished", seconds=seconds, what=f"campaign {key}")
         return self.totals(key)
 
+    def newest_run(self, partition: str) -> str | None:
+        """The id of the newest run of a partition."""
+        with sqlite3.connect(self.settings.dagster_home / "history" / "runs.db") as connection:
+            row = connection.execute("SELECT run_id FROM runs WHERE partition = ? ORDER BY id DESC LIMIT 1", (partition,)).fetchone()
+        return row[0] if row else None
+
     def reported(self, key: str) -> bool:
         """Whether the campaign's final results are there."""
         with sqlite3.connect(self.settings.dagster_home / "history" / "runs.db") as connection:

@@ -36,6 +36,7 @@ def page() -> Iterator[Page]:
         browser = driver.chromium.launch(executable_path=chromium, args=OPTIONS)
         page = browser.new_page(viewport={"width": 1440, "height": 820})
         page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
         yield page
         browser.close()
 
@@ -54,7 +55,8 @@ def test_a_shard_started_from_the_ui_is_seen_to_finish(platform: Platform, page:
         page.get_by_text("Select all (1)").click()
         dialog.get_by_text("Launch runs to materialize").click()
     page.get_by_role("button", name="Launch 1 run").click()
-    page.get_by_role("button", name="View", exact=True).click()
+    run = wait_for(lambda: platform.newest_run("by-hand|00"), seconds=60, what="the launched run")
+    page.goto(f"{platform.address}/runs/{run}")
     expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=180_000)
     totals = platform.totals("by-hand")
     assert totals.open == 0
@@ -71,6 +73,7 @@ def test_results_show_numbers_tables_and_a_plot(platform: Platform, page: Page) 
     page.goto(f"{platform.address}/assets/delivery_results?partition=by-hand&view=partitions")
     for words in ("delivered", "by_provider", "by_server", "microsoft"):
         expect(page.get_by_text(words, exact=True).first).to_be_attached()
+    page.get_by_text("[Show Markdown]").first.click()
     pictures = page.locator("img[src^='data:image/png']")
     expect(pictures.first).to_be_attached()
     assert pictures.first.evaluate("image => image.naturalWidth") > 300
@@ -80,7 +83,7 @@ def test_the_graph_shows_its_groups_with_all_assets(platform: Platform, page: Pa
     page.goto(f"{platform.address}/asset-groups/")
     expect(page.get_by_text("reporting").first).to_be_visible()
     page.mouse.click(900, 250, button="right")
-    page.get_by_text("Expand all groups").click()
+    page.get_by_text("Expand all groups").first.click()
     for name in (
         "contact_snapshot",
         "engagement_snapshot",
