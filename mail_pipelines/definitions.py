@@ -27,7 +27,7 @@ def _sensors(interval_seconds: int) -> list[dg.SensorDefinition]:
         sensor()(shards.finished_shards),
         sensor(jobs=[jobs.report_campaign, maintenance.close_open_rows])(campaigns.finished_campaigns),
         sensor()(servers.server_health),
-        dg.run_failure_sensor(default_status=running, minimum_interval_seconds=interval_seconds)(failures.failed_runs),
+        dg.run_failure_sensor(default_status=running, minimum_interval_seconds=interval_seconds, request_job=jobs.report_campaign)(failures.failed_runs),
     ]
 
 

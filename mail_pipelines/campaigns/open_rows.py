@@ -17,6 +17,7 @@ from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import OPEN_STATES, CampaignCounter, Delivery, State
 from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.transitions import may_move
 
 # Rows that nobody has in hand.
 WAITING = (State.PENDING, State.DEFERRED)
@@ -49,6 +50,8 @@ def move_rows(
     condition on the ledger's row. The sort key becomes the second of `now`. Each transaction moves at most 10,000 rows with their
     counters, so that a killed call leaves a consistent ledger and the next one goes on.
     """
+    if not all(may_move(source, target) for source in sources):
+        raise ValueError(f"rows that are {', '.join(source.name.lower() for source in sources)} cannot all become {target.name.lower()}")
     conditions = [] if reached_by is None else [Delivery.sort_key <= int(reached_by.timestamp())]
     if only is not None:
         conditions.append(only)

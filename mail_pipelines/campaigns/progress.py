@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import InstrumentedAttribute
 
 from mail_pipelines.campaigns.campaign import Campaign
-from mail_pipelines.database.models import OPEN_STATES, CampaignCounter, CampaignMinute, State
+from mail_pipelines.database.models import CampaignCounter, CampaignMinute, State
 from mail_pipelines.errors import MailPipelinesError
 
 
@@ -61,18 +61,6 @@ def by_provider(connection: Connection, campaign_id: int) -> dict[tuple[str, Sta
     """Rows by (provider, state), only where there are any."""
     sums = _sums(connection, campaign_id, CampaignCounter.provider, CampaignCounter.state)
     return {(provider, State(state)): count for (provider, state), count in sums.items() if count}
-
-
-def by_shard(connection: Connection, campaign_id: int) -> dict[tuple[int, State], int]:
-    """Rows by (shard, state), only where there are any."""
-    sums = _sums(connection, campaign_id, CampaignCounter.shard, CampaignCounter.state)
-    return {(shard, State(state)): count for (shard, state), count in sums.items() if count}
-
-
-def final_shards(connection: Connection, campaign: Campaign) -> list[int]:
-    """The shards without an open row by the counters; unused shards of the static 64 are for the caller to add."""
-    sums = by_shard(connection, campaign.id)
-    return [shard for shard in range(campaign.shards or 0) if not any(sums.get((shard, state), 0) for state in OPEN_STATES)]
 
 
 def totals(connection: Connection, campaign: Campaign) -> Totals:

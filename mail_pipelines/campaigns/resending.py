@@ -19,9 +19,7 @@ from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, Delivery, DeliveryEvent, State
 from mail_pipelines.delivery import counters
-from mail_pipelines.delivery.recording import event_id
-
-_RESENT = "resent"
+from mail_pipelines.delivery.events import RESENT, event_id
 
 
 def send_again(engine: Engine, campaign_id: int, now: dt.datetime, states: tuple[CampaignState, ...], *, unknown_since: dt.datetime | None = None) -> int:
@@ -65,12 +63,12 @@ def _send_chunk(
         [
             {
                 "month": now.year * 100 + now.month,
-                "id": event_id(campaign_id, row.contact_id, row.attempt, _RESENT),
+                "id": event_id(campaign_id, row.contact_id, row.attempt, RESENT),
                 "occurred_at": now,
                 "campaign_id": campaign_id,
                 "contact_id": row.contact_id,
                 "attempt": row.attempt,
-                "kind": _RESENT,
+                "kind": RESENT,
             }
             for row in rows
         ],
@@ -90,7 +88,7 @@ def give_up_waiting(engine: Engine, campaign_id: int, now: dt.datetime) -> sa.Co
     Returns the condition that a ledger row was never sent again, for the caller to end the others by; None if none was.
     """
     with reading(engine) as connection:
-        query = sa.select(DeliveryEvent.contact_id, DeliveryEvent.month).where(DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.kind == _RESENT)
+        query = sa.select(DeliveryEvent.contact_id, DeliveryEvent.month).where(DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.kind == RESENT)
         found = connection.execute(query).all()
     if not found:
         return None
@@ -113,6 +111,6 @@ def _give_up_chunk(connection: Connection, campaign_id: int, contact_ids: list[i
 
 def _is_resent(campaign_id: int, *when: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
     event = sa.select(sa.literal(1)).where(
-        DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id == Delivery.contact_id, DeliveryEvent.kind == _RESENT, *when
+        DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id == Delivery.contact_id, DeliveryEvent.kind == RESENT, *when
     )
     return event.correlate(Delivery).exists()

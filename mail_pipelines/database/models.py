@@ -32,7 +32,7 @@ class Base(DeclarativeBase):
 
 
 class State(enum.IntEnum):
-    """Where one recipient of a frozen audience stands (`dispatch.transitions` has the moves between them)."""
+    """Where one recipient of a frozen audience stands (`delivery.transitions` has the moves between them)."""
 
     PENDING = 0
     CLAIMED = 1

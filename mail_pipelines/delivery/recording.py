@@ -6,11 +6,9 @@ Nothing here reads a journal or talks SMTP: it gets the end state of every row o
 from __future__ import annotations
 
 import datetime as dt
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -20,13 +18,13 @@ from mail_pipelines.contacts.sets import insert_if_absent
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, Claim, Delivery, DeliveryEvent, ProviderUsage, State
 from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.events import event_id, mask_addresses, resent_among
+from mail_pipelines.delivery.transitions import may_move
 from mail_pipelines.errors import MailPipelinesError
 
 # Windows in which what a server sends to a provider is counted (s).
 USAGE_WINDOWS = (900, 3600, 86400)
 SLOT_SECONDS = 900
-_ADDRESS = re.compile(r"[^\s<>@:;,]+@([^\s<>@:;,]+)")
-
 
 # The statements are built once: building one costs more than running it.
 _CLOSE = sa.update(Claim).where(Claim.id == sa.bindparam("claim"), Claim.state == sa.bindparam("before")).values(state="closed", closed_at=sa.bindparam("now"))
@@ -91,8 +89,9 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
     if closed.rowcount != 1:
         raise LedgerConflict(f"claim {claim.id} is no longer {claim_state}: another process has settled it")
     campaign_state = connection.execute(_CAMPAIGN_STATE, {"campaign": claim.campaign_id}).scalar_one()
+    released = sum(1 for result in results if result.state is State.PENDING)
     if campaign_state == "cancelled":
-        results = [_cancelled(result) for result in results]
+        results = _after_cancel(connection, claim, results)
 
     groups: defaultdict[tuple[State, int | None, str | None, str, int | None], list[int]] = defaultdict(list)
     for result in results:
@@ -107,20 +106,21 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
         state = State.DEFERRED if result.state is State.PENDING and result.attempt > 0 else result.state
         # A release is no outcome: it must not count in the minute as a deferral does.
         moves[claim.shard, claim.provider, state, result.reason] += 1
-    released = Counter(result.state for result in results)
     counters.add(connection, claim.campaign_id, claim.server_id, moves, now)
     _write_events(connection, claim, results, now)
     hard = [result.contact_id for result in results if result.suppress]
     if hard:
         hashes = connection.execute(sa.select(Delivery.address_hash).where(Delivery.campaign_id == claim.campaign_id, Delivery.contact_id.in_(hard))).scalars()
         consent.suppress(connection, list(hashes), reason="bounce", now=now)
-    refund(connection, claim, sum(1 for result in results if result.state in (State.PENDING, State.CANCELLED) and result.code is None), now)
-    return released
+    refund(connection, claim, released, now)
+    return Counter(result.state for result in results)
 
 
 def _move(connection: Connection, claim: ClaimRef, end: tuple[State, int | None, str | None, str, int | None], contact_ids: list[int], second: int) -> int:
     """Move rows of the claim to one end; returns how many were still the claim's."""
     state, code, enhanced, reason, due = end
+    if not may_move(State.CLAIMED, state):
+        raise ValueError(f"a claimed row cannot become {state.name.lower()}")
     rows = {"campaign": claim.campaign_id, "contacts": contact_ids, "claim": claim.id}
     if state is State.PENDING:
         return connection.execute(_RELEASE, rows).rowcount
@@ -137,10 +137,22 @@ def _move(connection: Connection, claim: ClaimRef, end: tuple[State, int | None,
     return connection.execute(_END, rows | values).rowcount
 
 
-def _cancelled(result: Result) -> Result:
-    if result.state in (State.PENDING, State.DEFERRED):
-        return Result(result.contact_id, result.attempt, State.CANCELLED, result.code, result.enhanced, "campaign_cancelled")
-    return result
+def _after_cancel(connection: Connection, claim: ClaimRef, results: Sequence[Result]) -> list[Result]:
+    """Nothing goes back to a queue of a cancelled campaign. Who was sent it again is not cancelled: the first copy may have arrived."""
+    waiting = {result.contact_id for result in results if result.state in (State.PENDING, State.DEFERRED)}
+    twice = resent_among(connection, claim.campaign_id, waiting)
+    return [
+        replace(
+            result,
+            state=State.UNRESOLVED if result.contact_id in twice else State.CANCELLED,
+            reason="campaign_cancelled",
+            due=None,
+            text="",
+        )
+        if result.contact_id in waiting
+        else result
+        for result in results
+    ]
 
 
 def windows_at(moment: dt.datetime) -> list[tuple[int, int]]:
@@ -208,14 +220,3 @@ def _write_events(connection: Connection, claim: ClaimRef, results: Iterable[Res
     ]
     if rows:
         connection.execute(insert_if_absent(DeliveryEvent), rows)
-
-
-def event_id(campaign_id: int, contact_id: int, attempt: int, kind: str) -> int:
-    """A 63-bit digest of what an event is about, so that writing it twice adds nothing."""
-    digest = blake2b(f"{campaign_id}|{contact_id}|{attempt}|{kind}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def mask_addresses(text: str) -> str:
-    """The text with the local part of every address replaced: words of destinations quote the recipient."""
-    return _ADDRESS.sub(r"***@\1", text)

@@ -35,6 +35,7 @@ from mail_pipelines.database.models import (
 )
 from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.events import resent_among
 from mail_pipelines.delivery.recording import SLOT_SECONDS, ClaimRef, slot_at, windows_at
 from mail_pipelines.dispatch.files import DispatchError
 from mail_pipelines.dispatch.journal import Position
@@ -341,16 +342,14 @@ def _check_recipients(
     statement = _recipients(campaign.brand_id, campaign.unsubscribe_list_id, campaign.unsubscribe == "list")
     contacts = {contact.id: contact for contact in connection.execute(statement, {"contacts": [row.contact_id for row in found]})}
     sendable: list[Row] = []
-    refused: dict[str, list[int]] = {}
+    refused: dict[str, list[Any]] = {}
     moved: list[Any] = []
     for row in found:
         source = State(row.state)
         contact = contacts.get(row.contact_id)
         reason = "erased" if contact is None else "suppressed" if contact.suppressed else "unsubscribed" if contact.left_list else None
         if reason is not None:
-            refused.setdefault(reason, []).append(row.contact_id)
-            moves[shard, provider, source, ""] -= 1
-            moves[shard, provider, State.SUPPRESSED, reason] += 1
+            refused.setdefault(reason, []).append(row)
             continue
         assert contact is not None
         if contact.address_hash != row.address_hash:
@@ -359,8 +358,8 @@ def _check_recipients(
         sendable.append(Row(contact.id, row.attempt, contact.email, contact.attributes))
         moves[shard, provider, source, ""] -= 1
         moves[shard, provider, State.CLAIMED, ""] += 1
-    for reason, contact_ids in refused.items():
-        _update_rows(connection, campaign_id, contact_ids, state=int(State.SUPPRESSED), reason=reason, sort_key=int(now.timestamp()))
+    for reason, rows in refused.items():
+        _refuse(connection, campaign_id, shard, provider, rows, reason, now, moves)
     if moved:
         _readdress(connection, campaign_id, shard, provider, moved, contacts, now, moves)
     return sendable
@@ -385,16 +384,32 @@ def _readdress(
     for row in moved:
         contact = contacts[row.contact_id]
         source = State(row.state)
-        moves[shard, provider, source, ""] -= 1
         if contact.address_hash in taken:
-            duplicates.append(row.contact_id)
-            moves[shard, provider, State.SUPPRESSED, "duplicate_address"] += 1
+            duplicates.append(row)
             continue
         taken.add(contact.address_hash)
+        moves[shard, provider, source, ""] -= 1
         moves[shard, contact.provider, source, ""] += 1
         _update_rows(connection, campaign_id, [row.contact_id], address_hash=contact.address_hash, provider=contact.provider)
     if duplicates:
-        _update_rows(connection, campaign_id, duplicates, state=int(State.SUPPRESSED), reason="duplicate_address", sort_key=int(now.timestamp()))
+        _refuse(connection, campaign_id, shard, provider, duplicates, "duplicate_address", now, moves)
+
+
+def _refuse(
+    connection: Connection, campaign_id: int, shard: int, provider: str, rows: list[Any], reason: str, now: dt.datetime, moves: Counter[counters.Place]
+) -> None:
+    """End rows that must not be mailed: suppressed, or unresolved where an earlier copy may have arrived."""
+    twice = resent_among(connection, campaign_id, [row.contact_id for row in rows])
+    for end, ended in (
+        (State.UNRESOLVED, [row for row in rows if row.contact_id in twice]),
+        (State.SUPPRESSED, [row for row in rows if row.contact_id not in twice]),
+    ):
+        if not ended:
+            continue
+        _update_rows(connection, campaign_id, [row.contact_id for row in ended], state=int(end), reason=reason, sort_key=int(now.timestamp()))
+        for row in ended:
+            moves[shard, provider, State(row.state), ""] -= 1
+        moves[shard, provider, end, reason] += len(ended)
 
 
 def _update_rows(connection: Connection, campaign_id: int, contact_ids: list[int], **values: Any) -> None:

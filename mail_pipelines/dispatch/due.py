@@ -8,23 +8,42 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.database.models import OPEN_STATES, CampaignCounter, Delivery, State
 
 
-def due_times(connection: Connection, campaign_id: int, shard: int) -> dict[str, float]:
-    """When each provider of a shard next has a row to send (epoch seconds; 0: now). Two index probes a provider."""
-    providers = connection.execute(
-        sa.select(CampaignCounter.provider).where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.shard == shard).distinct()
-    ).scalars()
-    found: dict[str, float] = {}
-    for provider in providers:
-        for state in (State.PENDING, State.DEFERRED):
-            first = connection.execute(
-                sa.select(Delivery.sort_key)
-                .where(Delivery.campaign_id == campaign_id, Delivery.shard == shard, Delivery.provider == provider, Delivery.state == int(state))
-                .order_by(Delivery.sort_key)
-                .limit(1)
-            ).scalar_one_or_none()
-            if first is not None:
-                due = 0.0 if state is State.PENDING else float(first)
-                found[provider] = min(due, found.get(provider, due))
+def due_times(connection: Connection, campaign_id: int, shard: int | None = None) -> dict[tuple[int, str], float]:
+    """When each (shard, provider) of a campaign, or of one shard, next has a row to send (epoch seconds; 0: now).
+
+    One statement: the counters say where rows wait, the ledger's index gives the first of each deferred range.
+    """
+    first = (
+        sa.select(Delivery.sort_key)
+        .where(
+            Delivery.campaign_id == campaign_id,
+            Delivery.shard == CampaignCounter.shard,
+            Delivery.provider == CampaignCounter.provider,
+            Delivery.state == int(State.DEFERRED),
+        )
+        .order_by(Delivery.sort_key)
+        .limit(1)
+        .correlate(CampaignCounter)
+        .scalar_subquery()
+    )
+    waiting = (
+        sa.select(
+            CampaignCounter.shard,
+            CampaignCounter.provider,
+            sa.case((CampaignCounter.state == int(State.PENDING), 0), else_=first).label("due"),
+        )
+        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_([int(State.PENDING), int(State.DEFERRED)]))
+        .group_by(CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state)
+        .having(sa.func.sum(CampaignCounter.count) > 0)
+    )
+    if shard is not None:
+        waiting = waiting.where(CampaignCounter.shard == shard)
+    found: dict[tuple[int, str], float] = {}
+    for row in connection.execute(waiting):
+        # A deferred row may have been claimed since the counter was read.
+        if row.due is not None:
+            place = (row.shard, row.provider)
+            found[place] = min(float(row.due), found.get(place, float(row.due)))
     return found
 
 

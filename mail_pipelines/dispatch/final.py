@@ -38,13 +38,11 @@ def recent_campaigns(connection: Connection, now: dt.datetime) -> dict[str, int]
     return {row.key: row.id for row in rows}
 
 
-def final_shards(connection: Connection, now: dt.datetime, shards: int, reported: Mapping[str, Collection[int]]) -> list[FinalShard]:
-    """Final shards (of `shards` for each campaign, used or not) that are not in `reported`, at most `SHARDS_A_TICK`."""
+def final_shards(connection: Connection, campaigns: Mapping[str, int], shards: int, reported: Mapping[str, Collection[int]]) -> list[FinalShard]:
+    """Final shards of `campaigns` (key → id) that are not in `reported`, at most `SHARDS_A_TICK`. Each campaign has `shards`, used or not."""
     found: list[FinalShard] = []
-    for key, campaign_id in recent_campaigns(connection, now).items():
+    for key, campaign_id in campaigns.items():
         known = set(reported.get(key, ()))
-        if len(known) == shards:
-            continue
         counts: defaultdict[int, dict[State, int]] = defaultdict(dict)
         for row in connection.execute(
             sa.select(CampaignCounter.shard, CampaignCounter.state, sa.func.sum(CampaignCounter.count).label("rows"))

@@ -9,6 +9,7 @@ import datetime as dt
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -61,12 +62,15 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
             break
         unspent = _unspent(connection, campaign.id, slot_at(now))
         waiting = _waiting(connection, campaign.id)
+        due: dict[int, float] = {}
+        for (shard, _), moment in due_times(connection, campaign.id).items():
+            due[shard] = min(moment, due.get(shard, inf))
         worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
         # Shards that nobody works on first, the fullest before the others; a second server joins a shard only after that.
         for shard in sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values()))):
             able = [server for server in free if free[server] > 0 and any(provider in unspent[server] for provider in waiting[shard])]
             able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
-            if able and _is_due(connection, campaign.id, shard, now.timestamp() + START_SECONDS):
+            if able and due.get(shard, inf) <= now.timestamp() + START_SECONDS:
                 start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
             if len(found) >= RUNS_A_TICK:
                 break
@@ -117,7 +121,3 @@ def _waiting(connection: Connection, campaign_id: int) -> dict[int, dict[str, in
     for shard, provider, count in rows:
         waiting[shard][provider] = int(count)
     return waiting
-
-
-def _is_due(connection: Connection, campaign_id: int, shard: int, by: float) -> bool:
-    return any(moment <= by for moment in due_times(connection, campaign_id, shard).values())

@@ -24,7 +24,8 @@ from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
-from mail_pipelines.delivery.recording import Result, mask_addresses, record
+from mail_pipelines.delivery.events import mask_addresses
+from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
@@ -168,7 +169,7 @@ class Session:
 
     def _due_providers(self) -> list[str]:
         with reading(self.engine) as connection:
-            return [provider for provider, due in due_times(connection, self.campaign_id, self.shard).items() if due <= time.time()]
+            return [provider for (_, provider), due in due_times(connection, self.campaign_id, self.shard).items() if due <= time.time()]
 
     def _idle_reason(self, lanes: Mapping[str, Lane], waited: float) -> str | None:
         """Why to end now that no lane has anything to do and none has had for `waited` seconds; None if it is worth waiting."""
@@ -178,7 +179,7 @@ class Session:
             elsewhere = pending_elsewhere(connection, self.campaign_id, self.shard)
         if not left:
             return "the shard is final"
-        waits = [max(moment, lanes[provider].wait_until if provider in lanes else 0) for provider, moment in due.items()]
+        waits = [max(moment, lanes[provider].wait_until if provider in lanes else 0) for (_, provider), moment in due.items()]
         if not waits:
             return "all open rows are with other sessions or unknown"
         # A slot that only waits is better used by a shard that has work now.

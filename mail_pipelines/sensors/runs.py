@@ -19,6 +19,7 @@ UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 PARTITION_TAG = "dagster/partition"
+RUN_KEY_TAG = "dagster/run_key"
 # From the start of a run's process to its proof of life: imports and a look at the database.
 START_SECONDS = 60
 _AT_MOST = 1_000

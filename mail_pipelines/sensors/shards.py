@@ -44,11 +44,14 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
 
 def finished_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:
     """Materialise partitions whose shard the ledger calls final, also where no run ended them: unused, settled, expired."""
-    reported = {key: set(shards) for key, shards in json.loads(context.cursor or "{}").items()}
+    cursor = json.loads(context.cursor or '{"complete": [], "partial": {}}')
+    reported: dict[str, set[int]] = {key: set(numbers) for key, numbers in cursor["partial"].items()}
     known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))
     with reading(database.engine) as connection:
-        shards = [shard for shard in final.final_shards(connection, dt.datetime.now(dt.UTC), partitions.SHARDS, reported) if shard.campaign in known]
         recent = final.recent_campaigns(connection, dt.datetime.now(dt.UTC))
+        complete = {number for number in recent.values() if number in cursor["complete"]}
+        watched = {key: number for key, number in recent.items() if number not in complete and key in known}
+        shards = final.final_shards(connection, watched, partitions.SHARDS, reported)
     events = [
         dg.AssetMaterialization(
             asset_key=send_batches.key,
@@ -59,5 +62,8 @@ def finished_shards(context: dg.SensorEvaluationContext, database: CentralDataba
     ]
     for shard in shards:
         reported.setdefault(shard.campaign, set()).add(shard.shard)
-    cursor = json.dumps({key: sorted(numbers) for key, numbers in reported.items() if key in recent})
-    return dg.SensorResult(asset_events=events, cursor=cursor) if events else dg.SkipReason("no further shard is final")
+    # The cursor is stored as text of at most 64 KB: a campaign that is wholly reported takes the digits of its id.
+    complete |= {number for key, number in watched.items() if len(reported.get(key, ())) == partitions.SHARDS}
+    partial = {key: sorted(reported[key]) for key, number in watched.items() if key in reported and number not in complete}
+    after = json.dumps({"complete": sorted(complete), "partial": partial})
+    return dg.SensorResult(asset_events=events, cursor=after) if events else dg.SkipReason("no further shard is final")

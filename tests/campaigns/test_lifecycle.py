@@ -193,7 +193,6 @@ def test_a_shard_is_open_by_its_own_rows(engine: sa.Engine, monkeypatch: pytest.
     with reading(engine) as connection:
         assert {shard: open_rows.any_open(connection, campaign.id, shard) for shard in (0, 1)} == {open_shard: True, 1 - open_shard: False}
         assert open_rows.any_open(connection, campaign.id)
-        assert progress.final_shards(connection, load(engine)) == [1 - open_shard]
 
 
 def test_the_probe_for_open_rows_reads_the_ledgers_index_only(engine: sa.Engine) -> None:
@@ -245,7 +244,6 @@ def test_totals_add_up_to_the_audience(engine: sa.Engine) -> None:
         totals = progress.totals(connection, load(engine)).check()
         assert progress.by_state(connection, campaign.id) == counts
         assert sum(progress.by_provider(connection, campaign.id).values()) == totals.audience
-        assert progress.final_shards(connection, load(engine)) == []
     assert totals.audience == sum(counts.values())
     assert totals.pending == counts[State.PENDING] + counts[State.CLAIMED] + counts[State.QUEUED]
     assert totals.open == sum(counts[state] for state in OPEN_STATES)

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from mail_pipelines.campaigns import resending
+from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, LedgerGeneration, State, Suppression
-from mail_pipelines.delivery.recording import LedgerConflict, Result, mask_addresses, record
+from mail_pipelines.delivery.events import mask_addresses
+from mail_pipelines.delivery.recording import LedgerConflict, Result, record
+from mail_pipelines.delivery.transitions import MOVES, may_move
 from mail_pipelines.dispatch import claims, servers
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, WrongServer
 from mail_pipelines.dispatch.journal import Position
-from mail_pipelines.dispatch.transitions import MOVES, may_move
 from tests.dispatch.world import World, make_world
 
 
@@ -237,6 +240,33 @@ def test_results_of_a_cancelled_campaign_send_nothing_back_to_the_queue(world: W
     ids = [row.contact_id for row in opened.rows]
     finish(world, opened, Result(ids[0], 0, State.DELIVERED, 250), Result(ids[1], 0, State.PENDING), Result(ids[2], 0, State.DEFERRED, 451, due=1))
     assert world.states() == {State.PENDING: 37, State.DELIVERED: 1, State.CANCELLED: 2}
+    world.check_counters()
+
+
+def send_again(world: World, opened: OpenClaim) -> None:
+    """The rows of a claim fall silent and are put in the queue a second time."""
+    finish(world, opened, *(Result(row.contact_id, row.attempt, State.UNKNOWN) for row in opened.rows))
+    resending.send_again(world.engine, world.campaign_id, dt.datetime.now(dt.UTC), (CampaignState.SENDING,))
+
+
+@pytest.mark.parametrize("end", [State.PENDING, State.DEFERRED])
+def test_a_second_copy_that_a_cancel_stopped_is_not_called_cancelled(world: World, server: servers.ServerInfo, end: State) -> None:
+    """The first copy may have arrived, so nobody may later say that nothing was sent."""
+    send_again(world, claim(world, server, limit=2))
+    again = claim(world, server, limit=5)
+    world.set_campaign(state="cancelled")
+    reply = {} if end is State.PENDING else {"code": 451, "due": 1}
+    finish(world, again, *(Result(row.contact_id, row.attempt, end, **reply) for row in again.rows))
+    assert world.states() == {State.PENDING: 35, State.UNRESOLVED: 2, State.CANCELLED: 3}
+    world.check_counters()
+
+
+def test_a_second_copy_that_must_not_go_out_is_not_called_suppressed(world: World, server: servers.ServerInfo) -> None:
+    first = claim(world, server, limit=1)
+    send_again(world, first)
+    transact(world.engine, lambda connection: consent.suppress_domain(connection, "google.test", reason="manual", now=dt.datetime.now(dt.UTC)))
+    assert claim(world, server).rows == ()
+    assert world.states() == {State.PENDING: 30, State.UNRESOLVED: 1, State.SUPPRESSED: 9}
     world.check_counters()
 
 

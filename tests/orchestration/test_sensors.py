@@ -129,7 +129,13 @@ def test_finished_shards_materialises_what_the_ledger_calls_final_once(world: Wo
     later = shards.finished_shards(context(instance, repository, result.cursor), DATABASE)
     assert isinstance(later, dg.SensorResult)
     assert [str(event.partition) for event in later.asset_events] == ["spring|01"]
-    assert json.loads(later.cursor or "")["spring"][:3] == [0, 1, 4]
+    assert json.loads(later.cursor or "")["partial"]["spring"][:3] == [0, 1, 4]
+    end_rows(world, 2)
+    end_rows(world, 3)
+    last = shards.finished_shards(context(instance, repository, later.cursor), DATABASE)
+    # Dagster on MySQL keeps a cursor of 64 KB at most.
+    assert json.loads(last.cursor or "") == {"complete": [1], "partial": {}}
+    assert isinstance(shards.finished_shards(context(instance, repository, last.cursor), DATABASE), dg.SkipReason)
 
 
 def test_results_are_asked_for_once_when_the_ledger_says_finished(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
@@ -380,9 +386,9 @@ def test_a_freeze_that_was_killed_is_asked_for_again(
 # --- holds --------------------------------------------------------------------------------------------------------
 
 
-def fail_freeze(instance: dg.DagsterInstance) -> dg.RunFailureSensorContext:
-    """A failed freeze of `spring`, and the context in which the failure sensor hears of it."""
-    run = start_run(instance, "build_audience", **{"dagster/partition": "spring"})
+def fail(instance: dg.DagsterInstance, job_name: str = "build_audience", **tags: str) -> dg.RunFailureSensorContext:
+    """A failed run of `spring`, and the context in which the failure sensor hears of it."""
+    run = start_run(instance, job_name, **{"dagster/partition": "spring"} | tags)
     event = instance.report_run_failed(run)
     failed = instance.get_run_by_id(run.run_id)
     assert failed is not None
@@ -405,7 +411,7 @@ def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_re
     for _ in range(2):
         for failure in range(3):
             assert asked() == 1
-            heard = fail_freeze(instance)
+            heard = fail(instance)
             failures.failed_runs(heard, DATABASE)
             assert (held_reason(world) is not None) == (failure == 2)
         assert heard.dagster_run.run_id in (held_reason(world) or "")
@@ -424,6 +430,18 @@ def test_failures_of_other_runs_hold_nothing(world: World, instance: dg.DagsterI
             heard = dg.build_run_status_sensor_context("failed_runs", dagster_event=event, dagster_instance=instance, dagster_run=run)
             failures.failed_runs(heard.for_run_failure(), DATABASE)
     assert held_reason(world) is None
+
+
+def test_failed_results_of_the_end_are_asked_for_again_but_not_for_ever(world: World, instance: dg.DagsterInstance) -> None:
+    assert failures.failed_runs(fail(instance, "report_campaign", **{"dagster/run_key": "spring:2026-03-02T10"}), DATABASE) is None
+    start_run(instance, "report_campaign", **{"dagster/partition": "spring"})
+    run_key: str | None = "spring:finished"
+    asked = []
+    while run_key is not None:
+        request = failures.failed_runs(fail(instance, "report_campaign", **{"dagster/run_key": run_key}), DATABASE)
+        run_key = request.run_key if request else None
+        asked.append(run_key)
+    assert asked == ["spring:finished:1", "spring:finished:2", None]
 
 
 # --- the end ------------------------------------------------------------------------------------------------------

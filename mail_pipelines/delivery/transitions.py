@@ -1,4 +1,4 @@
-"""The moves of a ledger row, as a table. SQL statements guard the same moves (`… WHERE state = …`); a test walks both."""
+"""The moves of a ledger row, as a table. Whoever moves rows asks it first, and guards the same move in SQL (`… WHERE state = …`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ MOVES: dict[State, frozenset[State]] = {
             State.QUEUED,
             # released: nothing was offered
             State.PENDING,
-            # released or deferred after a cancel
+            # released or deferred after a cancel; unresolved if it was sent again
             State.CANCELLED,
+            State.UNRESOLVED,
             # no message can be made of its values
             State.SUPPRESSED,
         }
