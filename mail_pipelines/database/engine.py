@@ -23,10 +23,12 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.config import DatabaseSettings, mask_url
+from mail_pipelines.database.types import utc_now
 from mail_pipelines.errors import MailPipelinesError
 
 T = TypeVar("T")
 BUSY_TIMEOUT_SECONDS = 30
+_NOW = sa.select(utc_now())
 RETRIED_MYSQL_ERRORS = {1205, 1213, 1020}
 RETRIES = 8
 
@@ -167,7 +169,4 @@ def _words(error: sa.exc.DBAPIError) -> str:
 
 def database_now(connection: Connection) -> dt.datetime:
     """The database's clock, the only one that leases are judged by (on SQLite that is this host's)."""
-    if is_mysql(connection):
-        value: dt.datetime = connection.exec_driver_sql("SELECT UTC_TIMESTAMP(6)").scalar_one()
-        return value.replace(tzinfo=dt.UTC)
-    return dt.datetime.now(dt.UTC)
+    return connection.execute(_NOW).scalar_one()

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from mail_pipelines.database.types import BigId, Blob, Hash16, LongText, TinyInt, UtcDateTime, ascii_string
+from mail_pipelines.database.types import BigId, Blob, EnhancedCode, Hash16, LongText, OrZero, TinyInt, UtcDateTime, ascii_string
 
 KEY_LENGTH = 64
 MYSQL = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mariadb_engine": "InnoDB", "mariadb_charset": "utf8mb4"}
@@ -376,12 +376,12 @@ class Delivery(Base):
     sort_key: Mapped[int] = mapped_column(sa.Integer)
     attempt: Mapped[int] = mapped_column(TinyInt)
     not_before: Mapped[int | None] = mapped_column(sa.Integer)
-    claim_id: Mapped[int | None] = mapped_column(sa.BigInteger)
-    server_id: Mapped[int | None] = mapped_column(sa.Integer)
-    version_id: Mapped[int | None] = mapped_column(sa.Integer)
+    claim_id: Mapped[int | None] = mapped_column(OrZero(sa.BigInteger), server_default="0", nullable=False)
+    server_id: Mapped[int | None] = mapped_column(OrZero(), server_default="0", nullable=False)
+    version_id: Mapped[int | None] = mapped_column(OrZero(), server_default="0", nullable=False)
     variant: Mapped[int] = mapped_column(TinyInt, default=0)
-    code: Mapped[int | None] = mapped_column(sa.SmallInteger)
-    enhanced: Mapped[str | None] = mapped_column(ascii_string(11))
+    code: Mapped[int | None] = mapped_column(OrZero(sa.SmallInteger), server_default="0", nullable=False)
+    enhanced: Mapped[str | None] = mapped_column(EnhancedCode, server_default="0", nullable=False)
     reason: Mapped[str | None] = mapped_column(ascii_string(24))
     __table_args__ = (
         sa.Index(None, "campaign_id", "shard", "provider", "state", "sort_key"),

@@ -15,8 +15,8 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.sets import insert_if_absent
-from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, Claim, Delivery, DeliveryEvent, ProviderUsage, State
+from mail_pipelines.database.types import utc_now
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.events import event_id, mask_addresses, resent_among
 from mail_pipelines.delivery.transitions import may_move
@@ -28,7 +28,7 @@ SLOT_SECONDS = 900
 
 # The statements are built once: building one costs more than running it.
 _CLOSE = sa.update(Claim).where(Claim.id == sa.bindparam("claim"), Claim.state == sa.bindparam("before")).values(state="closed", closed_at=sa.bindparam("now"))
-_CAMPAIGN_STATE = sa.select(Campaign.state).where(Campaign.id == sa.bindparam("campaign")).with_for_update(read=True)
+_CAMPAIGN_STATE = sa.select(Campaign.state, utc_now().label("now")).where(Campaign.id == sa.bindparam("campaign")).with_for_update(read=True)
 _OUR_ROWS = sa.update(Delivery).where(
     Delivery.campaign_id == sa.bindparam("campaign"),
     Delivery.contact_id.in_(sa.bindparam("contacts", expanding=True)),
@@ -84,11 +84,10 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
 
     Raises `LedgerConflict`, and so changes nothing, unless the claim and every row are still as claimed.
     """
-    now = database_now(connection)
+    campaign_state, now = connection.execute(_CAMPAIGN_STATE, {"campaign": claim.campaign_id}).one()
     closed = connection.execute(_CLOSE, {"claim": claim.id, "before": claim_state, "now": now})
     if closed.rowcount != 1:
         raise LedgerConflict(f"claim {claim.id} is no longer {claim_state}: another process has settled it")
-    campaign_state = connection.execute(_CAMPAIGN_STATE, {"campaign": claim.campaign_id}).scalar_one()
     released = sum(1 for result in results if result.state is State.PENDING)
     if campaign_state == "cancelled":
         results = _after_cancel(connection, claim, results)

@@ -25,6 +25,7 @@ from mail_pipelines.contacts import consent, lists
 from mail_pipelines.database import bulk
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, Contact, Delivery, EngagementEvent, Link, State
+from mail_pipelines.database.types import enhanced_number
 from mail_pipelines.delivery import counters
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def _ledger_table(campaign_id: int, rows: Sequence[tuple[int, int, bytes, int, s
             "attempt": pa.array([int(refusal) for refusal in bad], pa.int32()),
             "variant": pa.repeat(pa.scalar(0, pa.int32()), len(rows)),
             "code": pa.array([REFUSAL[0] if refusal else 250 for refusal in bad], pa.int32()),
-            "enhanced": pa.array([REFUSAL[1] if refusal else "2.0.0" for refusal in bad], pa.string()),
+            "enhanced": pa.array([enhanced_number(REFUSAL[1] if refusal else "2.0.0") for refusal in bad], pa.int32()),
             "reason": pa.array([REFUSAL[2] if refusal else None for refusal in bad], pa.string()),
         }
     )

@@ -11,15 +11,16 @@ import datetime as dt
 import functools
 import secrets
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.contacts import consent
-from mail_pipelines.database.engine import database_now, transact
+from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import (
     Allotment,
     Campaign,
@@ -33,6 +34,7 @@ from mail_pipelines.database.models import (
     State,
     Subscription,
 )
+from mail_pipelines.database.types import utc_now
 from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.events import resent_among
@@ -60,9 +62,17 @@ _SENDER = (
         Server.incarnation,
         LedgerGeneration.generation,
         sa.or_(sa.bindparam("newest_claim", type_=sa.BigInteger).is_(None), sa.exists().where(Claim.id == sa.bindparam("newest_claim"))).label("remembered"),
+        utc_now().label("now"),
+        ProviderLimit.provider.label("limits_of"),
+        ProviderLimit.per_hour,
+        ProviderLimit.per_day,
     )
     .join_from(Server, LedgerGeneration, LedgerGeneration.id == 1)
+    .outerjoin(ProviderLimit, sa.and_(ProviderLimit.server_id.in_((0, Server.id)), ProviderLimit.provider.in_((sa.bindparam("provider"), "*"))))
     .where(Server.id == sa.bindparam("server_id"))
+    # The limits that fit best: the server's own before those of all, the provider's before those of any.
+    .order_by(ProviderLimit.server_id.desc(), ProviderLimit.provider.desc())
+    .limit(1)
 )
 _OUR_GRANT = (
     Allotment.campaign_id == sa.bindparam("campaign"),
@@ -72,12 +82,6 @@ _OUR_GRANT = (
 )
 _GRANT = sa.select(Allotment.granted, Allotment.used).where(*_OUR_GRANT).with_for_update()
 _SPEND = sa.update(Allotment).where(*_OUR_GRANT).values(used=Allotment.used + sa.bindparam("spent"))
-_LIMIT = (
-    sa.select(ProviderLimit.per_hour, ProviderLimit.per_day)
-    .where(ProviderLimit.server_id.in_((0, sa.bindparam("server_id"))), ProviderLimit.provider.in_((sa.bindparam("provider"), "*")))
-    .order_by(ProviderLimit.server_id.desc(), ProviderLimit.provider.desc())
-    .limit(1)
-)
 _USED = (
     sa.select(ProviderUsage.window_seconds, ProviderUsage.window_start, ProviderUsage.used)
     .where(
@@ -92,7 +96,7 @@ _USED = (
 
 def _due(state: State, condition: sa.ColumnElement[bool]) -> Any:
     return (
-        sa.select(Delivery.contact_id, Delivery.attempt, Delivery.address_hash, Delivery.state)
+        sa.select(Delivery.contact_id)
         .where(
             Delivery.campaign_id == sa.bindparam("campaign_id"),
             Delivery.shard == sa.bindparam("shard"),
@@ -107,33 +111,39 @@ def _due(state: State, condition: sa.ColumnElement[bool]) -> Any:
 
 
 # Deferred rows that are due first, then pending ones; rows that others hold are skipped.
-_ROWS = (
-    _due(State.DEFERRED, Delivery.sort_key <= sa.bindparam("second")),
-    _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= sa.bindparam("second"))),
-)
+_ROWS = {
+    State.DEFERRED: _due(State.DEFERRED, Delivery.sort_key <= sa.bindparam("second")),
+    State.PENDING: _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= sa.bindparam("second"))),
+}
 _TAKE = (
     sa.update(Delivery)
     .where(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id.in_(sa.bindparam("contacts", expanding=True)))
     .values(state=int(State.CLAIMED), claim_id=sa.bindparam("claim"), server_id=sa.bindparam("server"), version_id=sa.bindparam("version"))
 )
 _OPEN = sa.insert(Claim)
+_MOVED = "moved"
 
 
 @functools.lru_cache(maxsize=256)
 def _recipients(brand_id: int, list_id: int | None, of_list: bool) -> Any:
-    """Contacts by id, with whether a campaign of this brand (and list) may mail them."""
+    """Contacts as they are now with their row of the ledger, and why a campaign of this brand (and list) may not mail them as they are.
+
+    The database compares, so that as little as possible has to travel and to be parsed for each recipient. The outer join makes it begin
+    with the contacts: MariaDB would begin with the ledger and read the whole campaign (29 ms instead of 1).
+    """
     left_list: sa.ColumnElement[bool] = sa.false()
     if of_list:
         left_list = sa.exists().where(Subscription.contact_id == Contact.id, Subscription.list_id == list_id, Subscription.subscribed.is_(False))
-    return sa.select(
-        Contact.id,
-        Contact.email,
-        Contact.address_hash,
-        Contact.provider,
-        Contact.attributes,
-        consent.suppressed_clause(Contact.address_hash, Contact.domain, consent.campaign_scopes(brand_id, list_id)).label("suppressed"),
-        left_list.label("left_list"),
-    ).where(Contact.id.in_(sa.bindparam("contacts", expanding=True)))
+    hindrance = sa.case(
+        (consent.suppressed_clause(Contact.address_hash, Contact.domain, consent.campaign_scopes(brand_id, list_id)), "suppressed"),
+        (left_list, "unsubscribed"),
+        (Contact.address_hash != Delivery.address_hash, _MOVED),
+    )
+    return (
+        sa.select(Contact.id, Delivery.attempt, Contact.email, Contact.attributes, hindrance.label("hindrance"))
+        .outerjoin_from(Contact, Delivery, sa.and_(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id == Contact.id))
+        .where(Contact.id.in_(sa.bindparam("contacts", expanding=True)))
+    )
 
 
 class WrongServer(DispatchError):
@@ -219,8 +229,8 @@ def open_claim(
 
     def work(connection: Connection) -> OpenClaim | NothingClaimed:
         asked = time.monotonic()
-        now = database_now(connection)
-        _check_sender(connection, sender, memory)
+        state = _check_sender(connection, sender, memory, provider)
+        now = state.now
         campaign = connection.execute(_CAMPAIGN, {"campaign_id": campaign_id}).one_or_none()
         if campaign is None:
             return NothingClaimed("the campaign does not exist", ends_session=True)
@@ -230,14 +240,13 @@ def open_claim(
             return NothingClaimed(f"the campaign is held: {campaign.held_reason}", ends_session=True)
         if campaign.expire_at is not None and campaign.expire_at <= now:
             return NothingClaimed("the campaign has expired", ends_session=True)
-        room = _room(connection, sender.server_id, campaign_id, provider, now)
+        room = _room(connection, state, sender.server_id, campaign_id, provider)
         if isinstance(room, NothingClaimed):
             return room
-        found = _lock_rows(connection, campaign_id, shard, provider, min(limit, room), now)
-        if not found:
+        taken = _lock_rows(connection, campaign_id, shard, provider, min(limit, room), now)
+        if not taken.states:
             return NothingClaimed("nothing is due")
-        moves: Counter[counters.Place] = Counter()
-        sendable = _check_recipients(connection, campaign, campaign_id, shard, provider, found, now, moves)
+        sendable = _check_recipients(connection, campaign, taken)
         if sendable:
             take = {"campaign": campaign_id, "contacts": [row.contact_id for row in sendable], "claim": claim_id}
             connection.execute(_TAKE, take | {"server": sender.server_id, "version": campaign.version_id})
@@ -267,15 +276,17 @@ def open_claim(
                 "closed_at": None if sendable else now,
             },
         )
-        counters.add(connection, campaign_id, sender.server_id, moves, now)
+        counters.add(connection, campaign_id, sender.server_id, taken.moves, now)
         ref = ClaimRef(claim_id, campaign_id, shard, provider, sender.server_id, now)
         return OpenClaim(ref, tuple(sendable), campaign.version_id, lease_until, position, asked)
 
     return transact(engine, work)
 
 
-def _check_sender(connection: Connection, sender: Sender, memory: Memory) -> None:
-    found = connection.execute(_SENDER, {"server_id": sender.server_id, "newest_claim": memory.newest_claim}).one_or_none()
+def _check_sender(connection: Connection, sender: Sender, memory: Memory, provider: str) -> Any:
+    """The server's row with its limits for the provider and the database's time; raises `WrongServer` if this process must not speak for it."""
+    place = {"server_id": sender.server_id, "newest_claim": memory.newest_claim, "provider": provider}
+    found = connection.execute(_SENDER, place).one_or_none()
     if found is None:
         raise WrongServer(f"server {sender.server_key} is not registered: run `mail-pipelines server list`")
     if found.incarnation != sender.incarnation:
@@ -287,10 +298,12 @@ def _check_sender(connection: Connection, sender: Sender, memory: Memory) -> Non
             f"the database went back in time: server {sender.server_key} remembers a later state of it, so rows it has mailed may look unsent. "
             "Nothing is sent until an operator has restored the ledger from the servers' journals"
         )
+    return found
 
 
-def _room(connection: Connection, server_id: int, campaign_id: int, provider: str, now: dt.datetime) -> int | NothingClaimed:
+def _room(connection: Connection, limits: Any, server_id: int, campaign_id: int, provider: str) -> int | NothingClaimed:
     """How many messages grant and limits still allow, with the rows locked in key order."""
+    now: dt.datetime = limits.now
     slot = slot_at(now)
     grant = connection.execute(_GRANT, {"campaign": campaign_id, "server": server_id, "to": provider, "slot": slot}).one_or_none()
     next_slot = slot + SLOT_SECONDS
@@ -299,10 +312,9 @@ def _room(connection: Connection, server_id: int, campaign_id: int, provider: st
         return NothingClaimed(f"no grant before {when}", retry_at=next_slot)
     room: int = grant.granted - grant.used
     place = {"server_id": server_id, "provider": provider}
-    limit = connection.execute(_LIMIT, place).one_or_none()
-    if limit is None:
+    if limits.limits_of is None:
         return NothingClaimed(f"no limits are set for {provider}: run `mail-pipelines server limits`")
-    caps = {3600: limit.per_hour, 86400: limit.per_day}
+    caps = {3600: limits.per_hour, 86400: limits.per_day}
     windows = [(length, start) for length, start in windows_at(now) if caps.get(length) is not None]
     if windows:
         # The rows must exist to be locked: two campaigns that meet in a new window would both see an empty one.
@@ -318,98 +330,84 @@ def _room(connection: Connection, server_id: int, campaign_id: int, provider: st
     return room
 
 
-def _lock_rows(connection: Connection, campaign_id: int, shard: int, provider: str, limit: int, now: dt.datetime) -> list[Any]:
+@dataclass
+class _Taken:
+    """Rows that this transaction has locked: where each comes from, and the moves to count."""
+
+    campaign_id: int
+    shard: int
+    provider: str
+    now: dt.datetime
+    # In the order in which they are to be sent.
+    states: dict[int, State] = field(default_factory=dict)
+    moves: Counter[counters.Place] = field(default_factory=Counter)
+
+    def count(self, contact_ids: Collection[int], target: State | None, reason: str = "", provider: str | None = None) -> None:
+        """Note that rows go to `target` (None: they keep their state), of `provider` if that changes."""
+        for contact_id in contact_ids:
+            source = self.states[contact_id]
+            self.moves[self.shard, self.provider, source, ""] -= 1
+            self.moves[self.shard, provider or self.provider, target or source, reason] += 1
+
+
+def _lock_rows(connection: Connection, campaign_id: int, shard: int, provider: str, limit: int, now: dt.datetime) -> _Taken:
     """The next rows, most engaged first among the pending."""
+    taken = _Taken(campaign_id, shard, provider, now)
     queue = {"campaign_id": campaign_id, "shard": shard, "provider": provider, "second": int(now.timestamp())}
-    rows: list[Any] = []
-    for statement in _ROWS:
-        if len(rows) < limit:
-            rows += connection.execute(statement, queue | {"most": limit - len(rows)}).all()
-    return rows
+    for state, statement in _ROWS.items():
+        if len(taken.states) < limit:
+            found = connection.execute(statement, queue | {"most": limit - len(taken.states)}).scalars()
+            taken.states.update(dict.fromkeys(found, state))
+    return taken
 
 
-def _check_recipients(
-    connection: Connection,
-    campaign: Any,
-    campaign_id: int,
-    shard: int,
-    provider: str,
-    found: list[Any],
-    now: dt.datetime,
-    moves: Counter[counters.Place],
-) -> list[Row]:
+def _check_recipients(connection: Connection, campaign: Any, taken: _Taken) -> list[Row]:
     """The rows that may be mailed; the others are moved where they belong: suppressed, or back to their queue under a new address."""
     statement = _recipients(campaign.brand_id, campaign.unsubscribe_list_id, campaign.unsubscribe == "list")
-    contacts = {contact.id: contact for contact in connection.execute(statement, {"contacts": [row.contact_id for row in found]})}
+    rows = connection.execute(statement, {"campaign": taken.campaign_id, "contacts": list(taken.states)})
+    found = {contact_id: (attempt, email, attributes, hindrance) for contact_id, attempt, email, attributes, hindrance in rows}
     sendable: list[Row] = []
-    refused: dict[str, list[Any]] = {}
-    moved: list[Any] = []
-    for row in found:
-        source = State(row.state)
-        contact = contacts.get(row.contact_id)
-        reason = "erased" if contact is None else "suppressed" if contact.suppressed else "unsubscribed" if contact.left_list else None
-        if reason is not None:
-            refused.setdefault(reason, []).append(row)
-            continue
-        assert contact is not None
-        if contact.address_hash != row.address_hash:
-            moved.append(row)
-            continue
-        sendable.append(Row(contact.id, row.attempt, contact.email, contact.attributes))
-        moves[shard, provider, source, ""] -= 1
-        moves[shard, provider, State.CLAIMED, ""] += 1
-    for reason, rows in refused.items():
-        _refuse(connection, campaign_id, shard, provider, rows, reason, now, moves)
-    if moved:
-        _readdress(connection, campaign_id, shard, provider, moved, contacts, now, moves)
+    hindered: defaultdict[str, list[int]] = defaultdict(list)
+    for contact_id in taken.states:
+        attempt, email, attributes, hindrance = found.get(contact_id, (0, "", None, "erased"))
+        if hindrance is None:
+            sendable.append(Row(contact_id, attempt, email, attributes))
+        else:
+            hindered[hindrance].append(contact_id)
+    taken.count([row.contact_id for row in sendable], State.CLAIMED)
+    if moved := hindered.pop(_MOVED, None):
+        _readdress(connection, taken, moved)
+    for reason, contact_ids in hindered.items():
+        _refuse(connection, taken, contact_ids, reason)
     return sendable
 
 
-def _readdress(
-    connection: Connection,
-    campaign_id: int,
-    shard: int,
-    provider: str,
-    moved: list[Any],
-    contacts: dict[int, Any],
-    now: dt.datetime,
-    moves: Counter[counters.Place],
-) -> None:
+def _readdress(connection: Connection, taken: _Taken, contact_ids: list[int]) -> None:
     """Rows whose contact has another address since the freeze: back into the queue of the new provider, unless that address has its own row."""
-    new_hashes = [contacts[row.contact_id].address_hash for row in moved]
-    taken = set(
-        connection.execute(sa.select(Delivery.address_hash).where(Delivery.campaign_id == campaign_id, Delivery.address_hash.in_(new_hashes))).scalars()
-    )
+    contacts = connection.execute(sa.select(Contact.id, Contact.address_hash, Contact.provider).where(Contact.id.in_(contact_ids)).order_by(Contact.id)).all()
+    hashes = [contact.address_hash for contact in contacts]
+    present = sa.select(Delivery.address_hash).where(Delivery.campaign_id == taken.campaign_id, Delivery.address_hash.in_(hashes))
+    used = set(connection.execute(present).scalars())
     duplicates = []
-    for row in moved:
-        contact = contacts[row.contact_id]
-        source = State(row.state)
-        if contact.address_hash in taken:
-            duplicates.append(row)
+    # A contact erased at this moment is not among them: its row stays in the queue, and the next claim ends it.
+    for contact in contacts:
+        if contact.address_hash in used:
+            duplicates.append(contact.id)
             continue
-        taken.add(contact.address_hash)
-        moves[shard, provider, source, ""] -= 1
-        moves[shard, contact.provider, source, ""] += 1
-        _update_rows(connection, campaign_id, [row.contact_id], address_hash=contact.address_hash, provider=contact.provider)
+        used.add(contact.address_hash)
+        taken.count([contact.id], None, provider=contact.provider)
+        _update_rows(connection, taken.campaign_id, [contact.id], address_hash=contact.address_hash, provider=contact.provider)
     if duplicates:
-        _refuse(connection, campaign_id, shard, provider, duplicates, "duplicate_address", now, moves)
+        _refuse(connection, taken, duplicates, "duplicate_address")
 
 
-def _refuse(
-    connection: Connection, campaign_id: int, shard: int, provider: str, rows: list[Any], reason: str, now: dt.datetime, moves: Counter[counters.Place]
-) -> None:
+def _refuse(connection: Connection, taken: _Taken, contact_ids: list[int], reason: str) -> None:
     """End rows that must not be mailed: suppressed, or unresolved where an earlier copy may have arrived."""
-    twice = resent_among(connection, campaign_id, [row.contact_id for row in rows])
-    for end, ended in (
-        (State.UNRESOLVED, [row for row in rows if row.contact_id in twice]),
-        (State.SUPPRESSED, [row for row in rows if row.contact_id not in twice]),
-    ):
-        if not ended:
-            continue
-        _update_rows(connection, campaign_id, [row.contact_id for row in ended], state=int(end), reason=reason, sort_key=int(now.timestamp()))
-        for row in ended:
-            moves[shard, provider, State(row.state), ""] -= 1
-        moves[shard, provider, end, reason] += len(ended)
+    twice = resent_among(connection, taken.campaign_id, contact_ids)
+    for end, ended in ((State.UNRESOLVED, twice), (State.SUPPRESSED, set(contact_ids) - twice)):
+        if ended:
+            taken.count(ended, end, reason)
+            _update_rows(connection, taken.campaign_id, sorted(ended), state=int(end), reason=reason, sort_key=int(taken.now.timestamp()))
 
 
 def _update_rows(connection: Connection, campaign_id: int, contact_ids: list[int], **values: Any) -> None:
