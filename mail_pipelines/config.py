@@ -9,7 +9,6 @@ A key `[section] name` of `config.toml` is also `MAIL_PIPELINES_<SECTION>__<NAME
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any, TypeAlias
 
 import pydantic
 
-from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.errors import MailPipelinesError, nearest
 
 PREFIX = "MAIL_PIPELINES_"
 # A claim is offered for four seconds, then waits for its last reply, then is recorded.
@@ -150,11 +149,6 @@ def home_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return (project_folder() or Path.cwd()) / ".mail_pipelines"
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-
-
 def _read_secret(path: str, home: Path, named_by: str) -> str:
     try:
         return Path(path.replace("{home}", str(home))).read_text(encoding="utf-8").strip()
@@ -174,12 +168,12 @@ def _from_file(path: Path) -> Given:
     found: Given = {}
     for section, values in document.items():
         if section not in SECTIONS or not isinstance(values, dict):
-            raise ConfigError(f"{path}: unknown section [{section}]; {_nearest(section, list(SECTIONS))}")
+            raise ConfigError(f"{path}: unknown section [{section}]; {nearest(section, list(SECTIONS))}")
         known = {name: (name, False) for name in SECTIONS[section].model_fields}
         known |= {f"{name}_file": (name, True) for name in SECTIONS[section].model_fields if is_secret(section, name)}
         for given, value in values.items():
             if given not in known:
-                raise ConfigError(f"{path}: unknown key {section}.{given}; {_nearest(given, list(known))}")
+                raise ConfigError(f"{path}: unknown key {section}.{given}; {nearest(given, list(known))}")
             name, by_file = known[given]
             if (section, name) in found:
                 raise ConfigError(f"{path}: {section}.{name} and {section}.{name}_file are both given; keep one")
@@ -203,7 +197,7 @@ def _from_environment(environ: Mapping[str, str], home: Path) -> Given:
         elif name in files:
             key, value = files[name], _read_secret(text, home, name)
         else:
-            raise ConfigError(f"unknown environment variable {name}; {_nearest(name, [*variables, *files])}")
+            raise ConfigError(f"unknown environment variable {name}; {nearest(name, [*variables, *files])}")
         if key in found:
             raise ConfigError(f"{variable(*key)} and {variable(*key)}_FILE are both set; keep one")
         found[key] = (value, name)

@@ -1,15 +1,13 @@
 """Keys: the short names by which campaigns, segments, lists, fields and servers are known in commands, files and Dagster partitions.
 
-What belongs here: what a key may look like, how one is made of a free name, how an error about an unknown one goes on.
+What belongs here: what a key may look like and how one is made of a free name.
 What does not: whether a key is taken.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
 
 from mail_pipelines.errors import MailPipelinesError
 
@@ -42,11 +40,3 @@ def slug(name: str, what: str = "key") -> str:
     if not key:
         raise InvalidKey(f"no {what} can be made of the name {name!r}: it needs at least one letter a-z or digit")
     return key
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: `; did you mean 'x'?`, or the known names if none is near, or nothing if there are none."""
-    names = sorted(known)
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names[:20])}" if names else ""

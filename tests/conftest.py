@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
 
@@ -13,6 +14,10 @@ from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, create_engine
 from mail_pipelines.database.models import Base
+
+# No deadline: a busy machine is no bug.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 BACKENDS = ["sqlite", pytest.param("mariadb", marks=pytest.mark.server)]
 

@@ -16,7 +16,8 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Definition, OnUnknown, Priority, Unsubscribe
 from mail_pipelines.campaigns.states import CampaignState, StateError
 from mail_pipelines.database import models
-from mail_pipelines.keys import check_key, nearest
+from mail_pipelines.errors import nearest
+from mail_pipelines.keys import check_key
 
 
 def create(connection: Connection, definition: Definition, now: dt.datetime) -> Campaign:
@@ -73,7 +74,7 @@ def _columns(connection: Connection, definition: Definition, now: dt.datetime) -
 def _id_of(connection: Connection, model: type[models.Brand] | type[models.Pool] | type[models.ContactList], key: str, what: str) -> int:
     found = connection.execute(sa.select(model.id).where(model.key == key)).scalar_one_or_none()
     if found is None:
-        raise CampaignError(f"there is no {what} {key!r}{nearest(key, connection.execute(sa.select(model.key)).scalars())}")
+        raise CampaignError(f"there is no {what} {key!r}; {nearest(key, connection.execute(sa.select(model.key)).scalars())}")
     return found
 
 
@@ -81,7 +82,7 @@ def load(connection: Connection, key: str, *, for_update: bool = False) -> Campa
     """The campaign with this key, its row locked if `for_update`. Raises `CampaignError` if there is none, naming the nearest key."""
     found = select(connection, models.Campaign.key == key, for_update=for_update)
     if not found:
-        raise CampaignError(f"there is no campaign {key!r}{nearest(key, connection.execute(sa.select(models.Campaign.key)).scalars())}")
+        raise CampaignError(f"there is no campaign {key!r}; {nearest(key, connection.execute(sa.select(models.Campaign.key)).scalars())}")
     return found[0]
 
 

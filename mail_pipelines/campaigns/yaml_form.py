@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from mail_pipelines.campaigns.campaign import CampaignError, Definition, OnUnknown, Priority, Unsubscribe
-from mail_pipelines.keys import InvalidKey, check_key, nearest, slug
+from mail_pipelines.errors import nearest
+from mail_pipelines.keys import InvalidKey, check_key, slug
 
 if TYPE_CHECKING:
     from mail_pipelines.messages.content import Content
@@ -87,7 +88,7 @@ def _mapping(tree: object, path: str, known: Iterable[str]) -> Mapping[str, Any]
     prefix = "" if path == "campaign" else f"{path}."
     for key in tree:
         if key not in known:
-            raise FormError(f"{prefix}{key}: unknown key{nearest(str(key), known)}")
+            raise FormError(f"{prefix}{key}: unknown key; {nearest(str(key), known)}")
     return tree
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
-import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
 from mail_pipelines.contacts.providers import provider_of
 from mail_pipelines.database.engine import transact
+from mail_pipelines.errors import nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -130,7 +130,7 @@ def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping
     names = [name for name in file.columns if name]
     for name in mapping:
         if name not in names:
-            raise ContactFileError(f"the file has no column {name!r}; {_nearest(name, names)}")
+            raise ContactFileError(f"the file has no column {name!r}; {nearest(name, names)}")
     email = _address_column(names, mapping)
     columns: dict[str, _Column] = {}
     for place, name in enumerate(file.columns):
@@ -148,7 +148,7 @@ def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping
         columns[key] = _Column(place, name, key)
     for key in types:
         if key not in columns:
-            raise fields.FieldError(f"no column of the file becomes the field {key!r}; {_nearest(key, list(columns))}")
+            raise fields.FieldError(f"no column of the file becomes the field {key!r}; {nearest(key, list(columns))}")
     return file.columns.index(email), list(columns.values())
 
 
@@ -160,11 +160,6 @@ def _address_column(names: Sequence[str], mapping: Mapping[str, str]) -> str:
     if not found:
         raise ContactFileError(f"no column with the addresses; say which one it is with --map COLUMN={ADDRESS_FIELD} (columns: {', '.join(names)})")
     return found[0]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
 
 
 def _declare(

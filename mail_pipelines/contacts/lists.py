@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -12,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts.sets import insert_if_absent
 from mail_pipelines.database.models import Brand, ContactList
-from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.errors import MailPipelinesError, nearest
 from mail_pipelines.keys import slug
 
 DEFAULT_BRAND = "default"
@@ -40,7 +38,7 @@ def ensure(connection: Connection, name: str, *, brand: str = DEFAULT_BRAND, now
         return found
     brand_id = connection.execute(sa.select(Brand.id).where(Brand.key == brand)).scalar_one_or_none()
     if brand_id is None:
-        raise ListError(f"there is no brand {brand!r}; {_known(brand, connection.execute(sa.select(Brand.key)).scalars().all())}")
+        raise ListError(f"there is no brand {brand!r}; {nearest(brand, connection.execute(sa.select(Brand.key)).scalars().all())}")
     connection.execute(insert_if_absent(ContactList), {"key": key, "name": name.strip()[:200], "brand_id": brand_id, "created_at": now})
     return get(connection, key)
 
@@ -50,15 +48,10 @@ def get(connection: Connection, name: str) -> MailingList:
     key = slug(name, "list key")
     found = _find(connection, key)
     if found is None:
-        raise ListError(f"there is no list {key!r}; {_known(key, connection.execute(sa.select(ContactList.key)).scalars().all())}")
+        raise ListError(f"there is no list {key!r}; {nearest(key, connection.execute(sa.select(ContactList.key)).scalars().all())}")
     return found
 
 
 def _find(connection: Connection, key: str) -> MailingList | None:
     row = connection.execute(sa.select(ContactList.id, ContactList.key, ContactList.name, ContactList.brand_id).where(ContactList.key == key)).one_or_none()
     return None if row is None else MailingList(*row)
-
-
-def _known(given: str, keys: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, keys, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(keys)) or 'none'}"

@@ -6,13 +6,12 @@ What does not: the template language (`language`) and what is made of a content 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from mail_pipelines.contacts.addresses import AddressError, mask, parse
-from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.errors import MailPipelinesError, nearest
 
 BodyFormat = Literal["html", "mjml"]
 _OPTIONAL = ("reply_to", "text")
@@ -82,10 +81,3 @@ class Content:
             if part not in document:
                 raise ContentError(part, "is missing")
         return Content(**document)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint of an error about an unknown name."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

@@ -20,8 +20,9 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import escape
 
+from mail_pipelines.errors import nearest
 from mail_pipelines.messages.compiled import Pieces, Script, Slot, Template
-from mail_pipelines.messages.content import ContentError, nearest
+from mail_pipelines.messages.content import ContentError
 from mail_pipelines.messages.values import FILTERS, body_text, text_of
 
 MAX_ITERATIONS = 10_000

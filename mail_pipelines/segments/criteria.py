@@ -24,13 +24,12 @@ What does not belong here: how a tree is evaluated (`compilation`, `evaluation`)
 from __future__ import annotations
 
 import datetime as dt
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.errors import MailPipelinesError, nearest
 from mail_pipelines.segments.catalogue import Catalogue, FieldType
 from mail_pipelines.segments.text import fold
 
@@ -152,12 +151,12 @@ class _Parser:
         if len(form) != 1:
             if form:
                 raise _error(path, f"{' and '.join(form)} cannot stand in one condition; put them below `all`")
-            raise _error(path, f"no condition known by {', '.join(map(_shown, tree)) or 'an empty mapping'}; {_nearest(next(iter(tree), ''), self.forms)}")
+            raise _error(path, f"no condition known by {', '.join(map(_shown, tree)) or 'an empty mapping'}; {nearest(next(iter(tree), ''), self.forms)}")
         build, extra = self.forms[form[0]]
         prefix = f"{path}." if path else ""
         for key in tree:
             if key != form[0] and key not in extra:
-                raise _error(f"{prefix}{key}", f"not known beside `{form[0]}`; {_nearest(key, extra) if extra else 'nothing may stand beside it'}")
+                raise _error(f"{prefix}{key}", f"not known beside `{form[0]}`; {nearest(key, extra) if extra else 'nothing may stand beside it'}")
         return build(tree, prefix, depth)
 
     def children(self, trees: object, path: str, depth: int) -> tuple[Criteria, ...]:
@@ -281,16 +280,7 @@ def _whole(value: object, path: str, most: int, unit: str) -> int:
 def _known(key: object, known: Mapping[str, T], path: str, what: str) -> T:
     if isinstance(key, str) and key in known:
         return known[key]
-    raise _error(path, f"unknown {what} {_shown(key)}; {_nearest(key, known)}")
-
-
-def _nearest(name: object, known: Iterable[str]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    shown = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
-    return f"known: {shown}" if names else "none is known yet"
+    raise _error(path, f"unknown {what} {_shown(key)}; {nearest(key, known)}")
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mail_pipelines.contacts.addresses import AddressError, address_hash, mask, parse
@@ -22,7 +22,6 @@ def addresses(draw: st.DrawFn) -> str:
     return f"{blanks}{local}@{domain}{blanks}"
 
 
-@settings(deadline=None)
 @given(addresses())
 def test_the_normal_form_of_a_normal_form_is_itself(email: str) -> None:
     first = parse(email)
@@ -33,13 +32,11 @@ def test_the_normal_form_of_a_normal_form_is_itself(email: str) -> None:
     assert first.email == email.strip()
 
 
-@settings(deadline=None)
 @given(addresses())
 def test_case_does_not_make_another_address(email: str) -> None:
     assert parse(email.replace("ß", "ss").upper()).hash == parse(email.replace("ß", "ss").lower()).hash
 
 
-@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_is_an_address_or_a_reasoned_refusal(text: str) -> None:
     try:

@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pytest
 import sqlalchemy as sa
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mail_pipelines.contacts import attributes, fields
@@ -34,7 +34,6 @@ def obvious(text: str, type_: FieldType) -> tuple[fields.Value | None, str | Non
         return None, str(error)
 
 
-@settings(deadline=None)
 @given(st.lists(TEXTS, max_size=8), st.sampled_from(FIELD_TYPES))
 def test_a_column_is_read_as_its_texts_are(texts: list[str | None], type_: FieldType) -> None:
     encoded, problems = attributes.encode(pa.array(texts, pa.string()), type_)
@@ -49,7 +48,6 @@ def test_a_column_is_read_as_its_texts_are(texts: list[str | None], type_: Field
     assert problems == {}
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.one_of(st.none(), st.text(max_size=6)), min_size=3, max_size=3), max_size=6))
 def test_joined_columns_are_one_object_a_row(rows: list[list[str | None]]) -> None:
     columns = {key: pa.array([None if row[number] is None else json.dumps(row[number]) for row in rows], pa.string()) for number, key in enumerate("abc")}

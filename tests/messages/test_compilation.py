@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from selectolax.lexbor import LexborHTMLParser
 
@@ -139,7 +139,6 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_character
 
 
 @given(st.lists(words, min_size=1, max_size=5), words)
-@settings(deadline=None)
 def test_text_and_values_come_through_the_html_tools_unharmed(paragraphs: list[str], city: str) -> None:
     body = "".join(f"<p title='{html.escape(text)}'>{html.escape(text)}|{{{{ city }}}}</p>" for text in paragraphs) + END
     made = compiled(body)
