@@ -6,7 +6,7 @@ from collections import Counter
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mail_pipelines.campaigns.shards import MAX_SHARDS, shard_of, shards_for, shards_of
@@ -28,7 +28,6 @@ def test_the_number_is_a_power_of_two_and_shards_are_worth_a_run(audience: int) 
     assert shards == MAX_SHARDS or audience / shards < 10_000
 
 
-@settings(deadline=None)  # the first call imports pyarrow
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=50), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
 def test_a_column_of_contacts_is_sharded_as_each_of_them(contact_ids: list[int], shards: int) -> None:
     assert shards_of(pa.array(contact_ids, pa.int64()), shards).to_pylist() == [shard_of(contact_id, shards) for contact_id in contact_ids]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.dispatch import permit, settlement
 from mail_pipelines.dispatch.catcher.server import open_connections
@@ -181,6 +181,30 @@ def test_a_withdrawn_permit_stops_a_sender_that_nobody_could_kill(engine: sa.Eng
     finish(world, catcher)
     check_promise(world, recipients)
     assert world.states() == {State.DELIVERED: recipients}
+
+
+def test_a_sender_that_wakes_after_its_lease_offers_nothing_more_of_it(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+    """Nobody has settled it yet: its own clock and the date in the permit's name stop it. It may go on with new claims."""
+    recipients = 300
+    world = make_world(engine, tmp_path / "home", recipients=recipients, lease_seconds=10, reply_timeout_seconds=2)
+    server = world.server(connections=6, per_second=60.0)
+    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2])))
+    run = SessionProcess(world, server.key, "sleeper")
+    wait_for(lambda: len(world.kept()) > 40, what="sending")
+    run.signal(signal.SIGSTOP)
+    with reading(engine) as connection:
+        lease = connection.execute(sa.select(sa.func.max(Claim.lease_until)).where(Claim.state == "open")).scalar_one()
+
+    def over() -> bool:
+        with reading(engine) as connection:
+            return database_now(connection) > lease
+
+    wait_for(over, seconds=20, what="the end of the lease")
+    run.signal(signal.SIGCONT)
+    run.wait()
+    finish(world, catcher)
+    states = check_promise(world, recipients)
+    assert sum(state is State.UNKNOWN for state in states.values()) <= 6
 
 
 def test_two_runs_on_one_shard_and_one_of_them_killed(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
