@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mail_pipelines.keys import MAX_LENGTH, InvalidKey, check_key, nearest, slug
+from mail_pipelines.errors import nearest
+from mail_pipelines.keys import MAX_LENGTH, InvalidKey, check_key, slug
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,6 @@ def test_a_name_without_letters_has_no_key() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_or_all() -> None:
-    assert nearest("bayers", ["buyers", "everybody"]) == "; did you mean 'buyers'?"
-    assert nearest("x", ["buyers", "everybody"]) == "; known: buyers, everybody"
-    assert nearest("x", []) == ""
+    assert nearest("bayers", ["buyers", "everybody"]) == "did you mean 'buyers'?"
+    assert nearest("x", ["buyers", "everybody"]) == "known: buyers, everybody"
+    assert nearest("x", []) == "none is known yet"

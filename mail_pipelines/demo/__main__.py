@@ -33,12 +33,12 @@ SEND_SECONDS = 300
 REPORT_SECONDS = 90
 # Greylisted recipients are tried again after seconds, not after the quarter of an hour that real destinations want.
 SETTINGS = {
-    "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "16",
-    "MAIL_PIPELINES_SENDING__LAST_RETRY_SECONDS": "16",
+    "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "6",
+    "MAIL_PIPELINES_SENDING__LAST_RETRY_SECONDS": "6",
     "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
     "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
 }
-LIMITS = {"connections": 24, "per_second": 150.0, "messages_per_connection": 500}
+LIMITS = {"connections": 24, "per_second": 80.0, "messages_per_connection": 500}
 
 console = Console(stderr=True)
 

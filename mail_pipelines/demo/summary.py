@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,16 @@ from sqlalchemy.engine import Engine
 from mail_pipelines.campaigns import progress, store
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import Contact, Delivery, State
+from mail_pipelines.database.models import Claim, Contact, Delivery, State
 from mail_pipelines.dispatch.catcher.store import Kept, kept
 from mail_pipelines.messages.tokens import read_delivery
-
-_NEAR_SECONDS = 2
 
 
 @dataclass(frozen=True)
 class Summary:
     """`duplicates` (messages beyond the first to a contact) and `lost` (delivered in the ledger, nowhere at the catchers) are
-    counted from what the catchers keep. `servers` has the messages of each; `overlap` is the share of the sending
-    time in which every server was sending; `send_seconds` lies between the first and the last message.
+    counted from what the catchers keep. `servers` has the messages of each; `overlap` is the share of the time in which any
+    server had recipients in hand that all had, by their claims; `send_seconds` lies between the first and the last message.
     """
 
     contacts: int
@@ -63,6 +61,8 @@ def summarise(engine: Engine, settings: Settings, key: str) -> Summary:
         delivered = set(
             connection.execute(sa.select(Delivery.contact_id).where(Delivery.campaign_id == campaign.id, Delivery.state == int(State.DELIVERED))).scalars()
         )
+        opened = sa.select(Claim.server_id, Claim.opened_at, Claim.closed_at).where(Claim.campaign_id == campaign.id, Claim.size > 0, Claim.state == "closed")
+        spans = [(row.server_id, row.opened_at.timestamp(), row.closed_at.timestamp()) for row in connection.execute(opened)]
     messages = [message for message in kept(Path(settings.server.mail_folder)) if _campaign(message, settings) == campaign.id]
     copies = Counter(read_delivery(message.token, settings.token_key()).contact_id for message in messages)
     counts = campaign.audience_counts or {}
@@ -77,7 +77,7 @@ def summarise(engine: Engine, settings: Settings, key: str) -> Summary:
         duplicates=sum(count - 1 for count in copies.values()),
         lost=len(delivered - copies.keys()),
         servers=dict(Counter(server_of(message) for message in messages)),
-        overlap=round(overlap(messages), 3),
+        overlap=round(overlap(spans), 3),
         send_seconds=round(max(message.at for message in messages) - min(message.at for message in messages), 1) if messages else 0.0,
     )
 
@@ -86,17 +86,19 @@ def server_of(message: Kept) -> str:
     return Path(message.file).parent.name
 
 
-def overlap(messages: list[Kept]) -> float:
-    """Of the seconds in which any server was sending, the share in which all were.
-
-    A server is sending in a second if it delivered in it or within two seconds of it: destinations take their time to answer.
-    """
-    sending: defaultdict[int, set[str]] = defaultdict(set)
-    for message in messages:
-        for second in range(int(message.at) - _NEAR_SECONDS, int(message.at) + _NEAR_SECONDS + 1):
-            sending[second].add(server_of(message))
-    servers = {server_of(message) for message in messages}
-    return sum(1 for active in sending.values() if active == servers) / len(sending) if len(servers) > 1 else 0.0
+def overlap(spans: Iterable[tuple[int, float, float]]) -> float:
+    """Of the time in which any of several servers was sending, the share in which all were; `spans` are (server, begin, end) in seconds."""
+    changes = sorted(change for server, begin, end in spans for change in ((begin, server, 1), (end, server, -1)))
+    working: Counter[int] = Counter()
+    servers = {server for _, server, _ in changes}
+    some = every = last = 0.0
+    for moment, server, change in changes:
+        active = sum(count > 0 for count in working.values())
+        some += (moment - last) * (active > 0)
+        every += (moment - last) * (active == len(servers) > 1)
+        working[server] += change
+        last = moment
+    return every / some if some else 0.0
 
 
 def _campaign(message: Kept, settings: Settings) -> int:
