@@ -42,6 +42,7 @@ def test_all_children_are_stopped_also_after_an_error(tmp_path: Path) -> None:
     assert [child.returncode for child in children] == [-signal.SIGTERM] * 2
 
 
+@pytest.mark.slow
 def test_what_a_child_leaves_behind_is_stopped_too(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with Processes() as processes:

@@ -11,7 +11,8 @@ from binascii import b2a_qp
 
 SOFT_BREAK = b"=\r\n"
 # Text that stands for itself in HTML and in quoted-printable, and leaves room for the soft break: most names, numbers, dates.
-_PLAIN = re.compile(r"[A-Za-z0-9 ,.:;()/+@_-]{0,72}(?<! )")
+# (A line of one dot is written =2E.)
+_PLAIN = re.compile(r"(?!\.\Z)[A-Za-z0-9 ,.:;()/+@_-]{0,72}(?<! )")
 
 
 def encode(text: str) -> bytes:

@@ -58,6 +58,7 @@ def checks_of(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvalu
     return {evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()}
 
 
+@pytest.mark.slow
 def test_metadata_are_the_numbers_tables_and_pictures_of_the_domain(engine: sa.Engine, instance: dg.DagsterInstance) -> None:
     campaign = make_results(engine, RECIPIENTS, some_outcomes(RECIPIENTS), excluded={"unsubscribe": 3})
     add_claims(engine, campaign.id, [(1, 0, 9), (2, 5, 14)])
@@ -84,6 +85,7 @@ def test_metadata_are_the_numbers_tables_and_pictures_of_the_domain(engine: sa.E
     ) | {"bounce_rate": found.rates.hard_bounced <= 0.02}
 
 
+@pytest.mark.slow
 def test_nothing_that_dagster_keeps_names_a_person(engine: sa.Engine, instance: dg.DagsterInstance) -> None:
     campaign = make_results(engine, RECIPIENTS, some_outcomes(RECIPIENTS))
     add_reactions(engine, campaign.id, RECIPIENTS)
@@ -121,6 +123,7 @@ def test_a_ledger_that_contradicts_its_counters_blocks_the_report(engine: sa.Eng
     assert result.asset_materializations_for_node("campaign_statistics") == []
 
 
+@pytest.mark.slow
 def test_a_campaign_in_any_state_can_be_reported(engine: sa.Engine, instance: dg.DagsterInstance) -> None:
     campaign = make_campaign(engine)
     for state in CampaignState:

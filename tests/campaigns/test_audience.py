@@ -401,6 +401,7 @@ def test_an_empty_audience_is_frozen_and_finishes(engine: sa.Engine, settings: S
     assert lifecycle.finish_if_done(engine, campaign.id, NOW)
 
 
+@pytest.mark.slow
 def test_a_freeze_killed_anywhere_and_run_again_on_newer_snapshots_is_one_freeze(engine: sa.Engine, settings: Settings, database_url: str) -> None:
     make_people(engine, settings, 60)
     campaign = scheduled(engine)

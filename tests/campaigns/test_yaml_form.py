@@ -99,6 +99,7 @@ def documents(draw: st.DrawFn) -> Document:
     return Document(definition, draw(st.none() | CONTENTS))
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(documents())
 def test_what_is_exported_is_imported_as_it_was(document: Document) -> None:

@@ -22,6 +22,7 @@ def addresses(draw: st.DrawFn) -> str:
     return f"{blanks}{local}@{domain}{blanks}"
 
 
+@pytest.mark.slow
 @given(addresses())
 def test_the_normal_form_of_a_normal_form_is_itself(email: str) -> None:
     first = parse(email)

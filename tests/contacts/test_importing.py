@@ -364,6 +364,7 @@ def people(folder: Path, count: int) -> Path:
     return write(folder, f"email,name,orders\n{rows}")
 
 
+@pytest.mark.slow
 def test_killed_import_run_again_leaves_nothing_out_and_nothing_twice(engine: sa.Engine, database_url: str, tmp_path: Path) -> None:
     path = people(tmp_path, 45_000)
     program = (

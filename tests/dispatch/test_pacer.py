@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from mail_pipelines.dispatch.pacer import Pacer
 
 TAKER = """
@@ -23,6 +25,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_three_processes_share_one_rate(tmp_path: Path) -> None:
     rate, seconds = 50, 2.0
     takers = [subprocess.Popen([sys.executable, "-c", TAKER, str(tmp_path), str(rate), str(seconds)], stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -98,6 +98,7 @@ texts = st.text(max_size=120).filter(lambda text: "=?" not in text)
 values_of = st.fixed_dictionaries({}, optional={"first_name": st.none() | texts, "city": texts, "points": st.integers() | st.floats(allow_nan=False)})
 
 
+@pytest.mark.slow
 @given(subjects, templates, templates, values_of)
 @example("{{ city }}", "{{ city }}", "<p>{{ city }}</p>", {"city": "Rome\r\nBcc: everyone@example.test\r\n\r\nHello"})
 @example("{{ city }}", "{{ city }}{{ first_name }}", "{{ city }}{{ first_name }}", {"city": "", "first_name": " "})

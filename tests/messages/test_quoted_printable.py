@@ -42,6 +42,7 @@ def test_a_whole_body_decodes_to_itself(text: str) -> None:
 @example("x" * 72)
 @example("x" * 73)
 @example("a ")
+@example(".")
 def test_plain_text_needs_no_encoding(text: str) -> None:
     if plain(text):
         assert encode_segment(text) == text.encode()

@@ -23,6 +23,7 @@ def prune(instance: dg.DagsterInstance) -> None:
     assert job.execute_in_process(instance=instance, resources={"database": DATABASE}).success
 
 
+@pytest.mark.slow
 def test_final_shards_stay_green_when_old_runs_are_deleted(world: World, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     instance.add_dynamic_partitions("campaigns", ["spring"])
     for shard in range(4):
@@ -41,6 +42,7 @@ def test_final_shards_stay_green_when_old_runs_are_deleted(world: World, instanc
     assert instance.get_materialized_partitions(send_batches.key) == final
 
 
+@pytest.mark.slow
 def test_young_and_unfinished_runs_are_kept(world: World, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     job = build_defs().resolve_job_def("refresh_snapshots")
     young = instance.create_run_for_job(job, status=dg.DagsterRunStatus.FAILURE)

@@ -422,6 +422,7 @@ def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_re
         assert held_reason(world) is None
 
 
+@pytest.mark.slow
 def test_failures_of_other_runs_hold_nothing(world: World, instance: dg.DagsterInstance) -> None:
     for job_name, key in (("send_campaign", "spring|00"), ("report_campaign", "spring"), ("build_audience", "no-such-campaign")):
         for _ in range(3):
@@ -485,6 +486,7 @@ def test_results_are_asked_for_also_when_the_daemon_was_down(
     assert asked_for(campaigns.finished_campaigns(context(instance, repository, result.cursor), DATABASE)) == []
 
 
+@pytest.mark.slow
 def test_a_tick_stays_bounded_with_300_campaigns(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
     now = dt.datetime.now(dt.UTC)
     states = ("scheduled", "sending", "paused", "finished", "cancelled", "finished")

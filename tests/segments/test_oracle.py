@@ -165,6 +165,7 @@ def _check(snapshots: Snapshots, tree: dict[str, Any], people: dict[int, dict[st
         assert row["engagement_rank"] == ((now - max(engaged)).days if engaged else 9999)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_the_engine_finds_whom_the_oracle_finds(data: st.DataObject, template: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -202,6 +202,7 @@ def test_a_reader_keeps_its_version_while_newer_ones_are_made(world: World) -> N
     assert not names & _files(world), "nobody reads them any more"
 
 
+@pytest.mark.slow
 def test_a_reader_in_another_process_sees_whole_versions_while_refreshes_go_on(world: World, database_url: str) -> None:
     world.contacts((number, {"age": 0}, []) for number in range(1, 401))
     world.refresh()
@@ -268,6 +269,7 @@ def _start_refresh(world: World, url: str, now: dt.datetime) -> subprocess.Popen
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_refresh_leaves_the_old_version_and_the_next_one_works(world: World, database_url: str) -> None:
     world.contacts([(1, {"city": "Berlin"}, [])])
     world.refresh()
@@ -399,6 +401,7 @@ def test_several_segments_give_each_contact_once(world: World) -> None:
 # --- size -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_200_000_contacts_are_built_and_refreshed_in_bounded_memory(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path = tmp_path / "central.sqlite3"
     shutil.copy(request.getfixturevalue("_sqlite_template"), path)
