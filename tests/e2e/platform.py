@@ -38,7 +38,7 @@ SETTINGS = {
     "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
     "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
     "MAIL_PIPELINES_OPERATION__SNAPSHOT_CRON": "* * * * *",
-    "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "16",
+    "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "6",
     "MAIL_PIPELINES_SENDING__LINGER_SECONDS": "20",
     "MAIL_PIPELINES_SENDING__LEASE_SECONDS": "30",
     "MAIL_PIPELINES_SENDING__REPLY_TIMEOUT_SECONDS": "15",
@@ -113,6 +113,12 @@ class Platform:
         """The id of the newest run of a partition."""
         with sqlite3.connect(self.settings.dagster_home / "history" / "runs.db") as connection:
             row = connection.execute("SELECT run_id FROM runs WHERE partition = ? ORDER BY id DESC LIMIT 1", (partition,)).fetchone()
+        return row[0] if row else None
+
+    def status(self, run_id: str) -> str | None:
+        """What Dagster calls the state of a run."""
+        with sqlite3.connect(self.settings.dagster_home / "history" / "runs.db") as connection:
+            row = connection.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         return row[0] if row else None
 
     def reported(self, key: str) -> bool:

@@ -22,7 +22,11 @@ def people_named(engine: sa.Engine, files: Iterable[Path]) -> list[str]:
     surnames = [surname.encode() for surname in SURNAMES]
     found = []
     for path in files:
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            # SQLite's side files come and go while Dagster runs; what was in them is in the database by now.
+            continue
         named = {match.lower() for match in _ADDRESS.findall(content)} & addresses
         named |= {surname for surname in surnames if surname in content}
         found += [f"{path}: {name.decode()}" for name in sorted(named)]
@@ -31,4 +35,6 @@ def people_named(engine: sa.Engine, files: Iterable[Path]) -> list[str]:
 
 def dagster_files(home: Path) -> list[Path]:
     """Everything that Dagster, its daemon, its web server and the runs have written below a home."""
-    return [path for path in [*(home / "dagster").rglob("*"), *(home / "log").glob("*.log")] if path.is_file()]
+    found = [path for path in [*(home / "dagster").rglob("*"), *(home / "log").glob("*.log")] if path.is_file()]
+    # Side files first, so that what moves from one into its database meanwhile is read there.
+    return sorted(found, key=lambda path: not path.name.endswith(("-wal", "-journal")))

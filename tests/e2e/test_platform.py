@@ -17,6 +17,12 @@ from tests.parts.processes import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
 
+REEXECUTE = """
+mutation($run: String!) {
+  launchRunReexecution(reexecutionParams: {parentRunId: $run, strategy: ALL_STEPS}) { ... on LaunchRunSuccess { run { runId } } }
+}
+"""
+
 
 def runs(platform: Platform) -> list[tuple[str, str, str | None]]:
     """(job, status, partition) of all runs, from Dagster's own storage."""
@@ -68,6 +74,10 @@ def test_a_backfill_from_the_command_line_sends_a_campaign_and_repeats_nothing(p
     assert len(copies) == totals.delivered > 2_000
     assert set(copies.values()) == {1}
     backfill(platform, "backfilled|00", "backfilled|03", runs=4)
+    # An old run, executed again as the UI's button does it.
+    run = platform.newest_run("backfilled|00")
+    again = platform.graphql(REEXECUTE, {"run": run})["launchRunReexecution"]["run"]["runId"]
+    wait_for(lambda: platform.status(again) == "SUCCESS", seconds=120, what="the run executed again")
     assert platform.copies("backfilled") == copies
     platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
 
