@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dagster as dg
 import pytest
 import yaml
 
 from mail_pipelines import config_text
+from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.campaigns import yaml_form
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.segments import criteria
@@ -23,7 +25,7 @@ from tests.parts.processes import stop
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # The words after the three back quotes. `until-ctrl-c` commands run until they say so, and then get a SIGINT.
-KINDS = {"bash", "bash until-ctrl-c", "text", "toml", "yaml campaign", "yaml segment"}
+KINDS = {"bash", "bash until-ctrl-c", "text", "toml", "yaml campaign", "yaml dagster", "yaml segment"}
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,30 @@ def test_settings_in_the_documentation_are_accepted(block: Block, tmp_path: Path
     (tmp_path / "secrets/database_password").write_text("x")
     (tmp_path / "config.toml").write_text(block.text)
     config.load({"MAIL_PIPELINES_HOME": str(tmp_path)})
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("block", _of_kind("yaml dagster"), ids=str)
+def test_dagster_keeps_its_records_where_the_documentation_says(block: Block, mariadb: MariaDB, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added to the file that `init` writes. What one process has stored, another one reads."""
+    given = (ROOT / "infra/dagster/embedded/dagster.yaml").read_text()
+    (tmp_path / "dagster.yaml").write_text(f"{given}\n{block.text}")
+    with mariadb.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE DATABASE dagster CHARACTER SET utf8mb4")
+        cursor.execute("CREATE USER 'dagster'@'%' IDENTIFIED BY 'a:b/c@d'")
+        cursor.execute("GRANT ALL ON dagster.* TO 'dagster'@'%'")
+    place = {"HOST": "127.0.0.1", "PORT": str(mariadb.port), "DB": "dagster", "USER": "dagster", "PASSWORD": "a:b/c@d"}
+    for name, value in place.items():
+        monkeypatch.setenv(f"DAGSTER_MYSQL_{name}", value)
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        instance.add_dynamic_partitions("campaigns", ["spring"])
+        instance.report_runless_asset_event(dg.AssetMaterialization("send_batches", partition="spring|00"))
+    with mariadb.connect("dagster") as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT COUNT(*) FROM event_logs")
+        assert cursor.fetchone() == (1,)
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert instance.get_dynamic_partitions("campaigns") == ["spring"]
+        assert instance.get_materialized_partitions(dg.AssetKey("send_batches")) == {"spring|00"}
 
 
 def test_the_page_of_settings_is_current() -> None:
