@@ -94,7 +94,7 @@ def test_the_commands_of_the_page_work_in_their_order(page: Path, checkout: Path
 
 
 def _run_until_ctrl_c(block: Block, folder: Path, environ: dict[str, str]) -> None:
-    """`exec`, so that the signal reaches the program as a terminal's Ctrl-C would. The demo in its full size is `tests/e2e/test_demo.py`."""
+    """`exec`, so that the signal reaches the program as a terminal's Ctrl-C would. The demo in its full size is `tests/demo/test_demo.py`."""
     command = block.text.replace("script/demo\n", "script/demo --contacts 3000\n")
     script = f'. "$STATE"\nexec {command}'
     with subprocess.Popen(

@@ -11,7 +11,7 @@ from mail_pipelines.supervision import Processes
 from tests.e2e.platform import Platform, make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     before = dict(os.environ)
     for name in list(os.environ):
