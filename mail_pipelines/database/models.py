@@ -286,7 +286,7 @@ class ProviderLimit(Base):
     provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
     mode: Mapped[str] = mapped_column(ascii_string(12))
     connections: Mapped[int] = mapped_column(sa.Integer)
-    per_second: Mapped[float] = mapped_column(sa.Float)
+    per_second: Mapped[float] = mapped_column(sa.Double)
     per_hour: Mapped[int | None] = mapped_column(sa.Integer)
     per_day: Mapped[int | None] = mapped_column(sa.Integer)
     messages_per_connection: Mapped[int] = mapped_column(sa.Integer)

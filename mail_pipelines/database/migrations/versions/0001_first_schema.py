@@ -228,7 +228,7 @@ def upgrade() -> None:
         sa.Column("provider", ascii_string(32), nullable=False),
         sa.Column("mode", ascii_string(12), nullable=False),
         sa.Column("connections", sa.Integer(), nullable=False),
-        sa.Column("per_second", sa.Float(), nullable=False),
+        sa.Column("per_second", sa.Double(), nullable=False),
         sa.Column("per_hour", sa.Integer(), nullable=True),
         sa.Column("per_day", sa.Integer(), nullable=True),
         sa.Column("messages_per_connection", sa.Integer(), nullable=False),
