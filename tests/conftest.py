@@ -19,12 +19,6 @@ from mail_pipelines.database.models import Base
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The whole installations first: they run one after the other in one process, and everything else fits beside them."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-
-
 BACKENDS = ["sqlite", pytest.param("mariadb", marks=pytest.mark.server)]
 
 
