@@ -9,7 +9,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,15 +56,19 @@ class Processes:
     lock: Path | None = None
     stop_seconds: float = 20
     _children: list[Child] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
+    _asked_to_stop: bool = False
     _handlers: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = field(default_factory=dict)
     _lock_file: int | None = None
 
     def __enter__(self) -> Processes:
         if self.lock is not None:
             self._lock_file = _acquire(self.lock)
-        self._handlers = {number: signal.signal(number, lambda *_: self._stop.set()) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._heard) for number in SIGNALS}
         return self
+
+    def _heard(self, _number: int, _frame: FrameType | None) -> None:
+        # A plain attribute: setting an Event here could wait for ever for the lock that the interrupted code holds.
+        self._asked_to_stop = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -96,7 +99,7 @@ class Processes:
 
     def check(self) -> None:
         """Raise `Stopped` if a signal came, `ChildEnded` (with its name and last words) if a child is gone."""
-        if self._stop.is_set():
+        if self._asked_to_stop:
             raise Stopped("stopped")
         for child in self._children:
             status = child.process.poll()
@@ -114,13 +117,13 @@ class Processes:
             if time.monotonic() > end:
                 logs = ", ".join(str(child.log) for child in self._children)
                 raise ProcessError(f"{what} is not ready after {seconds:.0f} s; see {logs}")
-            self._stop.wait(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def wait(self) -> None:
         """Wait for ever: ends only by what `check` raises."""
         while True:
             self.check()
-            self._stop.wait(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def stop_all(self) -> None:
         """SIGTERM to each child and then to what it left in its session; SIGKILL to what is not gone after `stop_seconds` in all."""

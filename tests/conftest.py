@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +20,21 @@ from mail_pipelines.database.models import Base
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
 
+# No test, and no fixture of a module, reads the developer's configuration.
+for _name in [name for name in os.environ if name.startswith(("MAIL_PIPELINES_", "DAGSTER_"))]:
+    del os.environ[_name]
+
 BACKENDS = ["sqlite", pytest.param("mariadb", marks=pytest.mark.server)]
 
 
 @pytest.fixture(autouse=True)
-def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test reads the developer's configuration or writes into the checkout."""
-    import os
-
-    for name in list(os.environ):
-        if name.startswith(("MAIL_PIPELINES_", "DAGSTER_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("MAIL_PIPELINES_HOME", str(tmp_path / "home"))
+def _own_home(tmp_path: Path) -> Iterator[None]:
+    """No test writes into the checkout or leaves settings to the next."""
+    before = dict(os.environ)
+    os.environ["MAIL_PIPELINES_HOME"] = str(tmp_path / "home")
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
