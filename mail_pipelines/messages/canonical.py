@@ -25,9 +25,7 @@ def relaxed_header(header: bytes) -> tuple[tuple[bytes, ...], bytes]:
 
     `header` is whole fields with CRLF, without the empty line that ends a header.
     """
-    names, fields = [], []
-    for line in header.replace(b"\r\n ", b" ").replace(b"\r\n\t", b" ").split(b"\r\n")[:-1]:
-        name, _, value = line.partition(b":")
-        names.append(name)
-        fields.append(b"%b:%b\r\n" % (name.lower(), relaxed_body(value.strip(b" \t"))))
-    return tuple(names), b"".join(fields)
+    parts = [line.partition(b":") for line in header.replace(b"\r\n ", b" ").replace(b"\r\n\t", b" ").split(b"\r\n")[:-1]]
+    fields = [name.lower() + b":" + value.strip(b" \t") for name, _, value in parts]
+    fields.append(b"")
+    return tuple([name for name, _, _ in parts]), relaxed_body(b"\r\n".join(fields))

@@ -187,6 +187,7 @@ class Body:
         parts = (("plain", message.text), ("html", message.html))
         urls = [*map(link_variable, message.link_ids), UNSUBSCRIBE_URL]
         slots = dict.fromkeys(slot for _, part in parts if isinstance(part, Pieces) for slot in part.slots)
+        self._urls = len(urls)
         self._slots = [slot for slot in slots if slot.filters or slot.name not in urls]
         self.scripts = tuple(part for _, part in parts if isinstance(part, Script))
         # `fill` makes a list of encoded values: URLs, slots as text, slots as HTML, scripts. `_sources` says which of them goes into which place.
@@ -252,8 +253,8 @@ class Body:
         return b"".join(pieces)
 
     def relaxed_sha256(self, encoded: Sequence[bytes]) -> bytes:
-        """The digest of the body in DKIM's relaxed form. A soft break parts the pieces, so no run of blanks spans two of them."""
-        relaxed = [relaxed_body(piece) for piece in encoded]
+        """The digest of the body in DKIM's relaxed form. A soft break parts the pieces, so no run of blanks spans two of them; URLs have none."""
+        relaxed = [*encoded[: self._urls], *map(relaxed_body, encoded[self._urls :])]
         pieces = self._relaxed_layout.copy()
         pieces[2::2] = [relaxed[source] for source in self._sources]
         return hashlib.sha256(b"".join(pieces)).digest()
