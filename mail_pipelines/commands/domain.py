@@ -67,15 +67,14 @@ def show(domain: Domain) -> None:
     with reading(engine) as connection:
         found = store.load(connection, domain)
         server_keys = {server.id: server.key for server in servers.all_servers(connection)}
-    table = Table(show_header=False, box=None)
-    table.add_row("return path", found.names.return_path_domain)
-    table.add_row("tracking", found.names.tracking_domain)
-    table.add_row("last check", _summary(found.verdict))
+    lines = {"return path": found.names.return_path_domain, "tracking": found.names.tracking_domain, "last check": _summary(found.verdict)}
     for key in found.keys:
         scope = f", for server {server_keys.get(key.server_id, key.server_id)}" if key.server_id else ""
         until = f"; its record may go after {_time(key.published_until)}" if key.published_until else ""
-        table.add_row(f"key {key.selector}", f"{key.state}, made {_time(key.created_at)}{scope}{until}")
-    console.print(table)
+        lines[f"key {key.selector}"] = f"{key.state}, made {_time(key.created_at)}{scope}{until}"
+    for name, value in lines.items():
+        # A comment of a zone file, so that the whole output can be pasted.
+        typer.echo(f"; {name}: {value}")
     for record in _records(engine, found):
         typer.echo(record.zone_line())
 
