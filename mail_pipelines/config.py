@@ -57,9 +57,13 @@ class SnapshotSettings(Section):
 
 
 class SendingSettings(Section):
-    token_key: str | None = secret("key of the tokens in return paths and links; `mail-pipelines init` makes one")
-    return_path_domain: str = pydantic.Field(default="bounces.example.test", description="domain of the envelope sender (VERP)")
-    public_url: str = pydantic.Field(default="https://mail.example.test", description="base URL of unsubscribe and tracking links")
+    token_key: str | None = secret("key of the tokens in return paths and links, also seals DKIM keys; `mail-pipelines init` makes one")
+    return_path_domain: str = pydantic.Field(default="bounces.example.test", description="domain of the envelope sender (VERP); sending domains have their own")
+    public_url: str = pydantic.Field(
+        default="https://mail.example.test", description="base URL of unsubscribe and tracking links; sending domains have their own host"
+    )
+    bounce_host: str = pydantic.Field(default="mail.example.test", description="host that takes the mail of return-path domains: what their MX names")
+    allow_unverified: bool = pydantic.Field(default=False, description="campaigns start whatever the DNS has of their From domain; for test installations")
     sender_id: str = pydantic.Field(default="mail-pipelines", description="constant last part of the Feedback-ID header, 5 to 15 characters")
     lease_seconds: int = pydantic.Field(default=120, ge=10, description="a claim not finished after this long is settled (s)")
     reply_timeout_seconds: float = pydantic.Field(default=60, gt=0, description="longest wait for one SMTP reply (s)")
@@ -68,6 +72,13 @@ class SendingSettings(Section):
     first_retry_seconds: int = pydantic.Field(default=600, ge=1, description="wait before the first retry of a deferral (s); doubles per attempt")
     last_retry_seconds: int = pydantic.Field(default=14400, ge=1, description="longest wait between two attempts (s)")
     unknown_hours: float = pydantic.Field(default=72, gt=0, description="an unknown outcome becomes unresolved after this (h)")
+
+
+class DnsSettings(Section):
+    servers: list[str] = pydantic.Field(
+        default=[], description="addresses of the DNS servers to ask, with :PORT if it is not 53; none means this machine's own"
+    )
+    timeout_seconds: float = pydantic.Field(default=5, gt=0, description="longest wait for the answers about one domain (s)")
 
 
 class ServerSettings(Section):
@@ -99,6 +110,7 @@ class Settings(Section):
     database: DatabaseSettings = DatabaseSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     sending: SendingSettings = SendingSettings()
+    dns: DnsSettings = DnsSettings()
     server: ServerSettings = ServerSettings()
     operation: OperationSettings = OperationSettings()
 

@@ -1,6 +1,7 @@
 """What would keep a campaign from working, found before it is scheduled: all of it at once, each with its place.
 
-What belongs here: checks on one campaign against the database, the settings and the snapshots. Nothing is written.
+What belongs here: checks on one campaign against the database, the settings, the snapshots and, by `domains.checking`, the DNS.
+Nothing is written but the DNS's verdict on the From domain.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Definitio
 from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import ConfigError, Settings
 from mail_pipelines.database.engine import reading
-from mail_pipelines.messages.content import ContentError
+from mail_pipelines.messages.content import Content, ContentError
 from mail_pipelines.segments import saved
 from mail_pipelines.segments.catalogue import read_catalogue
 from mail_pipelines.segments.criteria import CriteriaError, parse
@@ -44,18 +45,24 @@ class CheckFailed(CampaignError):
         self.problems = problems
 
 
-def check(engine: Engine, settings: Settings, key: str, now: dt.datetime, *, start_at: dt.datetime | None = None) -> list[Problem]:
+def check(
+    engine: Engine, settings: Settings, key: str, now: dt.datetime, *, start_at: dt.datetime | None = None, allow_unverified: bool = False
+) -> list[Problem]:
     """Everything that would keep the campaign from working; an empty list means it can be scheduled.
 
-    `start_at` is checked instead of the campaign's own start. Raises `CampaignError` if there is no such campaign.
+    `start_at` is checked instead of the campaign's own start. The DNS is asked about the From domain, which may take
+    `dns.timeout_seconds`, unless the caller or the settings `allow_unverified`. Raises `CampaignError` if there is no such campaign.
     """
     with reading(engine) as connection:
         campaign = store.load(connection, key)
-        problems = [*_times(campaign, now, start_at), *_content(connection, campaign)]
+        version = versions.current(connection, campaign)
+        problems = [*_times(campaign, now, start_at), *_content(connection, version)]
     named = [*_segments(engine, campaign.definition)]
     problems += [*_sender(settings, campaign, now), *named]
     if not named:
         problems += _audience(engine, settings, campaign.definition, now)
+    if version is not None and not (allow_unverified or settings.sending.allow_unverified):
+        problems += _from_domain(engine, settings, version.content, now)
     return problems
 
 
@@ -71,11 +78,10 @@ def _times(campaign: Campaign, now: dt.datetime, start_at: dt.datetime | None) -
         yield Problem("expire_at", f"{definition.expire_at.isoformat()} is not after the start, {begin.isoformat()}")
 
 
-def _content(connection: Connection, campaign: Campaign) -> Iterator[Problem]:
+def _content(connection: Connection, version: versions.Version | None) -> Iterator[Problem]:
     from mail_pipelines.messages.compilation import compile_content
 
     try:
-        version = versions.current(connection, campaign)
         if version is None:
             yield Problem("content", "there is none: add subject, from_address and body")
             return
@@ -83,6 +89,19 @@ def _content(connection: Connection, campaign: Campaign) -> Iterator[Problem]:
         compile_content(version.content, versions.field_types(connection), lambda urls: range(1, len(urls) + 1))
     except ContentError as error:
         yield Problem(f"content.{error.part}", f"content.{error}", error.line, error.variable)
+
+
+def _from_domain(engine: Engine, settings: Settings, content: Content, now: dt.datetime) -> Iterator[Problem]:
+    """Mail from a domain without DKIM key, DMARC record and alignment is refused by the large providers, and spoils the domain's name."""
+    from mail_pipelines.domains import checking
+    from mail_pipelines.domains.domain import DomainError
+
+    part = "content.from_address"
+    try:
+        for finding in checking.check(engine, settings, content.from_domain, now).hindrances:
+            yield Problem(part, str(finding))
+    except DomainError as error:
+        yield Problem(part, str(error))
 
 
 def _sender(settings: Settings, campaign: Campaign, now: dt.datetime) -> Iterator[Problem]:

@@ -58,7 +58,8 @@ def set_content(engine: Engine, key: str, content: Content, now: dt.datetime, *,
     """Give the campaign this content; the version that results, which is the present one if nothing changes.
 
     A draft takes any content. A sending or paused campaign takes a valid one if `confirmed`: it counts for rows not claimed yet, and
-    mail already out keeps its own. Raises `StateError` otherwise, `ContentError` for a content that cannot be compiled.
+    mail already out keeps its own. The From domain stays, for it was checked at the start. Raises `StateError` otherwise, `ContentError`
+    for a content that cannot be compiled.
     """
     with reading(engine) as connection:
         campaign = store.load(connection, key)
@@ -66,6 +67,11 @@ def set_content(engine: Engine, key: str, content: Content, now: dt.datetime, *,
     if version is not None and version.content == content and (version.compiled or campaign.state is not CampaignState.DRAFT):
         return version
     _require_editable(campaign, confirmed)
+    if campaign.state is not CampaignState.DRAFT and version is not None and content.from_domain != version.content.from_domain:
+        raise StateError(
+            f"campaign {key} is {campaign.state}: its From domain stays {version.content.from_domain}, which was checked at its start; "
+            f"mail from {content.from_domain} needs a campaign of its own"
+        )
     try:
         compiled = _compile(engine, campaign.id, content)
     except ContentError:

@@ -35,6 +35,14 @@ def compose(quick: Quick = False, as_json: Json = False) -> None:
     _show("compose", bench.run(quick), as_json)
 
 
+@app.command("sign")
+def sign(quick: Quick = False, as_json: Json = False) -> None:
+    """Messages composed and signed a second, against raw RSA-2048 signatures and against the standard library with dkimpy."""
+    from mail_pipelines.benchmarks import sign as bench
+
+    _show("sign", bench.run(quick), as_json)
+
+
 @app.command("audience")
 def audience(quick: Quick = False, as_json: Json = False, database: Database = None) -> None:
     """Freezing an audience into MariaDB."""

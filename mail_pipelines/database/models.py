@@ -243,6 +243,47 @@ class Variant(Base):
     __table_args__ = (MYSQL,)
 
 
+# --- sending domains --------------------------------------------------------------------------------------------
+
+
+class SendingDomain(Base):
+    """A domain of From addresses. Its return path takes bounces, its tracking domain is in links; all in A-labels.
+
+    `findings` is what the last look at the DNS found (`domains.checking`), `ready` whether that lets campaigns start.
+    """
+
+    __tablename__ = "sending_domains"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    domain: Mapped[str] = mapped_column(ascii_string(253), unique=True)
+    return_path_domain: Mapped[str] = mapped_column(ascii_string(253))
+    tracking_domain: Mapped[str] = mapped_column(ascii_string(253))
+    ready: Mapped[bool] = mapped_column(sa.Boolean, default=False)
+    findings: Mapped[list[dict[str, Any]] | None] = mapped_column(sa.JSON(none_as_null=True))
+    checked_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class DkimKey(Base):
+    """A DKIM key of a domain, published under its selector. `server_id` 0 means every server that has no key of its own.
+
+    `private_key` is sealed (`domains.keys`), and gone once the key is retired. `public_key` is the value of p= in the DNS.
+    """
+
+    __tablename__ = "dkim_keys"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    domain_id: Mapped[int] = mapped_column(sa.ForeignKey("sending_domains.id"))
+    selector: Mapped[str] = mapped_column(ascii_string(63))
+    server_id: Mapped[int] = mapped_column(sa.Integer, default=0)
+    # waiting, active, retired
+    state: Mapped[str] = mapped_column(ascii_string(16))
+    public_key: Mapped[str] = mapped_column(ascii_string(1024))
+    private_key: Mapped[bytes | None] = mapped_column(Blob)
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    retired_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.UniqueConstraint("domain_id", "selector"), MYSQL)
+
+
 # --- servers and limits -----------------------------------------------------------------------------------------
 
 

@@ -59,3 +59,4 @@ content:
     </mjml>
 """
 KEY = "spring-sale"
+FROM_DOMAIN = "garden-shop.test"

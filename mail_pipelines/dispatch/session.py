@@ -34,6 +34,7 @@ from mail_pipelines.dispatch.journal import Journal, Position
 from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
 from mail_pipelines.dispatch.smtp import Connection, Next, Offer, ServerUnreachable
+from mail_pipelines.domains.signing import SendingAs, sending_as
 from mail_pipelines.messages.compiled import CompiledMessage
 from mail_pipelines.messages.composing import ComposeError, Message, Recipient, SenderIdentity, compose
 
@@ -109,7 +110,7 @@ class Session:
             self.brand = connection.execute(
                 sa.select(Brand.key).join(Campaign, Campaign.brand_id == Brand.id).where(Campaign.id == self.campaign_id)
             ).scalar_one()
-        self._versions: dict[int, CompiledMessage] = {}
+        self._versions: dict[int, tuple[CompiledMessage, SendingAs | None]] = {}
 
     def run(self) -> Report:
         """Send until there is a reason to end. Raises `DispatchError` when this process must not send at all."""
@@ -201,25 +202,30 @@ class Session:
             raise DispatchError(f"no limits are set for {provider} on {self.server.key}: run `mail-pipelines server limits`")
         return Limits(*row)
 
-    def compiled(self, version_id: int) -> CompiledMessage:
-        """The content of a version, fetched once."""
+    def content(self, version_id: int) -> tuple[CompiledMessage, SendingAs | None]:
+        """The content of a version and as whom it is sent (None: its From domain is not registered, so it is not signed), fetched once.
+
+        A key that is retired meanwhile goes on signing here until the session ends; its record stays published for longer.
+        """
         if version_id not in self._versions:
             with reading(self.engine) as connection:
                 blob = connection.execute(sa.select(CampaignVersion.compiled).where(CampaignVersion.id == version_id)).scalar_one()
-            self._versions[version_id] = CompiledMessage.from_bytes(blob)
+                compiled = CompiledMessage.from_bytes(blob)
+                self._versions[version_id] = compiled, sending_as(connection, compiled.from_domain, self.server.id, self.token_key)
         return self._versions[version_id]
 
-    def identity(self) -> SenderIdentity:
+    def identity(self, sending_as: SendingAs | None) -> SenderIdentity:
         """Who the messages of the next claim are from, dated now."""
         sending = self.settings.sending
         return SenderIdentity(
             token_key=self.token_key,
-            return_path_domain=sending.return_path_domain,
-            public_url=sending.public_url,
+            return_path_domain=sending_as.return_path_domain if sending_as else sending.return_path_domain,
+            public_url=sending_as.public_url if sending_as else sending.public_url,
             date=dt.datetime.now(dt.UTC),
             campaign_key=self.campaign_key,
             brand=self.brand,
             sender_id=sending.sender_id,
+            signer=sending_as.signer if sending_as else None,
         )
 
 
@@ -350,8 +356,8 @@ class Lane:
         """Offer rows over one connection until none is left, the claim's time is over or the server wants no more."""
         link.busy = True
         try:
-            compiled = await in_thread(self.session.compiled, claimed.version_id)
-            identity = self.session.identity()
+            compiled, sending_as = await in_thread(self.session.content, claimed.version_id)
+            identity = self.session.identity(sending_as)
             while link.usable and await self.pacer.turn(deadline):
                 row = next(queue, None)
                 if row is None:

@@ -17,6 +17,7 @@ from markupsafe import escape
 
 from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.messages import quoted_printable
+from mail_pipelines.messages.canonical import relaxed_body
 from mail_pipelines.messages.values import FILTERS, body_text, text_of
 
 if TYPE_CHECKING:
@@ -117,6 +118,11 @@ class CompiledMessage:
     link_ids: tuple[int, ...]
 
     @functools.cached_property
+    def from_domain(self) -> str:
+        """The domain of the From address, in A-labels: whom the message claims to be from."""
+        return self.from_header.rpartition("@")[2].rstrip(">\r\n")
+
+    @functools.cached_property
     def variables(self) -> tuple[str, ...]:
         """Keys of the contact fields a recipient's values are read from, sorted."""
         read = {name for part in (self.subject, self.text, self.html) for name in part.variables}
@@ -181,6 +187,7 @@ class Body:
         parts = (("plain", message.text), ("html", message.html))
         urls = [*map(link_variable, message.link_ids), UNSUBSCRIBE_URL]
         slots = dict.fromkeys(slot for _, part in parts if isinstance(part, Pieces) for slot in part.slots)
+        self._urls = len(urls)
         self._slots = [slot for slot in slots if slot.filters or slot.name not in urls]
         self.scripts = tuple(part for _, part in parts if isinstance(part, Script))
         # `fill` makes a list of encoded values: URLs, slots as text, slots as HTML, scripts. `_sources` says which of them goes into which place.
@@ -209,9 +216,11 @@ class Body:
         # The first place is for the header of the message.
         self._layout = [b""] * (2 * len(literals))
         self._layout[1::2] = literals
+        self._relaxed_layout = self._layout.copy()
+        self._relaxed_layout[1::2] = map(relaxed_body, literals)
 
-    def fill(self, header: bytes, values: Mapping[str, Any], urls: Sequence[bytes]) -> bytes:
-        """The whole message. `header` ends with the empty line.
+    def encode(self, values: Mapping[str, Any], urls: Sequence[bytes]) -> list[bytes]:
+        """What goes into the places, for `join` and `relaxed_sha256`.
 
         `urls` are segments of quoted-printable: one for each of the message's `link_ids`, and the unsubscribe URL last. If the
         message has `scripts`, `values` holds these URLs too, as text.
@@ -234,7 +243,18 @@ class Body:
             if not all(value.isprintable() for value in values.values() if isinstance(value, str)):
                 rendered = [body_text(text) for text in rendered]
             encoded += map(quoted_printable.encode, rendered)
+        return encoded
+
+    def join(self, header: bytes, encoded: Sequence[bytes]) -> bytes:
+        """The whole message. `header` ends with the empty line."""
         pieces = self._layout.copy()
         pieces[0] = header
         pieces[2::2] = [encoded[source] for source in self._sources]
         return b"".join(pieces)
+
+    def relaxed_sha256(self, encoded: Sequence[bytes]) -> bytes:
+        """The digest of the body in DKIM's relaxed form. A soft break parts the pieces, so no run of blanks spans two of them; URLs have none."""
+        relaxed = [*encoded[: self._urls], *map(relaxed_body, encoded[self._urls :])]
+        pieces = self._relaxed_layout.copy()
+        pieces[2::2] = [relaxed[source] for source in self._sources]
+        return hashlib.sha256(b"".join(pieces)).digest()

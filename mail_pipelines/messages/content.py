@@ -63,6 +63,11 @@ class Content:
                 except AddressError as error:
                     raise ContentError(part, f"{mask(address)} cannot be used: {error.reason}") from error
 
+    @property
+    def from_domain(self) -> str:
+        """The domain of the From address, in A-labels."""
+        return parse(self.from_address).domain
+
     def to_document(self) -> dict[str, Any]:
         """A JSON object, as kept in `campaign_versions.source`."""
         return asdict(self)

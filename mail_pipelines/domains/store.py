@@ -1,0 +1,106 @@
+"""Sending domains and their keys in the central database.
+
+What belongs here: reading and writing rows. What does not: when a key changes (`rotation`), which one signs (`signing`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.database import models
+from mail_pipelines.database.engine import transact
+from mail_pipelines.domains import keys
+from mail_pipelines.domains.domain import ALL_SERVERS, DkimKey, DomainError, Finding, KeyState, Names, SendingDomain, Status, Verdict
+from mail_pipelines.errors import nearest
+
+
+def add(engine: Engine, names: Names, secret: bytes, now: dt.datetime) -> SendingDomain:
+    """Register a domain with its first key, which signs from now on. Raises `DomainError` if it is there already."""
+    private = keys.generate()
+    selector = new_selector((), now)
+    sealed = keys.seal(private, secret, names.domain, selector)
+
+    def work(connection: Connection) -> SendingDomain:
+        if find(connection, names.domain) is not None:
+            raise DomainError(f"sending domain {names.domain} is there already: `mail-pipelines domain show {names.domain}` prints its records")
+        connection.execute(sa.insert(models.SendingDomain).values(**asdict(names), ready=False, created_at=now))
+        domain_id = connection.execute(sa.select(models.SendingDomain.id).where(models.SendingDomain.domain == names.domain)).scalar_one()
+        insert_key(connection, domain_id, selector, ALL_SERVERS, KeyState.ACTIVE, keys.public_text(private), sealed, now)
+        return load(connection, names.domain)
+
+    return transact(engine, work)
+
+
+def insert_key(
+    connection: Connection, domain_id: int, selector: str, server_id: int, state: KeyState, public_key: str, sealed: bytes, now: dt.datetime
+) -> None:
+    row = {"domain_id": domain_id, "selector": selector, "server_id": server_id, "state": state.value, "public_key": public_key}
+    connection.execute(sa.insert(models.DkimKey).values(**row, private_key=sealed, created_at=now))
+
+
+def new_selector(taken: tuple[str, ...], now: dt.datetime) -> str:
+    """A selector by the day, so that who reads the zone sees a key's age; the second key of a day has a number."""
+    day = f"mp{now:%Y%m%d}"
+    return next(name for name in (day, *(f"{day}-{number}" for number in range(2, len(taken) + 2))) if name not in taken)
+
+
+def load(connection: Connection, domain: str, *, for_update: bool = False) -> SendingDomain:
+    """The domain of this name, its row locked if `for_update`. Raises `DomainError` if there is none, naming the nearest."""
+    name = Names.of(domain).domain
+    if for_update:
+        connection.execute(sa.select(models.SendingDomain.id).where(models.SendingDomain.domain == name).with_for_update()).all()
+    found = find(connection, name)
+    if found is None:
+        known = connection.execute(sa.select(models.SendingDomain.domain)).scalars()
+        raise DomainError(f"{name} is no sending domain; {nearest(name, known)}; `mail-pipelines domain add {name}` makes it one")
+    return found
+
+
+def find(connection: Connection, domain: str) -> SendingDomain | None:
+    """The domain of this name (in A-labels), if it is registered."""
+    return next(iter(_select(connection, models.SendingDomain.domain == domain)), None)
+
+
+def all_domains(connection: Connection) -> list[SendingDomain]:
+    """All domains by name."""
+    return _select(connection, sa.true())
+
+
+def sending_hosts(connection: Connection) -> tuple[str, ...]:
+    """Names or addresses of the servers that mail leaves from, sorted."""
+    query = sa.select(models.Server.host).where(models.Server.state.not_in(("retired", "lost"))).distinct()
+    return tuple(sorted(connection.execute(query).scalars()))
+
+
+def keep(connection: Connection, domain_id: int, verdict: Verdict) -> None:
+    """Remember a verdict as the domain's last one."""
+    findings = [asdict(finding) for finding in verdict.findings]
+    values = {"ready": not verdict.hindrances, "findings": findings, "checked_at": verdict.checked_at}
+    connection.execute(sa.update(models.SendingDomain).where(models.SendingDomain.id == domain_id).values(**values))
+
+
+def _select(connection: Connection, where: sa.ColumnElement[bool]) -> list[SendingDomain]:
+    rows = connection.execute(sa.select(models.SendingDomain.__table__).where(where).order_by(models.SendingDomain.domain)).all()
+    # Without the private keys: who lists domains has no use for them.
+    columns = [column for column in models.DkimKey.__table__.columns if column.name != "private_key"]
+    chosen = sa.select(*columns).where(models.DkimKey.domain_id.in_([row.id for row in rows])).order_by(models.DkimKey.id)
+    by_domain: dict[int, list[DkimKey]] = {row.id: [] for row in rows}
+    for row in connection.execute(chosen):
+        key = DkimKey(row.selector, row.server_id, KeyState(row.state), row.public_key, row.created_at, row.retired_at)
+        by_domain[row.domain_id].append(key)
+    return [_domain(row, tuple(by_domain[row.id])) for row in rows]
+
+
+def _domain(row: sa.Row[Any], its_keys: tuple[DkimKey, ...]) -> SendingDomain:
+    names = Names(row.domain, row.return_path_domain, row.tracking_domain)
+    verdict = None if row.checked_at is None else Verdict(row.checked_at, tuple(map(_finding, row.findings)))
+    return SendingDomain(row.id, names, its_keys, verdict, row.created_at)
+
+
+def _finding(document: dict[str, Any]) -> Finding:
+    return Finding(**document | {"found": tuple(document["found"]), "status": Status(document["status"])})
