@@ -88,7 +88,7 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
     closed = connection.execute(_CLOSE, {"claim": claim.id, "before": claim_state, "now": now})
     if closed.rowcount != 1:
         raise LedgerConflict(f"claim {claim.id} is no longer {claim_state}: another process has settled it")
-    released = sum(1 for result in results if result.state is State.PENDING)
+    released = [result for result in results if result.state is State.PENDING]
     if campaign_state == "cancelled":
         results = _after_cancel(connection, claim, results)
 
@@ -99,20 +99,24 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
         changed = _move(connection, claim, end, sorted(contact_ids), int(now.timestamp()))
         if changed != len(contact_ids):
             raise LedgerConflict(f"claim {claim.id}: {changed} of {len(contact_ids)} rows were still claimed")
-    moves: Counter[counters.Place] = Counter()
-    for result in results:
-        moves[claim.shard, claim.provider, State.CLAIMED, ""] -= 1
-        state = State.DEFERRED if result.state is State.PENDING and result.attempt > 0 else result.state
-        # A release is no outcome: it must not count in the minute as a deferral does.
-        moves[claim.shard, claim.provider, state, result.reason] += 1
+    ends: Counter[State] = Counter()
+    moves: Counter[counters.Place] = Counter({(claim.shard, claim.provider, State.CLAIMED, ""): -len(results)})
+    for (state, _, _, reason, _), contact_ids in groups.items():
+        ends[state] += len(contact_ids)
+        moves[claim.shard, claim.provider, state, reason] += len(contact_ids)
+    if ends[State.PENDING]:
+        # Those deferred before go back to being that. A release is no outcome: without a reason it does not count in the minute as a deferral does.
+        deferred = sum(result.attempt > 0 for result in released)
+        moves[claim.shard, claim.provider, State.PENDING, ""] -= deferred
+        moves[claim.shard, claim.provider, State.DEFERRED, ""] += deferred
     counters.add(connection, claim.campaign_id, claim.server_id, moves, now)
     _write_events(connection, claim, results, now)
     hard = [result.contact_id for result in results if result.suppress]
     if hard:
         hashes = connection.execute(sa.select(Delivery.address_hash).where(Delivery.campaign_id == claim.campaign_id, Delivery.contact_id.in_(hard))).scalars()
         consent.suppress(connection, list(hashes), reason="bounce", now=now)
-    refund(connection, claim, released, now)
-    return Counter(result.state for result in results)
+    refund(connection, claim, len(released), now)
+    return ends
 
 
 def _move(connection: Connection, claim: ClaimRef, end: tuple[State, int | None, str | None, str, int | None], contact_ids: list[int], second: int) -> int:

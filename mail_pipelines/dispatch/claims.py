@@ -344,10 +344,9 @@ class _Taken:
 
     def count(self, contact_ids: Collection[int], target: State | None, reason: str = "", provider: str | None = None) -> None:
         """Note that rows go to `target` (None: they keep their state), of `provider` if that changes."""
-        for contact_id in contact_ids:
-            source = self.states[contact_id]
-            self.moves[self.shard, self.provider, source, ""] -= 1
-            self.moves[self.shard, provider or self.provider, target or source, reason] += 1
+        for source, rows in Counter(map(self.states.__getitem__, contact_ids)).items():
+            self.moves[self.shard, self.provider, source, ""] -= rows
+            self.moves[self.shard, provider or self.provider, source if target is None else target, reason] += rows
 
 
 def _lock_rows(connection: Connection, campaign_id: int, shard: int, provider: str, limit: int, now: dt.datetime) -> _Taken:

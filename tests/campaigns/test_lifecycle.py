@@ -15,6 +15,7 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import OPEN_STATES, Delivery, State
 from mail_pipelines.delivery import counters
 from tests.campaigns.parts import NOW, counters_equal_ledger, fill_ledger, ledger_states, load, make_campaign
+from tests.parts.transactions import sizes_of_transactions
 
 HOUR = dt.timedelta(hours=1)
 
@@ -67,22 +68,8 @@ def test_many_rows_move_in_bounded_transactions(engine: sa.Engine, monkeypatch: 
     monkeypatch.setattr(open_rows, "CHUNK_ROWS", 100)
     campaign = make_campaign(engine, state="sending", start_at=NOW)
     fill_ledger(engine, campaign.id, {State.PENDING: 1000, State.DEFERRED: 130}, sort_key=5)
-    sizes: list[int] = []
-    open_size = 0
-
-    def count(_connection: object, cursor: sa.CursorResult[object], statement: str, *_rest: object) -> None:
-        nonlocal open_size
-        if statement.startswith("UPDATE deliveries"):
-            open_size += cursor.rowcount
-
-    def commit(_connection: object) -> None:
-        nonlocal open_size
-        sizes.append(open_size)
-        open_size = 0
-
-    event.listen(engine, "after_cursor_execute", count)
-    event.listen(engine, "commit", commit)
-    assert lifecycle.expire_open_rows(engine, campaign, NOW + 48 * HOUR) == 1130
+    with sizes_of_transactions(engine, "UPDATE deliveries") as sizes:
+        assert lifecycle.expire_open_rows(engine, campaign, NOW + 48 * HOUR) == 1130
     assert sum(sizes) == 1130
     assert max(sizes) <= 100
     assert ledger_states(engine, campaign.id) == {State.EXPIRED: 1130}

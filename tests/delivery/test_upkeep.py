@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -14,12 +11,12 @@ import sqlalchemy as sa
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Allotment, Base, Claim, ProviderUsage
 from mail_pipelines.delivery import upkeep
-from mail_pipelines.dispatch import claims, servers
+from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.claims import Memory, OpenClaim
 from mail_pipelines.dispatch.files import boot_id
-from mail_pipelines.dispatch.journal import Position
 from tests.campaigns.parts import NOW, make_campaign
 from tests.dispatch.world import make_world
+from tests.parts.transactions import sizes_of_transactions
 
 DAY = dt.timedelta(days=1)
 
@@ -66,18 +63,7 @@ def test_a_server_that_was_idle_for_a_month_is_not_refused(engine: sa.Engine, tm
 
     def claim(server: servers.ServerInfo, memory: Memory) -> object:
         world.grant(server)
-        return claims.open_claim(
-            engine,
-            world.sender(server),
-            memory,
-            claim_id=claims.new_id(),
-            campaign_id=world.campaign_id,
-            shard=0,
-            provider="google",
-            limit=1,
-            position=Position(1, 0),
-            lease_seconds=60,
-        )
+        return world.claim(server, limit=1, memory=memory)
 
     memory = servers.recall(engine, world.folders("idle"))
     opened = claim(idle, memory)
@@ -91,29 +77,6 @@ def test_a_server_that_was_idle_for_a_month_is_not_refused(engine: sa.Engine, tm
     transact(engine, lambda connection: connection.execute(sa.delete(Allotment)))
     upkeep.prune(engine, now)
     assert isinstance(claim(idle, Memory(memory.generation, opened.ref.id)), OpenClaim)
-
-
-@contextmanager
-def sizes_of_deletes(engine: sa.Engine) -> Iterator[list[int]]:
-    """How many rows each transaction deletes."""
-    sizes: list[int] = []
-    current = 0
-
-    def count(_connection: object, cursor: Any, statement: str, *_rest: object) -> None:
-        nonlocal current
-        if statement.startswith("DELETE"):
-            current += cursor.rowcount
-
-    def commit(_connection: object) -> None:
-        nonlocal current
-        sizes.append(current)
-        current = 0
-
-    sa.event.listen(engine, "after_cursor_execute", count)
-    sa.event.listen(engine, "commit", commit)
-    yield sizes
-    sa.event.remove(engine, "after_cursor_execute", count)
-    sa.event.remove(engine, "commit", commit)
 
 
 def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +98,7 @@ def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(
         for number in range(30)
     ]
     transact(engine, lambda connection: (connection.execute(sa.insert(Allotment), grants), connection.execute(sa.insert(ProviderUsage), windows)))
-    with sizes_of_deletes(engine) as sizes:
+    with sizes_of_transactions(engine, "DELETE") as sizes:
         assert upkeep.prune(engine, NOW) == {"claims": 70, "allotments": 100, "provider_usage": 60}
     assert sum(sizes) == 230
     assert max(sizes) <= 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import multiprocessing
 import time
 from pathlib import Path
@@ -13,9 +14,8 @@ import sqlalchemy as sa
 from mail_pipelines.database.engine import create_engine, transact
 from mail_pipelines.database.models import Contact, State
 from mail_pipelines.delivery.recording import Result, record
-from mail_pipelines.dispatch import claims, servers
+from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.claims import NothingClaimed
-from mail_pipelines.dispatch.journal import Position
 from tests.dispatch.world import make_world
 
 CONTACTS = 300_000
@@ -42,23 +42,11 @@ def test_claims_have_their_turn_while_contacts_are_imported(engine: sa.Engine, t
     writer = multiprocessing.get_context("spawn").Process(target=_import, args=(engine.url.render_as_string(), str(file)))
     writer.start()
     waits = []
-    provider = 0
+    providers = itertools.cycle(("google", "microsoft", "yahoo", "other"))
     while writer.is_alive():
         begin = time.monotonic()
-        opened = claims.open_claim(
-            engine,
-            world.sender(server),
-            memory,
-            claim_id=claims.new_id(),
-            campaign_id=world.campaign_id,
-            shard=0,
-            provider=("google", "microsoft", "yahoo", "other")[provider % 4],
-            limit=5,
-            position=Position(1, 0),
-            lease_seconds=world.settings.sending.lease_seconds,
-        )
+        opened = world.claim(server, provider=next(providers), limit=5, memory=memory)
         waits.append(time.monotonic() - begin)
-        provider += 1
         if isinstance(opened, NothingClaimed):
             continue
         back = [Result(row.contact_id, row.attempt, State.PENDING) for row in opened.rows]

@@ -20,9 +20,8 @@ from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEve
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import LedgerConflict, Result, record
 from mail_pipelines.delivery.transitions import MOVES, may_move
-from mail_pipelines.dispatch import claims, servers
+from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, WrongServer
-from mail_pipelines.dispatch.journal import Position
 from tests.dispatch.world import World, make_world
 
 
@@ -38,19 +37,8 @@ def server(world: World) -> servers.ServerInfo:
     return server
 
 
-def claim(world: World, server: servers.ServerInfo, *, provider: str = "google", limit: int = 100, memory: Memory | None = None) -> Any:
-    return claims.open_claim(
-        world.engine,
-        world.sender(server),
-        memory or servers.recall(world.engine, world.folders(server.key)),
-        claim_id=claims.new_id(),
-        campaign_id=world.campaign_id,
-        shard=0,
-        provider=provider,
-        limit=limit,
-        position=Position(1, 0),
-        lease_seconds=120,
-    )
+def claim(world: World, server: servers.ServerInfo, **options: Any) -> Any:
+    return world.claim(server, **options)
 
 
 def finish(world: World, opened: OpenClaim, *results: Result) -> Counter[State]:

@@ -32,11 +32,12 @@ from mail_pipelines.database.models import (
 )
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.recording import slot_at, windows_at
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import claims, servers
 from mail_pipelines.dispatch.catcher.server import open_connections
 from mail_pipelines.dispatch.catcher.store import Kept, kept
-from mail_pipelines.dispatch.claims import Sender
+from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
 from mail_pipelines.dispatch.files import ServerFolders, boot_id
+from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.messages.content import Content
 from mail_pipelines.messages.tokens import DeliveryToken, read_delivery
@@ -109,6 +110,23 @@ class World:
             for start in (slot_at(now), slot_at(now) + 900)
         ]
         transact(self.engine, lambda connection: connection.execute(sa.insert(Allotment), rows))
+
+    def claim(
+        self, server: servers.ServerInfo, *, provider: str = "google", limit: int = 100, shard: int = 0, memory: Memory | None = None
+    ) -> OpenClaim | NothingClaimed:
+        """Ask for rows as a session of the server does."""
+        return claims.open_claim(
+            self.engine,
+            self.sender(server),
+            memory or servers.recall(self.engine, self.folders(server.key)),
+            claim_id=claims.new_id(),
+            campaign_id=self.campaign_id,
+            shard=shard,
+            provider=provider,
+            limit=limit,
+            position=Position(1, 0),
+            lease_seconds=self.settings.sending.lease_seconds,
+        )
 
     # --- what the ledger says ---
 

@@ -7,7 +7,10 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from mail_pipelines.database.engine import reading
+from mail_pipelines.database.models import Claim, Server
 from tests.e2e.platform import Platform
 from tests.e2e.privacy import dagster_files, people_named
 from tests.parts.processes import wait_for
@@ -45,6 +48,9 @@ def test_a_campaign_due_in_a_while_goes_out_without_a_click(platform: Platform) 
     copies = platform.copies("first")
     assert set(copies.values()) == {1}
     assert len(copies) == totals.delivered
+    with reading(platform.engine) as connection:
+        used = connection.execute(sa.select(Server.key).join(Claim, Claim.server_id == Server.id).distinct()).scalars().all()
+    assert set(used) == {"catcher-1", "catcher-2"}
     # Green: every shard, used or not, and the results, once.
     wait_for(lambda: sum(key.startswith("first|") for key in materialized(platform, "send_batches")) == 64, seconds=60, what="64 green shards")
     wait_for(lambda: platform.reported("first"), seconds=90, what="results")
@@ -67,7 +73,7 @@ def test_a_backfill_from_the_command_line_sends_a_campaign_and_repeats_nothing(p
     assert totals.open == 0
     assert len(copies) == totals.delivered > 2_000
     assert set(copies.values()) == {1}
-    backfill(platform, "backfilled|00", "backfilled|03", runs=4)
+    backfill(platform, "backfilled|00", "backfilled|15", runs=16)
     # An old run, executed again as the UI's button does it.
     run = platform.newest_run("backfilled|00")
     again = platform.graphql(REEXECUTE, {"run": run})["launchRunReexecution"]["run"]["runId"]
