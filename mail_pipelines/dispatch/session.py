@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -457,5 +456,9 @@ def journal_of(folders: ServerFolders, kind: str) -> Journal:
     if kind == "catcher":
         from mail_pipelines.dispatch.catcher import log
 
-        return Journal(Path(folders.journal), log.parse)
-    raise DispatchError(f"servers of kind {kind!r} are not supported yet; expected catcher")
+        return Journal(folders.journal, log.parse)
+    if kind == "exim":
+        from mail_pipelines.dispatch.exim import log as exim_log
+
+        return Journal(folders.journal, exim_log.parse, exim_log.continues)
+    raise DispatchError(f"servers of kind {kind!r} are not supported; expected catcher or exim")
