@@ -407,7 +407,8 @@ class Lane:
     async def _read_results(self, claimed: OpenClaim, rows: list[Offered]) -> list[Result]:
         """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""
         session = self.session
-        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows}
+        # What has been answered is over: the mail server writes its line first. Its process may live on for the connection's next message.
+        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows if row.reply is None}
         # The lease must not run out while we wait: what is in flight then is unknown, as it would be to a settler.
         end = time.monotonic() + session.settings.sending.reply_timeout_seconds
         end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)

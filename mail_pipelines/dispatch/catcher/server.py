@@ -162,6 +162,9 @@ class Conversation(asyncio.Protocol):
                 if path is None:
                     self.reply("501 5.5.4 expected MAIL FROM:<address>")
                     return
+                if self.sender is not None:
+                    self.reply("503 5.5.1 sender already given")
+                    return
                 self.sender, self.recipient = path[1].decode("ascii", "replace"), None
                 self.reply("250 2.1.0 Ok")
             case b"RCPT":
@@ -213,7 +216,9 @@ class Conversation(asyncio.Protocol):
             self.reply("421 4.3.2 shutting down")
             self.transport.close()
             return
-        token = self.token()
+        token, sender, recipient = self.token(), self.sender, self.recipient
+        # The transaction ends with its body, whatever becomes of it.
+        self.sender = self.recipient = None
         journal = self.catcher.journal
         try:
             journal.write(log.intent(token, os.getpid()))
@@ -229,8 +234,8 @@ class Conversation(asyncio.Protocol):
             self.reply("451 4.7.0 permit withdrawn")
             return
         self.busy = True
-        ending = self.catcher.play.at_body(self.recipient, token)
-        task = asyncio.get_running_loop().create_task(self.destination(ending, token, self.sender, self.recipient, body))
+        ending = self.catcher.play.at_body(recipient, token)
+        task = asyncio.get_running_loop().create_task(self.destination(ending, token, sender, recipient, body))
         self.catcher.destinations.add(task)
         task.add_done_callback(self.catcher.destinations.discard)
 
@@ -256,5 +261,4 @@ class Conversation(asyncio.Protocol):
         else:
             self.reply(f"{outcome.code} {outcome.enhanced} {outcome.text}")
         self.busy = False
-        self.sender = self.recipient = None
         self.advance()
