@@ -270,10 +270,13 @@ class Running:
 
         def ready() -> bool:
             assert process.poll() is None, output.read_text()[-2000:]
-            return listens(port)
+            return self.serves(process, port)
 
         wait_for(ready, seconds=30, what=" ".join(words[:3]))
         return process
+
+    def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
+        return listens(port)
 
     def connections(self) -> int:
         """How many connections the mail server has open."""
@@ -302,30 +305,41 @@ class RunningExim(Running):
         words = ("exim", "run", self.server.key, "--hostname", "mail.example.test", "--destination", f"127.0.0.1:{self.far}")
         self.process = self.command(*words, port=self.server.port)
 
-    def group(self) -> list[int]:
-        """Exim's processes: the daemon, and one for each connection."""
-        return instance.living(int((self.folders.run / "exim.group").read_text()))
+    def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
+        """An Exim that a killed process has left listens, too."""
+        if port != self.server.port:
+            return listens(port)
+        try:
+            parent = int(Path(f"/proc/{self.daemon()}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        except FileNotFoundError:
+            return False
+        return parent == process.pid and listens(port)
+
+    def daemon(self) -> int:
+        return int((self.folders.run / "exim.group").read_text())
 
     def children(self) -> list[int]:
-        daemon = int((self.folders.run / "exim.group").read_text())
-        return [pid for pid in self.group() if pid != daemon]
+        """Exim's processes beside the daemon: one for each connection."""
+        return [pid for pid in instance.living(self.daemon()) if pid != self.daemon()]
 
     def connections(self) -> int:
         return len(self.children())
 
     def kill(self) -> int:
         """SIGKILL the whole of it at once: the process that watches, the daemon and all its children."""
-        connections = self.connections()
         self.process.kill()
-        for pid in self.group():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        killed = {self.daemon()}
+        while living := instance.living(self.daemon()):
+            for pid in living:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed.update(living)
         self.process.wait()
-        return connections
+        return len(killed) - 1
 
     def stop(self) -> None:
         super().stop()
-        assert self.group() == []
+        assert instance.living(self.daemon()) == []
         self.destinations.terminate()
         self.destinations.wait(20)
 
