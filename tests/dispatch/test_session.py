@@ -14,8 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.contacts import consent
-from mail_pipelines.database.engine import transact
-from mail_pipelines.database.models import Contact, State
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, State
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.session import Report, Session, journal_of
 from tests.dispatch.world import Running, Servers, World, make_world, write_play
@@ -84,6 +84,18 @@ def test_refusals_end_as_bounced_and_deferrals_come_back(start: Start) -> None:
     assert suppressed == states[State.BOUNCED]
     assert attempts > 20
     world.check_counters()
+
+
+def test_refusals_keep_the_destinations_code_and_words(start: Start) -> None:
+    at_recipient, at_body = "550 5.1.1 No such user here", "554 5.7.1 Not this content"
+    world, server, _ = start(recipients=40, refuse_percent=30, refusals=[at_recipient], refuse_body_percent=40, body_refusals=[at_body])
+    session(world, server).run()
+    with reading(world.engine) as connection:
+        said = connection.execute(sa.select(DeliveryEvent.code, DeliveryEvent.enhanced, DeliveryEvent.text).where(DeliveryEvent.kind == "bounced")).all()
+        kept = connection.execute(sa.select(Delivery.code, Delivery.enhanced).where(Delivery.state == int(State.BOUNCED))).all()
+    assert {f"{code} {enhanced} {text}" for code, enhanced, text in said} == {at_recipient, at_body}
+    assert set(kept) == {(550, "5.1.1"), (554, "5.7.1")}
+    assert len(kept) + len(world.copies()) == 40
 
 
 def test_silence_and_drops_after_the_body_are_unknown_and_never_sent_again(start: Start) -> None:
