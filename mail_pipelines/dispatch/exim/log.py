@@ -28,11 +28,11 @@ from mail_pipelines.dispatch.smtp import outcome_of
 # 16 characters up to 4.96, 23 from 4.97 on.
 _MESSAGE_ID = rb"[0-9A-Za-z]{6}-(?:[0-9A-Za-z]{6}-[0-9A-Za-z]{2}|[0-9A-Za-z]{11}-[0-9A-Za-z]{4})"
 _STAMP = rb"2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{1,6})?"
-_RECORD = re.compile(_STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )?(.*)", re.DOTALL)
+_HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )?"
+_RECORD = re.compile(_HEAD + rb"(.*)", re.DOTALL)
 _MARK = re.compile(rb"MARK (c\d+\.\d+)")
 _INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})")
 _TOKEN = rb"[a-z]\+([a-z2-7]{48})@[^> ]*"
-_ARRIVED = re.compile(rb"<= " + _TOKEN + rb" ")
 _DELIVERY = re.compile(rb"(?:>>|=>|->|\*\*|==) .*? F=<" + _TOKEN + rb"> ", re.DOTALL)
 _REFUSAL = re.compile(
     rb" ?F=<"
@@ -40,6 +40,10 @@ _REFUSAL = re.compile(
     + rb"> (rejected RCPT|temporarily rejected RCPT|rejected after DATA|temporarily rejected after DATA|tmp-reject from cutthrough after DATA)"
     rb"(?: <[^>]*>)?: (.*)",
     re.DOTALL,
+)
+# The four lines of a message that is delivered, by one expression: nearly all of a log is made of them.
+_ORDINARY = re.compile(
+    _HEAD + rb"(?:INTENT ([a-z2-7]{48}) (\d{1,10})|>> [^<>\"]*F=<" + _TOKEN + rb'> [^"]* C="(2\d\d) ([^"\\\n]*)"[^"\n]*|<= ' + _TOKEN + rb" [^\n]*|(Completed))"
 )
 _CONFIRMATION = re.compile(rb' C="((?:[^"\\]|\\.)*)', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
@@ -64,6 +68,14 @@ def parse(record: bytes) -> Entry | None:
     """
     if not record:
         return None
+    ordinary = _ORDINARY.fullmatch(record)
+    if ordinary is not None and (ordinary[1] or b"INTENT " not in record):
+        intent, pid, delivered, code, words, arrived, _ = ordinary.groups()
+        if intent:
+            return Entry(intent.decode(), None, int(pid))
+        if delivered:
+            return Entry(delivered.decode(), None, None, outcome_of(int(code), words.decode("utf-8", "replace")))
+        return Entry(arrived.decode(), None, None, _NOT_DELIVERED, True) if arrived else None
     found = _RECORD.fullmatch(record)
     if found is None:
         raise ValueError(f"not a record of Exim's log: {record[:40]!r}")
@@ -74,12 +86,9 @@ def parse(record: bytes) -> Entry | None:
         # A line torn by a full disk, with another behind it. Whatever else it says, an INTENT must not be overlooked.
         raise ValueError("an INTENT inside another record")
     flag = rest[:3]
-    if flag == b"<= ":
-        arrived = _ARRIVED.match(rest)
-        return Entry(arrived[1].decode(), outcome=_NOT_DELIVERED, unless_known=True) if arrived else None
     if flag == b">> ":
         return Entry(_sender(rest), outcome=_confirmed(rest))
-    if rest == b"Completed" or flag == b"== ":
+    if flag in (b"<= ", b"== "):
         return None
     if flag in _ALARMS:
         return Entry(alarm=True)
