@@ -24,6 +24,19 @@ def run(name: str, play: Annotated[Path | None, typer.Option(help="TOML file wit
     process.run(settings(), name, play or DEFAULT_RULES)
 
 
+@app.command("destinations")
+def destinations(
+    name: str,
+    port: Annotated[int, typer.Option(help="port of the loopback to listen on")],
+    play: Annotated[Path | None, typer.Option(help="TOML file with the destinations' behaviour")] = None,
+) -> None:
+    """Play only the destinations, behind real mail servers, until stopped; NAME is the folder of what arrives."""
+    from mail_pipelines.dispatch.catcher import process
+    from mail_pipelines.dispatch.catcher.play import DEFAULT_RULES
+
+    process.run_destinations(settings(), name, port, play or DEFAULT_RULES)
+
+
 @app.command("list")
 def list_messages(last: Annotated[int, typer.Option(help="show the newest so many")] = 20) -> None:
     """Messages the catchers keep: how many each server has, and the newest ones with their numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated
 
 import typer
@@ -29,14 +30,24 @@ def list_servers() -> None:
     console.print(table)
 
 
+class Kind(enum.StrEnum):
+    CATCHER = "catcher"
+    EXIM = "exim"
+
+
 @app.command("add")
-def add(name: str, port: Annotated[int, typer.Option(help="port it listens on")], host: str = "127.0.0.1") -> None:
-    """Register the built-in catcher NAME (started by `mail-pipelines catcher run NAME`)."""
+def add(
+    name: str,
+    port: Annotated[int, typer.Option(help="port it listens on")],
+    host: str = "127.0.0.1",
+    kind: Annotated[Kind, typer.Option(help="what serves there")] = Kind.CATCHER,
+) -> None:
+    """Register the server NAME (started by `mail-pipelines catcher run NAME` or `mail-pipelines exim run NAME`)."""
     import datetime as dt
 
     from mail_pipelines.dispatch import servers
 
-    server = servers.register(open_engine(), name, kind="catcher", host=host, port=port, now=dt.datetime.now(dt.UTC))
+    server = servers.register(open_engine(), name, kind=kind.value, host=host, port=port, now=dt.datetime.now(dt.UTC))
     console.print(f"server {server.key} at {server.host}:{server.port} is {server.state}")
 
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from mail_pipelines.dispatch.files import DispatchError
 
@@ -43,14 +44,23 @@ class Outcome:
     text: str = ""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line: exactly one of `mark` (a permit's name), `intent_pid` and `outcome` is set; `token` names the message."""
+class Entry(NamedTuple):
+    """One line: exactly one of `mark` (a permit's name), `intent_pid`, `outcome` and `alarm` is set; `token` names the message.
+
+    `unless_known`: the outcome counts only while the message has an INTENT and no other outcome.
+    `alarm`: the mail server does what it should never have to do, and somebody should look why.
+    """
 
     token: str = ""
     mark: str | None = None
     intent_pid: int | None = None
     outcome: Outcome | None = None
+    unless_known: bool = False
+    alarm: bool = False
+
+
+class UnknownForm(ValueError):
+    """A whole line of a form that nobody has foreseen. It is counted and left out; unlike a damaged line it hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +81,23 @@ class Evidence:
     intents: dict[str, int] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     bad_lines: int = 0
+    unknown_forms: int = 0
+    alarms: int = 0
 
 
 LineParser = Callable[[bytes], Entry | None]
 
 
 class Journal:
-    """The log at `path` and its rotated predecessors in the same folder (`main.log.1`, …), told apart by inode."""
+    """The log at `path` and its rotated predecessors in the same folder (`main.log.1`, …), told apart by inode.
 
-    def __init__(self, path: Path, parse: LineParser) -> None:
+    `parse` raises `ValueError` for a line that cannot be read. `continues` says whether a line belongs to the one before.
+    """
+
+    def __init__(self, path: Path, parse: LineParser, continues: Callable[[bytes], bool] | None = None) -> None:
         self.path = path
         self._parse = parse
+        self._continues = continues
 
     def end(self) -> Position:
         """The current end. Raises `DispatchError` without a log: a server that writes none cannot be trusted with a claim."""
@@ -96,20 +112,25 @@ class Journal:
         found = Evidence()
         chain = self._chain(start)
         marked = False
-        for line in self._lines(chain, start.offset) if chain else ():
+        for line in self._records(chain, start.offset) if chain else ():
             try:
                 entry = self._parse(line)
+            except UnknownForm:
+                found.unknown_forms += 1
+                continue
             except ValueError:
                 found.bad_lines += 1
                 continue
             if entry is None:
                 continue
-            if entry.mark is not None:
+            if entry.alarm:
+                found.alarms += 1
+            elif entry.mark is not None:
                 marked = marked or entry.mark.startswith(f"c{claim_id}.")
             elif entry.intent_pid is not None:
                 found.intents[entry.token] = entry.intent_pid
                 found.outcomes.pop(entry.token, None)
-            elif entry.outcome is not None:
+            elif entry.outcome is not None and not (entry.unless_known and entry.token not in found.intents):
                 found.intents.pop(entry.token, None)
                 found.outcomes[entry.token] = entry.outcome
         # An unreadable line may have been an INTENT: it proves that something is missing.
@@ -139,6 +160,22 @@ class Journal:
                 complete = numbers[index:] == list(range(number, -1, -1))
                 return [path for _, _, path in files[index:]] if complete and path.stat().st_size >= start.offset else []
         return []
+
+    def _records(self, chain: list[Path], offset: int) -> Iterator[bytes]:
+        """Lines, each with those that continue it."""
+        if self._continues is None:
+            yield from self._lines(chain, offset)
+            return
+        record: bytes | None = None
+        for line in self._lines(chain, offset):
+            if record is not None and self._continues(line):
+                record += b"\n" + line
+                continue
+            if record is not None:
+                yield record
+            record = line
+        if record is not None:
+            yield record
 
     def _lines(self, chain: list[Path], offset: int) -> Iterator[bytes]:
         """Complete lines only: the last line of a log that is being written may be torn."""

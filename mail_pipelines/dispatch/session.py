@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -414,7 +413,8 @@ class Lane:
     async def _read_results(self, claimed: OpenClaim, rows: list[Offered]) -> list[Result]:
         """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""
         session = self.session
-        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows}
+        # What has been answered is over: the mail server writes its line first. Its process may live on for the connection's next message.
+        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows if row.reply is None}
         # The lease must not run out while we wait: what is in flight then is unknown, as it would be to a settler.
         end = time.monotonic() + session.settings.sending.reply_timeout_seconds
         end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)
@@ -463,5 +463,9 @@ def journal_of(folders: ServerFolders, kind: str) -> Journal:
     if kind == "catcher":
         from mail_pipelines.dispatch.catcher import log
 
-        return Journal(Path(folders.journal), log.parse)
-    raise DispatchError(f"servers of kind {kind!r} are not supported yet; expected catcher")
+        return Journal(folders.journal, log.parse)
+    if kind == "exim":
+        from mail_pipelines.dispatch.exim import log as exim_log
+
+        return Journal(folders.journal, exim_log.parse, exim_log.continues)
+    raise DispatchError(f"servers of kind {kind!r} are not supported; expected catcher or exim")

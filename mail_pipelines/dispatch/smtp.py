@@ -53,6 +53,8 @@ class Connection:
         self._client = aiosmtplib.SMTP(hostname=host, port=port, timeout=timeout, start_tls=False, use_tls=False, local_hostname="localhost")
         self._timeout = timeout
         self._permit = ""
+        # A refusal before the body leaves the transaction open (RFC 5321 §4.1.4); the next MAIL would be out of order.
+        self._transaction_open = False
 
     async def open(self) -> None:
         try:
@@ -71,16 +73,21 @@ class Connection:
         if response.code != 250:
             raise ServerUnreachable(f"EHLO was answered {response.code} {response.message}")
         self._permit = permit
+        self._transaction_open = False
 
     async def offer(self, message: Message) -> Offer:
         """MAIL, RCPT, DATA for one message, all within the time-out."""
         in_body = False
         try:
             async with asyncio.timeout(self._timeout):
+                if self._transaction_open:
+                    await self._client.rset()
+                self._transaction_open = True
                 await self._client.mail(message.envelope_sender)
                 await self._client.rcpt(message.recipient)
                 in_body = True
                 response = await self._client.data(message.data)
+                self._transaction_open = False
         except aiosmtplib.SMTPResponseException as error:
             return refused(error.code, error.message, in_body=in_body)
         except (TimeoutError, aiosmtplib.SMTPException, OSError):

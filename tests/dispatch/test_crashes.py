@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,17 @@ import sqlalchemy as sa
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.dispatch import permit, settlement
-from mail_pipelines.dispatch.catcher.server import open_connections
 from mail_pipelines.dispatch.files import AlreadyRunning, only_one
 from mail_pipelines.dispatch.session import journal_of
 from tests.dispatch.sessions import SessionProcess
-from tests.dispatch.world import RunningCatcher, World, make_world, write_play
+from tests.dispatch.world import Running, Servers, World, make_world, write_play
 from tests.parts.processes import wait_for
 
 pytestmark = [pytest.mark.timeout(280), pytest.mark.server]
 
 
-@pytest.fixture
-def catchers() -> Iterator[list[RunningCatcher]]:
-    running: list[RunningCatcher] = []
-    yield running
-    for catcher in running:
-        catcher.stop()
-
-
-def settle(world: World, catcher: RunningCatcher, wait_seconds: float = 20) -> settlement.Settled:
-    journal = journal_of(catcher.folders, "catcher")
+def settle(world: World, catcher: Running, wait_seconds: float = 20) -> settlement.Settled:
+    journal = journal_of(catcher.folders, catcher.server.kind)
     key = world.settings.token_key()
     return settlement.settle_all(world.engine, world.sender(catcher.server), catcher.folders, journal, world.settings.sending, key, wait_seconds=wait_seconds)
 
@@ -61,7 +51,7 @@ def check_promise(world: World, recipients: int) -> dict[int, State]:
     return states
 
 
-def finish(world: World, catcher: RunningCatcher) -> None:
+def finish(world: World, catcher: Running) -> None:
     """Let undisturbed sessions do the rest."""
     for number in range(20):
         reason = SessionProcess(world, catcher.server.key, f"rest-{number}").wait()
@@ -71,12 +61,12 @@ def finish(world: World, catcher: RunningCatcher) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher], seed: int) -> None:
+def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, seed: int) -> None:
     """16 SIGKILLs of send runs a case: unknown stays within the connections that were open at each kill."""
     recipients, kills = 1500, 16
-    world = make_world(engine, tmp_path / "home", recipients=recipients)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     server = world.server(connections=6, per_second=150.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.5], refuse_percent=3)))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.5], refuse_percent=3))
     draw = random.Random(seed)
     bound = unknown = 0
     for number in range(kills):
@@ -84,7 +74,7 @@ def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Pat
         run = SessionProcess(world, server.key, f"run-{number}")
         wait_for(lambda before=before: len(world.kept()) > before, what="sending")
         time.sleep(draw.uniform(0, 0.5))  # the kill is to fall at any moment, so there is no condition to wait for
-        connections = open_connections(catcher.folders)
+        connections = catcher.connections()
         run.kill()
         settle(world, catcher)
         now_unknown = world.states()[State.UNKNOWN]
@@ -97,12 +87,12 @@ def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Pat
     assert world.open_claims() == 0
 
 
-def test_killed_catchers_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_killed_catchers_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """10 SIGKILLs of the mail server itself, with messages at their destinations."""
     recipients, kills = 900, 10
-    world = make_world(engine, tmp_path / "home", recipients=recipients)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     server = world.server(connections=6, per_second=120.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.5])))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.5]))
     draw = random.Random(3)
     unknown = 0
     for number in range(kills):
@@ -124,13 +114,13 @@ def test_killed_catchers_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Pa
     assert unknown > 0, "no kill hit a message at its destination: the test is too weak"
 
 
-def test_kills_while_destinations_drop_and_fall_silent(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_kills_while_destinations_drop_and_fall_silent(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """12 kills of either side with every kind of misbehaviour at once."""
     recipients, kills = 900, 12
-    world = make_world(engine, tmp_path / "home", recipients=recipients)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     server = world.server(connections=6, per_second=120.0)
     play: dict[str, Any] = {"drop_percent": 3, "silent_percent": 2, "silent_seconds": 2, "refuse_percent": 3, "greylist_percent": 8, "greylist_seconds": 1}
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.4], **play)))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.4], **play))
     draw = random.Random(5)
     for number in range(kills):
         run = SessionProcess(world, server.key, f"run-{number}")
@@ -144,12 +134,12 @@ def test_kills_while_destinations_drop_and_fall_silent(engine: sa.Engine, tmp_pa
     assert sum(state is State.DELIVERED for state in states.values()) > recipients * 0.75
 
 
-def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Failure scenario 3: a sender stopped beyond its lease wakes up when others have sent its rows."""
     recipients = 400
-    world = make_world(engine, tmp_path / "home", recipients=recipients, lease_seconds=10, reply_timeout_seconds=2)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, lease_seconds=10, reply_timeout_seconds=2)
     server = world.server(connections=6, per_second=60.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3])))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     zombie = SessionProcess(world, server.key, "zombie")
     wait_for(lambda: len(world.kept()) > 40, what="sending")
     zombie.signal(signal.SIGSTOP)
@@ -166,12 +156,12 @@ def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_pa
     assert zombie.process.exitcode == -signal.SIGKILL
 
 
-def test_a_withdrawn_permit_stops_a_sender_that_nobody_could_kill(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_a_withdrawn_permit_stops_a_sender_that_nobody_could_kill(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """The fence alone: permits vanish while the sender sleeps; what it still offers is refused and goes out later, once."""
     recipients = 300
-    world = make_world(engine, tmp_path / "home", recipients=recipients)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     server = world.server(connections=6, per_second=60.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2])))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "sleeper")
     wait_for(lambda: len(world.kept()) > 40, what="sending")
     run.signal(signal.SIGSTOP)
@@ -183,12 +173,12 @@ def test_a_withdrawn_permit_stops_a_sender_that_nobody_could_kill(engine: sa.Eng
     assert world.states() == {State.DELIVERED: recipients}
 
 
-def test_a_sender_that_wakes_after_its_lease_offers_nothing_more_of_it(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_a_sender_that_wakes_after_its_lease_offers_nothing_more_of_it(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Nobody has settled it yet: its own clock and the date in the permit's name stop it. It may go on with new claims."""
     recipients = 300
-    world = make_world(engine, tmp_path / "home", recipients=recipients, lease_seconds=10, reply_timeout_seconds=2)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, lease_seconds=10, reply_timeout_seconds=2)
     server = world.server(connections=6, per_second=60.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2])))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "sleeper")
     wait_for(lambda: len(world.kept()) > 40, what="sending")
     run.signal(signal.SIGSTOP)
@@ -207,29 +197,29 @@ def test_a_sender_that_wakes_after_its_lease_offers_nothing_more_of_it(engine: s
     assert sum(state is State.UNKNOWN for state in states.values()) <= 6
 
 
-def test_two_runs_on_one_shard_and_one_of_them_killed(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_two_runs_on_one_shard_and_one_of_them_killed(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     recipients = 600
-    world = make_world(engine, tmp_path / "home", recipients=recipients)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     first, second = world.server("s1", connections=6), world.server("s2", connections=6)
     play = write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3])
-    catchers += [RunningCatcher(world, first, play), RunningCatcher(world, second, play)]
+    near, far = running.start(world, first, play), running.start(world, second, play)
     one, two = SessionProcess(world, "s1", "one"), SessionProcess(world, "s2", "two")
     wait_for(lambda: len(world.kept()) > 100, what="sending")
     one.kill()
     two.wait()
     # Only the owning server settles: the other one leaves the dead run's rows alone.
     assert world.open_claims() > 0
-    assert settle(world, catchers[1]).claims == 0
-    finish(world, catchers[0])
+    assert settle(world, far).claims == 0
+    finish(world, near)
     check_promise(world, recipients)
 
 
-def test_a_log_that_is_not_the_log_makes_rows_unknown_and_never_pending(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_a_log_that_is_not_the_log_makes_rows_unknown_and_never_pending(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Failure scenario 2: the log disk was replaced, so silence of the new log proves nothing."""
     recipients = 300
-    world = make_world(engine, tmp_path / "home", recipients=recipients)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     server = world.server(connections=4, per_second=80.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.1, 0.4])))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.1, 0.4]))
     run = SessionProcess(world, server.key, "run")
     wait_for(lambda: len(world.kept()) > 40, what="sending")
     run.kill()
@@ -245,11 +235,11 @@ def test_a_log_that_is_not_the_log_makes_rows_unknown_and_never_pending(engine: 
     check_promise(world, recipients)
 
 
-def test_a_claim_of_an_earlier_boot_is_never_sent_again(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_a_claim_of_an_earlier_boot_is_never_sent_again(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """A power loss may have taken the last lines of the log with it."""
-    world = make_world(engine, tmp_path / "home", recipients=200)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=200)
     server = world.server(connections=4, per_second=80.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.1, 0.4])))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.1, 0.4]))
     run = SessionProcess(world, server.key, "run")
     wait_for(lambda: len(world.kept()) > 20, what="sending")
     run.kill()
@@ -264,21 +254,21 @@ def test_a_claim_of_an_earlier_boot_is_never_sent_again(engine: sa.Engine, tmp_p
     assert set(check_promise_of_copies.values()) == {1}
 
 
-def test_a_second_start_of_a_server_is_refused(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=4)
+def test_a_second_start_of_a_server_is_refused(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=4)
     server = world.server()
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml")))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml"))
     with pytest.raises(AlreadyRunning, match="server s1 is already running"), only_one(catcher.folders.log / "lock", "server s1"):
         pass
 
 
-def test_two_settlers_at_once_settle_a_claim_once(engine: sa.Engine, tmp_path: Path, catchers: list[RunningCatcher]) -> None:
+def test_two_settlers_at_once_settle_a_claim_once(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     import threading
 
     recipients = 300
-    world = make_world(engine, tmp_path / "home", recipients=recipients)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     server = world.server(connections=6, per_second=80.0)
-    catchers.append(catcher := RunningCatcher(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3])))
+    catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     run = SessionProcess(world, server.key, "run")
     wait_for(lambda: len(world.kept()) > 40, what="sending")
     run.kill()

@@ -6,7 +6,7 @@ import datetime as dt
 import email
 import email.policy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +14,32 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.contacts import consent
-from mail_pipelines.database.engine import transact
-from mail_pipelines.database.models import Contact, State
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, State
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.session import Report, Session, journal_of
-from tests.dispatch.world import RunningCatcher, World, make_world, write_play
+from tests.dispatch.world import Running, Servers, World, make_world, write_play
 from tests.parts.processes import wait_for
 
-Start = Callable[..., tuple[World, servers.ServerInfo, RunningCatcher]]
+Start = Callable[..., tuple[World, servers.ServerInfo, Running]]
 
 pytestmark = pytest.mark.server
 
 
 @pytest.fixture
-def start(engine: sa.Engine, tmp_path: Path) -> Iterator[Start]:
-    """Makes a world with one server and its running catcher."""
-    running: list[RunningCatcher] = []
+def start(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> Start:
+    """Makes a world with one server that runs."""
 
     def begin(recipients: int = 100, limits: dict[str, Any] | None = None, sending: dict[str, Any] | None = None, **rule: Any) -> Any:
-        world = make_world(engine, tmp_path / "home", recipients=recipients, **(sending or {}))
+        world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, **(sending or {}))
         server = world.server(**(limits or {}))
-        catcher = RunningCatcher(world, server, write_play(tmp_path / "play.toml", **rule))
-        running.append(catcher)
-        return world, server, catcher
+        return world, server, running.start(world, server, write_play(tmp_path / "play.toml", **rule))
 
-    yield begin
-    for catcher in running:
-        catcher.stop()
+    return begin
 
 
 def session(world: World, server: servers.ServerInfo, run_id: str = "run-1", **options: Any) -> Session:
-    journal = journal_of(world.folders(server.key), "catcher")
+    journal = journal_of(world.folders(server.key), server.kind)
     return Session(world.engine, world.settings, server, world.campaign_id, world.campaign_key, 0, run_id, journal, **options)
 
 
@@ -89,6 +84,18 @@ def test_refusals_end_as_bounced_and_deferrals_come_back(start: Start) -> None:
     assert suppressed == states[State.BOUNCED]
     assert attempts > 20
     world.check_counters()
+
+
+def test_refusals_keep_the_destinations_code_and_words(start: Start) -> None:
+    at_recipient, at_body = "550 5.1.1 No such user here", "554 5.7.1 Not this content"
+    world, server, _ = start(recipients=40, refuse_percent=30, refusals=[at_recipient], refuse_body_percent=40, body_refusals=[at_body])
+    session(world, server).run()
+    with reading(world.engine) as connection:
+        said = connection.execute(sa.select(DeliveryEvent.code, DeliveryEvent.enhanced, DeliveryEvent.text).where(DeliveryEvent.kind == "bounced")).all()
+        kept = connection.execute(sa.select(Delivery.code, Delivery.enhanced).where(Delivery.state == int(State.BOUNCED))).all()
+    assert {f"{code} {enhanced} {text}" for code, enhanced, text in said} == {at_recipient, at_body}
+    assert set(kept) == {(550, "5.1.1"), (554, "5.7.1")}
+    assert len(kept) + len(world.copies()) == 40
 
 
 def test_silence_and_drops_after_the_body_are_unknown_and_never_sent_again(start: Start) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +40,7 @@ from mail_pipelines.dispatch import claims, servers
 from mail_pipelines.dispatch.catcher.server import open_connections
 from mail_pipelines.dispatch.catcher.store import Kept, kept
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
+from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.dispatch.files import ServerFolders, boot_id
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.messages.compilation import compile_content
@@ -57,14 +62,16 @@ CONTENT = Content(
 PROVIDERS = ("google.test", "microsoft.test", "yahoo.test", "small.test")
 
 
-def settings_for(engine: sa.Engine, home: Path, **sending: Any) -> Settings:
-    """Settings with quick retries, on the engine's database."""
+def settings_for(engine: sa.Engine, home: Path, *, folders: Path | None = None, **sending: Any) -> Settings:
+    """Settings with quick retries, on the engine's database; run and log folders below `folders` if that is given."""
     values = {"token_key": "a key for tests", "first_retry_seconds": 1, "last_retry_seconds": 2, "linger_seconds": 3, "reply_timeout_seconds": 8} | sending
     environ = {
         "MAIL_PIPELINES_HOME": str(home),
         "MAIL_PIPELINES_DATABASE__URL": engine.url.render_as_string(hide_password=False),
         **{f"MAIL_PIPELINES_SENDING__{name.upper()}": str(value) for name, value in values.items()},
     }
+    if folders is not None:
+        environ |= {"MAIL_PIPELINES_SERVER__RUN_FOLDER": str(folders / "run"), "MAIL_PIPELINES_SERVER__LOG_FOLDER": str(folders / "log")}
     os.environ.update(environ)
     return config.load(environ)
 
@@ -77,6 +84,8 @@ class World:
     settings: Settings
     campaign_id: int = 1
     campaign_key: str = "spring"
+    # Of which kind the servers are: catcher or exim.
+    kind: str = "catcher"
 
     def folders(self, key: str) -> ServerFolders:
         return ServerFolders.of(self.settings.server, key)
@@ -84,7 +93,7 @@ class World:
     def server(self, key: str = "s1", **limits: Any) -> servers.ServerInfo:
         """Register a server with its incarnation, as its process would."""
         port = free_port()
-        servers.register(self.engine, key, kind="catcher", host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
+        servers.register(self.engine, key, kind=self.kind, host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
         servers.set_limits(self.engine, None, "*", {"connections": 4, "per_second": 500.0} | limits)
         folders = self.folders(key)
         folders.make()
@@ -175,9 +184,9 @@ class World:
         return Counter(token.contact_id for token in tokens if token.campaign_id == self.campaign_id)
 
 
-def make_world(engine: sa.Engine, home: Path, *, recipients: int = 100, shards: int = 1, **sending: Any) -> World:
+def make_world(engine: sa.Engine, home: Path, *, recipients: int = 100, shards: int = 1, kind: str = "catcher", **sending: Any) -> World:
     """A campaign `spring` in state sending with so many pending rows."""
-    world = World(engine, settings_for(engine, home, **sending))
+    world = World(engine, settings_for(engine, home, folders=_open_folders() if kind == "exim" else None, **sending), kind=kind)
     now = dt.datetime.now(dt.UTC)
     compiled = compile_content(CONTENT, {"first_name": "text"}, lambda urls: list(range(1, len(urls) + 1)))
     addresses = [parse(f"person{number}@{PROVIDERS[(number - 1) % len(PROVIDERS)]}") for number in range(1, recipients + 1)]
@@ -253,8 +262,15 @@ def make_world(engine: sa.Engine, home: Path, *, recipients: int = 100, shards: 
     return world
 
 
-class RunningCatcher:
-    """A catcher process of its own, as `mail-pipelines catcher run` starts it."""
+def _open_folders() -> Path:
+    """A folder that Exim's own user may pass, which the folders of tests are not. `Servers.stop` removes it."""
+    folder = Path(tempfile.mkdtemp(prefix="mail-pipelines-"))
+    folder.chmod(0o711)
+    return folder
+
+
+class Running:
+    """A server process of its own, as `mail-pipelines catcher run` or `exim run` starts it."""
 
     def __init__(self, world: World, server: servers.ServerInfo, play: Path) -> None:
         self.world, self.server, self.play = world, server, play
@@ -262,24 +278,107 @@ class RunningCatcher:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mail_pipelines.cli", "catcher", "run", self.server.key, "--play", str(self.play)]
-        log = (self.folders.log / "process.log").open("ab")
-        self.process = subprocess.Popen(command, env=os.environ.copy(), stdout=log, stderr=log)
-        wait_for(self._ready, seconds=30, what=f"catcher {self.server.key}")
+        self.process = self.command("catcher", "run", self.server.key, "--play", str(self.play), port=self.server.port)
 
-    def _ready(self) -> bool:
-        assert self.process.poll() is None, (self.folders.log / "process.log").read_text()[-2000:]
-        return listens(self.server.port)
+    def command(self, *words: str, port: int) -> subprocess.Popen[bytes]:
+        """Start a `mail-pipelines` command and wait until it listens on `port`."""
+        output = self.folders.log / "process.log"
+        with output.open("ab") as log:
+            process = subprocess.Popen([sys.executable, "-m", "mail_pipelines.cli", *words], env=os.environ.copy(), stdout=log, stderr=log)
+
+        def ready() -> bool:
+            assert process.poll() is None, output.read_text()[-2000:]
+            return self.serves(process, port)
+
+        wait_for(ready, seconds=30, what=" ".join(words[:3]))
+        return process
+
+    def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
+        return listens(port)
+
+    def connections(self) -> int:
+        """How many connections the mail server has open."""
+        return open_connections(self.folders)
 
     def kill(self) -> int:
-        """SIGKILL; returns how many connections it had open by its own count."""
+        """SIGKILL; returns how many connections it had open."""
         self.process.kill()
         self.process.wait()
-        return open_connections(self.folders)
+        return self.connections()
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(20)
+
+
+class RunningExim(Running):
+    """Exim, with a catcher that plays the destinations behind it."""
+
+    def start(self) -> None:
+        if not hasattr(self, "destinations"):
+            self.far = free_port()
+            self.destinations = self.command(
+                "catcher", "destinations", f"far-{self.server.key}", "--port", str(self.far), "--play", str(self.play), port=self.far
+            )
+        words = ("exim", "run", self.server.key, "--hostname", "mail.example.test", "--destination", f"127.0.0.1:{self.far}")
+        self.process = self.command(*words, port=self.server.port)
+
+    def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
+        """An Exim that a killed process has left listens, too."""
+        if port != self.server.port:
+            return listens(port)
+        try:
+            parent = int(Path(f"/proc/{self.daemon()}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        except FileNotFoundError:
+            return False
+        return parent == process.pid and listens(port)
+
+    def daemon(self) -> int:
+        return int((self.folders.run / "exim.group").read_text())
+
+    def children(self) -> list[int]:
+        """Exim's processes beside the daemon: one for each connection."""
+        return [pid for pid in instance.living(self.daemon()) if pid != self.daemon()]
+
+    def connections(self) -> int:
+        return len(self.children())
+
+    def kill(self) -> int:
+        """SIGKILL the whole of it at once: the process that watches, the daemon and all its children."""
+        self.process.kill()
+        killed = {self.daemon()}
+        while living := instance.living(self.daemon()):
+            for pid in living:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed.update(living)
+        self.process.wait()
+        return len(killed) - 1
+
+    def stop(self) -> None:
+        super().stop()
+        assert instance.living(self.daemon()) == []
+        self.destinations.terminate()
+        self.destinations.wait(20)
+
+
+class Servers:
+    """The servers that a test has started, for their end."""
+
+    def __init__(self) -> None:
+        self._running: list[Running] = []
+
+    def start(self, world: World, server: servers.ServerInfo, play: Path) -> Any:
+        """Start the server `server` of the world's kind, with destinations that behave as `play` says."""
+        running = {"catcher": Running, "exim": RunningExim}[world.kind](world, server, play)
+        self._running.append(running)
+        return running
+
+    def stop(self) -> None:
+        for running in self._running:
+            running.stop()
+        for folder in {Path(running.world.settings.server.run_folder).parent for running in self._running if running.world.kind == "exim"}:
+            shutil.rmtree(folder)
 
 
 def write_play(path: Path, **rule: Any) -> Path:
@@ -291,4 +390,4 @@ def write_play(path: Path, **rule: Any) -> Path:
     return path
 
 
-__all__ = ["DeliveryToken", "RunningCatcher", "World", "make_world", "settings_for", "windows_at", "write_play"]
+__all__ = ["DeliveryToken", "Running", "RunningExim", "Servers", "World", "make_world", "settings_for", "windows_at", "write_play"]

@@ -17,7 +17,7 @@ from mail_pipelines.dispatch import claims, servers
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.server import DispatchServer
-from tests.dispatch.world import RunningCatcher, World, write_play
+from tests.dispatch.world import Running, World, write_play
 
 RESOURCES = {"database": CentralDatabase(), "server": DispatchServer()}
 SHARDS = (0, 1, 2, 3, 63)
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture
-def catcher(world: World, tmp_path: Path) -> Iterator[RunningCatcher]:
-    catcher = RunningCatcher(world, world.server("s1"), write_play(tmp_path / "play.toml"))
+def catcher(world: World, tmp_path: Path) -> Iterator[Running]:
+    catcher = Running(world, world.server("s1"), write_play(tmp_path / "play.toml"))
     yield catcher
     catcher.stop()
 
@@ -57,7 +57,7 @@ def freeze(instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
 
 
 @pytest.mark.parametrize("state", ["draft", "scheduled", "paused", "cancelled", "finished"])
-def test_materialising_everything_sends_nothing(world: World, catcher: RunningCatcher, instance: dg.DagsterInstance, state: str) -> None:
+def test_materialising_everything_sends_nothing(world: World, catcher: Running, instance: dg.DagsterInstance, state: str) -> None:
     instance.add_dynamic_partitions("campaigns", ["spring"])
     world.set_campaign(state=state, start_at=dt.datetime.now(dt.UTC) + dt.timedelta(days=1))
     before = world.states()
@@ -73,7 +73,7 @@ def test_materialising_everything_sends_nothing(world: World, catcher: RunningCa
     world.check_counters()
 
 
-def test_sending_again_after_everything_was_sent_sends_nothing(world: World, catcher: RunningCatcher, instance: dg.DagsterInstance) -> None:
+def test_sending_again_after_everything_was_sent_sends_nothing(world: World, catcher: Running, instance: dg.DagsterInstance) -> None:
     instance.add_dynamic_partitions("campaigns", ["spring"])
     for shard in range(4):
         send(instance, shard)
@@ -85,7 +85,7 @@ def test_sending_again_after_everything_was_sent_sends_nothing(world: World, cat
     assert len(world.kept()) == 120
 
 
-def test_a_partition_is_green_only_when_no_row_is_open(world: World, catcher: RunningCatcher, instance: dg.DagsterInstance) -> None:
+def test_a_partition_is_green_only_when_no_row_is_open(world: World, catcher: Running, instance: dg.DagsterInstance) -> None:
     instance.add_dynamic_partitions("campaigns", ["spring"])
     world.set_campaign(state="paused")
     stopped = send(instance, 0)
@@ -101,9 +101,7 @@ def test_a_partition_is_green_only_when_no_row_is_open(world: World, catcher: Ru
     assert event.materialization.metadata["server"].value == "s1"
 
 
-def test_a_run_meant_for_another_server_is_refused(
-    world: World, catcher: RunningCatcher, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_meant_for_another_server_is_refused(world: World, catcher: Running, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     instance.add_dynamic_partitions("campaigns", ["spring"])
     monkeypatch.setenv("MAIL_PIPELINES_SERVER", "s1")
     result = dg.materialize(
@@ -119,9 +117,7 @@ def test_a_run_meant_for_another_server_is_refused(
     assert world.kept() == []
 
 
-def test_what_a_killed_run_left_is_settled_even_if_the_campaign_was_cancelled_since(
-    world: World, catcher: RunningCatcher, instance: dg.DagsterInstance
-) -> None:
+def test_what_a_killed_run_left_is_settled_even_if_the_campaign_was_cancelled_since(world: World, catcher: Running, instance: dg.DagsterInstance) -> None:
     """Its rows would stay claimed for ever, and the shard never final."""
     instance.add_dynamic_partitions("campaigns", ["spring"])
     world.grant(catcher.server)

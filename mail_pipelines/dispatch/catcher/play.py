@@ -22,6 +22,8 @@ class Rule:
     reply_seconds: tuple[float, float] = (0.05, 0.2)
     refuse_percent: float = 0
     refusals: tuple[str, ...] = ("550 5.1.1 User unknown",)
+    refuse_body_percent: float = 0
+    body_refusals: tuple[str, ...] = ("554 5.7.1 Message content rejected",)
     greylist_percent: float = 0
     greylist_seconds: float = 60
     per_second: float | None = None
@@ -88,7 +90,7 @@ class Play:
         """A refusal at RCPT, or None if the recipient is taken."""
         rule = self._rule(recipient)
         if _percent(recipient, "refuse") < rule.refuse_percent:
-            return reply(rule.refusals[int(_percent(recipient, "which") * len(rule.refusals) / 100)])
+            return _pick(rule.refusals, recipient)
         if _percent(recipient, "greylist") < rule.greylist_percent and now - self._first_seen.setdefault(recipient, now) < rule.greylist_seconds:
             return reply("451 4.7.1 Greylisted, please try again later")
         if rule.per_second is not None:
@@ -103,12 +105,18 @@ class Play:
         low, high = rule.reply_seconds
         seconds = low + (high - low) * _percent(token, "reply") / 100
         keeps = _percent(token, "keeps") < rule.keeps_percent
+        if _percent(recipient, "body") < rule.refuse_body_percent:
+            return Ending(seconds, False, _pick(rule.body_refusals, recipient))
         draw = _percent(token, "ending")
         if draw < rule.drop_percent:
             return Ending(seconds, keeps, Outcome(Kind.UNKNOWN, text="connection dropped after the body"))
         if draw < rule.drop_percent + rule.silent_percent:
             return Ending(rule.silent_seconds, keeps, Outcome(Kind.UNKNOWN, text="no reply after the body"))
         return Ending(seconds, True, ACCEPTED)
+
+
+def _pick(replies: tuple[str, ...], recipient: str) -> Outcome:
+    return reply(replies[int(_percent(recipient, "which") * len(replies) / 100)])
 
 
 def _percent(text: str, salt: str) -> float:

@@ -35,12 +35,17 @@ class Catcher:
     play: Play
     port: int
     host: str = "127.0.0.1"
+    # False: only the destinations, behind a real mail server. Then no permit is asked for, and silence is silence.
+    fenced: bool = True
     conversations: set[Conversation] = field(default_factory=set)
     destinations: set[asyncio.Task[None]] = field(default_factory=set)
     stopping: bool = False
     # Set when the end of an offer could not be written down. The process then has to end, for as long as it lives
     # an INTENT without end means that the message is still at its destination.
     failure: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def has_permit(self, name: str) -> bool:
+        return not self.fenced or permit.is_valid(self.folders.permits, name)
 
     async def start(self) -> None:
         self.folders.make()
@@ -157,6 +162,9 @@ class Conversation(asyncio.Protocol):
                 if path is None:
                     self.reply("501 5.5.4 expected MAIL FROM:<address>")
                     return
+                if self.sender is not None:
+                    self.reply("503 5.5.1 sender already given")
+                    return
                 self.sender, self.recipient = path[1].decode("ascii", "replace"), None
                 self.reply("250 2.1.0 Ok")
             case b"RCPT":
@@ -184,7 +192,7 @@ class Conversation(asyncio.Protocol):
         if path is None or self.sender is None:
             self.reply("503 5.5.1 expected RCPT TO:<address> after MAIL")
             return
-        if not permit.is_valid(self.catcher.folders.permits, self.permit):
+        if not self.catcher.has_permit(self.permit):
             self.reply("451 4.7.0 no permit")
             return
         recipient = path[1].decode("ascii", "replace")
@@ -208,7 +216,9 @@ class Conversation(asyncio.Protocol):
             self.reply("421 4.3.2 shutting down")
             self.transport.close()
             return
-        token = self.token()
+        token, sender, recipient = self.token(), self.sender, self.recipient
+        # The transaction ends with its body, whatever becomes of it.
+        self.sender = self.recipient = None
         journal = self.catcher.journal
         try:
             journal.write(log.intent(token, os.getpid()))
@@ -216,7 +226,7 @@ class Conversation(asyncio.Protocol):
             # No INTENT on disk, no offer: a full disk refuses mail instead of losing track of it.
             self.reply("452 4.3.1 no space for the journal")
             return
-        if not permit.is_valid(self.catcher.folders.permits, self.permit):
+        if not self.catcher.has_permit(self.permit):
             try:
                 journal.write(log.done(token, _VOID_NO_PERMIT))
             except OSError:
@@ -224,8 +234,8 @@ class Conversation(asyncio.Protocol):
             self.reply("451 4.7.0 permit withdrawn")
             return
         self.busy = True
-        ending = self.catcher.play.at_body(self.recipient, token)
-        task = asyncio.get_running_loop().create_task(self.destination(ending, token, self.sender, self.recipient, body))
+        ending = self.catcher.play.at_body(recipient, token)
+        task = asyncio.get_running_loop().create_task(self.destination(ending, token, sender, recipient, body))
         self.catcher.destinations.add(task)
         task.add_done_callback(self.catcher.destinations.discard)
 
@@ -244,10 +254,11 @@ class Conversation(asyncio.Protocol):
             self.transport.abort()
             self.catcher.failure.set()
             return
-        if outcome.kind is Kind.UNKNOWN:
+        if outcome.kind is Kind.UNKNOWN and not self.catcher.fenced:
+            self.transport.abort()
+        elif outcome.kind is Kind.UNKNOWN:
             self.reply("450 4.4.2 Onward transmission not accepted")
         else:
             self.reply(f"{outcome.code} {outcome.enhanced} {outcome.text}")
         self.busy = False
-        self.sender = self.recipient = None
         self.advance()

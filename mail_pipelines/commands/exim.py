@@ -1,0 +1,34 @@
+"""Exim as a dispatch server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mail_pipelines.commands.context import settings
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+
+@app.command("run")
+def run(
+    name: str,
+    hostname: Annotated[str | None, typer.Option(help="name towards destinations; has to match the reverse DNS; without it the host's own")] = None,
+    destination: Annotated[
+        list[str] | None, typer.Option(help="ADDRESS:PORT that gets all mail in place of the recipients' mail exchangers; for tests")
+    ] = None,
+) -> None:
+    """Run an own Exim as the registered server NAME until stopped. Nothing of the system's mail set-up is used or changed."""
+    from mail_pipelines.dispatch.exim import process
+
+    process.run(settings(), name, hostname=hostname, destinations=tuple(map(_address, destination or ())))
+
+
+def _address(text: str) -> tuple[str, int]:
+    from mail_pipelines.errors import MailPipelinesError
+
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdigit():
+        raise MailPipelinesError(f"--destination is {text!r}; expected ADDRESS:PORT, such as 127.0.0.1:2525")
+    return host, int(port)

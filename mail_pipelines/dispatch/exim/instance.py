@@ -1,0 +1,216 @@
+"""One Exim of its own: its configuration, its folders, and its processes from start to end.
+
+What belongs here: everything about running Exim, with nothing else of the system's mail set-up touched. What does not: who
+speaks for the server in the database (`exim.process`), and what Exim's log means (`exim.log`).
+
+Started by root, Exim runs as the user it was built for; started by any other user, as that one. Either way it needs no root to work.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mail_pipelines.config import project_folder
+from mail_pipelines.dispatch.files import DispatchError, ServerFolders, replace_file
+
+# Exim itself waits 60 s for the reply to a final dot: a process that still lives after this is stuck.
+STOP_SECONDS = 75.0
+_POLL_SECONDS = 0.05
+_LEFT_SECONDS = 3600.0
+_PLAIN = re.compile(r"[\w./:\[\]@ -]+", re.ASCII)
+
+
+class EximError(DispatchError):
+    """Exim cannot be set up or does not run."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """The user and group that Exim's processes run as."""
+
+    user: str
+    uid: int
+    group: str
+    gid: int
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What one Exim needs to know: the macros of `infra/exim/cutthrough.conf`. `destinations` are (address, port) in place of mail exchangers."""
+
+    binary: str
+    account: Account
+    folders: ServerFolders
+    address: str
+    port: int
+    hostname: str
+    destinations: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def spool(self) -> Path:
+        return self.folders.run / "spool"
+
+    @property
+    def configuration(self) -> Path:
+        return self.folders.run / "exim.conf"
+
+
+def find_binary() -> str:
+    """The path of Exim's program; raises `EximError` if it is not installed."""
+    path = shutil.which("exim4", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or shutil.which("exim", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if path is None:
+        raise EximError("Exim is not installed: install the Debian package exim4-daemon-light (its own service is not needed)")
+    return path
+
+
+def account_for(binary: str) -> Account:
+    """Who Exim runs as when this process starts it."""
+    user = pwd.getpwuid(os.geteuid())
+    if user.pw_uid == 0:
+        answer = subprocess.run([binary, "-C", "/dev/null", "-bP", "exim_user"], capture_output=True, text=True, check=False).stdout
+        name = answer.partition("=")[2].strip()
+        try:
+            user = pwd.getpwnam(name)
+        except KeyError:
+            raise EximError(f"{binary} names {name or 'no user'} as the user that it runs as, and there is none of that name") from None
+    return Account(user.pw_name, user.pw_uid, grp.getgrgid(user.pw_gid).gr_name, user.pw_gid)
+
+
+def configure(instance: Instance) -> str:
+    """The whole configuration: values as macros, `exim_path`, then the template as it is. Raises `EximError` for a value that Exim would not take as plain."""
+    project = project_folder()
+    if project is None:
+        raise EximError("no checkout found, and with it no infra/exim/cutthrough.conf: run this from the checkout")
+    values = {
+        "MP_HOSTNAME": instance.hostname,
+        "MP_USER": instance.account.user,
+        "MP_GROUP": instance.account.group,
+        "MP_ADDRESS": instance.address,
+        "MP_PORT": str(instance.port),
+        "MP_SPOOL": str(instance.spool),
+        "MP_LOGS": str(instance.folders.log),
+        "MP_PERMITS": str(instance.folders.permits),
+    }
+    if instance.destinations:
+        values["MP_DESTINATIONS"] = " : ".join(f"{address}::{port}" for address, port in instance.destinations)
+    for name, value in values.items():
+        if not _PLAIN.fullmatch(value) or "MP_" in value:
+            raise EximError(f"{name} is {value!r}: expected only letters, digits and any of . / : [ ] @ _ - and spaces, and not MP_")
+    head = [f"{name} = {value}" for name, value in values.items()]
+    # Written out: Exim's own utilities look for this line and understand no macro in it.
+    head.append(f"exim_path = {instance.binary}")
+    return "\n".join(head) + "\n\n" + (project / "infra/exim/cutthrough.conf").read_text(encoding="utf-8")
+
+
+def prepare(instance: Instance) -> None:
+    """Make folders that Exim can use, and write the configuration. Raises `EximError` if Exim could not reach them or refuses the configuration."""
+    instance.folders.make()
+    instance.spool.mkdir(exist_ok=True)
+    if os.geteuid() == 0:
+        os.chown(instance.spool, instance.account.uid, instance.account.gid)
+        # Exim makes its logs; what is ours in there stays ours.
+        os.chown(instance.folders.log, 0, instance.account.gid)
+        instance.folders.log.chmod(0o1775)
+        for folder, mode in ((instance.folders.permits, os.R_OK | os.X_OK), (instance.folders.log, os.W_OK | os.X_OK), (instance.spool, os.W_OK | os.X_OK)):
+            if not _may_use(instance.account, folder, mode):
+                raise EximError(
+                    f"{instance.account.user}, the user that Exim runs as, cannot use {folder}: set server.run_folder and server.log_folder "
+                    "to folders below ones that every user may pass (on a real host /run and /var/log), or start this as an ordinary user"
+                )
+    _clean(instance.spool / "input")
+    replace_file(instance.configuration, configure(instance))
+    checked = subprocess.run([instance.binary, "-C", str(instance.configuration), "-bV"], capture_output=True, text=True, check=False)
+    if checked.returncode:
+        raise EximError(f"Exim does not take {instance.configuration}: {(checked.stderr or checked.stdout).strip()[-500:]}")
+
+
+def _may_use(account: Account, folder: Path, mode: int) -> bool:
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(account.gid)
+        os.setuid(account.uid)
+        os._exit(not os.access(folder, mode))
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _clean(folder: Path) -> None:
+    """Remove messages that killed processes have left: nothing delivers them, and nothing that still lives is that old."""
+    for path in folder.glob("*") if folder.exists() else ():
+        if path.is_file() and path.stat().st_mtime < time.time() - _LEFT_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def start(instance: Instance, output: Path) -> subprocess.Popen[bytes]:
+    """Start the daemon in the foreground, in a process group of its own that its children share. An earlier daemon of this server is ended first."""
+    end_earlier(instance)
+    with output.open("ab") as file:
+        daemon = subprocess.Popen(
+            [instance.binary, "-C", str(instance.configuration), "-bdf"], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    replace_file(_group_file(instance), str(daemon.pid), durable=False)
+    return daemon
+
+
+def stop(group: int, seconds: float = STOP_SECONDS) -> None:
+    """End the daemon and its children. One with a message at a destination ends after it has written what became of it; one that takes longer is killed.
+
+    Exim heeds SIGTERM while it waits for a command or reads a body, and not between a body and its outcome: so it is asked again and again.
+    """
+    end = time.monotonic() + seconds
+    while living(group):
+        number = signal.SIGTERM if time.monotonic() < end else signal.SIGKILL
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def end_earlier(instance: Instance) -> None:
+    """End what an earlier life of this server has left running: after a kill of the process that watched it, the daemon would hold the port."""
+    try:
+        group = int(_group_file(instance).read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return
+    if _is_ours(living(group), instance):
+        stop(group)
+
+
+def living(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] not in (b"Z", b"X"):
+            found.append(int(folder.name))
+    return found
+
+
+def _is_ours(pids: Iterable[int], instance: Instance) -> bool:
+    """Whether these are processes of this instance, and not others that have got an old number."""
+    wanted = str(instance.configuration).encode()
+    for pid in pids:
+        try:
+            if wanted in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return True
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return False
+
+
+def _group_file(instance: Instance) -> Path:
+    return instance.folders.run / "exim.group"

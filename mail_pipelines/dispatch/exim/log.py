@@ -1,0 +1,152 @@
+"""How Exim words the journal: its main log, as `infra/exim/cutthrough.conf` has it written. Read in Exim 4.96 and checked against 4.98.
+
+A line is `<date> <time> [<pid>] [<message id>] …`, the date in UTC. What follows, and what it says of a message (the token in the
+envelope sender names it):
+
+  MARK <permit>                                   a sender greeted (our ACL)
+  INTENT <token> <pid>                            the body is here (our ACL)
+  >> … F=<…> … C="250 …"                          delivered: the destination's own reply
+  … F=<…> rejected after DATA: … C="5…"           bounced
+  … F=<…> tmp-reject from cutthrough after DATA: … C="4…"   deferred
+  … F=<…> temporarily rejected after DATA: …      void: our ACL found no permit
+  … F=<…> rejected RCPT <…>: …                    bounced by the reply quoted in it, or because no such domain takes mail
+  … F=<…> temporarily rejected RCPT <…>: …        deferred: the reply quoted in it, or no connection; void: no permit
+  <= <…>                                          taken by Exim; after an INTENT without `>>` this means: not delivered meanwhile
+  =>, ->, **                                      the queue had to do with a message: counted as an alarm, since nothing should get there
+
+An answer of several lines is one record with line breaks in it. A destination cannot forge an entry that way: each of its lines
+begins with three digits and a space or hyphen, a record with a year.
+"""
+
+from __future__ import annotations
+
+import re
+
+from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, UnknownForm
+from mail_pipelines.dispatch.smtp import outcome_of
+
+# 16 characters up to 4.96, 23 from 4.97 on.
+_MESSAGE_ID = rb"[0-9A-Za-z]{6}-(?:[0-9A-Za-z]{6}-[0-9A-Za-z]{2}|[0-9A-Za-z]{11}-[0-9A-Za-z]{4})"
+_STAMP = rb"2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{1,6})?"
+_HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )?"
+_RECORD = re.compile(_HEAD + rb"(.*)", re.DOTALL)
+_MARK = re.compile(rb"MARK (c\d+\.\d+)")
+_INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})")
+_TOKEN = rb"[a-z]\+([a-z2-7]{48})@[^> ]*"
+_DELIVERY = re.compile(rb"(?:>>|=>|->|\*\*|==) .*? F=<" + _TOKEN + rb"> ", re.DOTALL)
+_REFUSAL = re.compile(
+    rb" ?F=<"
+    + _TOKEN
+    + rb"> (rejected RCPT|temporarily rejected RCPT|rejected after DATA|temporarily rejected after DATA|tmp-reject from cutthrough after DATA)"
+    rb"(?: <[^>]*>)?: (.*)",
+    re.DOTALL,
+)
+# The four lines of a message that is delivered, by one expression: nearly all of a log is made of them.
+_ORDINARY = re.compile(
+    _HEAD + rb"(?:INTENT ([a-z2-7]{48}) (\d{1,10})|>> [^<>\"]*F=<" + _TOKEN + rb'> [^"]* C="(2\d\d) ([^"\\\n]*)"[^"\n]*|<= ' + _TOKEN + rb" [^\n]*|(Completed))"
+)
+_CONFIRMATION = re.compile(rb' C="((?:[^"\\]|\\.)*)', re.DOTALL)
+_ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
+# What Exim says of a callout that got an answer. Up to MAIL it is an answer to us, not to the message.
+_ANSWER = re.compile(rb'(?:SMTP error from remote mail server after (.*?)|response to "(.*?)" was): (\d{3}[ -].*)', re.DOTALL)
+_OF_THE_MESSAGE = (b"MAIL FROM", b"RCPT TO", b"pipelined MAIL FROM", b"pipelined RCPT TO")
+_LINE_BREAK = re.compile(r"(?:\n|\\n)(?=\d{3}[ -])")
+_ALARMS = (b"=> ", b"-> ", b"** ")
+_NO_PERMIT = Outcome(Kind.VOID, 451, "4.7.0", "no permit")
+_NOT_DELIVERED = Outcome(Kind.DEFERRED, text="the destination refused the body or broke off before its end")
+
+
+def continues(line: bytes) -> bool:
+    """Whether a line is the next one of the answer that the record before it quotes."""
+    return line[3:4] in (b" ", b"-") and line[:3].isdigit()
+
+
+def parse(record: bytes) -> Entry | None:
+    """The entry of a record; None for one that says nothing about a message.
+
+    Raises `UnknownForm` for a whole record that is none of these, `ValueError` for what is no record or a damaged one.
+    """
+    if not record:
+        return None
+    ordinary = _ORDINARY.fullmatch(record)
+    if ordinary is not None and (ordinary[1] or b"INTENT " not in record):
+        intent, pid, delivered, code, words, arrived, _ = ordinary.groups()
+        if intent:
+            return Entry(intent.decode(), None, int(pid))
+        if delivered:
+            return Entry(delivered.decode(), None, None, outcome_of(int(code), words.decode("utf-8", "replace")))
+        return Entry(arrived.decode(), None, None, _NOT_DELIVERED, True) if arrived else None
+    found = _RECORD.fullmatch(record)
+    if found is None:
+        raise ValueError(f"not a record of Exim's log: {record[:40]!r}")
+    rest: bytes = found[1]
+    if rest.startswith((b"INTENT ", b"MARK ")):
+        return _own(rest)
+    if b"INTENT " in rest:
+        # A line torn by a full disk, with another behind it. Whatever else it says, an INTENT must not be overlooked.
+        raise ValueError("an INTENT inside another record")
+    flag = rest[:3]
+    if flag == b">> ":
+        return Entry(_sender(rest), outcome=_confirmed(rest))
+    if flag in (b"<= ", b"== "):
+        return None
+    if flag in _ALARMS:
+        return Entry(alarm=True)
+    if (refusal := _REFUSAL.search(rest)) is not None:
+        return Entry(refusal[1].decode(), outcome=_refused(refusal[2], refusal[3]))
+    raise UnknownForm
+
+
+def _own(rest: bytes) -> Entry:
+    """A line that our ACLs write."""
+    if (intent := _INTENT.fullmatch(rest)) is not None:
+        return Entry(intent[1].decode(), intent_pid=int(intent[2]))
+    if (mark := _MARK.fullmatch(rest)) is not None:
+        return Entry(mark=mark[1].decode())
+    raise ValueError(f"neither MARK nor INTENT: {rest[:40]!r}")
+
+
+def _sender(rest: bytes) -> str:
+    found = _DELIVERY.match(rest)
+    if found is None:
+        raise ValueError(f"a delivery without our token in F=<…>: {rest[:2]!r}")
+    return found[1].decode()
+
+
+def _confirmed(rest: bytes) -> Outcome:
+    """The outcome by the answer in `C="…"`."""
+    found = _CONFIRMATION.search(rest)
+    if found is None:
+        raise ValueError("no answer in C=…")
+    return _answer(_ESCAPED.sub(rb"\1", found[1]))
+
+
+def _refused(stage: bytes, reason: bytes) -> Outcome:
+    if stage in (b"rejected after DATA", b"tmp-reject from cutthrough after DATA"):
+        return _confirmed(b" " + reason)
+    if stage == b"temporarily rejected after DATA" or reason.startswith((b"no permit", b"failed to expand")):
+        # Our own server's words: the destination was not asked for this message, or has not got its final dot.
+        return _NO_PERMIT
+    if (quoted := _ANSWER.search(reason)) is not None:
+        answer = _answer(quoted[3])
+        if (quoted[1] or quoted[2]).startswith(_OF_THE_MESSAGE) or answer.kind is Kind.DEFERRED:
+            return answer
+        # A host that talks to none of us now: a matter of this server, not of the recipient.
+        return Outcome(Kind.DEFERRED, answer.code, answer.enhanced, answer.text)
+    text = reason.decode("utf-8", "replace")
+    if stage == b"temporarily rejected RCPT":
+        return Outcome(Kind.DEFERRED, text=text)
+    if text.startswith("5.1.2 "):
+        return outcome_of(550, text)
+    return Outcome(Kind.VOID, 550, text=text)
+
+
+def _answer(quoted: bytes) -> Outcome:
+    """An answer of one or several lines, each with its code and maybe an enhanced code, as an outcome with one line of text."""
+    lines = _LINE_BREAK.split(quoted.decode("utf-8", "replace").rstrip("\n"))
+    first = lines[0]
+    if not first[:3].isdigit():
+        raise ValueError("no code in an answer")
+    enhanced = outcome_of(int(first[:3]), first[4:]).enhanced or ""
+    words = [line[4:].removeprefix(enhanced).strip() for line in lines]
+    return outcome_of(int(first[:3]), " ".join(filter(None, [enhanced, *words])))

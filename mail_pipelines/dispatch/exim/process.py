@@ -1,0 +1,41 @@
+"""Exim as a server process: an own instance that is watched, beside the beats that keep the server's name."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+from pathlib import Path
+
+from mail_pipelines.config import Settings
+from mail_pipelines.dispatch.exim import instance
+from mail_pipelines.dispatch.presence import speaking_for, until_signal
+
+_POLL_SECONDS = 0.2
+
+
+def run(settings: Settings, key: str, *, hostname: str | None = None, destinations: tuple[tuple[str, int], ...] = ()) -> None:
+    """Serve as the server `key` until SIGTERM or SIGINT; `destinations` get all mail in place of the recipients' mail exchangers.
+
+    Raises `AlreadyRunning` or `NameTaken` if another process is this server, after withdrawing all permits in the second case, and
+    `EximError` if Exim cannot be started or ends by itself.
+    """
+    with speaking_for(settings, key) as server:
+        binary = instance.find_binary()
+        own = instance.Instance(
+            binary, instance.account_for(binary), server.folders, server.info.host, server.info.port, hostname or socket.getfqdn(), destinations
+        )
+        instance.prepare(own)
+        output = server.folders.log / "exim.out"
+        daemon = instance.start(own, output)
+        try:
+            asyncio.run(until_signal(_watch(daemon, output), server.beat()))
+        finally:
+            instance.stop(daemon.pid)
+            daemon.wait()
+
+
+async def _watch(daemon: subprocess.Popen[bytes], output: Path) -> None:
+    while (status := daemon.poll()) is None:
+        await asyncio.sleep(_POLL_SECONDS)
+    raise instance.EximError(f"Exim ended with status {status}; see {output} and main.log, panic.log beside it")

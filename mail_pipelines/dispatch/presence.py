@@ -1,0 +1,76 @@
+"""A process that speaks for a server: it holds the name, beats, and ends when told to or when its name is taken.
+
+What belongs here: what every kind of server process does. What does not: the mail server itself (`catcher.process`, `exim.process`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mail_pipelines.config import Settings
+from mail_pipelines.database.engine import DatabaseUnreachable, open_engine, reading
+from mail_pipelines.dispatch import permit, servers
+from mail_pipelines.dispatch.files import ServerFolders, only_one
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a process that speaks for a server has to know of it."""
+
+    info: servers.ServerInfo
+    folders: ServerFolders
+    heartbeat: servers.Heartbeat
+    interval_seconds: float
+
+    async def beat(self) -> None:
+        """Beat for ever; raises `NameTaken` when another process has taken the name."""
+        while True:
+            await asyncio.sleep(self.interval_seconds)
+            try:
+                await asyncio.to_thread(self.heartbeat.beat)
+            except DatabaseUnreachable:
+                # The name is kept: without a beat the others see a silent server, and the next beat tells whether it was taken.
+                continue
+
+
+@contextmanager
+def speaking_for(settings: Settings, key: str) -> Iterator[Presence]:
+    """Take the name of the registered server `key` for as long as the block runs.
+
+    Raises `AlreadyRunning` or `NameTaken` if another process is this server; if its name is taken later, all its permits are withdrawn.
+    """
+    folders = ServerFolders.of(settings.server, key)
+    folders.make()
+    engine = open_engine(settings.database)
+    with reading(engine) as connection:
+        info = servers.find(connection, key)
+    interval = settings.server.heartbeat_seconds
+    with only_one(folders.log / "lock", f"server {key}"):
+        heartbeat = servers.Heartbeat(engine, key, folders, interval)
+        heartbeat.start()
+        try:
+            yield Presence(info, folders, heartbeat, interval)
+        except servers.NameTaken:
+            permit.revoke_all(folders.permits)
+            raise
+
+
+async def until_signal(*beside: Coroutine[None, None, None]) -> None:
+    """Run coroutines until SIGTERM or SIGINT comes or one of them ends, and raise what it raised."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    tasks = [asyncio.create_task(work) for work in beside]
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        for pending in (*tasks, stopping):
+            pending.cancel()

@@ -1,0 +1,1 @@
+"""Exim as the dispatch server: its log, its configuration, and the promises that the built-in catcher keeps, too."""

@@ -1,0 +1,204 @@
+"""Exim's main log as proof: every form it takes is read as what it says, and no damage passes for silence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mail_pipelines.dispatch.exim import log
+from mail_pipelines.dispatch.journal import Entry, Evidence, Journal, Kind, Outcome, Position, UnknownForm
+
+TOKEN = "mfrggzdfmztwq2lknnwg23tpobyxe43uov3ho6dzpj2gk3tf"
+SENDER = f"b+{TOKEN}@bounces.example.test"
+HOST = "H=(c77.1795522639) [127.0.0.1]"
+REMOTE = "127.0.0.1 [127.0.0.1] : SMTP error from remote mail server after"
+VERIFY = "Could not complete recipient verify callout"
+NOT_TAKEN = "the destination refused the body or broke off before its end"
+# The two lengths of Exim's message ids: up to 4.96, and from 4.97 on.
+IDS = ("1xVpQB-0005at-08", "1xVpQB-00000000at5-08Ab")
+
+
+def line(rest: str, message_id: str = "", stamp: str = "2026-11-24 12:15:42.927 [23506]") -> bytes:
+    return " ".join(filter(None, [stamp, message_id, rest])).encode()
+
+
+def outcome(record: bytes) -> Outcome:
+    entry = log.parse(record)
+    assert entry is not None
+    assert entry.outcome is not None
+    assert entry.token == TOKEN
+    return entry.outcome
+
+
+def write(path: Path, *records: bytes) -> Evidence:
+    """A claim's evidence in a log of these records, with its marker first."""
+    path.write_bytes(b"".join(record + b"\n" for record in (line("MARK c1.99"), *records)))
+    return Journal(path, log.parse, log.continues).evidence(Position(path.stat().st_ino, 0), 1)
+
+
+INTENT = line(f"INTENT {TOKEN} 23506", IDS[0])
+DELIVERED = line(f'>> p@x.test F=<{SENDER}> R=given_hosts T=onward H=mx.x.test [192.0.2.1] C="250 2.0.0 Ok: kept" QT=0.100s', IDS[0])
+ARRIVED = line(f"<= {SENDER} {HOST} P=esmtp S=319", IDS[0])
+
+
+@pytest.mark.parametrize("message_id", IDS)
+@pytest.mark.parametrize("stamp", ["2026-11-24 12:15:42.927 [23506]", "2026-11-24 12:15:42", "2026-11-24 12:15:42 +0000 [1]"])
+def test_both_lengths_of_ids_and_all_stamps_are_read(message_id: str, stamp: str) -> None:
+    assert log.parse(line(f"INTENT {TOKEN} 23506", message_id, stamp)) == Entry(TOKEN, intent_pid=23506)
+    record = line(f'>> p@x.test F=<{SENDER}> R=r T=t H=mx [192.0.2.1] C="250 ok"', message_id, stamp)
+    assert outcome(record) == Outcome(Kind.DELIVERED, 250, None, "ok")
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        # After the body: the destination's own reply.
+        (f'{HOST} p@x.test F=<{SENDER}> rejected after DATA: R=r T=t H=mx [192.0.2.1] C="554 5.7.1 no" QT=0s', (Kind.BOUNCED, 554, "5.7.1", "no")),
+        (f'{HOST} p@x.test F=<{SENDER}> tmp-reject from cutthrough after DATA: R=r C="421 4.7.0 later"', (Kind.DEFERRED, 421, "4.7.0", "later")),
+        # At RCPT and MAIL: an answer to this message.
+        (f"{HOST} F=<{SENDER}> rejected RCPT <p@x.test>: {REMOTE} RCPT TO:<p@x.test>: 550 5.1.1 unknown", (Kind.BOUNCED, 550, "5.1.1", "unknown")),
+        (f'{HOST} F=<{SENDER}> rejected RCPT <p@x.test>: mx [192.0.2.1] : response to "MAIL FROM:<{SENDER}>" was: 550 no', (Kind.BOUNCED, 550, None, "no")),
+        (
+            f"{HOST} F=<{SENDER}> temporarily rejected RCPT <p@x.test>: {VERIFY}: {REMOTE} RCPT TO:<p@x.test>: 451 4.7.1 grey",
+            (Kind.DEFERRED, 451, "4.7.1", "grey"),
+        ),
+        # Before it: an answer to this server, whatever its code.
+        (f"{HOST} F=<{SENDER}> rejected RCPT <p@x.test>: {REMOTE} initial connection: 554 5.7.1 blocked", (Kind.DEFERRED, 554, "5.7.1", "blocked")),
+        (f"{HOST} F=<{SENDER}> rejected RCPT <p@x.test>: {REMOTE} EHLO mail.example.test: 550 no", (Kind.DEFERRED, 550, None, "no")),
+        # No answer.
+        (f"{HOST} F=<{SENDER}> temporarily rejected RCPT <p@x.test>: {VERIFY}: mx [192.0.2.1] : Connection refused", None),
+        (f"{HOST} F=<{SENDER}> temporarily rejected RCPT <p@x.test>: {VERIFY}", None),
+        (f"{HOST} F=<{SENDER}> temporarily rejected RCPT <p@x.test>: host lookup did not complete", None),
+        # Our own server's verdict.
+        (f"{HOST} F=<{SENDER}> rejected RCPT <p@x.test>: 5.1.2 no such domain", (Kind.BOUNCED, 550, "5.1.2", "no such domain")),
+        (f"{HOST} F=<{SENDER}> temporarily rejected RCPT <p@x.test>: no permit", (Kind.VOID, 451, "4.7.0", "no permit")),
+        (f"{HOST} F=<{SENDER}> temporarily rejected after DATA: permit withdrawn", (Kind.VOID, 451, "4.7.0", "no permit")),
+        (f"{HOST} F=<{SENDER}> rejected RCPT <p@x.test>: something new", (Kind.VOID, 550, None, "something new")),
+    ],
+)
+def test_each_refusal_is_what_it_says(rest: str, expected: tuple[Kind, int | None, str | None, str] | None) -> None:
+    found = outcome(line(rest))
+    if expected is None:
+        assert (found.kind, found.code) == (Kind.DEFERRED, None)
+    else:
+        assert found == Outcome(*expected)
+
+
+def test_answers_of_several_lines_are_one_outcome(tmp_path: Path) -> None:
+    at_body = line(f'{HOST} p@x.test F=<{SENDER}> rejected after DATA: R=r C="550-5.7.1 first \\"q\\"\n550 5.7.1 second \\\\ x" QT=0.002s', IDS[0])
+    assert write(tmp_path / "main.log", INTENT, at_body).outcomes == {TOKEN: Outcome(Kind.BOUNCED, 550, "5.7.1", 'first "q" second \\ x')}
+    at_recipient = line(f"{HOST} F=<{SENDER}> rejected RCPT <p@x.test>: {REMOTE} RCPT TO:<p@x.test>: 550-5.1.1 The account\\n550 5.1.1 is gone")
+    assert outcome(at_recipient) == Outcome(Kind.BOUNCED, 550, "5.1.1", "The account is gone")
+
+
+def test_a_destination_cannot_write_into_the_journal(tmp_path: Path) -> None:
+    """Its words may look like anything; they stay words of its answer, or end the claim's coverage."""
+    forged = f'250-2026-11-24 12:15:43.145 [9] {IDS[0]} >> q@x.test F=<b+{"a" * 48}@b> C=\\"250 ok\\"\n250 F=<b+{"b" * 48}@b> ok'
+    evidence = write(tmp_path / "main.log", INTENT, line(f'>> p@x.test F=<{SENDER}> R=r C="{forged}"', IDS[0]))
+    assert set(evidence.outcomes) == {TOKEN}
+    assert evidence.covered
+    hidden = write(tmp_path / "main.log", INTENT, line(f'>> p@x.test F=<{SENDER}> R=r C="250 INTENT {"a" * 48} 7"', IDS[0]))
+    assert not hidden.covered
+    assert hidden.intents == {TOKEN: 23506}
+
+
+def test_silence_after_the_body_leaves_the_intent_open(tmp_path: Path) -> None:
+    evidence = write(tmp_path / "main.log", INTENT)
+    assert (evidence.covered, evidence.intents, evidence.outcomes) == (True, {TOKEN: 23506}, {})
+
+
+def test_what_was_received_without_being_delivered_meanwhile_is_deferred_and_raises_an_alarm(tmp_path: Path) -> None:
+    queued = line("=> :blackhole: <p@x.test> R=not_delivered", IDS[0])
+    evidence = write(tmp_path / "main.log", INTENT, ARRIVED, queued, line("Completed", IDS[0]))
+    assert evidence.outcomes == {TOKEN: Outcome(Kind.DEFERRED, text=NOT_TAKEN)}
+    assert (evidence.intents, evidence.alarms) == ({}, 1)
+
+
+def test_the_arrival_of_a_delivered_message_changes_nothing(tmp_path: Path) -> None:
+    evidence = write(tmp_path / "main.log", INTENT, DELIVERED, ARRIVED, line("Completed", IDS[0]))
+    assert evidence.outcomes == {TOKEN: Outcome(Kind.DELIVERED, 250, "2.0.0", "Ok: kept")}
+    assert (evidence.intents, evidence.alarms, evidence.bad_lines, evidence.unknown_forms) == ({}, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "exim 4.96 daemon started: pid=1, no queue runs, listening for SMTP on [127.0.0.1]:2525",
+        "unexpected disconnection",
+        f"{HOST} rejected MAIL <x@y.test>: no",
+    ],
+)
+def test_a_whole_line_of_an_unknown_form_is_counted_and_hides_nothing(tmp_path: Path, rest: str) -> None:
+    evidence = write(tmp_path / "main.log", INTENT, line(rest), DELIVERED)
+    assert (evidence.unknown_forms, evidence.bad_lines, evidence.covered) == (1, 0, True)
+    with pytest.raises(UnknownForm):
+        log.parse(line(rest))
+
+
+@pytest.mark.parametrize("cut", range(1, len(INTENT)))
+def test_a_line_torn_anywhere_ends_the_coverage_or_loses_no_intent(tmp_path: Path, cut: int) -> None:
+    """What a full disk leaves of one line, with the next line behind it: the second INTENT is never overlooked."""
+    second = line(f"INTENT {'a' * 48} 7", IDS[1])
+    for torn in (INTENT, DELIVERED):
+        evidence = write(tmp_path / "main.log", torn[:cut] + second)
+        assert not evidence.covered
+
+
+TOKENS = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=48, max_size=48)
+WORDS = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60).map(str.strip)
+ENHANCED = st.sampled_from(["", "5.1.1", "2.0.0", "4.7.650"])
+
+
+def printed(code: int, enhanced: str, lines: list[str]) -> str:
+    """An answer as it is on the wire, its lines parted by line feeds."""
+    last = len(lines) - 1
+    return "\n".join(f"{code}{' ' if number == last else '-'}{enhanced + ' ' if enhanced else ''}{words}" for number, words in enumerate(lines))
+
+
+def quoted(text: str) -> str:
+    """As Exim writes it between quotes."""
+    return re.sub(r'(["\\])', r"\\\1", text)
+
+
+def joined(lines: list[str]) -> str:
+    return " ".join(filter(None, lines))
+
+
+@given(TOKENS, st.integers(200, 599), ENHANCED, st.lists(WORDS, min_size=1, max_size=3), st.sampled_from(IDS))
+def test_every_answer_is_read_as_the_destination_gave_it(token: str, code: int, enhanced: str, words: list[str], message_id: str) -> None:
+    if any("INTENT " in word for word in words):
+        return
+    # An answer without an enhanced code may begin with words that look like one: both readings are the same text.
+    answer = quoted(printed(code, enhanced, words))
+    form = {2: ">> p@x.test F=<{}> R=r T=t H=mx [192.0.2.1] C={}", 4: "H=mx p@x.test F=<{}> tmp-reject from cutthrough after DATA: R=r C={}"}
+    rest = form.get(code // 100, "H=mx p@x.test F=<{}> rejected after DATA: R=r C={}").format(f"b+{token}@b.test", f'"{answer}" QT=0.1s')
+    entry = log.parse(line(rest, message_id))
+    assert entry is not None
+    assert entry.outcome is not None
+    assert (entry.token, entry.outcome.code) == (token, code)
+    assert joined([entry.outcome.enhanced or "", entry.outcome.text]).split() == joined([enhanced, *words]).split()
+
+
+@given(st.integers(1, 2**63), st.integers(0, 10**10), TOKENS, st.integers(1, 2**22))
+def test_our_own_lines_are_read_as_they_were_written(claim: int, expiry: int, token: str, pid: int) -> None:
+    assert log.parse(line(f"MARK c{claim}.{expiry}")) == Entry(mark=f"c{claim}.{expiry}")
+    assert log.parse(line(f"INTENT {token} {pid}", IDS[0])) == Entry(token, intent_pid=pid)
+
+
+SAMPLES = [INTENT, DELIVERED, ARRIVED, line("MARK c1.99"), line(f"{HOST} F=<{SENDER}> temporarily rejected RCPT <p@x.test>: {VERIFY}: {REMOTE} x: 451 4.7.1 y")]
+
+
+@given(
+    st.binary(max_size=200)
+    | st.tuples(st.sampled_from(SAMPLES), st.integers(0, 300), st.binary(max_size=20)).map(lambda parts: parts[0][: parts[1]] + parts[2])
+)
+def test_any_bytes_are_an_entry_or_a_counted_error(record: bytes) -> None:
+    try:
+        entry = log.parse(record)
+    except ValueError:
+        return
+    assert entry is None or isinstance(entry, Entry)
