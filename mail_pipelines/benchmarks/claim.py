@@ -22,12 +22,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from mail_pipelines.benchmarks import campaigns
+from mail_pipelines.benchmarks.campaigns import PROVIDER
 from mail_pipelines.benchmarks.contract import Result, judge
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from mail_pipelines.database import bulk, migrate, models, partitions
+from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine, transact
-from mail_pipelines.database.models import Allotment, Campaign, CampaignVersion, Claim, Contact, Delivery, Server, State
-from mail_pipelines.delivery import counters
+from mail_pipelines.database.models import Allotment, Claim, Delivery, LedgerGeneration, Server, State
 from mail_pipelines.delivery.recording import SLOT_SECONDS, record, slot_at
 from mail_pipelines.delivery.recording import Result as Outcome
 from mail_pipelines.dispatch import claims, servers
@@ -38,37 +39,15 @@ CLAIMERS = 8
 ROWS_PER_SHARD = 31_000
 CLAIM_ROWS = 500
 SINGLE_CLAIM_ROWS = 50
-PROVIDER = "other"
 _CAMPAIGN = 1
 
 
 def fill(engine: Engine, shards: int, rows_per_shard: int) -> None:
     """One sending campaign with contacts and pending rows, eight servers, and room for all of it."""
-    import numpy as np
-    import pyarrow as pa
-
-    total = shards * rows_per_shard
+    campaigns.make(engine, _CAMPAIGN, shards, rows_per_shard)
     now = dt.datetime.now(dt.UTC)
-    partitions.extend(engine, now.date())
 
-    def campaign(connection: sa.Connection) -> None:
-        connection.execute(
-            sa.insert(Campaign).values(
-                id=_CAMPAIGN,
-                key="bench",
-                name="Bench",
-                state="sending",
-                brand_id=1,
-                segments={},
-                unsubscribe="all",
-                on_unknown="hold",
-                priority=1,
-                shards=shards,
-                version_id=1,
-                created_at=now,
-                updated_at=now,
-            )
-        )
+    def fleet(connection: sa.Connection) -> None:
         fleet = [
             {"id": number, "key": f"s{number}", "kind": "catcher", "state": "active", "host": "h", "port": 1, "incarnation": "i", "created_at": now}
             for number in range(1, CLAIMERS + 1)
@@ -78,56 +57,8 @@ def fill(engine: Engine, shards: int, rows_per_shard: int) -> None:
         rows = [grant | {"server_id": server["id"], "slot_start": slot_at(now) + step * SLOT_SECONDS} for server in fleet for step in range(3)]
         connection.execute(sa.insert(Allotment), rows)
 
-    transact(engine, campaign)
+    transact(engine, fleet)
     servers.set_limits(engine, None, "*", {"per_second": 1e6})
-    attributes = json.dumps({"first_name": "Maria", "city": "Berlin", "orders": 3})
-    for start in range(0, total, bulk.CHUNK_ROWS):
-        ids = np.arange(start + 1, min(start + bulk.CHUNK_ROWS, total) + 1, dtype=np.int64)
-        count = len(ids)
-        hashes = [number.to_bytes(16, "big") for number in ids.tolist()]
-        addresses = [f"person{number}@other.test" for number in ids.tolist()]
-        when = pa.array([now.replace(tzinfo=None)] * count, pa.timestamp("us"))
-        contacts = pa.table(
-            {
-                "id": ids,
-                "email": addresses,
-                "address": addresses,
-                "address_hash": pa.array(hashes, pa.binary(16)),
-                "domain": ["other.test"] * count,
-                "provider": [PROVIDER] * count,
-                "attributes": [attributes] * count,
-                "tracking_allowed": pa.array([True] * count),
-                "created_at": when,
-                "updated_at": when,
-            }
-        )
-        ledger = pa.table(
-            {
-                "campaign_id": np.full(count, _CAMPAIGN, dtype=np.int32),
-                "contact_id": ids,
-                "address_hash": pa.array(hashes, pa.binary(16)),
-                "shard": ((ids - 1) // rows_per_shard).astype(np.int16),
-                "provider": [PROVIDER] * count,
-                "state": np.zeros(count, dtype=np.int16),
-                "sort_key": (ids % 365).astype(np.int32),
-                "attempt": np.zeros(count, dtype=np.int16),
-                "variant": np.zeros(count, dtype=np.int16),
-            }
-        )
-
-        def work(connection: sa.Connection, contacts: pa.Table = contacts, ledger: pa.Table = ledger) -> None:
-            bulk.load(connection, _table(Contact), contacts, ignore_duplicates=True)
-            bulk.load(connection, _table(Delivery), ledger, ignore_duplicates=True)
-
-        transact(engine, work)
-    moves = {(shard, PROVIDER, State.PENDING, ""): rows_per_shard for shard in range(shards)}
-    transact(engine, lambda connection: counters.add(connection, _CAMPAIGN, counters.CENTRE, moves, now))
-
-
-def _table(model: type[models.Base]) -> sa.Table:
-    table = model.__table__
-    assert isinstance(table, sa.Table)
-    return table
 
 
 def _claim(engine: Engine, server: int, shard: int, memory: Memory, limit: int) -> OpenClaim | claims.NothingClaimed:
@@ -153,7 +84,7 @@ def _record(engine: Engine, claim: OpenClaim) -> int:
 
 def _generation(engine: Engine) -> Memory:
     with engine.connect() as connection:
-        return Memory(connection.execute(sa.select(models.LedgerGeneration.generation)).scalar_one())
+        return Memory(connection.execute(sa.select(LedgerGeneration.generation)).scalar_one())
 
 
 def _claimer(url: str, server: int, shard: int, begin: Any, seconds: float, done: Any) -> None:
@@ -271,7 +202,7 @@ settings = config.load()
 engine = open_engine(settings.database)
 with reading(engine) as connection:
     server = servers.find(connection, "bench")
-report = sending.run(engine, settings, server, sending.plan(engine, "bench", 0), 0, "bench", lambda _: None)
+report = sending.run(engine, settings, server, sending.plan(engine, "bench-1", 0), 0, "run", lambda _: None)
 peak = megabytes("VmHWM")
 print(json.dumps([peak - baseline, report.sent, peak]))
 """
@@ -280,8 +211,6 @@ print(json.dumps([peak - baseline, report.sent, peak]))
 def _memory(recipients: int) -> tuple[float, int]:
     """(MB above the imports, messages sent) of a real session of some seconds through a catcher, one shard of all recipients."""
     from mail_pipelines import home
-    from mail_pipelines.messages.compilation import compile_content
-    from mail_pipelines.messages.content import Content
     from mail_pipelines.supervision import Processes
     from mail_pipelines.up import start_catcher
 
@@ -294,16 +223,7 @@ def _memory(recipients: int) -> tuple[float, int]:
         settings = config.load()
         engine = create_engine(settings.database.url)
         fill(engine, 1, recipients)
-        content = Content(
-            subject="Hello {{ first_name }}",
-            from_address="news@shop.test",
-            body="<p>Dear {{ first_name }}</p>"
-            + "<p>A paragraph of some length, as offers have them.</p>" * 500
-            + '<a href="{{ unsubscribe_url }}">Unsubscribe</a>',
-        )
-        compiled = compile_content(content, {"first_name": "text"}, lambda urls: list(range(1, len(urls) + 1)))
-        version = {"id": 1, "campaign_id": _CAMPAIGN, "number": 1, "source": content.to_document(), "sha256": compiled.sha256, "compiled": compiled.to_bytes()}
-        transact(engine, lambda connection: connection.execute(sa.insert(CampaignVersion).values(created_at=dt.datetime.now(dt.UTC), **version)))
+        campaigns.write_version(engine, _CAMPAIGN, 500)
         with Processes() as processes:
             start_catcher(processes, engine, settings, "bench")
             servers.set_limits(engine, None, "*", {"connections": 16, "per_second": 2000.0})

@@ -71,6 +71,27 @@ def claim(quick: Quick = False, as_json: Json = False, database: Database = None
     _show("claim", bench.run(quick, database), as_json)
 
 
+@app.command("crash")
+def crash(
+    kills: Annotated[int | None, typer.Option(min=1, help="how many in all; without it 1,000, or with --quick two of each kind")] = None,
+    seed: Annotated[int, typer.Option(help="of the schedule")] = 1,
+    kind: Annotated[list[str] | None, typer.Option(help="only this kind; may be repeated")] = None,
+    quick: Quick = False,
+    as_json: Json = False,
+) -> None:
+    """What kills do to messages on their way through Exim: lost, duplicates and unknown, counted at the destinations. Needs root."""
+    from mail_pipelines.benchmarks import crash as bench
+
+    def report(verdict: bench.Verdict) -> None:
+        count = verdict.count
+        console.print(
+            f"{verdict.kind}: {verdict.kills} kills, {count.recipients} recipients, {count.arrived} arrived, {count.lost} lost, "
+            f"{count.duplicates} duplicates, {count.unknown} unknown of at most {verdict.bound + count.unanswered}, {verdict.seconds:.0f} s"
+        )
+
+    _show("crash", bench.run(quick, kills, seed, kind or (), report), as_json)
+
+
 def _show(name: str, results: list[Result], as_json: bool) -> None:
     from rich.table import Table
 

@@ -82,12 +82,16 @@ def boot_id() -> str:
 def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a small file so that a reader sees either the old or the new content; `durable`: after a power loss, too."""
     descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    Path(temporary).replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except OSError as error:
+        Path(temporary).unlink()
+        raise DispatchError(f"{path} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -57,8 +57,10 @@ def conclude(
     results = []
     for row in rows:
         token = token_of(ref, row, token_key)
-        # A reply whose line has not come is as good as the line, only without the destination's words.
-        outcome = evidence.outcomes.get(token) or row.reply
+        # A 250 whose line has not come is as good as the line. A refusal is not: a mail server that cannot write its line says 421, and the
+        # destination may have taken the message.
+        accepted = row.reply if row.reply is not None and row.reply.kind is Kind.DELIVERED else None
+        outcome = evidence.outcomes.get(token) or accepted
         if outcome is not None and outcome.kind is not Kind.VOID:
             results.append(_from_outcome(row, outcome, ref.provider, settings, now))
         elif outcome is not None or (token not in evidence.intents and evidence.covered and same_life):
