@@ -60,14 +60,13 @@ def finish(world: World, catcher: Running) -> None:
     raise AssertionError(f"not finished: {reason}, {world.states()}")
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, seed: int) -> None:
+def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """16 SIGKILLs of send runs a case: unknown stays within the connections that were open at each kill."""
     recipients, kills = 1500, 16
     world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
     server = world.server(connections=6, per_second=150.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.5], refuse_percent=3))
-    draw = random.Random(seed)
+    draw = random.Random(1)
     bound = unknown = 0
     for number in range(kills):
         before = len(world.kept())
