@@ -16,7 +16,7 @@ Script = dict[str, str | None]
 GOOD: Script = {"connect": "220 hello", "EHLO": "250 ok", "MAIL": "250 ok", "RCPT": "250 ok", "DATA": "354 go on", "body": "250 2.0.0 kept", "QUIT": "221 bye"}
 
 
-async def serve(script: Script, received: list[bytes], port: int = 0) -> asyncio.Server:
+async def serve(script: Script, received: list[bytes], port: int = 0, host: str = "127.0.0.1") -> asyncio.Server:
     """A server that answers each stage as the script says, on a port of its own or on `port`."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -46,7 +46,7 @@ async def serve(script: Script, received: list[bytes], port: int = 0) -> asyncio
         finally:
             writer.close()
 
-    return await asyncio.start_server(talk, "127.0.0.1", port)
+    return await asyncio.start_server(talk, host, port)
 
 
 def offer(script: Script, *, timeout: float = 0.5) -> tuple[Offer, list[bytes]]:

@@ -72,8 +72,8 @@ class Zone:
 
 
 @contextmanager
-def serving(zone: Zone) -> Iterator[Zone]:
-    """Answer for the zone at `zone.address` (host:port)."""
+def serving(zone: Zone, host: str = "127.0.0.1", port: int = 0) -> Iterator[Zone]:
+    """Answer for the zone at `zone.address` (host:port); port 0 takes a free one."""
 
     class Udp(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -90,8 +90,8 @@ def serving(zone: Zone) -> Iterator[Zone]:
     class TcpServer(socketserver.ThreadingTCPServer):
         allow_reuse_address = True
 
-    with socketserver.ThreadingUDPServer(("127.0.0.1", 0), Udp) as udp, TcpServer(udp.server_address, Tcp) as tcp:
-        zone.address = f"127.0.0.1:{udp.server_address[1]}"
+    with socketserver.ThreadingUDPServer((host, port), Udp) as udp, TcpServer(udp.server_address, Tcp) as tcp:
+        zone.address = f"{host}:{udp.server_address[1]}"
         threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in (udp, tcp)]
         for thread in threads:
             thread.start()

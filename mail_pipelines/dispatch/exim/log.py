@@ -52,6 +52,13 @@ _ANSWER = re.compile(rb'(?:SMTP error from remote mail server after (.*?)|respon
 _OF_THE_MESSAGE = (b"MAIL FROM", b"RCPT TO", b"pipelined MAIL FROM", b"pipelined RCPT TO")
 _LINE_BREAK = re.compile(r"(?:\n|\\n)(?=\d{3}[ -])")
 _ALARMS = (b"=> ", b"-> ", b"** ")
+# What Exim says of a domain whose DNS leads to no host that takes mail, and what that is called (RFC 3463, RFC 7505).
+_NO_ROUTE = {
+    "an MX or SRV record indicated no SMTP service": "5.1.10",
+    "all relevant MX records point to non-existent hosts": "5.4.4",
+    "lowest numbered MX record points to local host": "5.4.4",
+    "remote host address is the local host": "5.4.4",
+}
 _NO_PERMIT = Outcome(Kind.VOID, 451, "4.7.0", "no permit")
 _NOT_DELIVERED = Outcome(Kind.DEFERRED, text="the destination refused the body or broke off before its end")
 
@@ -138,6 +145,9 @@ def _refused(stage: bytes, reason: bytes) -> Outcome:
         return Outcome(Kind.DEFERRED, text=text)
     if text.startswith("5.1.2 "):
         return outcome_of(550, text)
+    if text in _NO_ROUTE:
+        return Outcome(Kind.BOUNCED, 550, _NO_ROUTE[text], text)
+    # Maybe a fault of ours, which must not bounce everybody: the sender stops and shows the words.
     return Outcome(Kind.VOID, 550, text=text)
 
 
