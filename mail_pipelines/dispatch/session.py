@@ -406,7 +406,9 @@ class Lane:
         """The end of every row: by the journal, or that no message could be made."""
         not_offered = Offer(Next.GO_ON)
         heard = [(row, offers.get(row.contact_id, not_offered)) for row in claimed.rows]
-        results = await self._read_results(claimed, [Offered(row.contact_id, row.attempt, offer.reply) for row, offer in heard if not offer.unusable])
+        results = await self._read_results(
+            claimed, [Offered(row.contact_id, row.attempt, offer.reply is not None) for row, offer in heard if not offer.unusable]
+        )
         unusable = [row for row, offer in heard if offer.unusable]
         return results + [Result(row.contact_id, row.attempt, State.SUPPRESSED, reason="cannot_be_composed") for row in unusable]
 
@@ -414,7 +416,7 @@ class Lane:
         """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""
         session = self.session
         # What has been answered is over: the mail server writes its line first. Its process may live on for the connection's next message.
-        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows if row.reply is None}
+        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows if not row.answered}
         # The lease must not run out while we wait: what is in flight then is unknown, as it would be to a settler.
         end = time.monotonic() + session.settings.sending.reply_timeout_seconds
         end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)

@@ -38,11 +38,11 @@ IN_FLIGHT_SECONDS = 75.0
 
 @dataclass(frozen=True)
 class Offered:
-    """A row of a claim: which message, and the server's reply where the sender heard one."""
+    """A row of a claim: which message, and whether the sender heard a reply to its body, so that its line is written."""
 
     contact_id: int
     attempt: int
-    reply: Outcome | None = None
+    answered: bool = False
 
 
 def token_of(ref: ClaimRef, row: Offered, token_key: bytes) -> str:
@@ -57,10 +57,9 @@ def conclude(
     results = []
     for row in rows:
         token = token_of(ref, row, token_key)
-        # A 250 whose line has not come is as good as the line. A refusal is not: a mail server that cannot write its line says 421, and the
-        # destination may have taken the message.
-        accepted = row.reply if row.reply is not None and row.reply.kind is Kind.DELIVERED else None
-        outcome = evidence.outcomes.get(token) or accepted
+        # Never the reply that the sender heard: a mail server that cannot write its line says 421 for a message that the destination has
+        # taken, and may say 250 for one that it has only received.
+        outcome = evidence.outcomes.get(token)
         if outcome is not None and outcome.kind is not Kind.VOID:
             results.append(_from_outcome(row, outcome, ref.provider, settings, now))
         elif outcome is not None or (token not in evidence.intents and evidence.covered and same_life):
