@@ -18,6 +18,7 @@ from mail_pipelines.dispatch import permit
 from mail_pipelines.dispatch.exim import instance, log
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.journal import Evidence, Journal, Kind
+from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 from tests.dispatch.test_smtp import GOOD, Script, serve
 from tests.parts.processes import free_port, listens, wait_for
 
@@ -171,6 +172,52 @@ def test_each_refusal_before_the_body_is_read_as_what_it_is(exim: Exim, script: 
     _, received, evidence = exim.send(script)
     outcome = evidence.outcomes[TOKEN]
     assert (outcome.kind, outcome.code, received) == (kind, code, [])
+
+
+def test_five_hundred_connections_send_at_once(exim: Exim) -> None:
+    """As many as a server may be allowed to keep to all providers together: each is taken, and has a message at its destination while all others have."""
+    connections = 500
+    position = exim.journal().end()
+    granted = permit.grant(exim.own.folders.permits, 8, seconds=120)
+    tokens = [sign_delivery(DeliveryToken(1, number, 0), b"a key for tests") for number in range(connections)]
+    waiting = asyncio.Barrier(connections)
+
+    async def converse(token: str) -> str:
+        reader, writer = await asyncio.open_connection(exim.own.address, exim.own.port)
+
+        async def reply() -> str:
+            while (line := (await reader.readline()).decode())[3:4] == "-":
+                pass
+            return line.rstrip()
+
+        async def command(text: str) -> str:
+            writer.write(text.encode() + b"\r\n")
+            return await reply()
+
+        await reply()
+        for text in (f"EHLO {granted.name}", f"MAIL FROM:<b+{token}@bounces.example.test>", "RCPT TO:<someone@small.test>", "DATA"):
+            answer = await command(text)
+            assert answer[:1] in "23", answer
+        await waiting.wait()
+        answer = await command("Subject: x\r\n\r\nHello.\r\n.")
+        writer.close()
+        return answer[:3]
+
+    async def all_at_once() -> tuple[list[str], list[bytes]]:
+        received: list[bytes] = []
+        server = await serve(GOOD, received, port=exim.far)
+        try:
+            return await asyncio.gather(*map(converse, tokens)), received
+        finally:
+            server.close()
+
+    try:
+        replies, received = asyncio.run(asyncio.wait_for(all_at_once(), 120))
+    finally:
+        granted.release()
+    assert (replies, len(received)) == (["250"] * connections, connections)
+    outcomes = exim.journal().evidence(position, 8).outcomes
+    assert [outcomes[token].kind for token in tokens] == [Kind.DELIVERED] * connections
 
 
 def test_a_full_spool_of_the_past_is_cleaned(exim: Exim) -> None:
