@@ -10,6 +10,7 @@ import contextlib
 import datetime as dt
 import heapq
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ class Waiting:
     def read(self, octets: int) -> bytes:
         """The beginning of the message. Raises `OSError`, also for what is no file."""
         with os.fdopen(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("it is no regular file")
             return file.read(octets)
 
     def finish(self) -> None:

@@ -75,9 +75,9 @@ def _read_maildir(engine: Engine, folder: Path, key: bytes, now: dt.datetime, re
         effects = transact(engine, lambda connection, pieces=pieces: evidence.apply(connection, pieces, now))  # type: ignore[misc]
         for (message, piece), effect in zip(found, effects, strict=True):
             if effect is Effect.NEW:
-                report.new[piece.kind] += 1
+                report.new[piece.kind.value] += 1
             else:
-                report.others[effect] += 1
+                report.others[effect.value] += 1
             if effect is not Effect.TOO_EARLY:
                 message.finish()
 
@@ -92,6 +92,6 @@ def _piece(message: Waiting, key: bytes, report: Report) -> Evidence | None:
         return None
     if isinstance(piece, Ignored):
         message.finish()
-        report.ignored[piece] += 1
+        report.ignored[piece.value] += 1
         return None
     return piece

@@ -9,14 +9,20 @@ from __future__ import annotations
 import datetime as dt
 import email
 import enum
+import logging
 import re
 from collections.abc import Iterator
 from email.message import Message
+from email.utils import getaddresses
+
+from flufl.bounce import all_failures
 
 from mail_pipelines.delivery.evidence import Evidence, Kind
 from mail_pipelines.inbound.addresses import Purpose, candidates
 from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery
 
+# It logs each detector that stumbles over a mail, with a traceback, and goes on with the next.
+logging.getLogger("flufl.bounce").setLevel(logging.CRITICAL)
 # Status and headers come before the quoted body; what is behind this is not read, so that a mail costs the same however large it is.
 READ_OCTETS = 256 * 1024
 # For whom a mail came, from what is nearest to the truth: set by the receiving server, then by the sender.
@@ -24,8 +30,9 @@ _RECIPIENT_HEADERS = ("Envelope-to", "Delivered-To", "X-Original-To", "To", "Cc"
 _QUOTED_PARTS = 20
 _TEXT_LENGTH = 500
 _ENHANCED = re.compile(r"(?<![\d.])([245]\.\d{1,3}\.\d{1,3})(?![\d.])", re.ASCII)
-_REPLY = re.compile(r"(?<![\w.-])([245]\d\d)[ -](?=\S)(?!\d\d:)", re.ASCII)
+_REPLY = re.compile(r"(?<![\w.-])([245]\d\d)[ -](?=\S)", re.ASCII)
 _REFUSED = re.compile(r"(?<![\w.-])(?:5\d\d[ -]|#?5\.\d{1,3}\.\d{1,3}).*", re.ASCII)
+_SEVEN_BITS = bytes(range(128)) + b"?" * 128
 # RFC 5965 §3.1 and its registry: reports of authentication failures say nothing of what a person wants.
 _NO_COMPLAINTS = {"not-spam": "not_spam", "auth-failure": "authentication_failure"}
 _OPT_OUTS = ("opt-out", "opt-out-list")
@@ -66,7 +73,7 @@ def read(data: bytes, key: bytes, at: dt.datetime) -> Evidence | Ignored:
     if feedback is not None:
         return _feedback(feedback, token, at)
     status = next((part for part in parts if part.get_content_type() == "message/delivery-status"), None)
-    return (None if status is None else _status(status, token, at)) or _other_bounce(message, parts, token, at)
+    return (None if status is None else _status(status, token, at)) or _other_bounce(data[:READ_OCTETS], parts, token, at)
 
 
 def _evidence(kind: Kind, token: DeliveryToken, at: dt.datetime, words: str = "", status: str = "") -> Evidence:
@@ -142,12 +149,9 @@ def _status(part: Message, token: DeliveryToken, at: dt.datetime) -> Evidence | 
     return _evidence(Kind.DELIVERY_REPORT, token, at) if found else None
 
 
-def _other_bounce(message: Message, parts: list[Message], token: DeliveryToken, at: dt.datetime) -> Evidence | Ignored:
+def _other_bounce(data: bytes, parts: list[Message], token: DeliveryToken, at: dt.datetime) -> Evidence | Ignored:
     """A bounce in a form of its own: flufl.bounce knows many, and the words are those of the first line that looks like a refusal."""
-    # Only here, since most bounces have the form of RFC 3464.
-    from flufl.bounce import all_failures
-
-    temporary, permanent = all_failures(message)
+    temporary, permanent = all_failures(_plain(data))
     if not permanent:
         return Ignored.DELAYED if temporary else Ignored.NO_REPORT
     for part in parts:
@@ -156,6 +160,15 @@ def _other_bounce(message: Message, parts: list[Message], token: DeliveryToken, 
             if (words := _REFUSED.search(line)) is not None:
                 return _evidence(Kind.BOUNCE_REPORT, token, at, words[0])
     return _evidence(Kind.BOUNCE_REPORT, token, at)
+
+
+def _plain(data: bytes) -> Message:
+    """A mail as flufl.bounce can take it: some of its detectors fail on headers beyond ASCII, one without a From."""
+    message = email.message_from_bytes(data.translate(_SEVEN_BITS))
+    if not getaddresses([message.get("From", "")]):
+        del message["From"]
+        message["From"] = "nobody@invalid"
+    return message
 
 
 def _clean(text: str) -> str:

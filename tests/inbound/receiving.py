@@ -38,9 +38,18 @@ class Receiving:
         }
         with (self.base / "output").open("ab") as output:
             process = subprocess.Popen([sys.executable, "-m", "mail_pipelines", "inbound", "run"], env=environ, stdout=output, stderr=output)
-        wait_for(lambda: listens(self.port) or process.poll() is not None, what="Exim")
+        wait_for(lambda: self._serves(process) or process.poll() is not None, what="Exim")
         assert process.poll() is None, (self.base / "output").read_text()
         return process
+
+    def _serves(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether Exim listens, and is not the one that an earlier process has left."""
+        try:
+            daemon = int((self.folders.run / "exim.group").read_text())
+            parent = int(Path(f"/proc/{daemon}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        except (FileNotFoundError, ValueError):
+            return False
+        return parent == process.pid and listens(self.port)
 
     def restart(self) -> None:
         stop(self.process, 30)
