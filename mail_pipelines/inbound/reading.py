@@ -42,9 +42,9 @@ class Report:
         return {name: count for name, count in counts.items() if count}
 
 
-def anything_waiting(settings: Settings) -> bool:
-    """Whether a file waits, or there is a mailbox that may have something."""
-    return bool(settings.inbound.imap_url) or any(map(maildir.any_waiting, InboundFolders.of(settings.inbound).maildirs()))
+def files_wait(settings: Settings) -> bool:
+    """Whether a message waits in one of the maildirs."""
+    return any(map(maildir.any_waiting, InboundFolders.of(settings.inbound).maildirs()))
 
 
 def read(engine: Engine, settings: Settings, now: dt.datetime) -> Report:

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
 
+from mail_pipelines.campaigns import progress
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import (
@@ -50,10 +51,9 @@ def apply(engine: sa.Engine, *pieces: Evidence, now: dt.datetime = LATER) -> lis
     return transact(engine, lambda connection: evidence.apply(connection, pieces, now))
 
 
-def facts(engine: sa.Engine, campaign_id: int = 1) -> dict[str, int]:
-    query = sa.select(CampaignFact.kind, sa.func.sum(CampaignFact.count)).where(CampaignFact.campaign_id == campaign_id).group_by(CampaignFact.kind)
+def facts(engine: sa.Engine) -> dict[str, int]:
     with reading(engine) as connection:
-        return {kind: int(count) for kind, count in connection.execute(query) if count}
+        return progress.facts(connection, 1)
 
 
 def rows(engine: sa.Engine, table: type[DeliveryEvent] | type[EngagementEvent]) -> Counter[tuple[int, str]]:

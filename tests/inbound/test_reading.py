@@ -12,14 +12,15 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines import config
+from mail_pipelines.campaigns import progress
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading as reading_of
 from mail_pipelines.database.engine import transact
-from mail_pipelines.database.models import CampaignFact, Delivery, DeliveryEvent, State, Suppression
-from mail_pipelines.delivery import evidence
+from mail_pipelines.database.models import Delivery, DeliveryEvent, State, Suppression
+from mail_pipelines.delivery import evidence, statistics
 from mail_pipelines.inbound import maildir, reading
 from mail_pipelines.inbound.folders import InboundFolders
-from tests.campaigns.parts import NOW, counters_equal_ledger, fill_ledger, ledger_states, make_campaign
+from tests.campaigns.parts import NOW, counters_equal_ledger, fill_ledger, ledger_states, load, make_campaign
 from tests.inbound.mails import complaint, dsn, qmail_bounce, request, token, vacation
 from tests.inbound.receiving import KEY
 
@@ -63,9 +64,7 @@ def files(mail: Path) -> dict[str, set[str]]:
 
 def facts(engine: sa.Engine) -> dict[str, int]:
     with reading_of(engine) as connection:
-        return {
-            kind: int(count) for kind, count in connection.execute(sa.select(CampaignFact.kind, sa.func.sum(CampaignFact.count)).group_by(CampaignFact.kind))
-        }
+        return progress.facts(connection, 1)
 
 
 MAILS = [
@@ -86,6 +85,9 @@ def test_each_kind_of_mail_has_its_effect_and_is_put_away(ledger: sa.Engine, set
     assert ledger_states(ledger, 1) == {State.CLAIMED: 2, State.BOUNCED: 1, State.DELIVERED: 6}
     assert facts(ledger) == {"complained": 1, "late_bounce": 2, "unsubscribed": 1}
     assert counters_equal_ledger(ledger, 1)
+    with reading_of(ledger) as connection:
+        numbers = statistics.read(connection, load(ledger)).numbers()
+    assert (numbers["late_bounced"], numbers["complained"], numbers["unsubscribed"]) == (2, 1, 1)
     assert {folder: len(names) for folder, names in files(mail).items()} == {"done": len(MAILS)}
     assert reading.read(ledger, settings, LATER).numbers() == {}
 
