@@ -83,6 +83,15 @@ def test_each_kind_of_address_has_its_maildir_and_the_letters_do_not_matter(rece
     wait_for(lambda: receiving.stored() == [], what="an empty queue")
 
 
+def test_many_messages_on_one_connection_are_filed_at_once(receiving: Receiving) -> None:
+    with receiving.connect() as client:
+        for _ in range(25):
+            client.sendmail("", [f"b+{TOKEN}@x.test"], dsn(TOKEN))
+    for path in receiving.filed("bounces", 25):
+        path.unlink()
+    wait_for(lambda: receiving.stored() == [], what="an empty queue")
+
+
 def test_a_forged_header_of_the_receiving_server_is_taken_out(receiving: Receiving) -> None:
     other = sign_delivery(DeliveryToken(8, 99, 0), KEY.encode())
     assert receiving.send(f"b+{TOKEN}@x.test", f"Envelope-to: u+{other}@x.test\r\n".encode() + dsn(TOKEN)) == 250
