@@ -3,7 +3,7 @@
 A question is one line, the local part; the answer is `yes` or `no`, and the end of the connection. It needs the token key and nothing
 else: no database, so that mail is taken while that is away. Who does not get an answer (Exim) refuses for now and lets the sender try again.
 
-Threads that block, not asyncio: a question takes a sixth of the time, and forged addresses come in thousands.
+Threads that block, not asyncio: a question takes half the CPU, and forged addresses come in thousands.
 """
 
 from __future__ import annotations
