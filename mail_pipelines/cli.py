@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, home, segment, server
+from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, home, inbound, segment, server
 from mail_pipelines.commands.context import errors
 from mail_pipelines.errors import MailPipelinesError
 
@@ -22,6 +22,7 @@ app.add_typer(domain.app, name="domain")
 app.add_typer(server.app, name="server")
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
+app.add_typer(inbound.app, name="inbound")
 app.add_typer(bench.app, name="bench")
 
 

@@ -92,6 +92,21 @@ class ServerSettings(Section):
     heartbeat_seconds: float = pydantic.Field(default=10, gt=0, description="interval of a server's heartbeat (s)")
 
 
+class InboundSettings(Section):
+    folder: str = pydantic.Field(default="{home}/inbound", description="mail that came back: maildirs, and spool and log of the Exim that receives it")
+    listen: list[str] = pydantic.Field(default=["127.0.0.1"], description="addresses that `inbound run` listens on; 0.0.0.0 and ::0 are all")
+    port: int = pydantic.Field(default=2525, ge=1, le=65535, description="port that `inbound run` listens on; other hosts send to port 25")
+    complaints: str = pydantic.Field(default="fbl", pattern=r"^[A-Za-z0-9._-]+$", description="local part of the address given to feedback loops")
+    keep_days: float = pydantic.Field(default=14, ge=0, description="read messages are kept this long (days)")
+    imap_url: str = pydantic.Field(
+        default="",
+        description="mailbox to poll as well: imaps://USER@HOST/FOLDER, or imap:// for STARTTLS; USER with %40 for @",
+        json_schema_extra={"url": True},
+    )
+    imap_password: str | None = secret("password for imap_url")
+    imap_done: str = pydantic.Field(default="Processed", min_length=1, description="folder of that mailbox that fetched messages are moved to")
+
+
 class OperationSettings(Section):
     time_zone: str = pydantic.Field(default="UTC", description="time zone of the schedules")
     snapshot_cron: str = pydantic.Field(default="*/15 * * * *", description="when `refresh_snapshots` runs")
@@ -112,6 +127,7 @@ class Settings(Section):
     sending: SendingSettings = SendingSettings()
     dns: DnsSettings = DnsSettings()
     server: ServerSettings = ServerSettings()
+    inbound: InboundSettings = InboundSettings()
     operation: OperationSettings = OperationSettings()
 
     @property
@@ -275,7 +291,7 @@ def describe(environ: Mapping[str, str] = os.environ) -> list[Origin]:
             value = getattr(getattr(settings, section), name)
             if is_secret(section, name):
                 value = "********" if value else None
-            elif _extra(section, name).get("url"):
+            elif value and _extra(section, name).get("url"):
                 value = mask_url(str(value))
             origin = given.get((section, name), (None, "default"))[1]
             rows.append(Origin(f"{section}.{name}", value, origin, field.description or ""))

@@ -11,9 +11,10 @@ import dagster as dg
 from mail_pipelines import config, jobs, schedules
 from mail_pipelines.assets import audience, delivery, reporting, sending
 from mail_pipelines.ops import maintenance
+from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.server import DispatchServer
-from mail_pipelines.sensors import campaigns, failures, files, servers, shards
+from mail_pipelines.sensors import campaigns, failures, files, inbound, servers, shards
 
 
 def _sensors(interval_seconds: int) -> list[dg.SensorDefinition]:
@@ -26,6 +27,7 @@ def _sensors(interval_seconds: int) -> list[dg.SensorDefinition]:
         sensor(jobs=[jobs.send_campaign])(shards.open_shards),
         sensor()(shards.finished_shards),
         sensor(jobs=[jobs.report_campaign, maintenance.close_open_rows])(campaigns.finished_campaigns),
+        sensor(jobs=[read_inbound_mail])(inbound.inbound_mail),
         sensor()(servers.server_health),
         dg.run_failure_sensor(default_status=running, minimum_interval_seconds=interval_seconds, request_job=jobs.report_campaign)(failures.failed_runs),
     ]
@@ -36,7 +38,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None, settings: config.O
     operation = settings or config.load().operation
     return dg.Definitions(
         assets=dg.load_assets_from_modules([audience, sending, delivery, reporting]),
-        jobs=[*jobs.ALL, maintenance.maintenance, maintenance.close_open_rows, maintenance.import_contacts],
+        jobs=[*jobs.ALL, maintenance.maintenance, maintenance.close_open_rows, maintenance.import_contacts, read_inbound_mail],
         sensors=_sensors(operation.sensor_seconds),
         schedules=schedules.all_schedules(operation),
         resources={"database": CentralDatabase(), "server": DispatchServer(), **(resources or {})},

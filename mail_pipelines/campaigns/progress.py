@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import InstrumentedAttribute
 
 from mail_pipelines.campaigns.campaign import Campaign
-from mail_pipelines.database.models import CampaignCounter, CampaignMinute, State
+from mail_pipelines.database.models import CampaignCounter, CampaignFact, CampaignMinute, State
 from mail_pipelines.errors import MailPipelinesError
 
 
@@ -61,6 +61,12 @@ def by_provider(connection: Connection, campaign_id: int) -> dict[tuple[str, Sta
     """Rows by (provider, state), only where there are any."""
     sums = _sums(connection, campaign_id, CampaignCounter.provider, CampaignCounter.state)
     return {(provider, State(state)): count for (provider, state), count in sums.items() if count}
+
+
+def facts(connection: Connection, campaign_id: int) -> dict[str, int]:
+    """Recipients by what they count for beside their state (`delivery.evidence.facts`), only where there are any."""
+    query = sa.select(CampaignFact.kind, sa.func.sum(CampaignFact.count)).where(CampaignFact.campaign_id == campaign_id).group_by(CampaignFact.kind)
+    return {kind: int(count) for kind, count in connection.execute(query).tuples()}
 
 
 def totals(connection: Connection, campaign: Campaign) -> Totals:

@@ -444,7 +444,7 @@ class DeliveryEvent(Base):
     campaign_id: Mapped[int] = mapped_column(sa.Integer)
     contact_id: Mapped[int] = mapped_column(sa.BigInteger)
     attempt: Mapped[int] = mapped_column(TinyInt)
-    # deferred, bounced, unknown, resolved, complained …
+    # deferred, bounced, unknown, resent: what came of a claim. Later evidence: `delivery.evidence.Kind`.
     kind: Mapped[str] = mapped_column(ascii_string(16))
     code: Mapped[int | None] = mapped_column(sa.SmallInteger)
     enhanced: Mapped[str | None] = mapped_column(ascii_string(11))
@@ -498,6 +498,17 @@ class CampaignMinute(Base):
     server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     state: Mapped[int] = mapped_column(TinyInt, primary_key=True, autoincrement=False)
     reason: Mapped[str] = mapped_column(ascii_string(24), primary_key=True)
+    count: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (MYSQL,)
+
+
+class CampaignFact(Base):
+    """How many recipients count for something beside their state: bounced after acceptance, complained, unsubscribed by mail."""
+
+    __tablename__ = "campaign_facts"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
     count: Mapped[int] = mapped_column(sa.Integer)
     __table_args__ = (MYSQL,)
 

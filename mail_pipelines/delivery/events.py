@@ -13,6 +13,11 @@ from mail_pipelines.database.models import DeliveryEvent
 
 # An unknown row was offered once more: its first copy may have arrived.
 RESENT = "resent"
+# The destination refused the message, for now or for good, in its answer.
+DEFERRED = "deferred"
+BOUNCED = "bounced"
+# A mail said that the message, though it was accepted, did not get there.
+BOUNCE_REPORT = "bounce_report"
 _ADDRESS = re.compile(r"[^\s<>@:;,]+@([^\s<>@:;,]+)")
 
 

@@ -18,7 +18,7 @@ from mail_pipelines.contacts.sets import insert_if_absent
 from mail_pipelines.database.models import Allotment, Campaign, Claim, Delivery, DeliveryEvent, ProviderUsage, State
 from mail_pipelines.database.types import utc_now
 from mail_pipelines.delivery import counters
-from mail_pipelines.delivery.events import event_id, mask_addresses, resent_among
+from mail_pipelines.delivery.events import BOUNCED, DEFERRED, event_id, mask_addresses, resent_among
 from mail_pipelines.delivery.transitions import may_move
 from mail_pipelines.errors import MailPipelinesError
 
@@ -202,7 +202,7 @@ def refund(connection: Connection, claim: ClaimRef, count: int, now: dt.datetime
 
 def _write_events(connection: Connection, claim: ClaimRef, results: Iterable[Result], now: dt.datetime) -> None:
     """Keep what destinations said, for every outcome but plain delivery (which the ledger row itself says)."""
-    kinds = {State.BOUNCED: "bounced", State.DEFERRED: "deferred", State.UNKNOWN: "unknown"}
+    kinds = {State.BOUNCED: BOUNCED, State.DEFERRED: DEFERRED, State.UNKNOWN: "unknown"}
     rows = [
         {
             "month": now.year * 100 + now.month,

@@ -19,7 +19,8 @@ from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.campaigns.progress import Totals
 from mail_pipelines.database.models import CampaignMinute, Claim, Server, State
 from mail_pipelines.delivery.classes import bad_address_classes
-from mail_pipelines.delivery.counters import CENTRE
+from mail_pipelines.delivery.counters import CENTRE, LATE_BOUNCE
+from mail_pipelines.delivery.evidence import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,6 +67,7 @@ class Statistics:
     * `by_reason`: outcome, reason, count (of offers for deferred, of recipients else), share (of the outcome)
     * `per_minute`: minute, server, delivered, bounced, deferred; only minutes with an offer
 
+    `late_bounced` were accepted and bounced later: they are among the delivered. `complained` and `unsubscribed` are those by mail.
     `activity` is None before the first claim is closed, and again when upkeep has dropped the claims of a campaign long over.
     `first_minute` and `last_minute` are those of offers.
     """
@@ -76,6 +78,9 @@ class Statistics:
     rates: Rates
     offers: int
     hard_bounced: int
+    late_bounced: int
+    complained: int
+    unsubscribed: int
     first_minute: dt.datetime | None
     last_minute: dt.datetime | None
     activity: Activity | None
@@ -102,6 +107,9 @@ class Statistics:
             "excluded": sum(self.excluded.values()),
             **asdict(self.totals),
             "hard_bounced": self.hard_bounced,
+            "late_bounced": self.late_bounced,
+            "complained": self.complained,
+            "unsubscribed": self.unsubscribed,
             "offers": self.offers,
             **{f"{name}_rate": round(rate, 5) for name, rate in asdict(self.rates).items()},
             "peak_per_minute": self.peak_per_minute,
@@ -122,6 +130,7 @@ def read(connection: Connection, campaign: Campaign) -> Statistics:
     offered = outcomes[outcomes["state"].isin(_names(OFFERED))]
     hard = hard_bounces(connection, campaign.id)
     refused = totals.delivered + totals.bounced
+    facts = progress.facts(connection, campaign.id)
     deferrals = int(offered.loc[offered["state"] == "deferred", "count"].sum())
     offers = int(offered["count"].sum())
     return Statistics(
@@ -136,6 +145,9 @@ def read(connection: Connection, campaign: Campaign) -> Statistics:
         ),
         offers=offers,
         hard_bounced=hard,
+        late_bounced=facts.get(LATE_BOUNCE, 0),
+        complained=facts.get(Kind.COMPLAINT, 0),
+        unsubscribed=facts.get(Kind.UNSUBSCRIBE, 0),
         first_minute=offered["minute"].min().to_pydatetime() if len(offered) else None,
         last_minute=offered["minute"].max().to_pydatetime() if len(offered) else None,
         activity=_activity(connection, campaign.id),

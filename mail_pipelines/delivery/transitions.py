@@ -5,9 +5,10 @@ from __future__ import annotations
 from mail_pipelines.database.models import State
 
 MOVES: dict[State, frozenset[State]] = {
-    # Unresolved instead of expired or cancelled: a row that waits to be sent again, since its first copy may have arrived.
-    State.PENDING: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED}),
-    State.DEFERRED: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED}),
+    # Unresolved instead of expired or cancelled: a row that waits to be sent again, since its first copy may have arrived. Delivered or
+    # bounced: it turned out what became of that copy.
+    State.PENDING: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED, State.DELIVERED, State.BOUNCED}),
+    State.DEFERRED: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED, State.DELIVERED, State.BOUNCED}),
     State.CLAIMED: frozenset(
         {
             State.DELIVERED,
@@ -28,7 +29,8 @@ MOVES: dict[State, frozenset[State]] = {
     # Later evidence, or the decision to send again, or 72 hours.
     State.UNKNOWN: frozenset({State.DELIVERED, State.BOUNCED, State.PENDING, State.UNRESOLVED}),
     State.DELIVERED: frozenset(),
-    State.BOUNCED: frozenset(),
+    # Only a bounce that was itself later evidence: that somebody reacted to the message is stronger (`delivery.evidence`).
+    State.BOUNCED: frozenset({State.DELIVERED}),
     State.SUPPRESSED: frozenset(),
     State.EXPIRED: frozenset(),
     State.CANCELLED: frozenset(),

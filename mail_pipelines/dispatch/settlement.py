@@ -23,8 +23,9 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines.config import SendingSettings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Claim, Delivery, State
-from mail_pipelines.delivery.classes import Action, classify
+from mail_pipelines.delivery.classes import classify
 from mail_pipelines.delivery.recording import ClaimRef, LedgerConflict, Result, record
+from mail_pipelines.delivery.suppression import is_at_once
 from mail_pipelines.dispatch import permit
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders
@@ -84,7 +85,7 @@ def _from_outcome(row: Offered, outcome: Outcome, provider: str, settings: Sendi
             outcome.enhanced,
             meaning.reason,
             text=outcome.text,
-            suppress=meaning.action is Action.HARD,
+            suppress=is_at_once(meaning.action),
         )
     due = int(now) + retry_seconds(row.attempt, settings)
     return Result(row.contact_id, row.attempt, State.DEFERRED, outcome.code, outcome.enhanced, meaning.reason, due=due, text=outcome.text)

@@ -9,7 +9,7 @@ from mail_pipelines.campaigns import lifecycle, overdue
 from mail_pipelines.contacts import importing
 from mail_pipelines.database import partitions as table_partitions
 from mail_pipelines.database.engine import reading
-from mail_pipelines.delivery import upkeep
+from mail_pipelines.delivery import suppression, upkeep
 from mail_pipelines.resources.database import CentralDatabase
 
 KEEP_RUNS_DAYS = 30
@@ -53,6 +53,13 @@ def prune_bookkeeping(context: dg.OpExecutionContext, database: CentralDatabase)
 
 
 @dg.op(out=dg.Out(dg.Nothing))
+def suppress_addresses(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Suppress addresses that were refused again and again."""
+    count = suppression.suppress_repeated(database.engine, dt.datetime.now(dt.UTC))
+    context.log.info("%d addresses suppressed after repeated refusals", count)
+
+
+@dg.op(out=dg.Out(dg.Nothing))
 def prune_runs(context: dg.OpExecutionContext) -> None:
     """Delete Dagster runs older than 30 days; what they achieved is in the central database and in runless materializations."""
     before = dt.datetime.now(dt.UTC) - dt.timedelta(days=KEEP_RUNS_DAYS)
@@ -63,11 +70,12 @@ def prune_runs(context: dg.OpExecutionContext) -> None:
     context.log.info("%d old runs deleted", len(old))
 
 
-@dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, old runs.")
+@dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, old runs.")
 def maintenance() -> None:
     close_rows()
     extend_partitions()
     prune_bookkeeping()
+    suppress_addresses()
     prune_runs()
 
 

@@ -12,6 +12,7 @@ from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.jobs import build_audience, refresh_snapshots_job, report_campaign, send_campaign
+from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.server import QUEUE_TAG
@@ -19,7 +20,9 @@ from mail_pipelines.sensors.campaigns import missing_keys
 from mail_pipelines.sensors.runs import gone, report_gone, started
 
 SEND_POOL = "dispatch"
-CENTRE_JOBS = tuple(job.name for job in (build_audience, report_campaign, refresh_snapshots_job, maintenance, close_open_rows, import_contacts))
+CENTRE_JOBS = tuple(
+    job.name for job in (build_audience, report_campaign, refresh_snapshots_job, maintenance, close_open_rows, import_contacts, read_inbound_mail)
+)
 
 
 def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:

@@ -17,8 +17,8 @@ ASSETS = {
     "delivery_results": "delivery",
     "campaign_statistics": "reporting",
 }
-SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs"}
-JOBS = {"build_audience", "send_campaign", "report_campaign", "refresh_snapshots", "maintenance", "close_open_rows", "import_contacts"}
+SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs", "inbound_mail"}
+JOBS = {"build_audience", "send_campaign", "report_campaign", "refresh_snapshots", "maintenance", "close_open_rows", "import_contacts", "read_inbound_mail"}
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mail_pipelines.config import project_folder
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, replace_file
@@ -27,7 +28,7 @@ from mail_pipelines.dispatch.files import DispatchError, ServerFolders, replace_
 STOP_SECONDS = 75.0
 _POLL_SECONDS = 0.05
 _LEFT_SECONDS = 3600.0
-_PLAIN = re.compile(r"[\w./:\[\]@ -]+", re.ASCII)
+_PLAIN = re.compile(r"[\w./:;\[\]@ -]+", re.ASCII)
 
 
 class EximError(DispatchError):
@@ -42,6 +43,48 @@ class Account:
     uid: int
     group: str
     gid: int
+
+
+class Exim(Protocol):
+    """What it takes to run one Exim: `Instance` is the dispatch server, `inbound.receiver.Receiver` the host that takes bounces."""
+
+    @property
+    def binary(self) -> str: ...
+
+    @property
+    def account(self) -> Account: ...
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of the daemon beside those that every one gets."""
+
+    @property
+    def template(self) -> str:
+        """The file of `infra/exim` that follows the macros."""
+
+    @property
+    def macros(self) -> Mapping[str, str]: ...
+
+    @property
+    def configuration(self) -> Path:
+        """Where the whole configuration is written; its folder also holds what names the running processes."""
+
+    @property
+    def spool(self) -> Path: ...
+
+    @property
+    def log_folder(self) -> Path: ...
+
+    @property
+    def needs(self) -> Mapping[Path, int]:
+        """The folders that the account has to reach, and for what (`os.access`)."""
+
+    @property
+    def remedy(self) -> str:
+        """What to say when it does not: which settings to set."""
+
+    def make(self) -> None:
+        """Make all folders."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +106,47 @@ class Instance:
     @property
     def configuration(self) -> Path:
         return self.folders.run / "exim.conf"
+
+    @property
+    def log_folder(self) -> Path:
+        return self.folders.log
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def template(self) -> str:
+        return "cutthrough.conf"
+
+    @property
+    def macros(self) -> dict[str, str]:
+        values = {
+            "MP_HOSTNAME": self.hostname,
+            "MP_USER": self.account.user,
+            "MP_GROUP": self.account.group,
+            "MP_ADDRESS": self.address,
+            "MP_PORT": str(self.port),
+            "MP_SPOOL": str(self.spool),
+            "MP_LOGS": str(self.folders.log),
+            "MP_PERMITS": str(self.folders.permits),
+        }
+        if self.destinations:
+            values["MP_DESTINATIONS"] = " : ".join(f"{address}::{port}" for address, port in self.destinations)
+        return values
+
+    @property
+    def needs(self) -> dict[Path, int]:
+        return {self.folders.permits: os.R_OK | os.X_OK, self.folders.log: os.W_OK | os.X_OK, self.spool: os.W_OK | os.X_OK}
+
+    @property
+    def remedy(self) -> str:
+        return "set server.run_folder and server.log_folder"
+
+    def make(self) -> None:
+        self.folders.make()
+        self.spool.mkdir(exist_ok=True)
+        _clean(self.spool / "input")
 
 
 def find_binary() -> str:
@@ -86,52 +170,38 @@ def account_for(binary: str) -> Account:
     return Account(user.pw_name, user.pw_uid, grp.getgrgid(user.pw_gid).gr_name, user.pw_gid)
 
 
-def configure(instance: Instance) -> str:
+def configure(exim: Exim) -> str:
     """The whole configuration: values as macros, `exim_path`, then the template as it is. Raises `EximError` for a value that Exim would not take as plain."""
     project = project_folder()
     if project is None:
-        raise EximError("no checkout found, and with it no infra/exim/cutthrough.conf: run this from the checkout")
-    values = {
-        "MP_HOSTNAME": instance.hostname,
-        "MP_USER": instance.account.user,
-        "MP_GROUP": instance.account.group,
-        "MP_ADDRESS": instance.address,
-        "MP_PORT": str(instance.port),
-        "MP_SPOOL": str(instance.spool),
-        "MP_LOGS": str(instance.folders.log),
-        "MP_PERMITS": str(instance.folders.permits),
-    }
-    if instance.destinations:
-        values["MP_DESTINATIONS"] = " : ".join(f"{address}::{port}" for address, port in instance.destinations)
-    for name, value in values.items():
+        raise EximError(f"no checkout found, and with it no infra/exim/{exim.template}: run this from the checkout")
+    for name, value in exim.macros.items():
         if not _PLAIN.fullmatch(value) or "MP_" in value:
-            raise EximError(f"{name} is {value!r}: expected only letters, digits and any of . / : [ ] @ _ - and spaces, and not MP_")
-    head = [f"{name} = {value}" for name, value in values.items()]
+            raise EximError(f"{name} is {value!r}: expected only letters, digits and any of . / : ; [ ] @ _ - and spaces, and not MP_")
+    head = [f"{name} = {value}" for name, value in exim.macros.items()]
     # Written out: Exim's own utilities look for this line and understand no macro in it.
-    head.append(f"exim_path = {instance.binary}")
-    return "\n".join(head) + "\n\n" + (project / "infra/exim/cutthrough.conf").read_text(encoding="utf-8")
+    head.append(f"exim_path = {exim.binary}")
+    return "\n".join(head) + "\n\n" + (project / "infra/exim" / exim.template).read_text(encoding="utf-8")
 
 
-def prepare(instance: Instance) -> None:
+def prepare(exim: Exim) -> None:
     """Make folders that Exim can use, and write the configuration. Raises `EximError` if Exim could not reach them or refuses the configuration."""
-    instance.folders.make()
-    instance.spool.mkdir(exist_ok=True)
+    exim.make()
     if os.geteuid() == 0:
-        os.chown(instance.spool, instance.account.uid, instance.account.gid)
+        os.chown(exim.spool, exim.account.uid, exim.account.gid)
         # Exim makes its logs; what is ours in there stays ours.
-        os.chown(instance.folders.log, 0, instance.account.gid)
-        instance.folders.log.chmod(0o1775)
-        for folder, mode in ((instance.folders.permits, os.R_OK | os.X_OK), (instance.folders.log, os.W_OK | os.X_OK), (instance.spool, os.W_OK | os.X_OK)):
-            if not _may_use(instance.account, folder, mode):
+        os.chown(exim.log_folder, 0, exim.account.gid)
+        exim.log_folder.chmod(0o1775)
+        for folder, mode in exim.needs.items():
+            if not _may_use(exim.account, folder, mode):
                 raise EximError(
-                    f"{instance.account.user}, the user that Exim runs as, cannot use {folder}: set server.run_folder and server.log_folder "
-                    "to folders below ones that every user may pass (on a real host /run and /var/log), or start this as an ordinary user"
+                    f"{exim.account.user}, the user that Exim runs as, cannot use {folder}: {exim.remedy} to folders below ones that every user "
+                    "may pass (on a real host /run, /var/log, /var/lib), or start this as an ordinary user"
                 )
-    _clean(instance.spool / "input")
-    replace_file(instance.configuration, configure(instance))
-    checked = subprocess.run([instance.binary, "-C", str(instance.configuration), "-bV"], capture_output=True, text=True, check=False)
+    replace_file(exim.configuration, configure(exim))
+    checked = subprocess.run([exim.binary, "-C", str(exim.configuration), "-bV"], capture_output=True, text=True, check=False)
     if checked.returncode:
-        raise EximError(f"Exim does not take {instance.configuration}: {(checked.stderr or checked.stdout).strip()[-500:]}")
+        raise EximError(f"Exim does not take {exim.configuration}: {(checked.stderr or checked.stdout).strip()[-500:]}")
 
 
 def _may_use(account: Account, folder: Path, mode: int) -> bool:
@@ -151,14 +221,14 @@ def _clean(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def start(instance: Instance, output: Path) -> subprocess.Popen[bytes]:
+def start(exim: Exim, output: Path) -> subprocess.Popen[bytes]:
     """Start the daemon in the foreground, in a process group of its own that its children share. An earlier daemon of this server is ended first."""
-    end_earlier(instance)
+    end_earlier(exim)
     with output.open("ab") as file:
         daemon = subprocess.Popen(
-            [instance.binary, "-C", str(instance.configuration), "-bdf"], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            [exim.binary, "-C", str(exim.configuration), "-bdf", *exim.options], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )
-    replace_file(_group_file(instance), str(daemon.pid), durable=False)
+    replace_file(_group_file(exim), str(daemon.pid), durable=False)
     return daemon
 
 
@@ -177,13 +247,13 @@ def stop(group: int, seconds: float = STOP_SECONDS) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def end_earlier(instance: Instance) -> None:
+def end_earlier(exim: Exim) -> None:
     """End what an earlier life of this server has left running: after a kill of the process that watched it, the daemon would hold the port."""
     try:
-        group = int(_group_file(instance).read_text(encoding="ascii"))
+        group = int(_group_file(exim).read_text(encoding="ascii"))
     except (FileNotFoundError, ValueError):
         return
-    if _is_ours(living(group), instance):
+    if _is_ours(living(group), exim):
         stop(group)
 
 
@@ -200,9 +270,9 @@ def living(group: int) -> list[int]:
     return found
 
 
-def _is_ours(pids: Iterable[int], instance: Instance) -> bool:
+def _is_ours(pids: Iterable[int], exim: Exim) -> bool:
     """Whether these are processes of this instance, and not others that have got an old number."""
-    wanted = str(instance.configuration).encode()
+    wanted = str(exim.configuration).encode()
     for pid in pids:
         try:
             if wanted in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
@@ -212,5 +282,5 @@ def _is_ours(pids: Iterable[int], instance: Instance) -> bool:
     return False
 
 
-def _group_file(instance: Instance) -> Path:
-    return instance.folders.run / "exim.group"
+def _group_file(exim: Exim) -> Path:
+    return exim.configuration.with_name("exim.group")

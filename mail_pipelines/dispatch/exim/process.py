@@ -29,13 +29,14 @@ def run(settings: Settings, key: str, *, hostname: str | None = None, destinatio
         output = server.folders.log / "exim.out"
         daemon = instance.start(own, output)
         try:
-            asyncio.run(until_signal(_watch(daemon, output), server.beat()))
+            asyncio.run(until_signal(watch(daemon, output), server.beat()))
         finally:
             instance.stop(daemon.pid)
             daemon.wait()
 
 
-async def _watch(daemon: subprocess.Popen[bytes], output: Path) -> None:
+async def watch(daemon: subprocess.Popen[bytes], output: Path) -> None:
+    """Wait for the end of a daemon that nobody asked for: raises `EximError`."""
     while (status := daemon.poll()) is None:
         await asyncio.sleep(_POLL_SECONDS)
     raise instance.EximError(f"Exim ended with status {status}; see {output} and main.log, panic.log beside it")

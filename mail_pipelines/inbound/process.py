@@ -1,0 +1,38 @@
+"""Receiving as a process: the verifier, and the Exim that asks it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mail_pipelines.config import Settings
+from mail_pipelines.dispatch.exim import instance
+from mail_pipelines.dispatch.exim.process import watch
+from mail_pipelines.dispatch.files import only_one
+from mail_pipelines.dispatch.presence import until_signal
+from mail_pipelines.inbound import verifier
+from mail_pipelines.inbound.folders import InboundFolders
+from mail_pipelines.inbound.receiver import Receiver
+
+
+def run(settings: Settings) -> None:
+    """Receive what comes back until SIGTERM or SIGINT.
+
+    Raises `AlreadyRunning` if another process does, `EximError` if Exim cannot be started or ends by itself, `VerifierError`.
+    """
+    inbound, key = settings.inbound, settings.token_key()
+    folders = InboundFolders.of(inbound)
+    binary = instance.find_binary()
+    receiver = Receiver(
+        binary, instance.account_for(binary), folders, tuple(inbound.listen), inbound.port, settings.sending.bounce_host, inbound.complaints.lower()
+    )
+    with only_one(folders.run / "lock", "receiving mail"):
+        instance.prepare(receiver)
+        # Until Exim's last process has ended: each may still have a question.
+        with verifier.listening(folders.verifier, key, receiver.account.gid):
+            output = receiver.log_folder / "exim.out"
+            daemon = instance.start(receiver, output)
+            try:
+                asyncio.run(until_signal(watch(daemon, output)))
+            finally:
+                instance.stop(daemon.pid)
+                daemon.wait()

@@ -1,0 +1,1 @@
+"""Mail that comes back, through a real Exim and a real IMAP server."""
