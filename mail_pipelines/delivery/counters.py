@@ -55,3 +55,10 @@ def add(connection: Connection, campaign_id: int, server_id: int, moves: Mapping
         ],
         column="count",
     )
+
+
+def change_reasons(connection: Connection, campaign_id: int, server_id: int, state: State, reasons: Mapping[tuple[str, str], int], now: dt.datetime) -> None:
+    """Move outcomes in `campaign_minutes` from one reason to another, as deltas by (provider, reason) in the minute of `now`; the sums stay right."""
+    key = {"campaign_id": campaign_id, "server_id": server_id, "minute": int(now.timestamp()) // 60, "state": int(state)}
+    rows = [key | {"provider": provider, "reason": reason, "count": count} for (provider, reason), count in sorted(reasons.items()) if count]
+    add_to(connection, CampaignMinute, rows, column="count")

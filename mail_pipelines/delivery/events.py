@@ -1,4 +1,4 @@
-"""`delivery_events`: what is remembered of one message beside its ledger row. Their ids, their words, and the event `resent`."""
+"""`delivery_events`: what is remembered of one message beside its ledger row. Their ids, their words, and the events `resent` and `resolved`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mail_pipelines.database.models import DeliveryEvent
 
 # An unknown row was offered once more: its first copy may have arrived.
 RESENT = "resent"
+# An unknown row is no longer so: `reason` says by what, `text` by whom and why where somebody decided it.
+RESOLVED = "resolved"
 _ADDRESS = re.compile(r"[^\s<>@:;,]+@([^\s<>@:;,]+)")
 
 

@@ -25,8 +25,8 @@ MOVES: dict[State, frozenset[State]] = {
         }
     ),
     State.QUEUED: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.PENDING, State.CANCELLED}),
-    # Later evidence, or the decision to send again, or 72 hours.
-    State.UNKNOWN: frozenset({State.DELIVERED, State.BOUNCED, State.PENDING, State.UNRESOLVED}),
+    # Later evidence (also of a temporary refusal), or the decision to send again, or 72 hours.
+    State.UNKNOWN: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.PENDING, State.UNRESOLVED}),
     State.DELIVERED: frozenset(),
     State.BOUNCED: frozenset(),
     State.SUPPRESSED: frozenset(),
