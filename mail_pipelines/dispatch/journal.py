@@ -184,6 +184,13 @@ class Journal:
             stop = block.index(b"\n", stop) + 1
         return stop
 
+    def record_around(self, block: bytes, place: int) -> tuple[int, int]:
+        """Begin and end of the record of the block that the byte at `place` belongs to."""
+        start = block.rfind(b"\n", 0, place) + 1
+        while self._continues is not None and start and self._continues(block[start : start + 4]):
+            start = block.rfind(b"\n", 0, start - 1) + 1
+        return start, self._end_of_record(block, start)
+
     def whole_records(self, data: bytes) -> int:
         """How many bytes at the front are records that nothing can be added to: all but the last one and what is torn behind it."""
         last = data.rfind(b"\n", 0, data.rfind(b"\n")) + 1 if self._continues is not None else data.rfind(b"\n") + 1

@@ -68,6 +68,18 @@ def blocks(journal: Journal, start: Position | None, now: float) -> Iterator[Blo
         offset = 0
 
 
+def lines_naming(journal: Journal, start: Position, word: bytes, now: float) -> list[bytes]:
+    """The records from `start` on that name `word`, each without its last line break. A gap is passed over."""
+    found = []
+    for block in blocks(journal, start, now):
+        at = block.data.find(word)
+        while at >= 0:
+            begin, end = journal.record_around(block.data, at)
+            found.append(block.data[begin:end].rstrip(b"\n"))
+            at = block.data.find(word, end)
+    return found
+
+
 def _blocks(journal: Journal, file: BinaryIO, start: Position, *, may_end: bool) -> Iterator[Block]:
     """The rest of an open file; its last record only if nothing will be added to that (`may_end`)."""
     rest = b""
