@@ -46,21 +46,26 @@ def _alarms(standing: Standing | None) -> str:
 
 @app.command("show")
 def show(name: str) -> None:
-    """One server, and what the audits of its log have found so far."""
+    """One server: which providers it has stopped sending to, and what the audits of its log have found so far."""
     from rich.table import Table
 
+    from mail_pipelines.capacity import breakers
     from mail_pipelines.database.engine import reading
     from mail_pipelines.dispatch import audit, servers
 
     with reading(open_engine()) as connection:
         server = servers.find(connection, name)
         standing = audit.standings(connection).get(name)
+        stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
     table = Table(show_header=False, box=None)
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
     table.add_row("address", f"{server.host}:{server.port}")
     table.add_row("state", server.state)
     table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC" if server.heartbeat_at else "never")
+    for breaker in stopped:
+        until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
+        table.add_row(f"to {breaker.provider}", f"{'stopped' if breaker.state == breakers.OPEN else 'on trial'}{until}, {breaker.reason}")
     table.add_row("alarms", _alarms(standing))
     if standing is not None and standing.audited_at is not None:
         table.add_row("audited", f"{standing.audited_at:%Y-%m-%d %H:%M:%S} UTC{', new lines since' if audit.unread(server, standing) else ''}")
@@ -107,6 +112,22 @@ def state(name: str, state: str) -> None:
     console.print(f"server {name} is {state}")
     if state == "lost":
         console.print(f"{settlement.give_up(engine, found.id):,} recipients it had in hand are unknown now")
+
+
+@app.command("retry")
+def retry(name: str, provider: Annotated[str, typer.Argument(help="provider group that the server has stopped sending to")]) -> None:
+    """Let a server send a few messages to a provider that refused it, without waiting further."""
+    import datetime as dt
+
+    from mail_pipelines.capacity import breakers
+    from mail_pipelines.database.engine import reading
+    from mail_pipelines.dispatch import servers
+
+    engine = open_engine()
+    with reading(engine) as connection:
+        server = servers.find(connection, name)
+    begun = breakers.try_now(engine, server.id, provider, dt.datetime.now(dt.UTC))
+    console.print(f"server {name} tries {provider} again" if begun else f"server {name} has not stopped sending to {provider}")
 
 
 @app.command("limits")

@@ -76,6 +76,11 @@ def classify(provider: str, code: int | None, enhanced: str | None, text: str) -
 
 
 @functools.cache
+def classes_of(*actions: Action) -> frozenset[str]:
+    """The classes that ask for one of these actions."""
+    return frozenset(rule.meaning.reason for rule in _rules() if rule.meaning.action in actions)
+
+
 def bad_address_classes() -> frozenset[str]:
     """The classes that say the address itself is bad: a bounce of one of them is a hard bounce."""
-    return frozenset(rule.meaning.reason for rule in _rules() if rule.meaning.action in (Action.HARD, Action.HARD_SECOND))
+    return classes_of(Action.HARD, Action.HARD_SECOND)
