@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Delivery, State, SyncState
+from mail_pipelines.database.models import Campaign, CampaignCounter, Delivery, State, SyncState
 from mail_pipelines.delivery import resolving
 from mail_pipelines.delivery.recording import Result
 from mail_pipelines.dispatch import tail
@@ -33,7 +33,7 @@ from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
 from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, UnknownForm, process_alive
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.settlement import Offered, result_of
-from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery
+from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery, sign_delivery
 
 SOURCE = "journal"
 # Date, hour and minute at the front of every line of either kind of server.
@@ -42,8 +42,20 @@ _MINUTE = 16
 _BLOCKS_A_SAVE = 32
 # Of each form of disagreement so many messages are named; all are counted.
 NAMED = 100
+# More than all sessions of a server can have claimed.
+_MOST_IN_HAND = 20_000
 _ASIDE_LINES = 10_000
 _ASIDE_BYTES = 2_000
+# Unknown rows of live campaigns that this server has recorded and nobody else has ended.
+_DOUBTS = (
+    sa.select(sa.func.coalesce(sa.func.sum(CampaignCounter.count), 0))
+    .join(Campaign, Campaign.id == CampaignCounter.campaign_id)
+    .where(
+        Campaign.state.in_(("sending", "paused", "cancelled")),
+        CampaignCounter.server_id == sa.bindparam("server"),
+        CampaignCounter.state == int(State.UNKNOWN),
+    )
+)
 _JOURNAL = resolving.Source("journal")
 # States in which somebody else is about to record the outcome.
 _IN_HAND = (State.CLAIMED, State.QUEUED)
@@ -55,12 +67,14 @@ _AFTER_DEFERRAL = (State.CANCELLED, State.UNRESOLVED)
 class Standing:
     """How far a server's journal has been audited, and what all audits together have counted.
 
-    `intents` are offers without an end at that place: token → id of the mail server's process.
+    `intents` are offers without an end at that place: token → id of the mail server's process. `in_hand` are outcomes whose rows somebody
+    else was about to record: they are held against the ledger once more.
     """
 
     incarnation: str = ""
     position: Position | None = None
     intents: Mapping[str, int] = field(default_factory=dict)
+    in_hand: Mapping[str, Outcome] = field(default_factory=dict)
     totals: Mapping[str, int] = field(default_factory=dict)
     audited_at: dt.datetime | None = None
     last_alarm_at: dt.datetime | None = None
@@ -108,7 +122,8 @@ def standings(connection: Connection) -> dict[str, Standing]:
 def _standing(value: Any, version: int) -> Standing:
     times = {name: dt.datetime.fromisoformat(value[name]) if value[name] else None for name in ("audited_at", "last_alarm_at")}
     position = Position(**value["position"]) if value["position"] else None
-    return Standing(value["incarnation"], position, value["intents"], value["totals"], times["audited_at"], times["last_alarm_at"], version)
+    in_hand = {token: Outcome(Kind(kind), *rest) for token, (kind, *rest) in value["in_hand"].items()}
+    return Standing(value["incarnation"], position, value["intents"], in_hand, value["totals"], times["audited_at"], times["last_alarm_at"], version)
 
 
 def _save(engine: Engine, key: str, standing: Standing, now: dt.datetime) -> Standing:
@@ -117,6 +132,7 @@ def _save(engine: Engine, key: str, standing: Standing, now: dt.datetime) -> Sta
         "incarnation": standing.incarnation,
         "position": asdict(standing.position) if standing.position else None,
         "intents": dict(standing.intents),
+        "in_hand": {token: list(outcome) for token, outcome in standing.in_hand.items()},
         "totals": dict(standing.totals),
         "audited_at": standing.audited_at.isoformat() if standing.audited_at else None,
         "last_alarm_at": standing.last_alarm_at.isoformat() if standing.last_alarm_at else None,
@@ -160,14 +176,42 @@ def run(engine: Engine, settings: Settings, server: ServerInfo, journal: Journal
         with reading(engine) as connection:
             standing = standings(connection).get(server.key, Standing())
         if standing.incarnation != folders.incarnation():
-            standing = replace(standing, incarnation=folders.incarnation(), position=None, intents={})
-        audit = _Auditor(engine, settings, server, journal, folders, standing, now)
-        return audit.run()
+            standing = replace(standing, incarnation=folders.incarnation(), position=None, intents={}, in_hand={})
+        return _Auditor(engine, settings, server, journal, folders, standing, now).run()
+
+
+@dataclass
+class LateLines:
+    """Ends doubts of a server within seconds: it reads on while rows are unknown by its doing, and nothing otherwise.
+
+    The place is kept in memory. What it misses the audit finds; it keeps no line aside and counts nothing.
+    """
+
+    engine: Engine
+    settings: Settings
+    server: ServerInfo
+    journal: Journal
+    folders: ServerFolders
+
+    def __post_init__(self) -> None:
+        self._standing = Standing(position=self.journal.end())
+
+    def look(self, now: dt.datetime) -> Counter[State]:
+        """Read what came since the last look; returns how many rows became what."""
+        with reading(self.engine) as connection:
+            doubtful = connection.execute(_DOUBTS, {"server": self.server.id}).scalar_one() > 0
+        if not doubtful:
+            self._standing = Standing(position=self.journal.end())
+            return Counter()
+        reader = _Auditor(self.engine, self.settings, self.server, self.journal, self.folders, self._standing, now, keeps=False)
+        found = reader.run()
+        self._standing = reader.standing
+        return found.resolved
 
 
 @dataclass
 class _Auditor:
-    """One audit at work. `endings`: the outcomes of the block in hand by token."""
+    """One reading at work; `keeps` says whether its place, its numbers and the lines to be looked at are kept."""
 
     engine: Engine
     settings: Settings
@@ -176,10 +220,12 @@ class _Auditor:
     folders: ServerFolders
     standing: Standing
     now: dt.datetime
+    keeps: bool = True
 
     def __post_init__(self) -> None:
         self.found = Audit(self.server.key)
         self.intents = dict(self.standing.intents)
+        self.in_hand: dict[str, Outcome] = {}
         self.totals = Counter(self.standing.totals)
         self.counted: dict[str, int] = {}
         self.token_key = self.settings.token_key()
@@ -187,6 +233,7 @@ class _Auditor:
 
     def run(self) -> Audit:
         # Whoever was gone before the reading began has written all that it ever will.
+        self._compare(self.standing.in_hand)
         gone = {token: pid for token, pid in self.intents.items() if not process_alive(pid)}
         for number, block in enumerate(tail.blocks(self.journal, self.standing.position, self.now.timestamp()), 1):
             self.found.gaps += block.gap
@@ -200,11 +247,14 @@ class _Auditor:
         return self.found
 
     def _save(self) -> None:
+        if not self.keeps:
+            self.standing = replace(self.standing, intents=self.intents, in_hand=self.in_hand)
+            return
         numbers = self.found.numbers()
         self.totals.update({name: count - self.counted.get(name, 0) for name, count in numbers.items()})
         alarm = self.now if numbers["alarms"] > self.counted.get("alarms", 0) else self.standing.last_alarm_at
         self.counted = numbers
-        standing = replace(self.standing, intents=self.intents, totals=self.totals, audited_at=self.now, last_alarm_at=alarm)
+        standing = replace(self.standing, intents=self.intents, in_hand=self.in_hand, totals=self.totals, audited_at=self.now, last_alarm_at=alarm)
         self.standing = _save(self.engine, self.server.key, standing, self.now)
 
     def _fold(self, block: tail.Block) -> dict[str, Outcome]:
@@ -226,7 +276,7 @@ class _Auditor:
                 minutes[data[start : start + _MINUTE], entry.outcome.kind] += 1
             elif entry.alarm:
                 self.found.alarms += 1
-                self.aside.keep(block, start, end, "alarm")
+                self._keep_aside(block, start, end, "alarm")
         for (minute, kind), count in minutes.items():
             per_minute[minute.decode("ascii", "replace"), kind] += count
             self.found.outcomes[kind] += count
@@ -235,10 +285,14 @@ class _Auditor:
     def _set_aside(self, block: tail.Block, start: int, end: int, error: ValueError | None) -> None:
         if isinstance(error, UnknownForm):
             self.found.unknown_forms += 1
-            self.aside.keep(block, start, end, "unknown form")
+            self._keep_aside(block, start, end, "unknown form")
         else:
             self.found.bad_lines += 1
-            self.aside.keep(block, start, end, "bad")
+            self._keep_aside(block, start, end, "bad")
+
+    def _keep_aside(self, block: tail.Block, start: int, end: int, why: str) -> None:
+        if self.keeps:
+            self.aside.keep(block, start, end, why)
 
     # --- against the ledger ---
 
@@ -282,6 +336,8 @@ class _Auditor:
                 continue
             state, same_attempt = State(row.state), row.attempt == token.attempt
             if state in _IN_HAND:
+                if len(self.in_hand) < _MOST_IN_HAND:
+                    self.in_hand[sign_delivery(token, self.token_key)] = outcome
                 continue
             if state is State.UNKNOWN and same_attempt:
                 doubts.append(self._result(token, outcome, row.provider))

@@ -22,7 +22,6 @@ from mail_pipelines.dispatch.journal import Kind
 from mail_pipelines.dispatch.session import Session, journal_of
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 from tests.dispatch.world import Servers, World, make_world, write_play
-from tests.parts.processes import wait_for
 
 
 def later() -> dt.datetime:
@@ -240,25 +239,6 @@ def test_another_incarnation_is_read_from_its_beginning(world: World, server: se
 
 
 @pytest.mark.server
-def test_a_reply_that_comes_after_the_sender_gave_up_is_found_by_the_audit(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
-    """Destinations answer after the sender's patience: the rows are unknown until their lines are read."""
-    world = make_world(engine, tmp_path / "home", recipients=6, kind=kind, reply_timeout_seconds=1, linger_seconds=0)
-    server = world.server()
-    started = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[4, 4]))
-    journal = journal_of(started.folders, server.kind)
-    Session(engine, world.settings, server, world.campaign_id, world.campaign_key, 0, "run-1", journal).run()
-    unknown = world.states()[State.UNKNOWN]
-    assert unknown > 3
-    wait_for(lambda: journal.path.read_bytes().count(b" >> " if kind == "exim" else b" delivered ") == 6, what="late lines")
-    found = run(world, server)
-    assert found.resolved == {State.DELIVERED: unknown}
-    assert found.disagreeing.total() == 0
-    assert world.states() == {State.DELIVERED: 6}
-    assert set(world.copies().values()) == {1}
-    world.check_counters()
-
-
-@pytest.mark.server
 def test_log_and_ledger_agree_after_an_ordinary_session(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     world = make_world(engine, tmp_path / "home", recipients=200, kind=kind)
     server = world.server(connections=8)
@@ -270,3 +250,17 @@ def test_log_and_ledger_agree_after_an_ordinary_session(engine: sa.Engine, tmp_p
     assert (found.outcomes[Kind.DELIVERED], found.outcomes[Kind.BOUNCED]) == (states[State.DELIVERED], states[State.BOUNCED])
     assert sum(found.per_minute.values()) == found.outcomes.total() > 200
     assert (found.bad_lines, found.unknown_forms, found.alarms, found.foreign, found.gaps) == (0, 0, 0, 0, 0)
+
+
+def test_what_somebody_else_was_recording_is_looked_at_again(world: World, server: servers.ServerInfo) -> None:
+    """A line that came between a sender's look at the log and its recording."""
+    log = Log(world, server)
+    set_rows(world, [1, 2], State.CLAIMED)
+    log.delivered(1)
+    log.delivered(2)
+    assert run(world, server).resolved.total() == 0
+    set_rows(world, [1], State.UNKNOWN)
+    set_rows(world, [2], State.DELIVERED)
+    again = run(world, server)
+    assert (again.lines, again.resolved, again.disagreeing.total()) == (0, {State.DELIVERED: 1}, 0)
+    assert run(world, server).resolved.total() == 0
