@@ -91,6 +91,9 @@ def test_sending_again_needs_a_yes_and_a_running_campaign(engine: sa.Engine) -> 
 def test_a_campaign_that_resends_needs_no_yes(engine: sa.Engine) -> None:
     campaign_id = doubtful(engine, {State.UNKNOWN: 3}, on_unknown=OnUnknown.RESEND)
     assert decide(engine, Scope(campaign_id), Verdict.RESEND) == 3
+    with reading(engine) as connection:
+        rows = connection.execute(sa.select(Delivery.attempt, Delivery.claim_id, Delivery.sort_key)).all()
+    assert rows == [(0, None, 0)] * 3
 
 
 def test_a_decision_needs_its_reason(engine: sa.Engine) -> None:
