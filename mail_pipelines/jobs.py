@@ -29,10 +29,17 @@ report_campaign = dg.define_asset_job(
     description="Totals, checks and statistics of one campaign.",
 )
 
+audit_delivery_logs = dg.define_asset_job(
+    "audit_delivery_logs",
+    selection=dg.AssetSelection.assets("delivery_logs"),
+    partitions_def=partitions.servers,
+    description="Hold the new lines of one dispatch server's log against the ledger, on that server.",
+)
+
 refresh_snapshots_job = dg.define_asset_job(
     "refresh_snapshots",
     selection=dg.AssetSelection.assets("contact_snapshot", "engagement_snapshot"),
     description="Bring the snapshots of contacts and engagement up to date.",
 )
 
-ALL = [build_audience, send_campaign, report_campaign, refresh_snapshots_job]
+ALL = [build_audience, send_campaign, report_campaign, audit_delivery_logs, refresh_snapshots_job]

@@ -1,16 +1,39 @@
-"""Schedules, with cron and time zone from the settings."""
+"""Schedules, with cron and time zone from the settings where an operator may want others."""
 
 from __future__ import annotations
 
 import dagster as dg
 
+from mail_pipelines import partitions
 from mail_pipelines.config import OperationSettings
-from mail_pipelines.jobs import refresh_snapshots_job
+from mail_pipelines.database.engine import database_now, reading
+from mail_pipelines.dispatch import audit, servers
+from mail_pipelines.jobs import audit_delivery_logs, refresh_snapshots_job
 from mail_pipelines.ops.maintenance import maintenance
+from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.resources.server import QUEUE_TAG, control_queue
+
+# Past the full hour, when campaigns like to start.
+_AUDIT_CRON = "20 * * * *"
+
+
+def due_audits(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -> list[dg.RunRequest] | dg.SkipReason:
+    """An audit for each speaking server whose journal has lines that none has read."""
+    settings = database.settings
+    with reading(database.engine) as connection:
+        now = database_now(connection)
+        standings = audit.standings(connection)
+        fleet = [server for server in servers.all_servers(connection) if not server.is_silent(now, settings.server.heartbeat_seconds)]
+    known = set(context.instance.get_dynamic_partitions(partitions.servers.name or ""))
+    due = [server.key for server in fleet if server.key in known and audit.unread(server, standings.get(server.key))]
+    if not due:
+        return dg.SkipReason("no server has new lines in its log")
+    hour = f"{context.scheduled_execution_time:%Y-%m-%dT%H}"
+    return [dg.RunRequest(partition_key=key, run_key=f"{key}:{hour}", tags={QUEUE_TAG: control_queue(key)}) for key in due]
 
 
 def all_schedules(settings: OperationSettings) -> list[dg.ScheduleDefinition]:
-    """Both schedules run from the start: nobody has to turn them on."""
+    """All schedules run from the start: nobody has to turn them on."""
     running = dg.DefaultScheduleStatus.RUNNING
     return [
         dg.ScheduleDefinition(
@@ -21,6 +44,14 @@ def all_schedules(settings: OperationSettings) -> list[dg.ScheduleDefinition]:
             default_status=running,
             description="Keep the snapshots young, so that a freeze has little left to read.",
         ),
+        dg.schedule(
+            job=audit_delivery_logs,
+            name="audit_delivery_logs",
+            cron_schedule=_AUDIT_CRON,
+            execution_timezone=settings.time_zone,
+            default_status=running,
+            description="Audit the log of every dispatch server that has new lines.",
+        )(due_audits),
         dg.ScheduleDefinition(
             name="maintenance",
             job=maintenance,

@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.campaigns import progress, resending, states, store
-from mail_pipelines.campaigns.campaign import Campaign, OnUnknown
+from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.campaigns.open_rows import WAITING, any_open, move_rows
-from mail_pipelines.campaigns.states import Actor, CampaignState, StateError
+from mail_pipelines.campaigns.states import Actor, CampaignState
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import State
@@ -117,20 +117,3 @@ def _counts_of_loaded_rows(connection: Connection, campaign: Campaign) -> dict[s
 def cancel_waiting_rows(engine: Engine, campaign_id: int, now: dt.datetime) -> int:
     """Turn the pending and deferred rows of a cancelled campaign into cancelled; returns how many. Those to be sent again become unresolved."""
     return move_rows(engine, campaign_id, WAITING, State.CANCELLED, now, only=resending.give_up_waiting(engine, campaign_id, now))
-
-
-def resolve_unknown(engine: Engine, key: str, target: State, now: dt.datetime, *, confirmed: bool) -> int:
-    """Decide by hand about all unknown rows of a campaign: UNRESOLVED ends them, PENDING offers each once more.
-
-    A resent message is the same attempt and carries the same Message-ID. Resending needs `on_unknown: resend` or `confirmed`, and a
-    campaign that is sending or paused; raises `StateError` otherwise. Returns how many rows moved.
-    """
-    with reading(engine) as connection:
-        campaign = store.load(connection, key)
-    if target is State.UNRESOLVED:
-        return move_rows(engine, campaign.id, (State.UNKNOWN,), target, now)
-    if campaign.state not in _RUNNING:
-        raise StateError(f"campaign {key} is {campaign.state}: only a sending or paused campaign can send again")
-    if campaign.definition.on_unknown is not OnUnknown.RESEND and not confirmed:
-        raise StateError(f"campaign {key} has on_unknown: hold; sending again may reach people twice, so it needs your explicit yes (--yes)")
-    return resending.send_again(engine, campaign.id, now, _RUNNING)

@@ -1,13 +1,14 @@
 """Sending unknown rows once more, and what becomes of a row whose second copy was never sent.
 
 What belongs here: the event `resent`, which remembers that a first copy may have arrived, and the two changes of the ledger that
-depend on it. What does not: who decides (`lifecycle.resolve_unknown`, `overdue.resend_unknown`).
+depend on it. What does not: who decides (`unknown.decide`, `overdue.resend_unknown`).
 """
 
 from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -20,33 +21,51 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, Delivery, DeliveryEvent, State
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.events import RESENT, event_id
+from mail_pipelines.delivery.resolving import Source, note
 
 
-def send_again(engine: Engine, campaign_id: int, now: dt.datetime, states: tuple[CampaignState, ...], *, unknown_since: dt.datetime | None = None) -> int:
+def send_again(
+    engine: Engine,
+    campaign_id: int,
+    now: dt.datetime,
+    states: tuple[CampaignState, ...],
+    *,
+    unknown_since: dt.datetime | None = None,
+    only: Sequence[sa.ColumnElement[bool]] = (),
+    decision: Source | None = None,
+) -> int:
     """Offer unknown rows once more, as long as the campaign is in one of `states`; returns how many.
 
-    With `unknown_since` only rows that were unknown by then and were not sent again before. The attempt stays, so the second copy
-    carries the same Message-ID. At most 10,000 rows a transaction; a killed call may be repeated.
+    With `unknown_since` only rows that were unknown by then and were not sent again before; `only` are further conditions on the ledger's
+    row, `decision` is remembered with each. The attempt stays, so the second copy carries the same Message-ID. At most 10,000 rows a
+    transaction; a killed call may be repeated.
     """
+    conditions = list(only)
+    if unknown_since is not None:
+        conditions += [Delivery.sort_key <= int(unknown_since.timestamp()), ~_is_resent(campaign_id)]
     with reading(engine) as connection:
         parts = slices(connection, campaign_id, (State.UNKNOWN,))
     moved = 0
     for part in parts:
-        while count := transact(engine, lambda connection, part=part: _send_chunk(connection, campaign_id, part, now, states, unknown_since)):  # type: ignore[misc]
+        while count := transact(engine, lambda connection, part=part: _send_chunk(connection, campaign_id, part, now, states, conditions, decision)):  # type: ignore[misc]
             moved += count
     return moved
 
 
 def _send_chunk(
-    connection: Connection, campaign_id: int, part: Slice, now: dt.datetime, states: tuple[CampaignState, ...], unknown_since: dt.datetime | None
+    connection: Connection,
+    campaign_id: int,
+    part: Slice,
+    now: dt.datetime,
+    states: tuple[CampaignState, ...],
+    conditions: list[sa.ColumnElement[bool]],
+    decision: Source | None,
 ) -> int:
     # Locked against a cancel: whoever cancels finds the rows of this transaction, with their events.
     state = connection.execute(sa.select(Campaign.state).where(Campaign.id == campaign_id).with_for_update(read=True)).scalar_one()
     if state not in states:
         return 0
-    where = in_slice(campaign_id, part)
-    if unknown_since is not None:
-        where += [Delivery.sort_key <= int(unknown_since.timestamp()), ~_is_resent(campaign_id)]
+    where = [*in_slice(campaign_id, part), *conditions]
     rows = connection.execute(
         sa.select(Delivery.contact_id, Delivery.attempt)
         .where(*where)
@@ -73,6 +92,8 @@ def _send_chunk(
             for row in rows
         ],
     )
+    if decision is not None:
+        note(connection, campaign_id, counters.CENTRE, [(row.contact_id, row.attempt) for row in rows], decision, now)
     # The engagement rank is gone with the claim; rows in doubt go first, while the answer is still of use.
     values = {"state": int(State.PENDING), "sort_key": 0, "claim_id": None, "server_id": None, "not_before": None}
     ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_([row.contact_id for row in rows]), Delivery.state == int(State.UNKNOWN))

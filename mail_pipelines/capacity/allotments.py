@@ -1,7 +1,8 @@
 """The simple rule that fills allotments from limits until planning does it: every sending campaign with open rows gets its share.
 
 A slot is 15 minutes. A server's room for a provider in a slot is the least its limits allow; it is shared among the
-campaigns by the weight of their priority. Grants only ever rise within a slot here, so no session is cut short.
+campaigns by the weight of their priority. Grants only ever rise within a slot here, so no session is cut short; only a breaker that opens
+takes them away, and gets no new ones.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections import defaultdict
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from mail_pipelines.capacity import breakers
 from mail_pipelines.database.engine import database_now, is_mysql, transact
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, ProviderLimit, Server, State
+from mail_pipelines.delivery.breakers import provider_rules
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 
 # Weight of priority low, normal, high, urgent.
@@ -49,6 +52,7 @@ def _grants(connection: Connection) -> dict[tuple[int, int, str], int]:
     demand: defaultdict[str, dict[int, int]] = defaultdict(dict)
     for campaign, provider, priority in waiting:
         demand[provider][campaign] = PRIORITY_WEIGHTS[priority]
+    stopped = breakers.not_closed(connection)
     servers = connection.execute(sa.select(Server.id).where(Server.state == "active")).scalars().all()
     limits = {
         (row.server_id, row.provider): _per_slot(row.per_second, row.per_hour, row.per_day)
@@ -61,8 +65,11 @@ def _grants(connection: Connection) -> dict[tuple[int, int, str], int]:
         for provider, weights in demand.items():
             room = next((limits[place] for place in ((server, provider), (server, "*"), (0, provider), (0, "*")) if place in limits), 0)
             total = sum(weights.values())
+            state = stopped.get((server, provider), breakers.CLOSED)
             for campaign, weight in weights.items():
-                grants[campaign, server, provider] = max(1, room * weight // total) if room else 0
+                share = max(1, room * weight // total) if room else 0
+                if state != breakers.OPEN:
+                    grants[campaign, server, provider] = share if state == breakers.CLOSED else min(share, provider_rules().trial_messages)
     return grants
 
 

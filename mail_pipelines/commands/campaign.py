@@ -270,21 +270,3 @@ def _status(engine: sa.Engine, key: str) -> tuple[Table, bool]:
         table.add_row(name, f"{count:,}", share, f"{rates[name]:,.0f}" if rates.get(name) else "")
     table.add_row("audience", f"{totals.audience:,}", "", "", style="bold")
     return table, campaign.state.is_terminal and totals.open == 0
-
-
-@app.command()
-def resolve(
-    key: Key,
-    unknown: Annotated[str, typer.Option(help="what becomes of them: `unresolved` ends them, `resend` offers each once more")],
-    yes: Annotated[bool, typer.Option("--yes", help="resend although somebody may get a second copy")] = False,
-) -> None:
-    """Decide about recipients whose outcome nobody recorded."""
-    from mail_pipelines.campaigns import lifecycle
-    from mail_pipelines.campaigns.campaign import CampaignError
-    from mail_pipelines.database.models import State
-
-    targets = {"resend": State.PENDING, "unresolved": State.UNRESOLVED}
-    if unknown not in targets:
-        raise CampaignError(f"--unknown is {unknown!r}; expected resend or unresolved")
-    rows = lifecycle.resolve_unknown(open_engine(), key, targets[unknown], _now(), confirmed=yes)
-    console.print(f"{rows:,} unknown recipients of {key} are now {targets[unknown].name.lower()}", markup=False)

@@ -3,30 +3,75 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mail_pipelines.commands.context import console, open_engine, settings
+
+if TYPE_CHECKING:
+    from mail_pipelines.dispatch.audit import Standing
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
 @app.command("list")
 def list_servers() -> None:
-    """All servers with state and heartbeat."""
+    """All servers with state, heartbeat and the alarms in their logs."""
     from rich.table import Table
 
     from mail_pipelines.database.engine import database_now, reading
-    from mail_pipelines.dispatch import servers
+    from mail_pipelines.dispatch import audit, servers
 
-    table = Table("server", "kind", "address", "state", "heartbeat")
+    table = Table("server", "kind", "address", "state", "heartbeat", "alarms")
     with reading(open_engine()) as connection:
         now = database_now(connection)
+        audits = audit.standings(connection)
         for server in servers.all_servers(connection):
             silent = server.is_silent(now, settings().server.heartbeat_seconds)
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
-            table.add_row(server.key, server.kind, f"{server.host}:{server.port}", server.state, f"{beat}{' (silent)' if silent else ''}")
+            table.add_row(
+                server.key, server.kind, f"{server.host}:{server.port}", server.state, f"{beat}{' (silent)' if silent else ''}", _alarms(audits.get(server.key))
+            )
+    console.print(table)
+
+
+def _alarms(standing: Standing | None) -> str:
+    """How often the mail server did what it should never have to do, as far as its log was audited."""
+    if standing is None:
+        return "not audited"
+    count = standing.totals.get("alarms", 0)
+    return f"{count:,}, last found {standing.last_alarm_at:%Y-%m-%d %H:%M} UTC" if standing.last_alarm_at else f"{count:,}"
+
+
+@app.command("show")
+def show(name: str) -> None:
+    """One server: which providers it has stopped sending to, and what the audits of its log have found so far."""
+    from rich.table import Table
+
+    from mail_pipelines.capacity import breakers
+    from mail_pipelines.database.engine import reading
+    from mail_pipelines.dispatch import audit, servers
+
+    with reading(open_engine()) as connection:
+        server = servers.find(connection, name)
+        standing = audit.standings(connection).get(name)
+        stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
+    table = Table(show_header=False, box=None)
+    table.add_row("server", server.key)
+    table.add_row("kind", server.kind)
+    table.add_row("address", f"{server.host}:{server.port}")
+    table.add_row("state", server.state)
+    table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC" if server.heartbeat_at else "never")
+    for breaker in stopped:
+        until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
+        table.add_row(f"to {breaker.provider}", f"{'stopped' if breaker.state == breakers.OPEN else 'on trial'}{until}, {breaker.reason}")
+    table.add_row("alarms", _alarms(standing))
+    if standing is not None and standing.audited_at is not None:
+        table.add_row("audited", f"{standing.audited_at:%Y-%m-%d %H:%M:%S} UTC{', new lines since' if audit.unread(server, standing) else ''}")
+        for count_of, count in standing.totals.items():
+            if count and count_of != "alarms":
+                table.add_row(count_of.replace("_", " "), f"{count:,}")
     console.print(table)
 
 
@@ -67,6 +112,22 @@ def state(name: str, state: str) -> None:
     console.print(f"server {name} is {state}")
     if state == "lost":
         console.print(f"{settlement.give_up(engine, found.id):,} recipients it had in hand are unknown now")
+
+
+@app.command("retry")
+def retry(name: str, provider: Annotated[str, typer.Argument(help="provider group that the server has stopped sending to")]) -> None:
+    """Let a server send a few messages to a provider that refused it, without waiting further."""
+    import datetime as dt
+
+    from mail_pipelines.capacity import breakers
+    from mail_pipelines.database.engine import reading
+    from mail_pipelines.dispatch import servers
+
+    engine = open_engine()
+    with reading(engine) as connection:
+        server = servers.find(connection, name)
+    begun = breakers.try_now(engine, server.id, provider, dt.datetime.now(dt.UTC))
+    console.print(f"server {name} tries {provider} again" if begun else f"server {name} has not stopped sending to {provider}")
 
 
 @app.command("limits")

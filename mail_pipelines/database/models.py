@@ -359,6 +359,25 @@ class Allotment(Base):
     __table_args__ = (sa.Index(None, "slot_start"), MYSQL)
 
 
+class Breaker(Base):
+    """Whether a server may send to a provider that refused it: `capacity.breakers` has the states. No row: closed, and never was open."""
+
+    __tablename__ = "breakers"
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    state: Mapped[str] = mapped_column(ascii_string(8))
+    # The rule that opened it, in `breakers.toml`, and what had been counted.
+    rule: Mapped[str] = mapped_column(ascii_string(24))
+    reason: Mapped[str] = mapped_column(sa.String(200))
+    # How often it has opened without being forgotten: the wait doubles with it.
+    trips: Mapped[int] = mapped_column(sa.Integer)
+    until: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    # Answers of the minute of the last change that came before it: state and class → count.
+    baseline: Mapped[dict[str, int]] = mapped_column(sa.JSON)
+    __table_args__ = (MYSQL,)
+
+
 class DomainHealth(Base):
     """Recipient domains that do not answer: rows of a dead domain are deferred without an attempt until `dead_until`."""
 

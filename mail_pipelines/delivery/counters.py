@@ -65,3 +65,10 @@ def add_facts(connection: Connection, campaign_id: int, counts: Mapping[tuple[st
     """Add recipients to `campaign_facts`, by (provider, kind of fact)."""
     rows = [{"campaign_id": campaign_id, "provider": provider, "kind": kind, "count": count} for (provider, kind), count in sorted(counts.items())]
     add_to(connection, CampaignFact, rows, column="count")
+
+
+def change_reasons(connection: Connection, campaign_id: int, server_id: int, state: State, reasons: Mapping[tuple[str, str], int], now: dt.datetime) -> None:
+    """Move outcomes in `campaign_minutes` from one reason to another, as deltas by (provider, reason) in the minute of `now`; the sums stay right."""
+    key = {"campaign_id": campaign_id, "server_id": server_id, "minute": int(now.timestamp()) // 60, "state": int(state)}
+    rows = [key | {"provider": provider, "reason": reason, "count": count} for (provider, reason), count in sorted(reasons.items()) if count]
+    add_to(connection, CampaignMinute, rows, column="count")

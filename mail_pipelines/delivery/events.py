@@ -1,4 +1,4 @@
-"""`delivery_events`: what is remembered of one message beside its ledger row. Their ids, their words, and the event `resent`."""
+"""`delivery_events`: what is remembered of one message beside its ledger row. Their ids, their words, and the events `resent` and `resolved`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ DEFERRED = "deferred"
 BOUNCED = "bounced"
 # A mail said that the message, though it was accepted, did not get there.
 BOUNCE_REPORT = "bounce_report"
+# An unknown row is no longer so: `reason` says by what, `text` by whom and why where somebody decided it.
+RESOLVED = "resolved"
 _ADDRESS = re.compile(r"[^\s<>@:;,]+@([^\s<>@:;,]+)")
 
 

@@ -183,7 +183,16 @@ def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence
 def _read(connection: Connection, campaign_id: int, contact_ids: list[int]) -> dict[int, _Change]:
     """The rows, locked in key order, with what is kept about them."""
     ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(contact_ids))
-    columns = (Delivery.contact_id, Delivery.address_hash, Delivery.shard, Delivery.provider, Delivery.state, Delivery.attempt, Delivery.reason)
+    columns = (
+        Delivery.contact_id,
+        Delivery.address_hash,
+        Delivery.shard,
+        Delivery.provider,
+        Delivery.state,
+        Delivery.attempt,
+        Delivery.reason,
+        Delivery.server_id,
+    )
     rows = connection.execute(sa.select(*columns).where(*ours).order_by(Delivery.contact_id).with_for_update()).all()
     kept: defaultdict[int, set[tuple[int, Kind]]] = defaultdict(set)
     answered = set()
@@ -253,7 +262,7 @@ def _write_events(connection: Connection, changes: Iterable[_Change], now: dt.da
 def _move(connection: Connection, campaign_id: int, changes: Iterable[_Change], now: dt.datetime) -> None:
     """Give rows the states that follow, with their counters."""
     second = int(now.timestamp())
-    moves: Counter[counters.Place] = Counter()
+    moves: defaultdict[int, Counter[counters.Place]] = defaultdict(Counter)
     groups: defaultdict[tuple[State, State, int | None, str | None, str], list[int]] = defaultdict(list)
     for change in changes:
         before, after = change.before.state, change.after().state
@@ -264,8 +273,9 @@ def _move(connection: Connection, campaign_id: int, changes: Iterable[_Change], 
         piece = change.refusal() if after is State.BOUNCED else None
         reason = classify(change.row.provider, piece.code, piece.enhanced, piece.text).reason if piece else ""
         groups[before, after, piece.code if piece else None, piece.enhanced if piece else None, reason].append(change.row.contact_id)
-        moves[change.row.shard, change.row.provider, before, (change.row.reason or "") if before.is_final else ""] -= 1
-        moves[change.row.shard, change.row.provider, after, reason] += 1
+        its_moves = moves[change.row.server_id or counters.CENTRE]
+        its_moves[change.row.shard, change.row.provider, before, (change.row.reason or "") if before.is_final else ""] -= 1
+        its_moves[change.row.shard, change.row.provider, after, reason] += 1
     for (before, after, code, enhanced, reason), contact_ids in groups.items():
         values = {"state": int(after), "code": code, "enhanced": enhanced, "reason": reason or None}
         if before in (State.PENDING, State.DEFERRED):
@@ -273,8 +283,8 @@ def _move(connection: Connection, campaign_id: int, changes: Iterable[_Change], 
             values["sort_key"] = second
         ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(contact_ids), Delivery.state == int(before))
         connection.execute(sa.update(Delivery).where(*ours).values(values))
-    if moves:
-        counters.add(connection, campaign_id, counters.CENTRE, moves, now)
+    for server_id, its_moves in sorted(moves.items()):
+        counters.add(connection, campaign_id, server_id, its_moves, now)
 
 
 def _count_facts(connection: Connection, campaign_id: int, changes: Iterable[_Change]) -> None:

@@ -7,6 +7,7 @@ white as on black, since the Dagster UI has both. Figures are objects of their o
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mail_pipelines.delivery.statistics import OFFERED
@@ -45,14 +46,31 @@ def messages_per_minute(per_minute: pd.DataFrame) -> bytes:
         return _nothing("Nothing sent yet")
     offers = per_minute.assign(offers=per_minute[[state.name.lower() for state in OFFERED]].sum(axis=1))
     table = _few_columns(offers.pivot_table(index="minute", columns="server", values="offers", aggfunc="sum", fill_value=0))
+    return _stacked_rates(table, dict(zip(table.columns, _SERVER_COLOURS, strict=False)), "messages per minute")
+
+
+def outcomes_per_minute(outcomes: Mapping[tuple[str, Any], int]) -> bytes:
+    """Stacked bars of the outcomes per minute by kind; keys are (minute as `2026-11-24 12:15` in UTC, kind)."""
+    if not outcomes:
+        return _nothing("No outcome in the new lines")
+    import pandas as pd
+
+    frame = pd.DataFrame([(minute, str(kind), count) for (minute, kind), count in outcomes.items()], columns=["minute", "kind", "count"])
+    frame["minute"] = pd.to_datetime(frame["minute"], format="%Y-%m-%d %H:%M", utc=True, errors="coerce")
+    table = frame.pivot_table(index="minute", columns="kind", values="count", aggfunc="sum", fill_value=0)
+    return _stacked_rates(table, {kind: _STATE_COLOURS.get(kind, _INK) for kind in table.columns}, "outcomes per minute")
+
+
+def _stacked_rates(table: pd.DataFrame, colours: Mapping[str, str], words: str) -> bytes:
+    """Stacked bars of counts by minute (index) and column, as rates per minute, in steps of several minutes where there are many."""
     step = _step_minutes(table.index)
     rates = table.resample(f"{step}min").sum() / step
     figure, axes = _canvas(3.0)
     bottom = rates.iloc[:, 0] * 0
-    for server, colour in zip(rates.columns, _SERVER_COLOURS, strict=False):
-        axes.bar(rates.index, rates[server], width=step / 1440 * 0.92, bottom=bottom, color=colour, label=str(server), align="edge")
-        bottom = bottom + rates[server]
-    axes.set_ylabel("messages per minute" if step == 1 else f"messages per minute\n(steps of {_duration(step)})")
+    for column, colour in colours.items():
+        axes.bar(rates.index, rates[column], width=step / 1440 * 0.92, bottom=bottom, color=colour, label=str(column), align="edge")
+        bottom = bottom + rates[column]
+    axes.set_ylabel(words if step == 1 else f"{words}\n(steps of {_duration(step)})")
     _time_axis(axes, rates.index, step)
     _legend(axes)
     return _png(figure)

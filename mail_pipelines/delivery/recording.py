@@ -110,7 +110,7 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
         moves[claim.shard, claim.provider, State.PENDING, ""] -= deferred
         moves[claim.shard, claim.provider, State.DEFERRED, ""] += deferred
     counters.add(connection, claim.campaign_id, claim.server_id, moves, now)
-    _write_events(connection, claim, results, now)
+    write_events(connection, claim.campaign_id, claim.server_id, results, now)
     hard = [result.contact_id for result in results if result.suppress]
     if hard:
         hashes = connection.execute(sa.select(Delivery.address_hash).where(Delivery.campaign_id == claim.campaign_id, Delivery.contact_id.in_(hard))).scalars()
@@ -200,16 +200,16 @@ def refund(connection: Connection, claim: ClaimRef, count: int, now: dt.datetime
         )
 
 
-def _write_events(connection: Connection, claim: ClaimRef, results: Iterable[Result], now: dt.datetime) -> None:
+def write_events(connection: Connection, campaign_id: int, server_id: int, results: Iterable[Result], now: dt.datetime) -> None:
     """Keep what destinations said, for every outcome but plain delivery (which the ledger row itself says)."""
     kinds = {State.BOUNCED: BOUNCED, State.DEFERRED: DEFERRED, State.UNKNOWN: "unknown"}
     rows = [
         {
             "month": now.year * 100 + now.month,
-            "id": event_id(claim.campaign_id, result.contact_id, result.attempt, kinds[result.state]),
+            "id": event_id(campaign_id, result.contact_id, result.attempt, kinds[result.state]),
             "occurred_at": now,
-            "server_id": claim.server_id,
-            "campaign_id": claim.campaign_id,
+            "server_id": server_id,
+            "campaign_id": campaign_id,
             "contact_id": result.contact_id,
             "attempt": result.attempt,
             "kind": kinds[result.state],

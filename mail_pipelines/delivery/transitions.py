@@ -26,8 +26,8 @@ MOVES: dict[State, frozenset[State]] = {
         }
     ),
     State.QUEUED: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.PENDING, State.CANCELLED}),
-    # Later evidence, or the decision to send again, or 72 hours.
-    State.UNKNOWN: frozenset({State.DELIVERED, State.BOUNCED, State.PENDING, State.UNRESOLVED}),
+    # Later evidence (also of a temporary refusal), or the decision to send again, or 72 hours.
+    State.UNKNOWN: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.PENDING, State.UNRESOLVED}),
     State.DELIVERED: frozenset(),
     # Only a bounce that was itself later evidence: that somebody reacted to the message is stronger (`delivery.evidence`).
     State.BOUNCED: frozenset({State.DELIVERED}),

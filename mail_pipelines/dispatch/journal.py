@@ -34,8 +34,7 @@ class Kind(enum.StrEnum):
     VOID = "void"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How an offer ended. `code` and `enhanced` (RFC 3463) are the destination's, `text` its words."""
 
     kind: Kind
@@ -86,18 +85,31 @@ class Evidence:
 
 
 LineParser = Callable[[bytes], Entry | None]
+# The ordinary records of a block: where each begins and ends (with its line break), and its entry as `LineParser` gives it.
+BlockScanner = Callable[[bytes], Iterator[tuple[int, int, Entry | None]]]
+
+
+class Read(NamedTuple):
+    """One record of a block: where it begins and ends, and its entry, or else what is wrong with it."""
+
+    start: int
+    end: int
+    entry: Entry | None
+    error: ValueError | None = None
 
 
 class Journal:
     """The log at `path` and its rotated predecessors in the same folder (`main.log.1`, …), told apart by inode.
 
-    `parse` raises `ValueError` for a line that cannot be read. `continues` says whether a line belongs to the one before.
+    `parse` raises `ValueError` for a line that cannot be read. `continues` says whether a line belongs to the one before. `scan` finds the
+    ordinary records of a block quickly; it says of each what `parse` would say.
     """
 
-    def __init__(self, path: Path, parse: LineParser, continues: Callable[[bytes], bool] | None = None) -> None:
+    def __init__(self, path: Path, parse: LineParser, continues: Callable[[bytes], bool] | None = None, scan: BlockScanner | None = None) -> None:
         self.path = path
         self._parse = parse
         self._continues = continues
+        self._scan = scan
 
     def end(self) -> Position:
         """The current end. Raises `DispatchError` without a log: a server that writes none cannot be trusted with a claim."""
@@ -137,8 +149,57 @@ class Journal:
         found.covered = bool(chain) and marked and not found.bad_lines
         return found
 
-    def _chain(self, start: Position) -> list[Path]:
-        """The files from the one with `start` to the current one, oldest first; empty if there is a gap."""
+    def files(self) -> list[tuple[int, Path]]:
+        """All files of the log that are left, each with its inode, oldest first."""
+        return [(inode, path) for _, inode, path in self._numbered()]
+
+    def read(self, block: bytes) -> Iterator[Read]:
+        """The records of a block of whole records that say something about a message or cannot be read; those of an `UnknownForm` among these."""
+        done = 0
+        for start, end, entry in self._scan(block) if self._scan is not None else ():
+            if start > done:
+                yield from self._one_by_one(block, done, start)
+            if entry is not None:
+                yield Read(start, end, entry)
+            done = end
+        if done < len(block):
+            yield from self._one_by_one(block, done, len(block))
+
+    def _one_by_one(self, block: bytes, start: int, end: int) -> Iterator[Read]:
+        while start < end:
+            stop = self._end_of_record(block, start)
+            try:
+                entry = self._parse(block[start:stop].rstrip(b"\n"))
+            except ValueError as error:
+                yield Read(start, stop, None, error)
+            else:
+                if entry is not None:
+                    yield Read(start, stop, entry)
+            start = stop
+
+    def _end_of_record(self, block: bytes, start: int) -> int:
+        """The place behind the record that begins at `start`, of a block that ends with a line break."""
+        stop = block.index(b"\n", start) + 1
+        while self._continues is not None and stop < len(block) and self._continues(block[stop : stop + 4]):
+            stop = block.index(b"\n", stop) + 1
+        return stop
+
+    def record_around(self, block: bytes, place: int) -> tuple[int, int]:
+        """Begin and end of the record of the block that the byte at `place` belongs to."""
+        start = block.rfind(b"\n", 0, place) + 1
+        while self._continues is not None and start and self._continues(block[start : start + 4]):
+            start = block.rfind(b"\n", 0, start - 1) + 1
+        return start, self._end_of_record(block, start)
+
+    def whole_records(self, data: bytes) -> int:
+        """How many bytes at the front are records that nothing can be added to: all but the last one and what is torn behind it."""
+        last = data.rfind(b"\n", 0, data.rfind(b"\n")) + 1 if self._continues is not None else data.rfind(b"\n") + 1
+        while self._continues is not None and last and self._continues(data[last : last + 4]):
+            last = data.rfind(b"\n", 0, last - 1) + 1
+        return last
+
+    def _numbered(self) -> list[tuple[int, int, Path]]:
+        """Number (0 is the current file), inode and path of each file, oldest first."""
         files: list[tuple[int, int, Path]] = []
         for path in self.path.parent.glob(f"{self.path.name}*"):
             try:
@@ -153,7 +214,11 @@ class Journal:
                     continue
                 number = int(suffix)
             files.append((number, status.st_ino, path))
-        files.sort(reverse=True)
+        return sorted(files, reverse=True)
+
+    def _chain(self, start: Position) -> list[Path]:
+        """The files from the one with `start` to the current one, oldest first; empty if there is a gap."""
+        files = self._numbered()
         numbers = [number for number, _, _ in files]
         for index, (number, inode, path) in enumerate(files):
             if inode == start.inode:

@@ -1,4 +1,4 @@
-"""A process that speaks for a server: it holds the name, beats, and ends when told to or when its name is taken.
+"""A process that speaks for a server: it holds the name, beats, settles, and ends when told to or when its name is taken.
 
 What belongs here: what every kind of server process does. What does not: the mail server itself (`catcher.process`, `exim.process`).
 """
@@ -15,6 +15,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import DatabaseUnreachable, open_engine, reading
 from mail_pipelines.dispatch import permit, servers
 from mail_pipelines.dispatch.files import ServerFolders, only_one
+from mail_pipelines.dispatch.settler import Settler
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Presence:
     folders: ServerFolders
     heartbeat: servers.Heartbeat
     interval_seconds: float
+    settler: Settler
+
+    async def settle(self) -> None:
+        """Settle for ever what sessions leave behind."""
+        await self.settler.for_ever()
 
     async def beat(self) -> None:
         """Beat for ever; raises `NameTaken` when another process has taken the name."""
@@ -53,7 +59,7 @@ def speaking_for(settings: Settings, key: str) -> Iterator[Presence]:
         heartbeat = servers.Heartbeat(engine, key, folders, interval)
         heartbeat.start()
         try:
-            yield Presence(info, folders, heartbeat, interval)
+            yield Presence(info, folders, heartbeat, interval, Settler(engine, settings, info))
         except servers.NameTaken:
             permit.revoke_all(folders.permits)
             raise

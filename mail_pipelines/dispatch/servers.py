@@ -197,7 +197,16 @@ class Heartbeat:
             "load": round(os.getloadavg()[0], 2),
             "free_mb": shutil.disk_usage(self._folders.log).free >> 20,
             "pid": os.getpid(),
+            "journal": self._journal_end(),
         }
+
+    def _journal_end(self) -> tuple[int, int] | None:
+        """Inode and size of the journal: by them the centre sees whether there is anything new in it."""
+        try:
+            status = self._folders.journal.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_size
 
 
 # --- choice -----------------------------------------------------------------------------------------------------
@@ -226,6 +235,16 @@ def choose(connection: Connection, campaign_id: int, among: Collection[str], hea
     return max(servers, key=lambda server: (int(unspent.get(server.id) or 0), -busy.get(server.id, 0)))
 
 
+def of_this_host(connection: Connection, settings: Settings, key: str, *, own: str | None) -> ServerInfo:
+    """The server `key`, whose journal has to be on this host. `own` is the worker's identity, if it has one. Raises `DispatchError`."""
+    if own is not None and own != key:
+        raise DispatchError(f"this concerns server {key}, but this worker speaks for {own}: it is refused, the next one goes to the right queue")
+    server = find(connection, key)
+    if not ServerFolders.of(settings.server, key).journal.exists():
+        raise DispatchError(f"server {key} has no journal on this host ({settings.server.log_folder}): its runs must execute on that server")
+    return server
+
+
 def for_run(connection: Connection, settings: Settings, campaign_id: int, *, own: str | None, hint: str | None) -> ServerInfo:
     """The server a send run speaks for.
 
@@ -240,6 +259,4 @@ def for_run(connection: Connection, settings: Settings, campaign_id: int, *, own
     here = {server.key for server in all_servers(connection) if ServerFolders.of(settings.server, server.key).journal.exists()}
     if hint is None:
         return choose(connection, campaign_id, here, settings.server.heartbeat_seconds)
-    if hint not in here:
-        raise DispatchError(f"server {hint} has no journal on this host ({settings.server.log_folder}): its runs must execute on that server")
-    return find(connection, hint)
+    return of_this_host(connection, settings, hint, own=None)

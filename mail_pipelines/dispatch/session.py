@@ -469,5 +469,5 @@ def journal_of(folders: ServerFolders, kind: str) -> Journal:
     if kind == "exim":
         from mail_pipelines.dispatch.exim import log as exim_log
 
-        return Journal(folders.journal, exim_log.parse, exim_log.continues)
+        return Journal(folders.journal, exim_log.parse, exim_log.continues, exim_log.scan)
     raise DispatchError(f"servers of kind {kind!r} are not supported; expected catcher or exim")

@@ -62,7 +62,7 @@ def conclude(
         # taken, and may say 250 for one that it has only received.
         outcome = evidence.outcomes.get(token)
         if outcome is not None and outcome.kind is not Kind.VOID:
-            results.append(_from_outcome(row, outcome, ref.provider, settings, now))
+            results.append(result_of(row, outcome, ref.provider, settings, now))
         elif outcome is not None or (token not in evidence.intents and evidence.covered and same_life):
             results.append(Result(row.contact_id, row.attempt, State.PENDING))
         else:
@@ -70,7 +70,8 @@ def conclude(
     return results
 
 
-def _from_outcome(row: Offered, outcome: Outcome, provider: str, settings: SendingSettings, now: float) -> Result:
+def result_of(row: Offered, outcome: Outcome, provider: str, settings: SendingSettings, now: float) -> Result:
+    """The end of a row by an outcome that is not void. `now` is epoch seconds, from which a deferral is due later."""
     if outcome.kind is Kind.DELIVERED:
         return Result(row.contact_id, row.attempt, State.DELIVERED, outcome.code, outcome.enhanced)
     if outcome.kind is Kind.UNKNOWN:

@@ -20,4 +20,18 @@ class DispatchServer(dg.ConfigurableResource):
 
     def of_run(self, engine: sa.Engine, settings: Settings, campaign_id: int, run: dg.DagsterRun) -> servers.ServerInfo:
         with reading(engine) as connection:
-            return servers.for_run(connection, settings, campaign_id, own=os.environ.get("MAIL_PIPELINES_SERVER"), hint=run.tags.get(QUEUE_TAG))
+            return servers.for_run(connection, settings, campaign_id, own=_own(), hint=run.tags.get(QUEUE_TAG))
+
+    def of_partition(self, engine: sa.Engine, settings: Settings, key: str) -> servers.ServerInfo:
+        """The server a partition is about; raises `DispatchError` anywhere but on its host."""
+        with reading(engine) as connection:
+            return servers.of_this_host(connection, settings, key, own=_own())
+
+
+def _own() -> str | None:
+    return os.environ.get("MAIL_PIPELINES_SERVER")
+
+
+def control_queue(server: str) -> str:
+    """The queue of what a server does beside sending: audit, settlement."""
+    return f"{server}-ctl"

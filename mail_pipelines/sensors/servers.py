@@ -11,13 +11,13 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
-from mail_pipelines.jobs import build_audience, refresh_snapshots_job, report_campaign, send_campaign
+from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.server import QUEUE_TAG
 from mail_pipelines.sensors.campaigns import missing_keys
-from mail_pipelines.sensors.runs import gone, report_gone, started
+from mail_pipelines.sensors.runs import PARTITION_TAG, gone, report_gone, started
 
 SEND_POOL = "dispatch"
 CENTRE_JOBS = tuple(
@@ -34,6 +34,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     speaking = [server for server in fleet if server.state == "active" and not server.is_silent(now, settings.server.heartbeat_seconds)]
     _set_slots(context.instance, max(1, len(speaking) * settings.server.slots))
     _end_dead_sessions(context.instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
+    _end_dead_audits(context.instance, settings)
     _end_dead_centre_runs(context.instance, settings)
     new = missing_keys([server.key for server in fleet], context.instance.get_dynamic_partitions(partitions.servers.name or ""))
     silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
@@ -61,6 +62,17 @@ def _end_dead_sessions(instance: dg.DagsterInstance, settings: Settings, folders
 
     for run in gone(started(instance, [send_campaign.name]), lives, time.time()):
         report_gone(instance, run, "the session's process is gone; its claims are settled by the next run on the same server")
+
+
+def _end_dead_audits(instance: dg.DagsterInstance, settings: Settings) -> None:
+    """Mark audits failed, of servers on this host, whose process is gone. The next one goes on where it was."""
+
+    def lives(run: dg.DagsterRun) -> bool:
+        journal = ServerFolders.of(settings.server, run.tags.get(PARTITION_TAG, "")).journal
+        return not journal.exists() or is_locked(run_lock(settings, run.run_id))
+
+    for run in gone(started(instance, [audit_delivery_logs.name]), lives, time.time()):
+        report_gone(instance, run, "the audit's process is gone; the next one goes on where it was")
 
 
 def _end_dead_centre_runs(instance: dg.DagsterInstance, settings: Settings) -> None:

@@ -10,7 +10,8 @@ import dagster as dg
 
 from mail_pipelines import partitions
 from mail_pipelines.assets.sending import send_batches
-from mail_pipelines.capacity import allotments
+from mail_pipelines.campaigns import stopping
+from mail_pipelines.capacity import allotments, breakers
 from mail_pipelines.database.engine import DatabaseUnreachable, database_now, reading
 from mail_pipelines.dispatch import final, openings
 from mail_pipelines.jobs import send_campaign
@@ -23,6 +24,10 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
     """Start send runs: at most the free slots of each server, only for shards with due rows and an unspent grant."""
     engine, settings = database.engine, database.settings
     with contextlib.suppress(DatabaseUnreachable):
+        for breaker in breakers.judge(engine, dt.datetime.now(dt.UTC)):
+            context.log.warning("server %d to %s is %s: %s", breaker.server_id, breaker.provider, breaker.state, breaker.reason)
+        for key, reason in stopping.stop_bad(engine, dt.datetime.now(dt.UTC)).items():
+            context.log.warning("campaign %s %s", key, reason)
         # Whoever holds SQLite's write lock for ever is ended by the run that settles its claims, so that run must be asked for.
         allotments.fill(engine)
     known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))

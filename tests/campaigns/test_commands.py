@@ -127,15 +127,6 @@ def test_new_content_reaches_a_sending_campaign_only_when_confirmed(command: Com
     assert "version 2, 'Corrected'" in command.says("show", "spring-sale")
 
 
-def test_unknown_recipients_are_resolved_by_hand(command: Command, engine: sa.Engine) -> None:
-    campaign = make_campaign(engine, "doubt", state="sending")
-    fill_ledger(engine, campaign.id, {State.UNKNOWN: 3})
-    assert "expected resend or unresolved" in command.fails(CampaignError, "resolve", "doubt", "--unknown", "forget")
-    assert "--yes" in command.fails(StateError, "resolve", "doubt", "--unknown", "resend")
-    assert "3 unknown recipients of doubt are now pending" in command.says("resolve", "doubt", "--unknown", "resend", "--yes")
-    assert ledger_states(engine, campaign.id) == {State.PENDING: 3}
-
-
 def test_following_ends_with_the_campaign(command: Command, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = make_campaign(engine, "short", state="sending")
     fill_ledger(engine, campaign.id, {State.PENDING: 4})

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from mail_pipelines.campaigns import lifecycle, open_rows, progress, shards
-from mail_pipelines.campaigns.campaign import OnUnknown, Priority
+from mail_pipelines.campaigns.campaign import Priority
 from mail_pipelines.campaigns.states import CampaignState, StateError
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import OPEN_STATES, Delivery, State
@@ -198,29 +198,6 @@ def test_the_probe_for_open_rows_reads_the_ledgers_index_only(engine: sa.Engine)
         before = rows_read()
         assert not open_rows.any_open(connection, campaign.id)
         assert rows_read() - before < 100
-
-
-def test_unknown_rows_are_sent_again_only_by_decision(engine: sa.Engine) -> None:
-    campaign = make_campaign(engine, state="sending")
-    fill_ledger(engine, campaign.id, {State.UNKNOWN: 4, State.DELIVERED: 4})
-    with pytest.raises(StateError, match="on_unknown: hold"):
-        lifecycle.resolve_unknown(engine, campaign.key, State.PENDING, NOW, confirmed=False)
-    assert lifecycle.resolve_unknown(engine, campaign.key, State.PENDING, NOW, confirmed=True) == 4
-    with reading(engine) as connection:
-        rows = connection.execute(sa.select(Delivery.attempt, Delivery.claim_id, Delivery.sort_key).where(Delivery.state == int(State.PENDING))).all()
-    assert rows == [(0, None, 0)] * 4
-    assert counters_equal_ledger(engine, campaign.id)
-
-
-def test_the_campaigns_own_rule_or_a_verdict_need_no_confirmation(engine: sa.Engine) -> None:
-    resent = make_campaign(engine, "resent", state="paused", on_unknown=OnUnknown.RESEND)
-    judged = make_campaign(engine, "judged", state="cancelled")
-    for campaign in (resent, judged):
-        fill_ledger(engine, campaign.id, {State.UNKNOWN: 4})
-    assert lifecycle.resolve_unknown(engine, "resent", State.PENDING, NOW, confirmed=False) == 4
-    assert lifecycle.resolve_unknown(engine, "judged", State.UNRESOLVED, NOW, confirmed=False) == 4
-    with pytest.raises(StateError, match="only a sending or paused campaign"):
-        lifecycle.resolve_unknown(engine, "judged", State.PENDING, NOW, confirmed=True)
 
 
 def test_totals_add_up_to_the_audience(engine: sa.Engine) -> None:

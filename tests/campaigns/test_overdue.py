@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.campaigns import lifecycle, overdue
+from mail_pipelines.campaigns import lifecycle, overdue, unknown
 from mail_pipelines.campaigns.campaign import Campaign, OnUnknown
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Delivery, State
@@ -115,7 +115,8 @@ def test_sending_again_reads_the_index_and_not_the_campaign(engine: sa.Engine) -
 def test_a_row_that_waited_to_be_sent_again_does_not_expire_as_if_never_sent(engine: sa.Engine, by_hand: bool) -> None:
     campaign = resending(engine, {State.UNKNOWN: 7, State.PENDING: 20, State.DEFERRED: 3})
     if by_hand:
-        assert lifecycle.resolve_unknown(engine, campaign.key, State.PENDING, NOW + 6 * HOUR, confirmed=True) == 7
+        decided = unknown.decide(engine, unknown.Scope(campaign.id), unknown.Verdict.RESEND, NOW + 6 * HOUR, who="ops", why="test", confirmed=True)
+        assert decided == 7
     else:
         assert overdue.resend_unknown(engine, campaign, NOW + 6 * HOUR) == 7
     assert lifecycle.expire_open_rows(engine, campaign, NOW + 48 * HOUR) == 23

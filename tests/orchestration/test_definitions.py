@@ -15,10 +15,21 @@ ASSETS = {
     "campaign_audiences": "audience",
     "send_batches": "sending",
     "delivery_results": "delivery",
+    "delivery_logs": "delivery",
     "campaign_statistics": "reporting",
 }
 SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs", "inbound_mail"}
-JOBS = {"build_audience", "send_campaign", "report_campaign", "refresh_snapshots", "maintenance", "close_open_rows", "import_contacts", "read_inbound_mail"}
+JOBS = {
+    "build_audience",
+    "send_campaign",
+    "report_campaign",
+    "audit_delivery_logs",
+    "refresh_snapshots",
+    "maintenance",
+    "close_open_rows",
+    "import_contacts",
+    "read_inbound_mail",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,7 @@ def test_nothing_sends_by_itself(repository: dg.RepositoryDefinition) -> None:
 def test_sensors_and_schedules_run_without_a_click(repository: dg.RepositoryDefinition) -> None:
     assert {sensor.name for sensor in repository.sensor_defs} == SENSORS
     assert {sensor.default_status for sensor in repository.sensor_defs} == {dg.DefaultSensorStatus.RUNNING}
-    assert {schedule.name for schedule in repository.schedule_defs} == {"refresh_snapshots", "maintenance"}
+    assert {schedule.name for schedule in repository.schedule_defs} == {"refresh_snapshots", "audit_delivery_logs", "maintenance"}
     assert {schedule.default_status for schedule in repository.schedule_defs} == {dg.DefaultScheduleStatus.RUNNING}
 
 

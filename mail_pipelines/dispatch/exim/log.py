@@ -21,6 +21,7 @@ begins with three digits and a space or hyphen, a record with a year.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, UnknownForm
 from mail_pipelines.dispatch.smtp import outcome_of
@@ -32,7 +33,7 @@ _HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )
 _RECORD = re.compile(_HEAD + rb"(.*)", re.DOTALL)
 _MARK = re.compile(rb"MARK (c\d+\.\d+)")
 _INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})")
-_TOKEN = rb"[a-z]\+([a-z2-7]{48})@[^> ]*"
+_TOKEN = rb"[a-z]\+([a-z2-7]{48})@[^> \n]*"
 _DELIVERY = re.compile(rb"(?:>>|=>|->|\*\*|==) .*? F=<" + _TOKEN + rb"> ", re.DOTALL)
 _REFUSAL = re.compile(
     rb" ?F=<"
@@ -43,8 +44,19 @@ _REFUSAL = re.compile(
 )
 # The four lines of a message that is delivered, by one expression: nearly all of a log is made of them.
 _ORDINARY = re.compile(
-    _HEAD + rb"(?:INTENT ([a-z2-7]{48}) (\d{1,10})|>> [^<>\"]*F=<" + _TOKEN + rb'> [^"]* C="(2\d\d) ([^"\\\n]*)"[^"\n]*|<= ' + _TOKEN + rb" [^\n]*|(Completed))"
+    _HEAD
+    + rb"(?:INTENT ([a-z2-7]{48}) (\d{1,10})|>> [^<>\"\n]*F=<"
+    + _TOKEN
+    + rb'> [^"\n]* C="(2\d\d) ([^"\\\n]*)"[^"\n]*|<= '
+    + _TOKEN
+    + rb" [^\n]*|(Completed))"
 )
+_LAST_OF_INTENT, _LAST_OF_DELIVERY, _LAST_OF_ARRIVAL, _LAST_OF_COMPLETED = 2, 5, 6, 7
+# Nothing in them comes from elsewhere, so they cannot hide the torn beginning of another line.
+_CANNOT_QUOTE = (_LAST_OF_INTENT, _LAST_OF_COMPLETED)
+# The same in a block. A line that the next one continues is a longer record, and not ordinary.
+_ORDINARY_LINES = re.compile(rb"^" + _ORDINARY.pattern + rb"\n(?!\d\d\d[ -])", re.MULTILINE)
+_START = re.compile(rb"exim \S+ daemon started: pid=")
 _CONFIRMATION = re.compile(rb' C="((?:[^"\\]|\\.)*)', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
 # What Exim says of a callout that got an answer. Up to MAIL it is an answer to us, not to the message.
@@ -76,13 +88,8 @@ def parse(record: bytes) -> Entry | None:
     if not record:
         return None
     ordinary = _ORDINARY.fullmatch(record)
-    if ordinary is not None and (ordinary[1] or b"INTENT " not in record):
-        intent, pid, delivered, code, words, arrived, _ = ordinary.groups()
-        if intent:
-            return Entry(intent.decode(), None, int(pid))
-        if delivered:
-            return Entry(delivered.decode(), None, None, outcome_of(int(code), words.decode("utf-8", "replace")))
-        return Entry(arrived.decode(), None, None, _NOT_DELIVERED, True) if arrived else None
+    if ordinary is not None and (ordinary.lastindex in _CANNOT_QUOTE or b"INTENT " not in record):
+        return _ordinary(ordinary)
     found = _RECORD.fullmatch(record)
     if found is None:
         raise ValueError(f"not a record of Exim's log: {record[:40]!r}")
@@ -95,13 +102,31 @@ def parse(record: bytes) -> Entry | None:
     flag = rest[:3]
     if flag == b">> ":
         return Entry(_sender(rest), outcome=_confirmed(rest))
-    if flag in (b"<= ", b"== "):
+    if flag in (b"<= ", b"== ") or _START.match(rest):
         return None
     if flag in _ALARMS:
         return Entry(alarm=True)
     if (refusal := _REFUSAL.search(rest)) is not None:
         return Entry(refusal[1].decode(), outcome=_refused(refusal[2], refusal[3]))
     raise UnknownForm
+
+
+def scan(block: bytes) -> Iterator[tuple[int, int, Entry | None]]:
+    """The ordinary records of a block of whole records, as `parse` reads them, with their places."""
+    for found in _ORDINARY_LINES.finditer(block):
+        start, end = found.span()
+        if found.lastindex in _CANNOT_QUOTE or block.find(b"INTENT ", start, end) < 0:
+            yield start, end, _ordinary(found)
+
+
+def _ordinary(found: re.Match[bytes]) -> Entry | None:
+    """The entry of a match of `_ORDINARY`; the last group that took part tells which of the four lines it is."""
+    last = found.lastindex
+    if last == _LAST_OF_INTENT:
+        return Entry(found[1].decode(), None, int(found[2]))
+    if last == _LAST_OF_DELIVERY:
+        return Entry(found[3].decode(), None, None, outcome_of(int(found[4]), found[5].decode("utf-8", "replace")))
+    return Entry(found[6].decode(), None, None, _NOT_DELIVERED, True) if last == _LAST_OF_ARRIVAL else None
 
 
 def _own(rest: bytes) -> Entry:

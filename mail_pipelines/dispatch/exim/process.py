@@ -29,7 +29,7 @@ def run(settings: Settings, key: str, *, hostname: str | None = None, destinatio
         output = server.folders.log / "exim.out"
         daemon = instance.start(own, output)
         try:
-            asyncio.run(until_signal(watch(daemon, output), server.beat()))
+            asyncio.run(until_signal(watch(daemon, output), server.beat(), server.settle()))
         finally:
             instance.stop(daemon.pid)
             daemon.wait()

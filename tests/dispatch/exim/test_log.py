@@ -124,10 +124,13 @@ def test_the_arrival_of_a_delivered_message_changes_nothing(tmp_path: Path) -> N
     assert (evidence.intents, evidence.alarms, evidence.bad_lines, evidence.unknown_forms) == ({}, 0, 0, 0)
 
 
+def test_the_daemons_start_says_nothing_of_a_message() -> None:
+    assert log.parse(line("exim 4.96 daemon started: pid=1, no queue runs, listening for SMTP on [127.0.0.1]:2525")) is None
+
+
 @pytest.mark.parametrize(
     "rest",
     [
-        "exim 4.96 daemon started: pid=1, no queue runs, listening for SMTP on [127.0.0.1]:2525",
         "unexpected disconnection",
         f"{HOST} rejected MAIL <x@y.test>: no",
     ],

@@ -1,0 +1,136 @@
+"""Ending rows in doubt: later evidence or a decision by hand turns `unknown` into what became of the message.
+
+What belongs here: the guarded, set-based change of the ledger with its counters, events and suppressions. What does not: where the
+evidence comes from (`dispatch.audit` reads journals), and who decides (`campaigns.resolving`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.contacts import consent
+from mail_pipelines.contacts.sets import insert_if_absent
+from mail_pipelines.database.models import Delivery, DeliveryEvent, State
+from mail_pipelines.database.types import enhanced_number
+from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.events import RESOLVED, event_id, mask_addresses
+from mail_pipelines.delivery.recording import Result, write_events
+from mail_pipelines.delivery.transitions import may_move
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a resolution comes from: `name` is kept as the event's reason (at most 24 characters), `words` as its text."""
+
+    name: str
+    words: str = ""
+    # Tells decisions about the same message apart. Evidence has none: reading it twice is one event.
+    number: str = ""
+
+
+def resolve(connection: Connection, campaign_id: int, server_id: int, results: Sequence[Result], source: Source, now: dt.datetime) -> Counter[State]:
+    """Move rows that are unknown, under the attempt the results name, to what is known now; returns how many went where.
+
+    At most a few thousand results, each of another contact. Rows in another state or of another attempt are left alone, so doing it twice
+    changes nothing. A deferral raises the attempt, as it does when it is recorded at once. Everything counts for `server_id`.
+    """
+    wanted = {result.contact_id: result for result in results}
+    unknown = sa.select(Delivery.contact_id, Delivery.attempt, Delivery.shard, Delivery.provider, Delivery.address_hash).where(
+        Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(wanted)), Delivery.state == int(State.UNKNOWN)
+    )
+    rows = [row for row in connection.execute(unknown.with_for_update()) if row.attempt == wanted[row.contact_id].attempt]
+    groups: defaultdict[tuple[State, int | None, str | None, str, int | None], list[int]] = defaultdict(list)
+    moves: Counter[counters.Place] = Counter()
+    for row in rows:
+        result = wanted[row.contact_id]
+        groups[result.state, result.code, result.enhanced, result.reason, result.due].append(row.contact_id)
+        moves[row.shard, row.provider, State.UNKNOWN, ""] -= 1
+        moves[row.shard, row.provider, result.state, result.reason] += 1
+    for (state, code, enhanced, reason, due), contact_ids in groups.items():
+        if not may_move(State.UNKNOWN, state):
+            raise ValueError(f"an unknown row cannot become {state.name.lower()}")
+        values: dict[str, Any] = {"state": int(state), "code": code, "enhanced": enhanced, "reason": reason or None}
+        if state is State.DEFERRED:
+            values |= {"sort_key": due, "attempt": Delivery.attempt + 1, "claim_id": None}
+        else:
+            values |= {"sort_key": int(now.timestamp())}
+        _update(connection, campaign_id, State.UNKNOWN, contact_ids, values)
+    ended = [wanted[row.contact_id] for row in rows]
+    counters.add(connection, campaign_id, server_id, moves, now)
+    write_events(connection, campaign_id, server_id, ended, now)
+    note(connection, campaign_id, server_id, [(result.contact_id, result.attempt) for result in ended], source, now)
+    _suppress(connection, rows, wanted, now)
+    return Counter(result.state for result in ended)
+
+
+def note(connection: Connection, campaign_id: int, server_id: int, messages: Sequence[tuple[int, int]], source: Source, now: dt.datetime) -> None:
+    """Remember for each message (contact, attempt) what ended its doubt."""
+    rows = [
+        {
+            "month": now.year * 100 + now.month,
+            "id": event_id(campaign_id, contact_id, attempt, RESOLVED + source.number),
+            "occurred_at": now,
+            "server_id": server_id,
+            "campaign_id": campaign_id,
+            "contact_id": contact_id,
+            "attempt": attempt,
+            "kind": RESOLVED,
+            "reason": source.name,
+            "text": mask_addresses(source.words)[:500] or None,
+        }
+        for contact_id, attempt in messages
+    ]
+    if rows:
+        connection.execute(insert_if_absent(DeliveryEvent), rows)
+
+
+def complete(connection: Connection, campaign_id: int, server_id: int, results: Sequence[Result], now: dt.datetime) -> int:
+    """Give bounces that were recorded by our own server's words those of the destination: code, reason, event, suppression. Returns how many.
+
+    At most a few thousand results, all bounces. Rows that say the same already, or are no bounce of this attempt, are left alone.
+    """
+    wanted = {result.contact_id: result for result in results}
+    columns = (Delivery.contact_id, Delivery.attempt, Delivery.provider, Delivery.code, Delivery.enhanced, Delivery.reason, Delivery.address_hash)
+    bounced = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(wanted)), Delivery.state == int(State.BOUNCED))
+    found = connection.execute(sa.select(*columns).where(*bounced).with_for_update())
+    rows = [row for row in found if row.attempt == wanted[row.contact_id].attempt and _codes(row) != _codes(wanted[row.contact_id])]
+    if not rows:
+        return 0
+    groups: defaultdict[tuple[int | None, str | None, str], list[int]] = defaultdict(list)
+    reasons: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        result = wanted[row.contact_id]
+        groups[result.code, result.enhanced, result.reason].append(row.contact_id)
+        reasons[row.provider, row.reason or ""] -= 1
+        reasons[row.provider, result.reason] += 1
+    for (code, enhanced, reason), contact_ids in groups.items():
+        _update(connection, campaign_id, State.BOUNCED, contact_ids, {"code": code, "enhanced": enhanced, "reason": reason or None})
+    counters.change_reasons(connection, campaign_id, server_id, State.BOUNCED, reasons, now)
+    ours = (DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id.in_([row.contact_id for row in rows]), DeliveryEvent.kind == "bounced")
+    connection.execute(sa.delete(DeliveryEvent).where(*ours))
+    write_events(connection, campaign_id, server_id, [wanted[row.contact_id] for row in rows], now)
+    _suppress(connection, rows, wanted, now)
+    return len(rows)
+
+
+def _codes(row: Any) -> tuple[int, int]:
+    """Both codes as the ledger can hold them."""
+    return row.code or 0, enhanced_number(row.enhanced)
+
+
+def _suppress(connection: Connection, rows: Sequence[Any], wanted: Mapping[int, Result], now: dt.datetime) -> None:
+    """Suppress the addresses of hard bounces."""
+    if hashes := [row.address_hash for row in rows if wanted[row.contact_id].suppress]:
+        consent.suppress(connection, hashes, reason="bounce", now=now)
+
+
+def _update(connection: Connection, campaign_id: int, state: State, contact_ids: Collection[int], values: Mapping[str, Any]) -> None:
+    ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(contact_ids)), Delivery.state == int(state))
+    connection.execute(sa.update(Delivery).where(*ours).values(**values))

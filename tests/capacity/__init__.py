@@ -1,0 +1,1 @@
+"""How much servers may send, and when they stop by themselves."""

@@ -1,0 +1,9 @@
+"""The same through a real Exim."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dispatch.test_breakers import test_a_provider_that_blocks_one_server_is_left_alone_and_tried_again  # noqa: F401 (collected here for the other kind)
+
+pytestmark = pytest.mark.server

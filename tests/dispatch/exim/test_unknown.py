@@ -1,0 +1,9 @@
+"""The same through a real Exim."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dispatch.test_unknown import test_evidence_is_shown_and_the_second_copy_has_the_same_message_id  # noqa: F401 (collected here for the other kind)
+
+pytestmark = pytest.mark.server
