@@ -165,8 +165,10 @@ class _Change:
         known = Known(self.before.state, self.before.attempt, self.before.answered, kept)
         return Known(settled(known), known.attempt, known.answered, kept)
 
-    def refusal(self) -> Evidence | None:
-        return next((piece for piece in self.new if piece.kind in FAILED and piece.attempt == self.before.attempt), None)
+    def answer(self) -> Evidence | None:
+        """The new piece, if any, with the destination's words for the state that follows."""
+        kinds = FAILED if self.after().state is State.BOUNCED else {Kind.LATE_DELIVERY}
+        return next((piece for piece in self.new if piece.kind in kinds and piece.attempt == self.before.attempt), None)
 
 
 def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence[Evidence], now: dt.datetime) -> list[Effect]:
@@ -270,8 +272,8 @@ def _move(connection: Connection, campaign_id: int, changes: Iterable[_Change], 
             continue
         if not may_move(before, after):
             raise ValueError(f"a row that is {before.name.lower()} cannot become {after.name.lower()}")
-        piece = change.refusal() if after is State.BOUNCED else None
-        reason = classify(change.row.provider, piece.code, piece.enhanced, piece.text).reason if piece else ""
+        piece = change.answer()
+        reason = classify(change.row.provider, piece.code, piece.enhanced, piece.text).reason if piece and after is State.BOUNCED else ""
         groups[before, after, piece.code if piece else None, piece.enhanced if piece else None, reason].append(change.row.contact_id)
         its_moves = moves[change.row.server_id or counters.CENTRE]
         its_moves[change.row.shard, change.row.provider, before, (change.row.reason or "") if before.is_final else ""] -= 1

@@ -119,7 +119,7 @@ def test_the_scope_is_found_by_campaign_or_claim(engine: sa.Engine) -> None:
 def test_the_command_line(engine: sa.Engine, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", database_url)
     monkeypatch.setenv("MAIL_PIPELINES_SENDING__TOKEN_KEY", "a key for tests only, long enough")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(context.console, "width", 200)
     context.settings.cache_clear()
     doubtful(engine, {State.UNKNOWN: 3})
 
