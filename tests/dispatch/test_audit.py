@@ -117,8 +117,8 @@ def test_late_lines_end_the_doubt_and_reading_them_twice_changes_nothing(world: 
     assert row(world, 2) == (State.BOUNCED, 0, 550, "5.1.1", "invalid_recipient")
     assert row(world, 3) == (State.DEFERRED, 1, 451, "4.7.1", "transient")
     assert row(world, 5).state == State.UNKNOWN
-    assert events(world, 1) == {("resolved", "journal", None)}
-    assert events(world, 2) == {("resolved", "journal", None), ("bounced", "invalid_recipient", "no such user ***@microsoft.test")}
+    assert events(world, 1) == {("late_delivery", None, None)}
+    assert events(world, 2) == {("late_refusal", "invalid_recipient", "no such user ***@microsoft.test")}
     with reading(world.engine) as connection:
         assert connection.execute(sa.select(Suppression.address_hash)).scalars().all() == [parse("person2@microsoft.test").hash]
     world.check_counters()
