@@ -18,6 +18,8 @@ DEFERRED = "deferred"
 BOUNCED = "bounced"
 # A mail said that the message, though it was accepted, did not get there.
 BOUNCE_REPORT = "bounce_report"
+# So did a line of the journal that was found after its claim was settled.
+LATE_REFUSAL = "late_refusal"
 # An unknown row is no longer so: `reason` says by what, `text` by whom and why where somebody decided it.
 RESOLVED = "resolved"
 _ADDRESS = re.compile(r"[^\s<>@:;,]+@([^\s<>@:;,]+)")

@@ -42,7 +42,7 @@ class Kind(enum.StrEnum):
 
     # A line of the server's journal that was found after its claim was settled.
     LATE_DELIVERY = "late_delivery"
-    LATE_REFUSAL = "late_refusal"
+    LATE_REFUSAL = events.LATE_REFUSAL
     # A delivery status notification, or another mail that says the same.
     DELIVERY_REPORT = "delivery_report"
     BOUNCE_REPORT = events.BOUNCE_REPORT

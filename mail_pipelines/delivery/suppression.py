@@ -24,11 +24,11 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Delivery, DeliveryEvent, State
 from mail_pipelines.database.partitions import months_from
 from mail_pipelines.delivery.classes import Action, classes_of, classify
-from mail_pipelines.delivery.events import BOUNCE_REPORT, BOUNCED, DEFERRED
+from mail_pipelines.delivery.events import BOUNCE_REPORT, BOUNCED, DEFERRED, LATE_REFUSAL
 
 RULES = Path(__file__).with_name("suppression.toml")
 # Kinds of delivery events that are a destination's refusal.
-_REFUSALS = (DEFERRED, BOUNCED, BOUNCE_REPORT)
+_REFUSALS = (DEFERRED, BOUNCED, BOUNCE_REPORT, LATE_REFUSAL)
 
 
 @dataclass(frozen=True)
