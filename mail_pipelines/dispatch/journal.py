@@ -30,7 +30,9 @@ class Kind(enum.StrEnum):
     BOUNCED = "bounced"
     DEFERRED = "deferred"
     UNKNOWN = "unknown"
-    # Nothing reached a destination: no permit, no connection, refused before the recipient was named.
+    # The destination could not be asked: no connection, or no answer. To be tried later, at no cost of an attempt.
+    UNREACHABLE = "unreachable"
+    # Nothing reached a destination: no permit, refused before the recipient was named.
     VOID = "void"
 
 

@@ -28,11 +28,12 @@ from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
+from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
 from mail_pipelines.dispatch.journal import Journal, Position
 from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
-from mail_pipelines.dispatch.smtp import Connection, Next, Offer, ServerUnreachable
+from mail_pipelines.dispatch.smtp import Connection, Offer, ServerUnreachable
 from mail_pipelines.domains.signing import SendingAs, sending_as
 from mail_pipelines.messages.compiled import CompiledMessage
 from mail_pipelines.messages.composing import ComposeError, Message, Recipient, SenderIdentity, compose
@@ -46,6 +47,8 @@ OFFER_SECONDS = 4.0
 LEASE_MARGIN_SECONDS = 3.0
 # Claims of one lane whose last replies are still awaited while the next is being sent.
 CLAIMS_AT_ONCE = 4
+# A connection on which a message takes no longer than this gets the next envelope with each body.
+QUICK_SECONDS = 0.1
 _IDLE_POLL_SECONDS = 0.5
 _NO_LINK_SECONDS = 2.0
 # How long workers that still wait for a reply may hold up the next claim.
@@ -357,28 +360,39 @@ class Lane:
         try:
             compiled, sending_as = await in_thread(self.session.content, claimed.version_id)
             identity = self.session.identity(sending_as)
+
+            def composed() -> tuple[int, Message] | None:
+                """The next row that a message can be made for."""
+                for row in queue:
+                    recipient = Recipient(claimed.ref.campaign_id, row.contact_id, row.attempt, row.email, row.values)
+                    try:
+                        return row.contact_id, compose(compiled, recipient, identity)
+                    except ComposeError as error:
+                        # One bad value must not stop the others, and trying it again would not mend it.
+                        offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(error))
+                return None
+
+            ahead: tuple[int, Message] | None = None
             while link.usable and await self.pacer.turn(deadline):
-                row = next(queue, None)
-                if row is None:
+                current = ahead or composed()
+                if current is None:
                     return
-                recipient = Recipient(claimed.ref.campaign_id, row.contact_id, row.attempt, row.email, row.values)
-                try:
-                    message = compose(compiled, recipient, identity)
-                except ComposeError as error:
-                    # One bad value must not stop the others, and trying it again would not mend it.
-                    offers[row.contact_id] = Offer(Next.GO_ON, unusable=str(error))
-                    continue
-                offer = await link.offer(message)
-                offers[row.contact_id] = offer
+                contact_id, message = current
+                # An envelope goes ahead only where its body is not likely to wait for the pace, or for a slow destination beyond the deadline.
+                last = link.offered + 1 >= self.limits.messages_per_connection
+                ahead = composed() if not last and link.quick and self.pacer.is_free() else None
+                offer = await link.offer(message, ahead[1] if ahead else None)
+                offers[contact_id] = offer
                 if offer.next is not Next.GO_ON:
                     link.usable = False
                     if offer.next is Next.STOP_CLAIM:
                         for _ in queue:
                             pass
-                elif link.offered >= self.limits.messages_per_connection:
+                elif last:
                     link.usable = False
         finally:
             link.busy = False
+            link.usable = link.usable and not link.expects_more
             if not link.usable:
                 self.links.remove(link)
                 await link.close()
@@ -404,7 +418,7 @@ class Lane:
 
     async def _results(self, claimed: OpenClaim, offers: dict[int, Offer]) -> list[Result]:
         """The end of every row: by the journal, or that no message could be made."""
-        not_offered = Offer(Next.GO_ON)
+        not_offered = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED)
         heard = [(row, offers.get(row.contact_id, not_offered)) for row in claimed.rows]
         results = await self._read_results(claimed, [Offered(row.contact_id, row.attempt, offer.reply) for row, offer in heard if not offer.unusable])
         unusable = [row for row, offer in heard if offer.unusable]
@@ -435,6 +449,13 @@ class Link:
         self.busy = False
         self.usable = True
         self.offered = 0
+        # Whether the last message took no time to speak of.
+        self.quick = False
+
+    @property
+    def expects_more(self) -> bool:
+        """Whether the mail server has the envelope of a message that has not been offered."""
+        return self._connection.ahead is not None
 
     async def greet(self, permit_name: str) -> None:
         if not self._open:
@@ -442,9 +463,12 @@ class Link:
             self._open = True
         await self._connection.greet(permit_name)
 
-    async def offer(self, message: Message) -> Offer:
+    async def offer(self, message: Message, following: Message | None) -> Offer:
         self.offered += 1
-        return await self._connection.offer(message)
+        begin = time.monotonic()
+        offer = await self._connection.offer(message, following)
+        self.quick = time.monotonic() - begin < QUICK_SECONDS
+        return offer
 
     async def close(self) -> None:
         if self._open:

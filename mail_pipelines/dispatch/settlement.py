@@ -73,6 +73,9 @@ def _from_outcome(row: Offered, outcome: Outcome, provider: str, settings: Sendi
         return Result(row.contact_id, row.attempt, State.DELIVERED, outcome.code, outcome.enhanced)
     if outcome.kind is Kind.UNKNOWN:
         return Result(row.contact_id, row.attempt, State.UNKNOWN, reason="no_reply", text=outcome.text)
+    if outcome.kind is Kind.UNREACHABLE:
+        due = int(now) + settings.first_retry_seconds
+        return Result(row.contact_id, row.attempt, State.DEFERRED, reason="no_connection", due=due, text=outcome.text, asked=False)
     meaning = classify(provider, outcome.code, outcome.enhanced, outcome.text)
     if outcome.kind is Kind.BOUNCED:
         return Result(

@@ -10,7 +10,7 @@ envelope sender names it):
   … F=<…> tmp-reject from cutthrough after DATA: … C="4…"   deferred
   … F=<…> temporarily rejected after DATA: …      void: our ACL found no permit
   … F=<…> rejected RCPT <…>: …                    bounced by the reply quoted in it, or because no such domain takes mail
-  … F=<…> temporarily rejected RCPT <…>: …        deferred: the reply quoted in it, or no connection; void: no permit
+  … F=<…> temporarily rejected RCPT <…>: …        deferred by the reply quoted in it; without one unreachable; void: no permit
   <= <…>                                          taken by Exim; after an INTENT without `>>` this means: not delivered meanwhile
   =>, ->, **                                      the queue had to do with a message: counted as an alarm, since nothing should get there
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 
 from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, UnknownForm
-from mail_pipelines.dispatch.smtp import outcome_of
+from mail_pipelines.dispatch.replies import outcome_of
 
 # 16 characters up to 4.96, 23 from 4.97 on.
 _MESSAGE_ID = rb"[0-9A-Za-z]{6}-(?:[0-9A-Za-z]{6}-[0-9A-Za-z]{2}|[0-9A-Za-z]{11}-[0-9A-Za-z]{4})"
@@ -135,7 +135,7 @@ def _refused(stage: bytes, reason: bytes) -> Outcome:
         return Outcome(Kind.DEFERRED, answer.code, answer.enhanced, answer.text)
     text = reason.decode("utf-8", "replace")
     if stage == b"temporarily rejected RCPT":
-        return Outcome(Kind.DEFERRED, text=text)
+        return Outcome(Kind.UNREACHABLE, text=text)
     if text.startswith("5.1.2 "):
         return outcome_of(550, text)
     return Outcome(Kind.VOID, 550, text=text)

@@ -83,7 +83,7 @@ def test_both_lengths_of_ids_and_all_stamps_are_read(message_id: str, stamp: str
 def test_each_refusal_is_what_it_says(rest: str, expected: tuple[Kind, int | None, str | None, str] | None) -> None:
     found = outcome(line(rest))
     if expected is None:
-        assert (found.kind, found.code) == (Kind.DEFERRED, None)
+        assert (found.kind, found.code) == (Kind.UNREACHABLE, None)
     else:
         assert found == Outcome(*expected)
 
