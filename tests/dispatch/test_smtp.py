@@ -79,8 +79,10 @@ class Far:
                     continue
                 self.message += verb == "MAIL"
                 given = await answer(verb if verb in GOOD else "EHLO")
-                self.in_transaction = verb in ("MAIL", "RCPT") and (self.in_transaction or given.startswith("250"))
+                # Only a body, RSET and a new greeting end a transaction.
+                self.in_transaction = given.startswith("250") if verb == "MAIL" else self.in_transaction and verb in ("RCPT", "DATA")
                 if verb == "DATA" and given.startswith("354"):
+                    self.in_transaction = False
                     self.bodies.append(await body(reader))
                     await answer("body")
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
