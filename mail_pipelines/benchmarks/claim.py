@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mail_pipelines.delivery.recording import Result as Outcome
 from mail_pipelines.dispatch import claims, servers
 from mail_pipelines.dispatch.claims import Memory, OpenClaim, Sender
 from mail_pipelines.dispatch.journal import Position
+from mail_pipelines.messages.content import Content
 
 CLAIMERS = 8
 ROWS_PER_SHARD = 31_000
@@ -122,6 +123,15 @@ def fill(engine: Engine, shards: int, rows_per_shard: int) -> None:
         transact(engine, work)
     moves = {(shard, PROVIDER, State.PENDING, ""): rows_per_shard for shard in range(shards)}
     transact(engine, lambda connection: counters.add(connection, _CAMPAIGN, counters.CENTRE, moves, now))
+
+
+def add_content(engine: Engine, content: Content, fields: Mapping[str, str]) -> None:
+    """Compile the content and make it the campaign's version."""
+    from mail_pipelines.messages.compilation import compile_content
+
+    compiled = compile_content(content, fields, lambda urls: list(range(1, len(urls) + 1)))
+    version = {"id": 1, "campaign_id": _CAMPAIGN, "number": 1, "source": content.to_document(), "sha256": compiled.sha256, "compiled": compiled.to_bytes()}
+    transact(engine, lambda connection: connection.execute(sa.insert(CampaignVersion).values(created_at=dt.datetime.now(dt.UTC), **version)))
 
 
 def _table(model: type[models.Base]) -> sa.Table:
@@ -280,8 +290,6 @@ print(json.dumps([peak - baseline, report.sent, peak]))
 def _memory(recipients: int) -> tuple[float, int]:
     """(MB above the imports, messages sent) of a real session of some seconds through a catcher, one shard of all recipients."""
     from mail_pipelines import home
-    from mail_pipelines.messages.compilation import compile_content
-    from mail_pipelines.messages.content import Content
     from mail_pipelines.supervision import Processes
     from mail_pipelines.up import start_catcher
 
@@ -301,9 +309,7 @@ def _memory(recipients: int) -> tuple[float, int]:
             + "<p>A paragraph of some length, as offers have them.</p>" * 500
             + '<a href="{{ unsubscribe_url }}">Unsubscribe</a>',
         )
-        compiled = compile_content(content, {"first_name": "text"}, lambda urls: list(range(1, len(urls) + 1)))
-        version = {"id": 1, "campaign_id": _CAMPAIGN, "number": 1, "source": content.to_document(), "sha256": compiled.sha256, "compiled": compiled.to_bytes()}
-        transact(engine, lambda connection: connection.execute(sa.insert(CampaignVersion).values(created_at=dt.datetime.now(dt.UTC), **version)))
+        add_content(engine, content, {"first_name": "text"})
         with Processes() as processes:
             start_catcher(processes, engine, settings, "bench")
             servers.set_limits(engine, None, "*", {"connections": 16, "per_second": 2000.0})
