@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -73,6 +73,8 @@ class Batch:
     claimed: OpenClaim
     granted: permit.Permit
     watch: Watch
+    # The token of each row's message, by contact.
+    tokens: Mapping[int, str]
     compiled: CompiledMessage
     identity: SenderIdentity
     # Monotonic second after which nothing more is offered.
@@ -244,13 +246,14 @@ class Lane:
                 self.reason, self.wait_until = answer.reason, answer.retry_at or time.time() + _NOTHING_SECONDS
                 return None
             compiled, sending_as = await in_thread(session.content, answer.version_id)
+            tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
             low_water = int(self._pace() * EARLY_SECONDS)
-            batch = Batch(answer, granted, watch, compiled, session.identity(sending_as), asked + OFFER_SECONDS, low_water)
+            batch = Batch(answer, granted, watch, tokens, compiled, session.identity(sending_as), asked + OFFER_SECONDS, low_water)
         finally:
             if batch is None:
                 granted.release()
                 session.follower.forget(watch)
-        session.follower.expect(watch, (settlement.token_of(answer.ref, Offered(row.contact_id, row.attempt), session.token_key) for row in answer.rows))
+        session.follower.expect(watch, tokens.values())
         session.report.claims += 1
         session.report.claimed += len(answer.rows)
         self.reason = ""
@@ -324,7 +327,7 @@ class Lane:
                     ending = await self._offer_rows(link, batch)
                 finally:
                     batch.leave()
-                if ending is not Next.GO_ON or link.expects_more or link.offered >= self.limits.messages_per_connection:
+                if ending is not Next.GO_ON or link.connection.ahead is not None or link.offered >= self.limits.messages_per_connection:
                     await link.renew()
                 # A connection that was cut rests until the next claim: coming back at once would press where somebody asks for less.
                 cut = None if ending is Next.GO_ON else batch
@@ -362,8 +365,9 @@ class Lane:
             contact_id, message = current
             last = link.offered + 1 >= self.limits.messages_per_connection
             # An envelope goes ahead only where its body is not likely to wait for its turn, or for a slow destination beyond the deadline.
-            ahead = batch.composed() if not last and link.quick and self.pacer.is_free() else None
-            offer = await link.offer(message, ahead[1] if ahead else None)
+            ahead = batch.composed() if not last and link.connection.seconds < QUICK_SECONDS and self.pacer.is_free() else None
+            link.offered += 1
+            offer = await link.connection.offer(message, ahead[1] if ahead else None)
             batch.offers[contact_id] = offer
             self._offered += 1
             if offer.next is Next.STOP_CLAIM:
@@ -398,7 +402,9 @@ class Lane:
         """The end of every row: by the journal, or that no message could be made."""
         not_offered = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED)
         heard = [(row, batch.offers.get(row.contact_id, not_offered)) for row in batch.claimed.rows]
-        results = await self._read_results(batch, [Offered(row.contact_id, row.attempt, offer.reply) for row, offer in heard if not offer.unusable])
+        results = await self._read_results(
+            batch, [Offered(row.contact_id, row.attempt, batch.tokens[row.contact_id], offer.reply) for row, offer in heard if not offer.unusable]
+        )
         unusable = [row for row, offer in heard if offer.unusable]
         return results + [Result(row.contact_id, row.attempt, State.SUPPRESSED, reason="cannot_be_composed") for row in unusable]
 
@@ -406,14 +412,14 @@ class Lane:
         """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""
         session, claimed = self.session, batch.claimed
         # What has been answered is over: the mail server writes its line first. Its process may live on for the connection's next message.
-        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows if row.reply is None}
+        tokens = {row.token for row in rows if row.reply is None}
         # The lease must not run out while we wait: what is in flight then is unknown, as it would be to a settler.
         end = time.monotonic() + session.settings.sending.reply_timeout_seconds
         end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)
         while True:
             evidence = await in_thread(session.follower.evidence, batch.watch)
             if not settlement.in_flight(evidence, tokens) or time.monotonic() > end:
-                return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, session.token_key, time.time())
+                return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, time.time())
             await asyncio.sleep(_JOURNAL_POLL_SECONDS)
 
 
@@ -423,42 +429,29 @@ class Link:
     def __init__(self, slot: Slot, connect: Callable[[], Connection]) -> None:
         self._slot = slot
         self._connect = connect
-        self._connection = connect()
-        # How many messages have been offered on the connection, and whether the last one took no time to speak of.
+        self.connection = connect()
+        # How many messages have been offered on the connection.
         self.offered = 0
-        self.quick = False
-
-    @property
-    def expects_more(self) -> bool:
-        """Whether the mail server has the envelope of a message that has not been offered."""
-        return self._connection.ahead is not None
 
     async def greet(self, permit_name: str) -> None:
         """Open the connection if it is not, and greet for a claim. Raises `ServerUnreachable`."""
-        if self._connection.is_open:
+        if self.connection.is_open:
             try:
-                await self._connection.greet(permit_name)
+                await self.connection.greet(permit_name)
                 return
             except ServerUnreachable:
                 # The server may have closed it while it was idle.
                 await self.renew()
-        await self._connection.open()
-        await self._connection.greet(permit_name)
-
-    async def offer(self, message: Message, following: Message | None) -> Offer:
-        self.offered += 1
-        begin = time.monotonic()
-        offer = await self._connection.offer(message, following)
-        self.quick = time.monotonic() - begin < QUICK_SECONDS
-        return offer
+        await self.connection.open()
+        await self.connection.greet(permit_name)
 
     async def renew(self) -> None:
-        await self._connection.close()
-        self._connection = self._connect()
-        self.offered, self.quick = 0, False
+        await self.connection.close()
+        self.connection = self._connect()
+        self.offered = 0
 
     async def close(self) -> None:
-        await self._connection.close()
+        await self.connection.close()
         self._slot.free()
 
 

@@ -29,6 +29,7 @@ from mail_pipelines.dispatch import permit
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders
 from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, Position, process_alive
+from mail_pipelines.dispatch.replies import Reply, outcome_of
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 
 _POLL_SECONDS = 0.05
@@ -38,30 +39,28 @@ IN_FLIGHT_SECONDS = 75.0
 
 @dataclass(frozen=True)
 class Offered:
-    """A row of a claim: which message, and the server's reply where the sender heard one."""
+    """A row of a claim: which message, the token by which the journal names it, and the server's reply where the sender heard one."""
 
     contact_id: int
     attempt: int
-    reply: Outcome | None = None
+    token: str
+    reply: Reply | None = None
 
 
-def token_of(ref: ClaimRef, row: Offered, token_key: bytes) -> str:
-    """The token by which the journal names this row's message."""
-    return sign_delivery(DeliveryToken(ref.campaign_id, row.contact_id, row.attempt), token_key)
+def token_of(ref: ClaimRef, contact_id: int, attempt: int, token_key: bytes) -> str:
+    """The token by which the journal names the message of a row of this claim."""
+    return sign_delivery(DeliveryToken(ref.campaign_id, contact_id, attempt), token_key)
 
 
-def conclude(
-    rows: Iterable[Offered], evidence: Evidence, ref: ClaimRef, settings: SendingSettings, token_key: bytes, now: float, *, same_life: bool = True
-) -> list[Result]:
+def conclude(rows: Iterable[Offered], evidence: Evidence, ref: ClaimRef, settings: SendingSettings, now: float, *, same_life: bool = True) -> list[Result]:
     """The end of each row, by the table above. `now` is epoch seconds; `same_life` is false if server, boot or log are not those of the claim."""
     results = []
     for row in rows:
-        token = token_of(ref, row, token_key)
         # A reply whose line has not come is as good as the line, only without the destination's words.
-        outcome = evidence.outcomes.get(token) or row.reply
+        outcome = evidence.outcomes.get(row.token) or (row.reply and outcome_of(*row.reply))
         if outcome is not None and outcome.kind is not Kind.VOID:
             results.append(_from_outcome(row, outcome, ref.provider, settings, now))
-        elif outcome is not None or (token not in evidence.intents and evidence.covered and same_life):
+        elif outcome is not None or (row.token not in evidence.intents and evidence.covered and same_life):
             results.append(Result(row.contact_id, row.attempt, State.PENDING))
         else:
             results.append(Result(row.contact_id, row.attempt, State.UNKNOWN, reason="no_outcome"))
@@ -178,8 +177,8 @@ def settle(
     if claim is None:
         return {}
     ref = ClaimRef(claim.id, claim.campaign_id, claim.shard, claim.provider, claim.server_id, claim.opened_at)
-    rows = _claimed_rows(engine, ref)
-    tokens = {token_of(ref, row, token_key) for row in rows}
+    rows = [Offered(contact_id, attempt, token_of(ref, contact_id, attempt, token_key)) for contact_id, attempt in _claimed_rows(engine, ref)]
+    tokens = {row.token for row in rows}
     position = Position(claim.journal_inode, claim.journal_offset)
     end = time.monotonic() + wait_seconds
     while in_flight(evidence := journal.evidence(position, claim_id), tokens):
@@ -189,7 +188,7 @@ def settle(
     # A process may end between its last line and the look at it: what it wrote is read once more.
     evidence = journal.evidence(position, claim_id)
     same_life = claim.incarnation == sender.incarnation and claim.boot_id == sender.boot_id
-    results = conclude(rows, evidence, ref, settings, token_key, time.time(), same_life=same_life)
+    results = conclude(rows, evidence, ref, settings, time.time(), same_life=same_life)
     return transact(engine, lambda connection: record(connection, ref, results, claim_state="settling"))
 
 
@@ -207,7 +206,7 @@ def give_up(engine: Engine, server_id: int) -> int:
     given_up = 0
     for claim in claims:
         ref = ClaimRef(claim.id, claim.campaign_id, claim.shard, claim.provider, claim.server_id, claim.opened_at)
-        results = [Result(row.contact_id, row.attempt, State.UNKNOWN, reason="server_lost") for row in _claimed_rows(engine, ref)]
+        results = [Result(contact_id, attempt, State.UNKNOWN, reason="server_lost") for contact_id, attempt in _claimed_rows(engine, ref)]
 
         def work(connection: Connection, ref: ClaimRef = ref, results: list[Result] = results, state: str = claim.state) -> Mapping[State, int]:
             return record(connection, ref, results, claim_state=state)
@@ -217,8 +216,8 @@ def give_up(engine: Engine, server_id: int) -> int:
     return given_up
 
 
-def _claimed_rows(engine: Engine, ref: ClaimRef) -> list[Offered]:
-    """The rows that a claim still has, by the ledger's index."""
+def _claimed_rows(engine: Engine, ref: ClaimRef) -> list[tuple[int, int]]:
+    """Contact and attempt of the rows that a claim still has, by the ledger's index."""
     with reading(engine) as connection:
         rows = connection.execute(
             sa.select(Delivery.contact_id, Delivery.attempt).where(
@@ -229,4 +228,4 @@ def _claimed_rows(engine: Engine, ref: ClaimRef) -> list[Offered]:
                 Delivery.claim_id == ref.id,
             )
         )
-        return [Offered(row.contact_id, row.attempt) for row in rows]
+        return [(row.contact_id, row.attempt) for row in rows]

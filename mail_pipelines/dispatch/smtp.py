@@ -12,31 +12,30 @@ import math
 import ssl
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import aiosmtplib
 
 from mail_pipelines.dispatch.endings import MEANINGS, Answer, Ending, Next, Stage, answer_of
-from mail_pipelines.dispatch.journal import Outcome
-from mail_pipelines.dispatch.replies import BadReply, Reply, ReplyReader, outcome_of
+from mail_pipelines.dispatch.replies import BadReply, Reply, ReplyReader
 
 if TYPE_CHECKING:
     from mail_pipelines.messages.composing import Message
 
 _QUIT_SECONDS = 2.0
-_ENVELOPE = (Stage.MAIL, Stage.RCPT, Stage.DATA)
+# The stages before the body, each with the code by which it is usually taken.
+_ENVELOPE = {Stage.MAIL: 250, Stage.RCPT: 250, Stage.DATA: 354}
 _RESET = b"RSET\r\n"
 # The body of nobody: what a server gets that asks for one although it has refused the recipient (RFC 2920 §3.1).
 _NO_BODY = b".\r\n"
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(NamedTuple):
     """How one conversation went. `reply` is set once the server has answered for the message, after its body."""
 
     next: Next
     ending: Ending
-    reply: Outcome | None = None
+    reply: Reply | None = None
     # The words of an explicit refusal, at whatever stage.
     refusal: str = ""
     # Why no message could be made for this recipient, so that nothing was offered.
@@ -83,6 +82,8 @@ class Connection:
         # A refusal before the body leaves the transaction open (RFC 5321 §4.1.4); the next MAIL would be out of order.
         self._transaction_open = False
         self._ahead: Message | None = None
+        # How long the last offer took.
+        self.seconds = math.inf
 
     @property
     def is_open(self) -> bool:
@@ -113,7 +114,8 @@ class Connection:
         self._wire.give(self._timeout)
         try:
             self._wire.write(f"EHLO {permit}\r\n".encode("ascii"), 1)
-            reply = await self._wire.reply()
+            await self._wire.answered(1)
+            reply = self._wire.reply()
         except (OSError, BadReply) as error:
             raise ServerUnreachable(f"EHLO: {type(error).__name__}: {error}") from error
         if reply.code != 250:
@@ -125,47 +127,52 @@ class Connection:
     async def offer(self, message: Message, following: Message | None = None) -> Offer:
         """Offer one message, all within the time-out. `following` is the next one of the same claim: its envelope goes with this body."""
         wire, stage = self._wire, Stage.MAIL
-        wire.give(self._timeout)
-        commands = _commands(message)
+        begin = wire.give(self._timeout)
         try:
             if self._ahead is not message:
-                await self._begin(commands)
+                await self._begin(message)
             self._ahead = None
             self._transaction_open = True
-            for stage, command in zip(_ENVELOPE, commands, strict=True):
-                if not self._pipelining:
-                    wire.write(command, 1)
-                reply = await wire.reply()
-                answer = answer_of(stage, reply, self._permit)
-                if answer is not Answer.TAKEN:
+            commands = {} if self._pipelining else dict(zip(_ENVELOPE, _commands(message), strict=True))
+            if not commands:
+                await wire.answered(len(_ENVELOPE))
+            for stage, usual in _ENVELOPE.items():
+                if commands:
+                    wire.write(commands[stage], 1)
+                    await wire.answered(1)
+                reply = wire.reply()
+                if reply.code != usual and (answer := answer_of(stage, reply, self._permit)) is not Answer.TAKEN:
                     return await self._refused(stage, answer, reply)
             self._transaction_open = False
             if following is None or not self._pipelining:
                 wire.write(_body(message.data), 1)
             else:
-                wire.write(b"".join((_body(message.data), *_commands(following))), 4)
+                wire.write(_body(message.data, *_commands(following)), 4)
                 self._ahead = following
             stage = Stage.BODY
-            reply = await wire.reply()
+            await wire.answered(1)
+            reply = wire.reply()
         except TimeoutError:
             return _without_reply(stage, Answer.SILENT)
         except OSError:
             return _without_reply(stage, Answer.LOST)
         except BadReply:
             return _without_reply(stage, Answer.NONSENSE)
-        return _offer(stage, answer_of(stage, reply, self._permit), reply)
+        self.seconds = wire.now() - begin
+        return _DELIVERED._replace(reply=reply) if reply.code == 250 else _offer(stage, answer_of(stage, reply, self._permit), reply)
 
-    async def _begin(self, commands: tuple[bytes, bytes, bytes]) -> None:
+    async def _begin(self, message: Message) -> None:
         """Write the envelope, after the end of a transaction that was left open."""
         if self._ahead is not None:
             raise ValueError("another message's envelope is with the server: it has to be offered, or the connection closed")
-        reset, count = (_RESET, 1) if self._transaction_open else (b"", 0)
-        if self._pipelining:
-            self._wire.write(reset + b"".join(commands), count + 3)
-        elif reset:
-            self._wire.write(reset, 1)
-        if reset and (reply := await self._wire.reply()).code != 250:
-            raise BadReply(f"RSET was answered {reply}")
+        wire, commands = self._wire, _commands(message) if self._pipelining else ()
+        if self._transaction_open:
+            wire.write(b"".join((_RESET, *commands)), 1 + len(commands))
+            await wire.answered(1)
+            if (reply := wire.reply()).code != 250:
+                raise BadReply(f"RSET was answered {reply}")
+        elif commands:
+            wire.write(b"".join(commands), len(commands))
 
     async def _refused(self, stage: Stage, answer: Answer, reply: Reply) -> Offer:
         """The offer that was not taken at `stage`, after the replies to what had gone with it."""
@@ -173,11 +180,12 @@ class Connection:
         if refused.next is not Next.GO_ON or not self._pipelining:
             return refused
         try:
-            for _ in _ENVELOPE[_ENVELOPE.index(stage) + 1 :]:
-                reply = await self._wire.reply()
+            for _ in list(_ENVELOPE)[list(_ENVELOPE).index(stage) + 1 :]:
+                reply = self._wire.reply()
             if reply.code == 354:
                 self._wire.write(_NO_BODY, 1)
-                await self._wire.reply()
+                await self._wire.answered(1)
+                self._wire.reply()
         except (OSError, BadReply):
             return Offer(Next.RECONNECT, refused.ending, refusal=refused.refusal)
         return refused
@@ -191,7 +199,8 @@ class Connection:
             wire.give(_QUIT_SECONDS)
             try:
                 wire.write(b"QUIT\r\n", 1)
-                await wire.reply()
+                await wire.answered(1)
+                wire.reply()
             except (OSError, BadReply):
                 pass
         wire.end()
@@ -201,11 +210,11 @@ def _commands(message: Message) -> tuple[bytes, bytes, bytes]:
     return f"MAIL FROM:<{message.envelope_sender}>\r\n".encode("ascii"), f"RCPT TO:<{message.recipient}>\r\n".encode("ascii"), b"DATA\r\n"
 
 
-def _body(data: bytes) -> bytes:
-    """The message as it is sent: leading dots doubled, and the line that ends it."""
+def _body(data: bytes, *after: bytes) -> bytes:
+    """The message as it is sent, leading dots doubled, with the line that ends it and what follows."""
     # Twice as fast as `replace`, which makes a pass to count.
     stuffed = b"\r\n..".join(data.split(b"\r\n."))
-    return b"".join((b"." if data.startswith(b".") else b"", stuffed, b".\r\n" if data.endswith(b"\r\n") else b"\r\n.\r\n"))
+    return b"".join((b"." if data.startswith(b".") else b"", stuffed, b".\r\n" if data.endswith(b"\r\n") else b"\r\n.\r\n", *after))
 
 
 def _offer(stage: Stage, answer: Answer, reply: Reply) -> Offer:
@@ -213,7 +222,10 @@ def _offer(stage: Stage, answer: Answer, reply: Reply) -> Offer:
     refusal = str(reply) if reply.code >= 400 else ""
     # Before the body it is no reply for the message: either the journal has the destination's refusal, or nothing was offered.
     answered = stage is Stage.BODY and answer not in (Answer.FENCED, Answer.NONSENSE)
-    return Offer(following, ending, outcome_of(reply.code, reply.text) if answered else None, refusal)
+    return Offer(following, ending, reply if answered else None, refusal)
+
+
+_DELIVERED = Offer(Next.GO_ON, Ending.DELIVERED)
 
 
 def _without_reply(stage: Stage, answer: Answer) -> Offer:
@@ -232,6 +244,7 @@ class _Wire(asyncio.Protocol):
         self._outstanding = 0
         self._broken: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._wanted = 0
         self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
         transport.set_protocol(self)
@@ -241,9 +254,14 @@ class _Wire(asyncio.Protocol):
         """Whether nothing is asked that has not been answered, and the connection stands."""
         return self._broken is None and not self._outstanding and not self._replies
 
-    def give(self, seconds: float) -> None:
-        """Let everything that is waited for from now on take so long in all."""
-        self._due = self._loop.time() + seconds
+    def now(self) -> float:
+        return self._loop.time()
+
+    def give(self, seconds: float) -> float:
+        """Let everything that is waited for from now on take so long in all; returns the present moment."""
+        now = self.now()
+        self._due = now + seconds
+        return now
 
     def write(self, data: bytes, replies: int) -> None:
         """Write what will be answered by so many replies. Nothing is written, and the reason raised, if the conversation is broken."""
@@ -252,19 +270,23 @@ class _Wire(asyncio.Protocol):
         self._outstanding += replies
         self._transport.write(data)
 
-    async def reply(self) -> Reply:
-        """The next reply. Raises `TimeoutError`, `BadReply` or another `OSError`; the conversation is over then."""
-        while not self._replies:
-            if self._broken is not None:
-                raise self._broken
+    async def answered(self, replies: int) -> None:
+        """Wait until so many replies are here, or none will come any more."""
+        while len(self._replies) < replies and self._broken is None:
             if self._timer is None:
                 self._timer = self._loop.call_at(self._due, self._look_at_time)
+            self._wanted = replies
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._replies.popleft()
+
+    def reply(self) -> Reply:
+        """The next reply that is here. Without one raises why: `TimeoutError`, `BadReply` or another `OSError`; the conversation is over then."""
+        if self._replies:
+            return self._replies.popleft()
+        raise self._broken or BadReply("no reply is here")
 
     def end(self) -> None:
         if self._timer is not None:
@@ -309,5 +331,5 @@ class _Wire(asyncio.Protocol):
             self._broken = error
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done() and (len(self._replies) >= self._wanted or self._broken is not None):
             self._waiter.set_result(None)
