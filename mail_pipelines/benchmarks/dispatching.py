@@ -1,10 +1,11 @@
-"""A dispatch server under measurement: Exim, MariaDB, a campaign of signed messages of 16 KB, and real send sessions in processes of their own."""
+"""Dispatch servers under measurement: Exim, MariaDB, a campaign of signed messages of 16 KB, and real send sessions in processes of their own."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mail_pipelines import config, home
 from mail_pipelines.benchmarks import claim, compose
 from mail_pipelines.benchmarks.cpu import Meter
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from mail_pipelines.benchmarks.postfix import free_port
+from mail_pipelines.benchmarks.postfix import free_port, wait_for_port
 from mail_pipelines.benchmarks.sign import OFFERS
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine
@@ -30,15 +31,16 @@ from mail_pipelines.domains.domain import Names
 from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.supervision import Processes
 
-SERVER = "bench"
 _TMPFS = Path("/dev/shm")
-# A send run, which also says what it cost: its processor time from its first claim to its last result, and that of the ledger in it.
+_DELIVERY = re.compile(rb"^(\S+ \S+) \[\d+\] \S+ >> ", re.MULTILINE)
+# A send run, which also says what it cost from its first claim to its last result: processor time, of which the ledger's and the signatures'.
 _SENDER = """
 import json, sys, time
 from mail_pipelines import config
 from mail_pipelines.database.engine import open_engine, reading
 from mail_pipelines.delivery import recording
 from mail_pipelines.dispatch import claims, lane, sending, servers
+from mail_pipelines.domains import keys
 def megabytes(field):
     # Not getrusage: that counts what this process was before it became a Python of its own.
     with open("/proc/self/status") as file:
@@ -55,6 +57,18 @@ def timed(function):
             ledger += time.thread_time() - begin
             last = time.perf_counter(), time.process_time()
     return call
+signing = 0.0
+class TimedKey:
+    def __init__(self, key):
+        self.key = key
+    def sign(self, *arguments):
+        global signing
+        begin = time.thread_time()
+        signature = self.key.sign(*arguments)
+        signing += time.thread_time() - begin
+        return signature
+unseal = keys.unseal
+keys.unseal = lambda *arguments: TimedKey(unseal(*arguments))
 claims.open_claim = timed(claims.open_claim)
 lane.record = timed(lane.record)
 baseline = megabytes("VmRSS")
@@ -62,10 +76,9 @@ settings = config.load()
 engine = open_engine(settings.database)
 with reading(engine) as connection:
     server = servers.find(connection, sys.argv[1])
-import gc; gc.freeze()
 report = sending.run(engine, settings, server, sending.plan(engine, "bench", 0), 0, sys.argv[2], lambda _: None)
 print(json.dumps({
-    "sent": report.sent, "claims": report.claims, "reason": report.reason, "seconds": last[0] - first[0], "cpu": last[1] - first[1], "ledger": ledger,
+    "sent": report.sent, "reason": report.reason, "seconds": last[0] - first[0], "cpu": last[1] - first[1], "ledger": ledger, "signing": signing,
     "megabytes": megabytes("VmHWM") - baseline,
 }))
 """
@@ -73,17 +86,18 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Run:
-    """What one send run did. `cpu`: seconds of processor time by group, among them `sender`; `ledger_cpu` the sender's part in claims and results."""
+    """What one send run did. `rate`: messages a second in its middle half, without its start and its end.
+
+    `cpu`: seconds of processor time by group, among them `sender`; `ledger_cpu` and `signing_cpu` are parts of the sender's.
+    """
 
     sent: int
     seconds: float
+    rate: float
     cpu: Mapping[str, float]
     ledger_cpu: float
+    signing_cpu: float
     megabytes: float
-
-    @property
-    def rate(self) -> float:
-        return self.sent / self.seconds
 
     def share(self, group: str) -> float:
         """The group's part of all the processor time that the run took."""
@@ -91,42 +105,80 @@ class Run:
 
 
 @dataclass
-class Dispatching:
-    """The dispatch server `bench` with its database; `sink` is the process that plays all destinations."""
+class Server:
+    """A running dispatch server; `sinks` are the processes that play its destinations."""
 
+    key: str
     settings: Settings
     environ: Mapping[str, str]
-    database: MariaDB
+    database: int
     exim_group: int
-    sink: int
+    sinks: tuple[int, ...]
     runs: int = 0
 
     def limit(self, connections: int) -> None:
         """Let each send run have so many connections, at any rate."""
         engine = create_engine(self.settings.database.url)
-        servers.set_limits(engine, None, "*", {"connections": connections, "per_second": 1e6})
+        servers.set_limits(engine, self.key, "*", {"connections": connections, "per_second": 1e6})
         engine.dispose()
 
     def send(self, seconds: float) -> Run:
         """One send run for so long, or until nothing is left."""
-        assert self.database.process is not None
-        database = self.database.process.pid
-        meter = Meter({"exim": lambda: instance.living(self.exim_group), "database": lambda: [database], "sink": lambda: [self.sink]})
+        meter = Meter({"exim": lambda: instance.living(self.exim_group), "database": lambda: [self.database], "sink": lambda: self.sinks})
+        journal = ServerFolders.of(self.settings.server, self.key).journal
+        before = journal.stat().st_size
         meter.start()
         self.runs += 1
         environ = dict(self.environ) | {"MAIL_PIPELINES_SENDING__SESSION_SECONDS": str(seconds)}
-        done = subprocess.run([sys.executable, "-c", _SENDER, SERVER, f"run-{self.runs}"], env=environ, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", _SENDER, self.key, f"{self.key}-{self.runs}"], env=environ, capture_output=True, text=True, check=False)
         if done.returncode:
             raise MailPipelinesError(f"the send run failed: {done.stderr[-2000:]}")
         said = json.loads(done.stdout.splitlines()[-1])
         if not said["sent"]:
             raise MailPipelinesError(f"the send run sent nothing: {said['reason']}")
-        return Run(said["sent"], said["seconds"], {"sender": said["cpu"], **meter.stop()}, said["ledger"], said["megabytes"])
+        with journal.open("rb") as file:
+            file.seek(before)
+            rate = _middle_rate(file.read())
+        return Run(said["sent"], said["seconds"], rate, {"sender": said["cpu"], **meter.stop()}, said["ledger"], said["signing"], said["megabytes"])
+
+
+def _middle_rate(journal: bytes) -> float:
+    """Deliveries a second from the first quarter of them to the last."""
+    times = [dt.datetime.fromisoformat(stamp.decode("ascii")).timestamp() for stamp in _DELIVERY.findall(journal)]
+    first, last = len(times) // 4, len(times) * 3 // 4
+    return (last - first) / (times[last] - times[first])
+
+
+@dataclass
+class Dispatching:
+    """A database with a campaign to send; `server` starts dispatch servers for it, each in folders of its own."""
+
+    settings: Settings
+    environ: Mapping[str, str]
+    database: int
+    processes: Processes
+
+    @contextmanager
+    def server(self, key: str, destination: tuple[str, int], sinks: tuple[int, ...]) -> Iterator[Server]:
+        """A dispatch server all of whose mail goes to `destination`, which the processes `sinks` play."""
+        engine = create_engine(self.settings.database.url)
+        port = free_port()
+        servers.register(engine, key, kind="exim", host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
+        words = ["exim", "run", key, "--hostname", "bench.example.test", "--destination", f"{destination[0]}:{destination[1]}"]
+        log = self.settings.home / "log" / f"{key}.log"
+        exim = self.processes.start(key, [sys.executable, "-m", "mail_pipelines", *words], env=self.environ, log=log)
+        wait_for_port(port, exim)
+        group = int((ServerFolders.of(self.settings.server, key).run / "exim.group").read_text(encoding="ascii"))
+        try:
+            yield Server(key, self.settings, self.environ, self.database, group, sinks)
+        finally:
+            servers.set_state(engine, key, "paused")
+            engine.dispose()
 
 
 @contextmanager
-def dispatching(recipients: int, destination: tuple[str, int], sink: int) -> Iterator[Dispatching]:
-    """Everything set up for `recipients` messages that all go to `destination`, which the process `sink` plays."""
+def dispatching(recipients: int) -> Iterator[Dispatching]:
+    """A campaign to so many recipients, ready to send."""
     # Exim's own user has to get at its folders, and its spool is on tmpfs, as on a real host.
     folders = [Path(tempfile.mkdtemp(prefix="mail-pipelines-", dir=place)) for place in (None, _TMPFS if _TMPFS.is_dir() else None)]
     for folder in folders:
@@ -135,6 +187,7 @@ def dispatching(recipients: int, destination: tuple[str, int], sink: int) -> Ite
     database.folder.mkdir()
     try:
         database.start()
+        assert database.process is not None
         environ = {name: value for name, value in os.environ.items() if not name.startswith("MAIL_PIPELINES_")} | {
             "MAIL_PIPELINES_HOME": str(folders[0] / "home"),
             "MAIL_PIPELINES_DATABASE__URL": database.database(),
@@ -146,35 +199,20 @@ def dispatching(recipients: int, destination: tuple[str, int], sink: int) -> Ite
         }
         home.make(environ)
         settings = config.load(environ)
-        port = _fill(settings, recipients)
+        _fill(settings, recipients)
         with Processes() as processes:
-            words = ["exim", "run", SERVER, "--hostname", "bench.example.test", "--destination", f"{destination[0]}:{destination[1]}"]
-            processes.start("exim", [sys.executable, "-m", "mail_pipelines", *words], env=environ, log=folders[0] / "exim.log")
-            processes.wait_until_ready(lambda: _listens(port), seconds=60, what="Exim")
-            group = int((ServerFolders.of(settings.server, SERVER).run / "exim.group").read_text(encoding="ascii"))
-            yield Dispatching(settings, environ, database, group, sink)
+            yield Dispatching(settings, environ, database.process.pid, processes)
     finally:
         database.stop()
         for folder in folders:
             shutil.rmtree(folder)
 
 
-def _fill(settings: Settings, recipients: int) -> int:
-    """A sending campaign with its content, the key of its From domain, and the server; returns its port."""
+def _fill(settings: Settings, recipients: int) -> None:
+    """A sending campaign with its content and the key of its From domain."""
     engine = create_engine(settings.database.url)
     claim.fill(engine, 1, recipients)
     content = compose.content(OFFERS)
     claim.add_content(engine, content, compose.FIELDS)
-    now = dt.datetime.now(dt.UTC)
-    store.add(engine, Names.of(content.from_address.partition("@")[2]), settings.token_key(), now)
-    port = free_port()
-    servers.register(engine, SERVER, kind="exim", host="127.0.0.1", port=port, now=now)
+    store.add(engine, Names.of(content.from_address.partition("@")[2]), settings.token_key(), dt.datetime.now(dt.UTC))
     engine.dispose()
-    return port
-
-
-def _listens(port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -93,8 +93,7 @@ class QueueingExim:
         if (waiting := self._waiting()) != messages:
             raise MailPipelinesError(f"{waiting} of {messages} messages are in Exim's queue")
         begin = time.perf_counter()
-        # Two passes: the first routes, so that messages to one host can share a connection in the second.
-        command = [self._binary, "-C", str(self._configuration), "-qq"]
+        command = [self._binary, "-C", str(self._configuration), "-q"]
         for process in [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(runners)]:
             process.wait()
         taken = time.perf_counter() - begin

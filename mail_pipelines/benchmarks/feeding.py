@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import itertools
 import time
 from collections.abc import Iterator
@@ -36,7 +37,12 @@ class Messages:
 
 def send(port: int, messages: Iterator[Message], connections: int) -> float:
     """Seconds from the first message to the last reply."""
-    return asyncio.run(_send(port, messages, connections))
+    # As a session does.
+    gc.freeze()
+    try:
+        return asyncio.run(_send(port, messages, connections))
+    finally:
+        gc.unfreeze()
 
 
 async def _send(port: int, messages: Iterator[Message], connections: int) -> float:

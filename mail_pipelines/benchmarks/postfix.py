@@ -15,7 +15,7 @@ from pathlib import Path
 from mail_pipelines.config import project_folder
 from mail_pipelines.errors import MailPipelinesError
 
-_START_SECONDS = 10
+_START_SECONDS = 60
 
 
 def find_binary(name: str) -> tuple[str, dict[str, str]]:

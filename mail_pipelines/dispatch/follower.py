@@ -6,7 +6,7 @@ It says the same as `Journal.evidence` from a claim's position, which settlement
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from mail_pipelines.dispatch.journal import Evidence, Journal, Position, UnknownForm
@@ -32,14 +32,19 @@ class Follower:
         self._position: Position | None = None
         self._watches: dict[int, Watch] = {}
         self._of_token: dict[str, Watch] = {}
-        self._bad_end = False
+        # Who was there when the last record came, which is read again as the first of the next reading; and whom it hides something from.
+        self._at_end: Collection[Watch] | None = None
+        self._bad_end: Collection[Watch] = ()
         self._lock = threading.Lock()
 
     def watch(self, claim_id: int) -> Watch:
         """Begin to follow a claim: before its position is taken, and so before its marker is written."""
         with self._lock:
             if not self._watches:
-                self._position = self._journal.end()
+                self._position, self._at_end, self._bad_end = self._journal.end(), None, ()
+            else:
+                # What is there already is not about this claim, though it may be about a message that it offers again.
+                self._read_on()
             watch = self._watches[claim_id] = Watch(claim_id)
             return watch
 
@@ -60,7 +65,7 @@ class Follower:
         with self._lock:
             self._read_on()
             found = watch.found
-            covered = watch.marked and not watch.gap and not found.bad_lines and not self._bad_end
+            covered = watch.marked and not watch.gap and not found.bad_lines and watch not in self._bad_end
             return Evidence(covered, dict(found.intents), dict(found.outcomes))
 
     def _read_on(self) -> None:
@@ -69,28 +74,30 @@ class Follower:
         if read is None:
             for watch in self._watches.values():
                 watch.gap = True
-            self._position = self._journal.end()
+            self._position, self._at_end, self._bad_end = self._journal.end(), None, ()
             return
         records, self._position = read
-        self._bad_end = False
+        self._bad_end = ()
         for number, record in enumerate(records, 1):
+            if number > 1 or self._at_end is None:
+                self._at_end = set(self._watches.values())
             try:
                 entry = self._journal.parse(record)
             except UnknownForm:
                 continue
             except ValueError:
-                # The last record may go on. It is read again, and counts for good once another one follows.
                 if number == len(records):
-                    self._bad_end = True
+                    # It may go on. It counts for good once another record follows.
+                    self._bad_end = self._at_end
                     continue
-                for watch in self._watches.values():
+                for watch in self._at_end:
                     watch.found.bad_lines += 1
                 continue
             if entry is None or entry.alarm:
                 continue
             if entry.mark is not None:
                 claim_id = entry.mark.partition(".")[0].removeprefix("c")
-                if claim_id.isdigit() and (marked := self._watches.get(int(claim_id))) is not None:
+                if claim_id.isdigit() and (marked := self._watches.get(int(claim_id))) is not None and marked in self._at_end:
                     marked.marked = True
-            elif (of_message := self._of_token.get(entry.token)) is not None:
+            elif (of_message := self._of_token.get(entry.token)) is not None and of_message in self._at_end:
                 of_message.found.take(entry)

@@ -228,7 +228,7 @@ class Lane:
         session = self.session
         claim_id = claims.new_id()
         asked = time.monotonic()
-        watch = session.follower.watch(claim_id)
+        watch = await in_thread(session.follower.watch, claim_id)
         position = session.journal.end()
         granted = permit.grant(session.folders.permits, claim_id, seconds=session.settings.sending.lease_seconds)
         batch: Batch | None = None
@@ -239,7 +239,8 @@ class Lane:
             if not self._links:
                 self._wait("all connection slots are taken", _NO_SERVER_SECONDS)
                 return None
-            answer = await in_thread(self._open, claim_id, position)
+            pace = self._pace()
+            answer = await in_thread(self._open, claim_id, position, min(CLAIM_ROWS, max(1, math.ceil(pace * CLAIM_SECONDS))))
             if isinstance(answer, NothingClaimed):
                 if answer.ends_session:
                     raise SessionOver(answer.reason)
@@ -247,8 +248,8 @@ class Lane:
                 return None
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
-            low_water = int(self._pace() * EARLY_SECONDS)
-            batch = Batch(answer, granted, watch, tokens, compiled, session.identity(sending_as), asked + OFFER_SECONDS, low_water)
+            identity = session.identity(sending_as)
+            batch = Batch(answer, granted, watch, tokens, compiled, identity, asked + OFFER_SECONDS, int(pace * EARLY_SECONDS))
         finally:
             if batch is None:
                 granted.release()
@@ -287,7 +288,7 @@ class Lane:
             self._pace_from = now, self._offered
         return min(self._rows_per_second or len(self._links) * 4 / CLAIM_SECONDS, self.limits.per_second)
 
-    def _open(self, claim_id: int, position: Position) -> OpenClaim | NothingClaimed:
+    def _open(self, claim_id: int, position: Position, limit: int) -> OpenClaim | NothingClaimed:
         session = self.session
         answer = claims.open_claim(
             session.engine,
@@ -297,7 +298,7 @@ class Lane:
             campaign_id=session.campaign_id,
             shard=session.shard,
             provider=self.provider,
-            limit=min(CLAIM_ROWS, max(1, math.ceil(self._pace() * CLAIM_SECONDS))),
+            limit=limit,
             position=position,
             lease_seconds=session.settings.sending.lease_seconds,
         )

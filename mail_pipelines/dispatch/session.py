@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -88,8 +89,11 @@ class Session:
                 done = settlement.settle_all(self.engine, self.sender, self.folders, self.journal, self.settings.sending, self.token_key)
                 self.report.settled.update(done.rows)
                 allotments.fill(self.engine)
+                # What is loaded by now stays. Looking through it again and again would take a tenth of a session's time.
+                gc.freeze()
                 asyncio.run(self._send(begin + self.settings.sending.session_seconds))
             finally:
+                gc.unfreeze()
                 (self.folders.sessions / self.run_id).unlink(missing_ok=True)
         with reading(self.engine) as connection:
             self.report.open_rows = open_rows(connection, self.campaign_id, self.shard)

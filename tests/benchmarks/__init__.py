@@ -1,0 +1,1 @@
+"""What the benchmarks measure with: sinks, references, distance and processor time."""
