@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections.abc import Mapping
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -94,16 +95,20 @@ def make(engine: Engine, campaign_id: int, shards: int, rows_per_shard: int) -> 
     transact(engine, lambda connection: counters.add(connection, campaign_id, counters.CENTRE, moves, now))
 
 
-def write_version(engine: Engine, campaign_id: int, paragraphs: int) -> None:
-    """The content of a campaign of `make`: so many paragraphs of 54 characters around a greeting and a link to unsubscribe."""
-    content = Content(
+def letter(paragraphs: int) -> Content:
+    """So many paragraphs of 54 characters around a greeting and a link to unsubscribe; its only field is `first_name`, a text."""
+    return Content(
         subject="Hello {{ first_name }}",
         from_address="news@shop.test",
         body="<p>Dear {{ first_name }}</p>"
         + "<p>A paragraph of some length, as offers have them.</p>" * paragraphs
         + '<a href="{{ unsubscribe_url }}">Unsubscribe</a>',
     )
-    compiled = compile_content(content, {"first_name": "text"}, lambda urls: list(range(1, len(urls) + 1)))
+
+
+def write_version(engine: Engine, campaign_id: int, content: Content, fields: Mapping[str, str]) -> None:
+    """Compile the content and make it the campaign's version."""
+    compiled = compile_content(content, fields, lambda urls: list(range(1, len(urls) + 1)))
     version = {"id": campaign_id, "campaign_id": campaign_id, "number": 1, "source": content.to_document()}
     version |= {"sha256": compiled.sha256, "compiled": compiled.to_bytes(), "created_at": dt.datetime.now(dt.UTC)}
     transact(engine, lambda connection: connection.execute(sa.insert(CampaignVersion).values(**version)))

@@ -223,7 +223,7 @@ def _memory(recipients: int) -> tuple[float, int]:
         settings = config.load()
         engine = create_engine(settings.database.url)
         fill(engine, 1, recipients)
-        campaigns.write_version(engine, _CAMPAIGN, 500)
+        campaigns.write_version(engine, _CAMPAIGN, campaigns.letter(500), {"first_name": "text"})
         with Processes() as processes:
             start_catcher(processes, engine, settings, "bench")
             servers.set_limits(engine, None, "*", {"connections": 16, "per_second": 2000.0})

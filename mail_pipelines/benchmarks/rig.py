@@ -264,7 +264,7 @@ class Rig:
 
     def campaign(self, campaign: int, recipients: int) -> None:
         campaigns.make(self.engine, campaign, 1, recipients)
-        campaigns.write_version(self.engine, campaign, 20)
+        campaigns.write_version(self.engine, campaign, campaigns.letter(20), {"first_name": "text"})
 
     def arrived_bytes(self) -> int:
         """Grows with every message that a destination takes."""

@@ -92,6 +92,14 @@ def crash(
     _show("crash", bench.run(quick, kills, seed, kind or (), report), as_json)
 
 
+@app.command("send")
+def send(quick: Quick = False, as_json: Json = False) -> None:
+    """Messages sent a second: into a sink, and through Exim with ledger and journal."""
+    from mail_pipelines.benchmarks import send as bench
+
+    _show("send", bench.run(quick), as_json)
+
+
 def _show(name: str, results: list[Result], as_json: bool) -> None:
     from rich.table import Table
 

@@ -9,6 +9,7 @@ import datetime as dt
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -54,7 +55,10 @@ class LedgerConflict(MailPipelinesError):
 
 @dataclass(frozen=True)
 class Result:
-    """The end of one row of a claim. `due` (epoch seconds) belongs to a deferral; a released row is PENDING and keeps its place."""
+    """The end of one row of a claim. `due` (epoch seconds) belongs to a deferral; a released row is PENDING and keeps its place.
+
+    `asked` is false for a deferral without an answer of the destination: it is no attempt, and the next one carries the same Message-ID.
+    """
 
     contact_id: int
     attempt: int
@@ -65,6 +69,7 @@ class Result:
     due: int | None = None
     text: str = ""
     suppress: bool = False
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,18 +97,18 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
     if campaign_state == "cancelled":
         results = _after_cancel(connection, claim, results)
 
-    groups: defaultdict[tuple[State, int | None, str | None, str, int | None], list[int]] = defaultdict(list)
+    groups: defaultdict[_End, list[int]] = defaultdict(list)
     for result in results:
-        groups[result.state, result.code, result.enhanced, result.reason, result.due].append(result.contact_id)
+        groups[_End(result.state, result.code, result.enhanced, result.reason, result.due, result.asked)].append(result.contact_id)
     for end, contact_ids in sorted(groups.items(), key=lambda item: item[1][0]):
         changed = _move(connection, claim, end, sorted(contact_ids), int(now.timestamp()))
         if changed != len(contact_ids):
             raise LedgerConflict(f"claim {claim.id}: {changed} of {len(contact_ids)} rows were still claimed")
     ends: Counter[State] = Counter()
     moves: Counter[counters.Place] = Counter({(claim.shard, claim.provider, State.CLAIMED, ""): -len(results)})
-    for (state, _, _, reason, _), contact_ids in groups.items():
-        ends[state] += len(contact_ids)
-        moves[claim.shard, claim.provider, state, reason] += len(contact_ids)
+    for end, contact_ids in groups.items():
+        ends[end.state] += len(contact_ids)
+        moves[claim.shard, claim.provider, end.state, end.reason] += len(contact_ids)
     if ends[State.PENDING]:
         # Those deferred before go back to being that. A release is no outcome: without a reason it does not count in the minute as a deferral does.
         deferred = sum(result.attempt > 0 for result in released)
@@ -119,9 +124,20 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
     return ends
 
 
-def _move(connection: Connection, claim: ClaimRef, end: tuple[State, int | None, str | None, str, int | None], contact_ids: list[int], second: int) -> int:
+class _End(NamedTuple):
+    """What rows that are moved together have in common."""
+
+    state: State
+    code: int | None
+    enhanced: str | None
+    reason: str
+    due: int | None
+    asked: bool
+
+
+def _move(connection: Connection, claim: ClaimRef, end: _End, contact_ids: list[int], second: int) -> int:
     """Move rows of the claim to one end; returns how many were still the claim's."""
-    state, code, enhanced, reason, due = end
+    state = end.state
     if not may_move(State.CLAIMED, state):
         raise ValueError(f"a claimed row cannot become {state.name.lower()}")
     rows = {"campaign": claim.campaign_id, "contacts": contact_ids, "claim": claim.id}
@@ -130,12 +146,12 @@ def _move(connection: Connection, claim: ClaimRef, end: tuple[State, int | None,
     values = {
         "kept_claim": None if state in (State.DEFERRED, State.CANCELLED) else claim.id,
         "to": int(state),
-        "reply": code,
-        "extended": enhanced,
-        "why": reason or None,
-        "key": due if state is State.DEFERRED else second,
+        "reply": end.code,
+        "extended": end.enhanced,
+        "why": end.reason or None,
+        "key": end.due if state is State.DEFERRED else second,
         # An explicit refusal ends an attempt; silence does not, so that a retry carries the same Message-ID.
-        "more": 1 if state is State.DEFERRED else 0,
+        "more": 1 if state is State.DEFERRED and end.asked else 0,
     }
     return connection.execute(_END, rows | values).rowcount
 
@@ -206,20 +222,21 @@ def write_events(connection: Connection, campaign_id: int, server_id: int, resul
     rows = [
         {
             "month": now.year * 100 + now.month,
-            "id": event_id(campaign_id, result.contact_id, result.attempt, kinds[result.state]),
+            "id": event_id(campaign_id, result.contact_id, result.attempt, kind),
             "occurred_at": now,
             "server_id": server_id,
             "campaign_id": campaign_id,
             "contact_id": result.contact_id,
             "attempt": result.attempt,
-            "kind": kinds[result.state],
+            "kind": kind,
             "code": result.code,
             "enhanced": result.enhanced,
             "reason": result.reason or None,
             "text": mask_addresses(result.text)[:500] or None,
         }
         for result in results
-        if result.state in kinds
+        # Without an answer the attempt is still to come, and may end in a deferral.
+        if (kind := kinds.get(result.state) if result.asked else "unreachable") is not None
     ]
     if rows:
         connection.execute(insert_if_absent(DeliveryEvent), rows)

@@ -33,7 +33,7 @@ from mail_pipelines.dispatch import tail
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
 from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, UnknownForm, process_alive
 from mail_pipelines.dispatch.servers import ServerInfo
-from mail_pipelines.dispatch.settlement import Offered, result_of
+from mail_pipelines.dispatch.settlement import result_of
 from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery, sign_delivery
 
 SOURCE = "journal"
@@ -58,6 +58,8 @@ _DOUBTS = (
     )
 )
 _JOURNAL = resolving.Source("journal")
+# No destination has said anything about the message, so there is nothing to hold against the ledger.
+_NO_ANSWER = (Kind.VOID, Kind.UNKNOWN, Kind.UNREACHABLE)
 # A late deferral is not among them: its row waits for the next attempt.
 _PROVES = {State.DELIVERED: evidence.Kind.LATE_DELIVERY, State.BOUNCED: evidence.Kind.LATE_REFUSAL}
 # States in which somebody else is about to record the outcome.
@@ -272,7 +274,7 @@ class _Auditor:
                 intents[entry.token] = entry.intent_pid
                 endings.pop(entry.token, None)
             elif entry.outcome is not None:
-                if entry.token not in intents and entry.unless_known:
+                if entry.unless_known and (entry.token not in intents or self.found.bad_lines):
                     continue
                 intents.pop(entry.token, None)
                 endings[entry.token] = entry.outcome
@@ -304,7 +306,7 @@ class _Auditor:
         delivered: defaultdict[tuple[int, int], dict[int, Outcome]] = defaultdict(dict)
         others: defaultdict[int, list[tuple[DeliveryToken, Outcome]]] = defaultdict(list)
         for text, outcome in endings.items():
-            if outcome.kind is Kind.VOID or outcome.kind is Kind.UNKNOWN:
+            if outcome.kind in _NO_ANSWER:
                 continue
             try:
                 token = read_delivery(text, self.token_key)
@@ -371,7 +373,7 @@ class _Auditor:
             self.found.completed += completed
 
     def _result(self, token: DeliveryToken, outcome: Outcome, provider: str) -> Result:
-        return result_of(Offered(token.contact_id, token.attempt), outcome, provider, self.settings.sending, self.now.timestamp())
+        return result_of(token, outcome, provider, self.settings.sending, self.now.timestamp())
 
     def _disagree(self, token: DeliveryToken, outcome: Outcome, ledger: str) -> None:
         form = f"{outcome.kind} in the log, {ledger} in the ledger"

@@ -30,7 +30,9 @@ class Kind(enum.StrEnum):
     BOUNCED = "bounced"
     DEFERRED = "deferred"
     UNKNOWN = "unknown"
-    # Nothing reached a destination: no permit, no connection, refused before the recipient was named.
+    # The destination could not be asked: no connection, or no answer. To be tried later, at no cost of an attempt.
+    UNREACHABLE = "unreachable"
+    # Nothing reached a destination: no permit, refused before the recipient was named.
     VOID = "void"
 
 
@@ -46,7 +48,7 @@ class Outcome(NamedTuple):
 class Entry(NamedTuple):
     """One line: exactly one of `mark` (a permit's name), `intent_pid`, `outcome` and `alarm` is set; `token` names the message.
 
-    `unless_known`: the outcome counts only while the message has an INTENT and no other outcome.
+    `unless_known`: the outcome counts only while the message has an INTENT and no other outcome, and no line is damaged that may be one.
     `alarm`: the mail server does what it should never have to do, and somebody should look why.
     """
 
@@ -83,6 +85,15 @@ class Evidence:
     unknown_forms: int = 0
     alarms: int = 0
 
+    def take(self, entry: Entry) -> None:
+        """Note an entry about a message, in the order of the journal."""
+        if entry.intent_pid is not None:
+            self.intents[entry.token] = entry.intent_pid
+            self.outcomes.pop(entry.token, None)
+        elif entry.outcome is not None and not (entry.unless_known and (entry.token not in self.intents or self.bad_lines)):
+            self.intents.pop(entry.token, None)
+            self.outcomes[entry.token] = entry.outcome
+
 
 LineParser = Callable[[bytes], Entry | None]
 # The ordinary records of a block: where each begins and ends (with its line break), and its entry as `LineParser` gives it.
@@ -107,7 +118,7 @@ class Journal:
 
     def __init__(self, path: Path, parse: LineParser, continues: Callable[[bytes], bool] | None = None, scan: BlockScanner | None = None) -> None:
         self.path = path
-        self._parse = parse
+        self.parse = parse
         self._continues = continues
         self._scan = scan
 
@@ -126,7 +137,7 @@ class Journal:
         marked = False
         for line in self._records(chain, start.offset) if chain else ():
             try:
-                entry = self._parse(line)
+                entry = self.parse(line)
             except UnknownForm:
                 found.unknown_forms += 1
                 continue
@@ -139,15 +150,34 @@ class Journal:
                 found.alarms += 1
             elif entry.mark is not None:
                 marked = marked or entry.mark.startswith(f"c{claim_id}.")
-            elif entry.intent_pid is not None:
-                found.intents[entry.token] = entry.intent_pid
-                found.outcomes.pop(entry.token, None)
-            elif entry.outcome is not None and not (entry.unless_known and entry.token not in found.intents):
-                found.intents.pop(entry.token, None)
-                found.outcomes[entry.token] = entry.outcome
+            else:
+                found.take(entry)
         # An unreadable line may have been an INTENT: it proves that something is missing.
         found.covered = bool(chain) and marked and not found.bad_lines
         return found
+
+    def read_on(self, start: Position) -> tuple[list[bytes], Position] | None:
+        """The records from `start` on, and where the last of them begins: it may still be continued. None if a file of the chain is gone or truncated."""
+        chain = self._chain(start)
+        records: list[bytes] = []
+        last, offset = start, start.offset
+        for number, path in enumerate(chain):
+            with path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if number == 0 and inode != start.inode:
+                    # It was rotated at this moment: look again.
+                    return self.read_on(start)
+                file.seek(offset)
+                data = file.read()
+            for line in data.split(b"\n")[:-1]:
+                if records and self._continues is not None and self._continues(line):
+                    records[-1] += b"\n" + line
+                else:
+                    records.append(line)
+                    last = Position(inode, offset)
+                offset += len(line) + 1
+            offset = 0
+        return (records, last) if chain else None
 
     def files(self) -> list[tuple[int, Path]]:
         """All files of the log that are left, each with its inode, oldest first."""
@@ -169,7 +199,7 @@ class Journal:
         while start < end:
             stop = self._end_of_record(block, start)
             try:
-                entry = self._parse(block[start:stop].rstrip(b"\n"))
+                entry = self.parse(block[start:stop].rstrip(b"\n"))
             except ValueError as error:
                 yield Read(start, stop, None, error)
             else:

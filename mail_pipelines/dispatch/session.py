@@ -1,65 +1,38 @@
 """A send session: one process that sends the due rows of one shard of one campaign through one server.
 
-It keeps a lane for each provider. A lane claims what it can send in two seconds, offers it over its connections at the
-pace the pacer allows, withdraws the permit, reads the journal and records the end of every row; then it claims again.
-The session ends when its shard is final, nothing falls due soon, its time is up, or the campaign does not want mail sent.
+It keeps a lane for each provider, which claims, sends and records (`lane`). The session ends when its shard is final, nothing falls
+due soon, its time is up, or the campaign does not want mail sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import math
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
-from mail_pipelines.delivery.events import mask_addresses
-from mail_pipelines.delivery.recording import Result, record
-from mail_pipelines.dispatch import claims, permit, servers, settlement
-from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
+from mail_pipelines.dispatch import servers, settlement
+from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
-from mail_pipelines.dispatch.journal import Journal, Position
-from mail_pipelines.dispatch.pacer import Pacer, Slot
-from mail_pipelines.dispatch.settlement import Offered
-from mail_pipelines.dispatch.smtp import Connection, Next, Offer, ServerUnreachable
+from mail_pipelines.dispatch.follower import Follower
+from mail_pipelines.dispatch.journal import Journal
+from mail_pipelines.dispatch.lane import Lane, Limits, SessionOver, in_thread
 from mail_pipelines.domains.signing import SendingAs, sending_as
 from mail_pipelines.messages.compiled import CompiledMessage
-from mail_pipelines.messages.composing import ComposeError, Message, Recipient, SenderIdentity, compose
+from mail_pipelines.messages.composing import SenderIdentity
 
-T = TypeVar("T")
-CLAIM_SECONDS = 2.0
-CLAIM_ROWS = 500
-# Nothing of a claim is offered later than this after it was asked for: it bounds how long a pause or a suppression takes to act.
-OFFER_SECONDS = 4.0
-# A claim is recorded so long before its lease ends.
-LEASE_MARGIN_SECONDS = 3.0
-# Claims of one lane whose last replies are still awaited while the next is being sent.
-CLAIMS_AT_ONCE = 4
 _IDLE_POLL_SECONDS = 0.5
-_NO_LINK_SECONDS = 2.0
-# How long workers that still wait for a reply may hold up the next claim.
-_STRAGGLER_SECONDS = 0.5
-_JOURNAL_POLL_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this server may send to one provider (table `provider_limits`)."""
-
-    connections: int
-    per_second: float
-    messages_per_connection: int
 
 
 @dataclass
@@ -81,10 +54,6 @@ class Report:
         return self.results[State.DELIVERED]
 
 
-class SessionOver(Exception):
-    """Ends all lanes; the message is the reason shown to the operator."""
-
-
 @dataclass
 class Session:
     """One session; `run` does the work. `progress` is called with the report now and then."""
@@ -103,6 +72,7 @@ class Session:
         self.folders = ServerFolders.of(self.settings.server, self.server.key)
         self.report = Report(self.server.key)
         self.sender = Sender(self.server.id, self.server.key, self.folders.incarnation(), boot_id(), self.run_id)
+        self.follower = Follower(self.journal)
         self.memory = servers.recall(self.engine, self.folders)
         self.token_key = self.settings.token_key()
         with reading(self.engine) as connection:
@@ -119,8 +89,11 @@ class Session:
                 done = settlement.settle_all(self.engine, self.sender, self.folders, self.journal, self.settings.sending, self.token_key)
                 self.report.settled.update(done.rows)
                 allotments.fill(self.engine)
+                # What is loaded by now stays. Looking through it again and again would take a tenth of a session's time.
+                gc.freeze()
                 asyncio.run(self._send(begin + self.settings.sending.session_seconds))
             finally:
+                gc.unfreeze()
                 (self.folders.sessions / self.run_id).unlink(missing_ok=True)
         with reading(self.engine) as connection:
             self.report.open_rows = open_rows(connection, self.campaign_id, self.shard)
@@ -226,238 +199,6 @@ class Session:
             sender_id=sending.sender_id,
             signer=sending_as.signer if sending_as else None,
         )
-
-
-class Lane:
-    """The sending of one provider's rows: its pacer, its connections and its open claims."""
-
-    def __init__(self, session: Session, provider: str, limits: Limits) -> None:
-        self.session = session
-        self.provider = provider
-        self.limits = limits
-        self.pacer = Pacer(session.folders.pacers, provider, per_second=self.limits.per_second, connections=self.limits.connections)
-        self.links: list[Link] = []
-        self.reason = ""
-        self.wait_until = 0.0
-        self._rows_per_second = 0.0
-        self._concluding: set[asyncio.Task[None]] = set()
-
-    async def close(self) -> None:
-        await asyncio.gather(*self._concluding, return_exceptions=True)
-        for link in self.links:
-            await link.close()
-        self.links.clear()
-        self.pacer.close()
-
-    async def run(self, until: float) -> None:
-        """Claim and send until nothing is due (or allowed) for this provider."""
-        try:
-            while time.monotonic() < until and not self.session.stopping.is_set():
-                while len(self._concluding) >= CLAIMS_AT_ONCE:
-                    await asyncio.wait(self._concluding, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in self._concluding if task.done()]:
-                    task.result()
-                if not await self._claim_and_send():
-                    break
-        finally:
-            if self._concluding:
-                await asyncio.wait(self._concluding)
-            for task in list(self._concluding):
-                self._concluding.discard(task)
-                task.result()
-
-    async def _claim_and_send(self) -> bool:
-        """One claim; false if there is nothing to claim now."""
-        session = self.session
-        claim_id = claims.new_id()
-        offered_from = time.monotonic()
-        position = session.journal.end()
-        granted = permit.grant(session.folders.permits, claim_id, seconds=session.settings.sending.lease_seconds)
-        claimed: OpenClaim | None = None
-        try:
-            links = await self._greeted(granted.name)
-            if not links:
-                self.reason, self.wait_until = self.reason or "all connection slots are taken", time.time() + _NO_LINK_SECONDS
-                return False
-            answer = await in_thread(self._open, claim_id, position, len(links))
-            if isinstance(answer, NothingClaimed):
-                if answer.ends_session:
-                    raise SessionOver(answer.reason)
-                self.reason, self.wait_until = answer.reason, answer.retry_at or time.time() + _IDLE_POLL_SECONDS
-                return False
-            claimed = answer
-        finally:
-            if claimed is None:
-                granted.release()
-        session.report.claims += 1
-        session.report.claimed += len(claimed.rows)
-        if not claimed.rows:
-            granted.release()
-            return True
-        offers: dict[int, Offer] = {}
-        queue = iter(claimed.rows)
-        deadline = offered_from + OFFER_SECONDS
-        workers = [asyncio.create_task(self._work(link, queue, claimed, offers, deadline)) for link in links]
-        # The rows are handed out when the first worker finds none left; slow replies of the others do not hold up the next claim.
-        await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait(workers, timeout=_STRAGGLER_SECONDS)
-        elapsed = time.monotonic() - offered_from
-        self.reason = ""
-        self._rows_per_second = len(offers) / max(elapsed, 0.01)
-        task = asyncio.create_task(self._conclude(claimed, granted, offers, workers))
-        self._concluding.add(task)
-        task.add_done_callback(lambda done: None if done.exception() else self._concluding.discard(done))
-        return True
-
-    def _open(self, claim_id: int, position: Position, connections: int) -> OpenClaim | NothingClaimed:
-        session = self.session
-        # What can be sent in two seconds at the pace of the last claim; the first claim of a lane gives each connection a few.
-        pace = min(self._rows_per_second or connections * 4 / CLAIM_SECONDS, self.limits.per_second)
-        answer = claims.open_claim(
-            session.engine,
-            session.sender,
-            session.memory,
-            claim_id=claim_id,
-            campaign_id=session.campaign_id,
-            shard=session.shard,
-            provider=self.provider,
-            limit=min(CLAIM_ROWS, max(1, math.ceil(pace * CLAIM_SECONDS))),
-            position=position,
-            lease_seconds=session.settings.sending.lease_seconds,
-        )
-        if isinstance(answer, OpenClaim):
-            session.memory = Memory(session.memory.generation, claim_id)
-            servers.remember(session.folders, session.memory)
-        return answer
-
-    async def _greeted(self, permit_name: str) -> list[Link]:
-        """The connections that took the permit's name: those that are free, and new ones as far as slots allow."""
-        free = [link for link in self.links if not link.busy]
-        share = max(1, math.ceil(self.limits.connections / self.session.settings.server.slots))
-        while len(self.links) < share and (slot := self.pacer.slot()) is not None:
-            link = Link(slot, self.session.server.host, self.session.server.port, self.session.settings.sending.reply_timeout_seconds)
-            self.links.append(link)
-            free.append(link)
-        answers = await asyncio.gather(*(link.greet(permit_name) for link in free), return_exceptions=True)
-        ready = []
-        for link, answer in zip(free, answers, strict=True):
-            if answer is None:
-                ready.append(link)
-                continue
-            self.links.remove(link)
-            await link.close()
-            if not isinstance(answer, ServerUnreachable):
-                raise answer
-            self.reason = str(answer)
-        return ready
-
-    async def _work(self, link: Link, queue: Any, claimed: OpenClaim, offers: dict[int, Offer], deadline: float) -> None:
-        """Offer rows over one connection until none is left, the claim's time is over or the server wants no more."""
-        link.busy = True
-        try:
-            compiled, sending_as = await in_thread(self.session.content, claimed.version_id)
-            identity = self.session.identity(sending_as)
-            while link.usable and await self.pacer.turn(deadline):
-                row = next(queue, None)
-                if row is None:
-                    return
-                recipient = Recipient(claimed.ref.campaign_id, row.contact_id, row.attempt, row.email, row.values)
-                try:
-                    message = compose(compiled, recipient, identity)
-                except ComposeError as error:
-                    # One bad value must not stop the others, and trying it again would not mend it.
-                    offers[row.contact_id] = Offer(Next.GO_ON, unusable=str(error))
-                    continue
-                offer = await link.offer(message)
-                offers[row.contact_id] = offer
-                if offer.next is not Next.GO_ON:
-                    link.usable = False
-                    if offer.next is Next.STOP_CLAIM:
-                        for _ in queue:
-                            pass
-                elif link.offered >= self.limits.messages_per_connection:
-                    link.usable = False
-        finally:
-            link.busy = False
-            if not link.usable:
-                self.links.remove(link)
-                await link.close()
-
-    async def _conclude(self, claimed: OpenClaim, granted: permit.Permit, offers: dict[int, Offer], workers: list[asyncio.Task[None]]) -> None:
-        """Wait for the last replies, close the gate, read the journal, record."""
-        session = self.session
-        try:
-            await asyncio.wait(workers)
-            granted.withdraw()
-            results = await self._results(claimed, offers)
-            counts = await in_thread(transact, session.engine, lambda connection: record(connection, claimed.ref, results, claim_state="open"))
-        finally:
-            granted.release()
-        session.report.results.update(counts)
-        for worker in workers:
-            worker.result()
-        released = {result.contact_id for result in results if result.state is State.PENDING}
-        refusals = [offer.refusal for contact_id, offer in offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]
-        if refusals:
-            # The destination was never asked, so trying again would go on for ever.
-            raise SessionOver(f"the mail server {session.server.key} itself refuses messages: {mask_addresses(refusals[0])[:120]}")
-
-    async def _results(self, claimed: OpenClaim, offers: dict[int, Offer]) -> list[Result]:
-        """The end of every row: by the journal, or that no message could be made."""
-        not_offered = Offer(Next.GO_ON)
-        heard = [(row, offers.get(row.contact_id, not_offered)) for row in claimed.rows]
-        results = await self._read_results(
-            claimed, [Offered(row.contact_id, row.attempt, offer.reply is not None) for row, offer in heard if not offer.unusable]
-        )
-        unusable = [row for row, offer in heard if offer.unusable]
-        return results + [Result(row.contact_id, row.attempt, State.SUPPRESSED, reason="cannot_be_composed") for row in unusable]
-
-    async def _read_results(self, claimed: OpenClaim, rows: list[Offered]) -> list[Result]:
-        """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""
-        session = self.session
-        # What has been answered is over: the mail server writes its line first. Its process may live on for the connection's next message.
-        tokens = {settlement.token_of(claimed.ref, row, session.token_key) for row in rows if not row.answered}
-        # The lease must not run out while we wait: what is in flight then is unknown, as it would be to a settler.
-        end = time.monotonic() + session.settings.sending.reply_timeout_seconds
-        end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)
-        while True:
-            evidence = await in_thread(session.journal.evidence, claimed.position, claimed.ref.id)
-            if not settlement.in_flight(evidence, tokens) or time.monotonic() > end:
-                return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, session.token_key, time.time())
-            await asyncio.sleep(_JOURNAL_POLL_SECONDS)
-
-
-class Link:
-    """One connection with the slot that allows it."""
-
-    def __init__(self, slot: Slot, host: str, port: int, timeout: float) -> None:
-        self._slot = slot
-        self._connection = Connection(host, port, timeout)
-        self._open = False
-        self.busy = False
-        self.usable = True
-        self.offered = 0
-
-    async def greet(self, permit_name: str) -> None:
-        if not self._open:
-            await self._connection.open()
-            self._open = True
-        await self._connection.greet(permit_name)
-
-    async def offer(self, message: Message) -> Offer:
-        self.offered += 1
-        return await self._connection.offer(message)
-
-    async def close(self) -> None:
-        if self._open:
-            await self._connection.close()
-            self._open = False
-        self._slot.free()
-
-
-async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Run a blocking call (database, journal) beside the event loop, so that SMTP goes on."""
-    return await asyncio.to_thread(function, *arguments)
 
 
 def journal_of(folders: ServerFolders, kind: str) -> Journal:

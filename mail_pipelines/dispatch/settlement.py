@@ -39,43 +39,46 @@ IN_FLIGHT_SECONDS = 75.0
 
 @dataclass(frozen=True)
 class Offered:
-    """A row of a claim: which message, and whether the sender heard a reply to its body, so that its line is written."""
+    """A row of a claim: which message, the token by which the journal names it, and whether the sender heard a reply to its body.
+
+    After a reply the line is written. The reply itself is no proof: a mail server that cannot write its line says 421 for a message that the
+    destination has taken, and may say 250 for one that it has only received.
+    """
 
     contact_id: int
     attempt: int
+    token: str
     answered: bool = False
 
 
-def token_of(ref: ClaimRef, row: Offered, token_key: bytes) -> str:
-    """The token by which the journal names this row's message."""
-    return sign_delivery(DeliveryToken(ref.campaign_id, row.contact_id, row.attempt), token_key)
+def token_of(ref: ClaimRef, contact_id: int, attempt: int, token_key: bytes) -> str:
+    """The token by which the journal names the message of a row of this claim."""
+    return sign_delivery(DeliveryToken(ref.campaign_id, contact_id, attempt), token_key)
 
 
-def conclude(
-    rows: Iterable[Offered], evidence: Evidence, ref: ClaimRef, settings: SendingSettings, token_key: bytes, now: float, *, same_life: bool = True
-) -> list[Result]:
+def conclude(rows: Iterable[Offered], evidence: Evidence, ref: ClaimRef, settings: SendingSettings, now: float, *, same_life: bool = True) -> list[Result]:
     """The end of each row, by the table above. `now` is epoch seconds; `same_life` is false if server, boot or log are not those of the claim."""
     results = []
     for row in rows:
-        token = token_of(ref, row, token_key)
-        # Never the reply that the sender heard: a mail server that cannot write its line says 421 for a message that the destination has
-        # taken, and may say 250 for one that it has only received.
-        outcome = evidence.outcomes.get(token)
+        outcome = evidence.outcomes.get(row.token)
         if outcome is not None and outcome.kind is not Kind.VOID:
             results.append(result_of(row, outcome, ref.provider, settings, now))
-        elif outcome is not None or (token not in evidence.intents and evidence.covered and same_life):
+        elif outcome is not None or (row.token not in evidence.intents and evidence.covered and same_life):
             results.append(Result(row.contact_id, row.attempt, State.PENDING))
         else:
             results.append(Result(row.contact_id, row.attempt, State.UNKNOWN, reason="no_outcome"))
     return results
 
 
-def result_of(row: Offered, outcome: Outcome, provider: str, settings: SendingSettings, now: float) -> Result:
+def result_of(row: Offered | DeliveryToken, outcome: Outcome, provider: str, settings: SendingSettings, now: float) -> Result:
     """The end of a row by an outcome that is not void. `now` is epoch seconds, from which a deferral is due later."""
     if outcome.kind is Kind.DELIVERED:
         return Result(row.contact_id, row.attempt, State.DELIVERED, outcome.code, outcome.enhanced)
     if outcome.kind is Kind.UNKNOWN:
         return Result(row.contact_id, row.attempt, State.UNKNOWN, reason="no_reply", text=outcome.text)
+    if outcome.kind is Kind.UNREACHABLE:
+        due = int(now) + settings.first_retry_seconds
+        return Result(row.contact_id, row.attempt, State.DEFERRED, reason="no_connection", due=due, text=outcome.text, asked=False)
     meaning = classify(provider, outcome.code, outcome.enhanced, outcome.text)
     if outcome.kind is Kind.BOUNCED:
         return Result(
@@ -178,8 +181,8 @@ def settle(
     if claim is None:
         return {}
     ref = ClaimRef(claim.id, claim.campaign_id, claim.shard, claim.provider, claim.server_id, claim.opened_at)
-    rows = _claimed_rows(engine, ref)
-    tokens = {token_of(ref, row, token_key) for row in rows}
+    rows = [Offered(contact_id, attempt, token_of(ref, contact_id, attempt, token_key)) for contact_id, attempt in _claimed_rows(engine, ref)]
+    tokens = {row.token for row in rows}
     position = Position(claim.journal_inode, claim.journal_offset)
     end = time.monotonic() + wait_seconds
     while in_flight(evidence := journal.evidence(position, claim_id), tokens):
@@ -189,7 +192,7 @@ def settle(
     # A process may end between its last line and the look at it: what it wrote is read once more.
     evidence = journal.evidence(position, claim_id)
     same_life = claim.incarnation == sender.incarnation and claim.boot_id == sender.boot_id
-    results = conclude(rows, evidence, ref, settings, token_key, time.time(), same_life=same_life)
+    results = conclude(rows, evidence, ref, settings, time.time(), same_life=same_life)
     return transact(engine, lambda connection: record(connection, ref, results, claim_state="settling"))
 
 
@@ -207,7 +210,7 @@ def give_up(engine: Engine, server_id: int) -> int:
     given_up = 0
     for claim in claims:
         ref = ClaimRef(claim.id, claim.campaign_id, claim.shard, claim.provider, claim.server_id, claim.opened_at)
-        results = [Result(row.contact_id, row.attempt, State.UNKNOWN, reason="server_lost") for row in _claimed_rows(engine, ref)]
+        results = [Result(contact_id, attempt, State.UNKNOWN, reason="server_lost") for contact_id, attempt in _claimed_rows(engine, ref)]
 
         def work(connection: Connection, ref: ClaimRef = ref, results: list[Result] = results, state: str = claim.state) -> Mapping[State, int]:
             return record(connection, ref, results, claim_state=state)
@@ -217,8 +220,8 @@ def give_up(engine: Engine, server_id: int) -> int:
     return given_up
 
 
-def _claimed_rows(engine: Engine, ref: ClaimRef) -> list[Offered]:
-    """The rows that a claim still has, by the ledger's index."""
+def _claimed_rows(engine: Engine, ref: ClaimRef) -> list[tuple[int, int]]:
+    """Contact and attempt of the rows that a claim still has, by the ledger's index."""
     with reading(engine) as connection:
         rows = connection.execute(
             sa.select(Delivery.contact_id, Delivery.attempt).where(
@@ -229,4 +232,4 @@ def _claimed_rows(engine: Engine, ref: ClaimRef) -> list[Offered]:
                 Delivery.claim_id == ref.id,
             )
         )
-        return [Offered(row.contact_id, row.attempt) for row in rows]
+        return [(row.contact_id, row.attempt) for row in rows]

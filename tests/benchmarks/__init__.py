@@ -1,1 +1,1 @@
-"""Benchmarks measure what they say."""
+"""Benchmarks measure what they say, with sinks, references, distance and processor time that are what they say."""

@@ -14,8 +14,7 @@ from mail_pipelines.dispatch.settlement import Offered, conclude, token_of
 
 KEY = b"a key for tests"
 CLAIM = ClaimRef(1, 1, 0, "google", 1, dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
-ROW = Offered(7, 0)
-TOKEN = token_of(CLAIM, ROW, KEY)
+TOKEN = token_of(CLAIM, 7, 0, KEY)
 OK, LATER, NEVER = Outcome(Kind.DELIVERED, 250), Outcome(Kind.DEFERRED, 421, text="Unexpected log failure, please try later"), Outcome(Kind.BOUNCED, 550)
 
 
@@ -36,6 +35,5 @@ OK, LATER, NEVER = Outcome(Kind.DELIVERED, 250), Outcome(Kind.DEFERRED, 421, tex
     ],
 )
 def test_the_end_of_a_row(evidence: Evidence, answered: bool, same_life: bool, state: State) -> None:
-    row = Offered(ROW.contact_id, ROW.attempt, answered)
-    (result,) = conclude([row], evidence, CLAIM, SendingSettings(), KEY, 0, same_life=same_life)
+    (result,) = conclude([Offered(7, 0, TOKEN, answered)], evidence, CLAIM, SendingSettings(), 0, same_life=same_life)
     assert result.state is state

@@ -193,7 +193,7 @@ class Conversation(asyncio.Protocol):
             self.reply("503 5.5.1 expected RCPT TO:<address> after MAIL")
             return
         if not self.catcher.has_permit(self.permit):
-            self.reply("451 4.7.0 no permit")
+            self.reply(f"451 4.7.0 no permit {self.permit}")
             return
         recipient = path[1].decode("ascii", "replace")
         refusal = self.catcher.play.at_recipient(recipient, time.time())
@@ -224,14 +224,14 @@ class Conversation(asyncio.Protocol):
             journal.write(log.intent(token, os.getpid()))
         except OSError:
             # No INTENT on disk, no offer: a full disk refuses mail instead of losing track of it.
-            self.reply("452 4.3.1 no space for the journal")
+            self.reply(f"452 4.3.1 no space for the journal {self.permit}")
             return
         if not self.catcher.has_permit(self.permit):
             try:
                 journal.write(log.done(token, _VOID_NO_PERMIT))
             except OSError:
                 self.catcher.failure.set()
-            self.reply("451 4.7.0 permit withdrawn")
+            self.reply(f"451 4.7.0 permit withdrawn {self.permit}")
             return
         self.busy = True
         ending = self.catcher.play.at_body(recipient, token)

@@ -10,7 +10,7 @@ envelope sender names it):
   … F=<…> tmp-reject from cutthrough after DATA: … C="4…"   deferred
   … F=<…> temporarily rejected after DATA: …      void: our ACL found no permit
   … F=<…> rejected RCPT <…>: …                    bounced by the reply quoted in it, or because no such domain takes mail
-  … F=<…> temporarily rejected RCPT <…>: …        deferred: the reply quoted in it, or no connection; void: no permit
+  … F=<…> temporarily rejected RCPT <…>: …        deferred by the reply quoted in it; without one unreachable; void: no permit
   <= <…>                                          taken by Exim; after an INTENT without `>>` this means: not delivered meanwhile
   =>, ->, **                                      the queue had to do with a message: counted as an alarm, since nothing should get there
 
@@ -24,12 +24,16 @@ import re
 from collections.abc import Iterator
 
 from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, UnknownForm
-from mail_pipelines.dispatch.smtp import outcome_of
+from mail_pipelines.dispatch.replies import outcome_of
 
 # 16 characters up to 4.96, 23 from 4.97 on.
 _MESSAGE_ID = rb"[0-9A-Za-z]{6}-(?:[0-9A-Za-z]{6}-[0-9A-Za-z]{2}|[0-9A-Za-z]{11}-[0-9A-Za-z]{4})"
 _STAMP = rb"2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{1,6})?"
 _HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )?"
+# With the process, which the beginning of every record of ours names.
+_SECOND = re.compile(_STAMP + rb"(?: [+-]\d{4})? \[\d{1,10}\] ")
+# Octets of a stamp up to the month.
+_YEAR = 5
 _RECORD = re.compile(_HEAD + rb"(.*)", re.DOTALL)
 _MARK = re.compile(rb"MARK (c\d+\.\d+)")
 _INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})")
@@ -58,6 +62,8 @@ _CANNOT_QUOTE = (_LAST_OF_INTENT, _LAST_OF_COMPLETED)
 _ORDINARY_LINES = re.compile(rb"^" + _ORDINARY.pattern + rb"\n(?!\d\d\d[ -])", re.MULTILINE)
 _START = re.compile(rb"exim \S+ daemon started: pid=")
 _CONFIRMATION = re.compile(rb' C="((?:[^"\\]|\\.)*)', re.DOTALL)
+# The same to its end. In a torn record the next quotation mark is that of the record behind it, with an answer after it.
+_QUOTED = re.compile(_CONFIRMATION.pattern + rb'"(?= |$)', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
 # What Exim says of a callout that got an answer. Up to MAIL it is an answer to us, not to the message.
 _ANSWER = re.compile(rb'(?:SMTP error from remote mail server after (.*?)|response to "(.*?)" was): (\d{3}[ -].*)', re.DOTALL)
@@ -88,8 +94,10 @@ def parse(record: bytes) -> Entry | None:
     if not record:
         return None
     ordinary = _ORDINARY.fullmatch(record)
-    if ordinary is not None and (ordinary.lastindex in _CANNOT_QUOTE or b"INTENT " not in record):
+    if ordinary is not None and (ordinary.lastindex in _CANNOT_QUOTE or not _may_hide_another(record)):
         return _ordinary(ordinary)
+    if (second := _SECOND.search(_QUOTED.sub(_blanked, record), 1)) is not None:
+        return parse(_behind_torn(record, second.start()))
     found = _RECORD.fullmatch(record)
     if found is None:
         raise ValueError(f"not a record of Exim's log: {record[:40]!r}")
@@ -111,11 +119,30 @@ def parse(record: bytes) -> Entry | None:
     raise UnknownForm
 
 
+def _may_hide_another(record: bytes) -> bool:
+    return b"INTENT " in record or record.find(record[:_YEAR], _YEAR) >= 0
+
+
+def _blanked(quoted: re.Match[bytes]) -> bytes:
+    return b" " * len(quoted[0])
+
+
+def _behind_torn(record: bytes, start: int) -> bytes:
+    """The record behind a torn one. A process that could not end its line (the disk is full) has ended there and then; what it left says nothing.
+
+    Raises `ValueError` where the torn part may be the words of a destination, which could forge what stands behind it.
+    """
+    torn = record[:start]
+    if b'"' in torn or b"reject" in torn:
+        raise ValueError("a record inside another one")
+    return record[start:]
+
+
 def scan(block: bytes) -> Iterator[tuple[int, int, Entry | None]]:
     """The ordinary records of a block of whole records, as `parse` reads them, with their places."""
     for found in _ORDINARY_LINES.finditer(block):
         start, end = found.span()
-        if found.lastindex in _CANNOT_QUOTE or block.find(b"INTENT ", start, end) < 0:
+        if found.lastindex in _CANNOT_QUOTE or not _may_hide_another(block[start:end]):
             yield start, end, _ordinary(found)
 
 
@@ -167,7 +194,7 @@ def _refused(stage: bytes, reason: bytes) -> Outcome:
         return Outcome(Kind.DEFERRED, answer.code, answer.enhanced, answer.text)
     text = reason.decode("utf-8", "replace")
     if stage == b"temporarily rejected RCPT":
-        return Outcome(Kind.DEFERRED, text=text)
+        return Outcome(Kind.UNREACHABLE, text=text)
     if text.startswith("5.1.2 "):
         return outcome_of(550, text)
     if text in _NO_ROUTE:

@@ -83,7 +83,7 @@ def test_both_lengths_of_ids_and_all_stamps_are_read(message_id: str, stamp: str
 def test_each_refusal_is_what_it_says(rest: str, expected: tuple[Kind, int | None, str | None, str] | None) -> None:
     found = outcome(line(rest))
     if expected is None:
-        assert (found.kind, found.code) == (Kind.DEFERRED, None)
+        assert (found.kind, found.code) == (Kind.UNREACHABLE, None)
     else:
         assert found == Outcome(*expected)
 
@@ -148,7 +148,28 @@ def test_a_line_torn_anywhere_ends_the_coverage_or_loses_no_intent(tmp_path: Pat
     second = line(f"INTENT {'a' * 48} 7", IDS[1])
     for torn in (INTENT, DELIVERED):
         evidence = write(tmp_path / "main.log", torn[:cut] + second)
-        assert not evidence.covered
+        assert not evidence.covered or evidence.intents == {"a" * 48: 7}
+
+
+OTHERS = (
+    line("log directory space check failed: space=0 inodes=302", stamp="2026-11-24 12:15:41.001 [99]"),
+    line(f'>> q@y.test F=<b+{"b" * 48}@bounces.example.test> R=r T=t H=mx [192.0.2.1] C="250 2.0.0 Ok: kept" QT=0.1s', IDS[0], "2026-11-24 12:15:41.001 [99]"),
+    line(f'{HOST} F=<b+{"b" * 48}@bounces.example.test> rejected RCPT <q@y.test>: response to "RCPT TO:<q@y.test>" was: 550 5.1.1 no'),
+    line("MARK c1.99", stamp="2026-11-24 12:15:41.001 [99]"),
+)
+
+
+@pytest.mark.parametrize("torn", OTHERS)
+def test_a_delivery_behind_a_torn_line_is_never_taken_for_a_deferral(tmp_path: Path, torn: bytes) -> None:
+    """With a full log disk: the line of the delivery joins what another process could not end, and the line of the arrival follows whole."""
+    for cut in range(1, len(torn) + 1):
+        evidence = write(tmp_path / "main.log", INTENT, torn[:cut] + DELIVERED, ARRIVED)
+        if TOKEN in evidence.outcomes:
+            assert evidence.outcomes[TOKEN].kind is Kind.DELIVERED, cut
+        else:
+            assert TOKEN in evidence.intents, cut
+        # Where nobody else's words can stand in the torn part, nothing is lost by it.
+        assert TOKEN in evidence.outcomes or cut < 37 or b'"' in torn[:cut] or b"reject" in torn[:cut], cut
 
 
 TOKENS = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=48, max_size=48)

@@ -1,0 +1,160 @@
+"""Sending, end to end: into a sink, and through Exim with ledger and journal, against what Postfix, aiosmtplib and Exim's own queue do.
+
+References are measured in the same run, in turns with what they judge, so that other programs disturb both alike. Rates are bounded
+by processor time, so the run through Exim also says whose it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+
+import aiosmtplib
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.hashes import SHA256
+
+from mail_pipelines.benchmarks import exim_queue, far_away, feeding, postfix, sign
+from mail_pipelines.benchmarks.compose import SENDER, recipients
+from mail_pipelines.benchmarks.contract import Result, judge
+from mail_pipelines.benchmarks.dispatching import Dispatching, Run, dispatching
+from mail_pipelines.messages.composing import compose
+
+# Of the rate at which one core makes RSA-2048 signatures and does nothing else.
+RAW_TARGET = 0.75
+PLAIN_TARGET = 15.0
+QUEUE_TARGET = 8.0
+LEDGER_TARGET = 0.05
+SENDER_TARGET = 1 / 3
+MEMORY_MEGABYTES = 60.0
+CONNECTIONS = 16
+SINK_CONNECTIONS = 4
+RUNNERS = 4
+ROUND_TRIP_SECONDS = 0.05
+# Connection, greeting, EHLO, STARTTLS, TLS 1.3, EHLO, MAIL, RCPT, DATA, body, QUIT.
+ROUND_TRIPS = 11
+FAR_CONNECTIONS = 32
+FAR_TARGET = 0.85
+_SIGNED_OCTETS = 1200
+
+
+def run(quick: bool) -> list[Result]:
+    """All figures, each with its reference."""
+    return [*into_a_sink(quick), *through_exim(quick)]
+
+
+def into_a_sink(quick: bool) -> list[Result]:
+    """Composed, signed and sent by one process."""
+    messages = feeding.Messages()
+    octets, padding, algorithm = bytes(_SIGNED_OCTETS), PKCS1v15(), SHA256()
+    # Message by message: many short turns find moments in which no other program disturbs.
+    turns, count, plain_count, source_count = (12, 60, 2, 1200) if quick else (80, 60, 3, 8000)
+    best = _Best()
+    with postfix.sink() as (port, _):
+        data = next(messages.take(1)).data
+        plain = _plain(port, messages)
+        for _ in range(turns):
+            best.note("own", count / feeding.send(port, messages.take(count), SINK_CONNECTIONS))
+            best.note("raw", count / _seconds(lambda: [messages.key.sign(octets, padding, algorithm) for _ in range(count)]))
+            best.note("plain", plain_count / plain(plain_count))
+        composed = list(messages.take(count))
+        for _ in range(turns):
+            best.note("unsigned", count / feeding.send(port, iter(composed), SINK_CONNECTIONS))
+            best.note("source", source_count / turns / postfix.source(port, data.replace(b"\r\n", b"\n"), source_count // turns, SINK_CONNECTIONS))
+    return [
+        judge("compose, sign, send into a sink", best["own"], "messages/s", best["raw"], target=RAW_TARGET, better="higher"),
+        judge("the same against aiosmtplib, standard library and dkimpy", best["own"], "messages/s", best["plain"], target=PLAIN_TARGET, better="higher"),
+        judge("composed messages sent, against smtp-source", best["unsigned"], "messages/s", best["source"], target=1.0, better="higher"),
+    ]
+
+
+def through_exim(quick: bool) -> list[Result]:
+    """Real send runs: claimed, composed, signed, delivered in cutthrough mode, journaled, recorded in MariaDB."""
+    turns, seconds, queued = (1, 4.0, 200) if quick else (4, 15.0, 1500)
+    # More than can be sent in the time.
+    with dispatching(int((turns + 1) * seconds * 2000)) as world:
+        return [*_nearby(world, turns, seconds, queued), *_far_away(world, turns, seconds)]
+
+
+def _nearby(world: Dispatching, turns: int, seconds: float, queued: int) -> list[Result]:
+    messages = feeding.Messages()
+    runs: list[Run] = []
+    queue_rate = 0.0
+    with postfix.sink() as (port, sink), exim_queue.queueing(port) as queueing, world.server("near", ("127.0.0.1", port), (sink,)) as server:
+        server.limit(CONNECTIONS)
+        for _ in range(turns):
+            feeding.send(queueing.port, messages.take(queued), CONNECTIONS)
+            queue_rate = max(queue_rate, queued / queueing.deliver(queued, RUNNERS))
+            runs.append(server.send(seconds))
+    best = max(runs, key=lambda run: run.rate)
+    total = sum(best.cpu.values())
+    parts = {
+        "signatures": best.signing_cpu,
+        "the sender's own work": best.cpu["sender"] - best.signing_cpu,
+        "Exim": best.cpu["exim"],
+        "the database": best.cpu["database"],
+        "the destination": best.cpu["sink"],
+    }
+    return [
+        judge("through Exim, signed, journaled, recorded", best.rate, "messages/s", queue_rate, target=QUEUE_TARGET, better="higher"),
+        judge("ledger's part of the processor time", best.cpu["database"] + best.ledger_cpu, "s", total, target=LEDGER_TARGET, better="lower"),
+        judge("sender's part of the processor time", best.cpu["sender"], "s", total, target=SENDER_TARGET, better="lower"),
+        *(judge(f"part of {name}", part, "s", total, target=1, better="lower") for name, part in parts.items()),
+        judge("processors that all of it kept busy", total / best.seconds, "processors", os.cpu_count() or 1, target=1, better="lower"),
+        judge("memory of a send run above its imports", max(run.megabytes for run in runs), "MB", MEMORY_MEGABYTES, target=1, better="lower"),
+    ]
+
+
+def _far_away(world: Dispatching, turns: int, seconds: float) -> list[Result]:
+    """The same to destinations with TLS, first nearby, where handshakes take all the processor's time, and then at a distance."""
+    rates: list[float] = []
+    for round_trip in (0.0, ROUND_TRIP_SECONDS):
+        with far_away.destinations(round_trip) as (port, sink), world.server(f"tls-{len(rates)}", ("127.0.0.1", port), (sink,)) as server:
+            server.limit(FAR_CONNECTIONS)
+            rates.append(max(server.send(seconds).rate for _ in range(turns)))
+    bound = min(rates[0], FAR_CONNECTIONS / (ROUND_TRIPS * ROUND_TRIP_SECONDS))
+    return [
+        judge(
+            f"TLS, {ROUND_TRIP_SECONDS * 1000:.0f} ms round trips, {FAR_CONNECTIONS} connections",
+            rates[1],
+            "messages/s",
+            bound,
+            target=FAR_TARGET,
+            better="higher",
+        )
+    ]
+
+
+class _Best:
+    """The best of several rates, by name: the ones least disturbed by other programs."""
+
+    def __init__(self) -> None:
+        self._rates: dict[str, float] = {}
+
+    def note(self, name: str, rate: float) -> None:
+        self._rates[name] = max(rate, self._rates.get(name, 0.0))
+
+    def __getitem__(self, name: str) -> float:
+        return self._rates[name]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _plain(port: int, messages: feeding.Messages) -> Callable[[int], float]:
+    """A function that sends so many messages as a plain program would, one after another, and returns the seconds it took."""
+    message = compose(messages.compiled, next(recipients()), SENDER)
+    build = sign.by_dkimpy(message.data, messages.compiled.from_domain, messages.key)
+
+    async def send(count: int) -> float:
+        async with aiosmtplib.SMTP(hostname="127.0.0.1", port=port, start_tls=False) as client:
+            begin = time.perf_counter()
+            for _ in range(count):
+                await client.sendmail(message.envelope_sender, message.recipient, build())
+            return time.perf_counter() - begin
+
+    return lambda count: asyncio.run(send(count))

@@ -1,0 +1,461 @@
+"""The sending of one provider's rows in a session: claims in a row, connections that go from one to the next, and the end of each claim.
+
+A claim holds what can be sent in two seconds. The next one is opened shortly before its rows are all handed out, so that no
+connection waits for the database; its last replies, its journal and its results are waited for beside the sending of the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from mail_pipelines.database.engine import transact
+from mail_pipelines.database.models import State
+from mail_pipelines.delivery.events import mask_addresses
+from mail_pipelines.delivery.recording import Result, record
+from mail_pipelines.dispatch import claims, permit, servers, settlement
+from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Row
+from mail_pipelines.dispatch.endings import Ending, Next
+from mail_pipelines.dispatch.follower import Watch
+from mail_pipelines.dispatch.journal import Position
+from mail_pipelines.dispatch.pacer import Pacer, Slot
+from mail_pipelines.dispatch.settlement import Offered
+from mail_pipelines.dispatch.smtp import Connection, Offer, ServerUnreachable
+from mail_pipelines.messages.compiled import CompiledMessage
+from mail_pipelines.messages.composing import ComposeError, Message, Recipient, SenderIdentity, compose
+
+if TYPE_CHECKING:
+    from mail_pipelines.dispatch.session import Session
+
+T = TypeVar("T")
+CLAIM_SECONDS = 2.0
+CLAIM_ROWS = 500
+# Nothing of a claim is offered later than this after it was asked for: it bounds how long a pause or a suppression takes to act.
+OFFER_SECONDS = 4.0
+# The next claim is opened when the rows that are left are sent in this time.
+EARLY_SECONDS = 0.25
+# A claim is recorded so long before its lease ends.
+LEASE_MARGIN_SECONDS = 3.0
+# Claims of one lane that are open at once: the one being sent, the next, and those whose last replies are still awaited.
+CLAIMS_AT_ONCE = 16
+# A connection on which a message takes no longer than this gets the next envelope with each body.
+QUICK_SECONDS = 0.1
+# The pace is measured over at least so long.
+_PACE_SECONDS = 0.2
+# How long a lane waits after the mail server could not be reached, or took nothing more.
+_NO_SERVER_SECONDS = 2.0
+_NOTHING_SECONDS = 0.5
+_JOURNAL_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this server may send to one provider (table `provider_limits`)."""
+
+    connections: int
+    per_second: float
+    messages_per_connection: int
+
+
+class SessionOver(Exception):
+    """Ends all lanes; the message is the reason shown to the operator."""
+
+
+@dataclass
+class Batch:
+    """A claim on its way: the rows that are still to be handed out, and how the offers of the others ended."""
+
+    claimed: OpenClaim
+    granted: permit.Permit
+    watch: Watch
+    # The token of each row's message, by contact.
+    tokens: Mapping[int, str]
+    compiled: CompiledMessage
+    identity: SenderIdentity
+    # Monotonic second after which nothing more is offered.
+    deadline: float
+    # The next claim is opened when no more rows than this wait for their turn.
+    low_water: int
+    rows: deque[Row] = field(init=False)
+    offers: dict[int, Offer] = field(default_factory=dict)
+    stopped: str = ""
+
+    def __post_init__(self) -> None:
+        self.rows = deque(self.claimed.rows)
+        self._waiting = len(self.rows)
+        self._connections = 0
+        self._low, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._left.set()
+        self._look()
+
+    def turn_taken(self) -> None:
+        """One row more is being offered."""
+        self._waiting -= 1
+        self._look()
+
+    def stop(self, reason: str) -> None:
+        """Hand out no more rows."""
+        self.stopped = self.stopped or reason
+        self.rows.clear()
+        self._waiting = 0
+        self._look()
+
+    def _look(self) -> None:
+        if self._waiting <= self.low_water:
+            self._low.set()
+        if self._waiting <= 0:
+            self._over.set()
+
+    def enter(self) -> None:
+        """A connection takes rows of this claim."""
+        self._connections += 1
+        self._left.clear()
+
+    def leave(self) -> None:
+        self._connections -= 1
+        if not self._connections:
+            self._left.set()
+
+    async def nearly_over(self) -> None:
+        """Wait until it is time for the next claim."""
+        await _until(self._low, self.deadline)
+
+    async def over(self) -> None:
+        """Wait until no row is handed out any more and no connection has one."""
+        await _until(self._over, self.deadline)
+        self.rows.clear()
+        await self._left.wait()
+
+    def composed(self) -> tuple[int, Message] | None:
+        """The next row that a message can be made for."""
+        while self.rows:
+            row = self.rows.popleft()
+            recipient = Recipient(self.claimed.ref.campaign_id, row.contact_id, row.attempt, row.email, row.values)
+            try:
+                return row.contact_id, compose(self.compiled, recipient, self.identity)
+            except ComposeError as error:
+                # One bad value must not stop the others, and trying it again would not mend it.
+                self.offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(error))
+                self.turn_taken()
+        return None
+
+
+async def _until(event: asyncio.Event, moment: float) -> None:
+    """Wait for the event, but not beyond a moment (monotonic seconds)."""
+    try:
+        async with asyncio.timeout(max(0.0, moment - time.monotonic())):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
+class Lane:
+    """The sending of one provider's rows: its pacer, its connections and its open claims."""
+
+    def __init__(self, session: Session, provider: str, limits: Limits) -> None:
+        self.session = session
+        self.provider = provider
+        self.limits = limits
+        self.pacer = Pacer(session.folders.pacers, provider, per_second=self.limits.per_second, connections=self.limits.connections)
+        # Why nothing is sent, and until when (epoch seconds).
+        self.reason = ""
+        self.wait_until = 0.0
+        self._links: dict[Link, asyncio.Task[None]] = {}
+        # Greets for each claim before it is opened: the line in the journal by which the claim finds its beginning.
+        self._herald = self._connection()
+        self._batches: deque[Batch] = deque()
+        self._news = asyncio.Event()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._concluding: set[asyncio.Task[None]] = set()
+        self._offered = 0
+        self._rows_per_second = 0.0
+
+    def _connection(self) -> Connection:
+        server = self.session.server
+        return Connection(server.host, server.port, self.session.settings.sending.reply_timeout_seconds)
+
+    async def close(self) -> None:
+        """End the connections. Whoever runs the lane has waited for the end of its claims."""
+        self._closing = True
+        self._news.set()
+        await asyncio.gather(*self._links.values(), return_exceptions=True)
+        await self._herald.close()
+        self.pacer.close()
+
+    # --- claims -----------------------------------------------------------------------------------------------------
+
+    async def run(self, until: float) -> None:
+        """Claim and send until nothing is due (or allowed) for this provider, and every claim is recorded."""
+        self._pace_from = time.monotonic(), self._offered
+        try:
+            while time.monotonic() < until and not self.session.stopping.is_set():
+                self._raise_failures()
+                while len(self._concluding) >= CLAIMS_AT_ONCE:
+                    await asyncio.wait(self._concluding, return_when=asyncio.FIRST_COMPLETED)
+                    self._raise_failures()
+                batch = await self._claim()
+                if batch is None:
+                    break
+                await batch.nearly_over()
+                if batch.stopped:
+                    self._wait(f"the mail server takes no more: {batch.stopped}", _NO_SERVER_SECONDS)
+                    break
+        finally:
+            if self._concluding:
+                await asyncio.wait(self._concluding)
+            self._raise_failures()
+
+    def _raise_failures(self) -> None:
+        done = [task for task in self._concluding if task.done()]
+        self._concluding.difference_update(done)
+        failures = [error for task in done if (error := task.exception()) is not None]
+        if self._failure is not None:
+            failures.append(self._failure)
+        if failures:
+            raise failures[0]
+
+    def _wait(self, reason: str, seconds: float) -> None:
+        self.reason, self.wait_until = reason, time.time() + seconds
+
+    async def _claim(self) -> Batch | None:
+        """Open the next claim; None if there is nothing to claim now."""
+        session = self.session
+        claim_id = claims.new_id()
+        asked = time.monotonic()
+        watch = await in_thread(session.follower.watch, claim_id)
+        position = session.journal.end()
+        granted = permit.grant(session.folders.permits, claim_id, seconds=session.settings.sending.lease_seconds)
+        batch: Batch | None = None
+        try:
+            if not await self._heralded(granted.name):
+                return None
+            self._staff()
+            if not self._links:
+                self._wait("all connection slots are taken", _NO_SERVER_SECONDS)
+                return None
+            pace = self._pace()
+            answer = await in_thread(self._open, claim_id, position, min(CLAIM_ROWS, max(1, math.ceil(pace * CLAIM_SECONDS))))
+            if isinstance(answer, NothingClaimed):
+                if answer.ends_session:
+                    raise SessionOver(answer.reason)
+                self.reason, self.wait_until = answer.reason, answer.retry_at or time.time() + _NOTHING_SECONDS
+                return None
+            compiled, sending_as = await in_thread(session.content, answer.version_id)
+            tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
+            identity = session.identity(sending_as)
+            batch = Batch(answer, granted, watch, tokens, compiled, identity, asked + OFFER_SECONDS, int(pace * EARLY_SECONDS))
+        finally:
+            if batch is None:
+                granted.release()
+                session.follower.forget(watch)
+        session.follower.expect(watch, tokens.values())
+        session.report.claims += 1
+        session.report.claimed += len(answer.rows)
+        self.reason = ""
+        self._concluding.add(asyncio.create_task(self._conclude(batch)))
+        if batch.rows:
+            self._batches.append(batch)
+            self._news.set()
+        return batch
+
+    async def _heralded(self, permit_name: str) -> bool:
+        """Have the mail server write the claim's marker."""
+        for _ in range(2):
+            try:
+                if not self._herald.is_open:
+                    await self._herald.open()
+                await self._herald.greet(permit_name)
+                return True
+            except ServerUnreachable as error:
+                # It may have closed a connection that was idle for long: once more on a new one.
+                self._wait(str(error), _NO_SERVER_SECONDS)
+                await self._herald.close()
+                self._herald = self._connection()
+        return False
+
+    def _pace(self) -> float:
+        """Rows a second that this lane offers; before any is offered, a few for each connection."""
+        begin, offered = self._pace_from
+        now = time.monotonic()
+        if now - begin >= _PACE_SECONDS:
+            self._rows_per_second = (self._offered - offered) / (now - begin)
+            self._pace_from = now, self._offered
+        return min(self._rows_per_second or len(self._links) * 4 / CLAIM_SECONDS, self.limits.per_second)
+
+    def _open(self, claim_id: int, position: Position, limit: int) -> OpenClaim | NothingClaimed:
+        session = self.session
+        answer = claims.open_claim(
+            session.engine,
+            session.sender,
+            session.memory,
+            claim_id=claim_id,
+            campaign_id=session.campaign_id,
+            shard=session.shard,
+            provider=self.provider,
+            limit=limit,
+            position=position,
+            lease_seconds=session.settings.sending.lease_seconds,
+        )
+        if isinstance(answer, OpenClaim):
+            session.memory = Memory(session.memory.generation, claim_id)
+            servers.remember(session.folders, session.memory)
+        return answer
+
+    # --- connections ------------------------------------------------------------------------------------------------
+
+    def _staff(self) -> None:
+        """Have as many connections as this session's share of the slots allows."""
+        share = max(1, math.ceil(self.limits.connections / self.session.settings.server.slots))
+        while len(self._links) < share and (slot := self.pacer.slot()) is not None:
+            link = Link(slot, self._connection)
+            self._links[link] = task = asyncio.create_task(self._work(link))
+            task.add_done_callback(self._worked)
+
+    async def _work(self, link: Link) -> None:
+        """Offer rows over one connection, claim after claim, until the lane closes or the mail server cannot be reached."""
+        cut: Batch | None = None
+        try:
+            while (batch := await self._batch_with_rows(cut)) is not None:
+                batch.enter()
+                try:
+                    await link.greet(batch.granted.name)
+                    ending = await self._offer_rows(link, batch)
+                finally:
+                    batch.leave()
+                if ending is not Next.GO_ON or link.connection.ahead is not None or link.offered >= self.limits.messages_per_connection:
+                    await link.renew()
+                # A connection that was cut rests until the next claim: coming back at once would press where somebody asks for less.
+                cut = None if ending is Next.GO_ON else batch
+        except ServerUnreachable as error:
+            self.reason = str(error)
+        finally:
+            del self._links[link]
+            if not self._links:
+                for batch in self._batches:
+                    batch.stop(self.reason or "no connection is left")
+            await link.close()
+
+    def _worked(self, task: asyncio.Task[None]) -> None:
+        self._failure = self._failure or task.exception()
+
+    async def _batch_with_rows(self, cut: Batch | None) -> Batch | None:
+        """The oldest claim but `cut` with rows to hand out, as soon as there is one; None when the lane closes."""
+        while True:
+            while self._batches and not self._batches[0].rows:
+                self._batches.popleft()
+            for batch in self._batches:
+                if batch is not cut and batch.rows:
+                    return batch
+            if self._closing:
+                return None
+            self._news.clear()
+            await self._news.wait()
+
+    async def _offer_rows(self, link: Link, batch: Batch) -> Next:
+        """Offer rows of a claim until none is left, its time is over or the connection is of no more use; returns what it is good for."""
+        ahead: tuple[int, Message] | None = None
+        # A row first, then its turn: a turn that finds no row would be lost to the others.
+        while (current := ahead or batch.composed()) is not None and await self.pacer.turn(batch.deadline):
+            batch.turn_taken()
+            contact_id, message = current
+            last = link.offered + 1 >= self.limits.messages_per_connection
+            # An envelope goes ahead only where its body is not likely to wait for its turn, or for a slow destination beyond the deadline.
+            ahead = batch.composed() if not last and link.connection.seconds < QUICK_SECONDS and self.pacer.is_free() else None
+            link.offered += 1
+            offer = await link.connection.offer(message, ahead[1] if ahead else None)
+            batch.offers[contact_id] = offer
+            self._offered += 1
+            if offer.next is Next.STOP_CLAIM:
+                batch.stop(offer.refusal)
+            if offer.next is not Next.GO_ON or last:
+                return offer.next
+        return Next.GO_ON
+
+    # --- the end of a claim -----------------------------------------------------------------------------------------
+
+    async def _conclude(self, batch: Batch) -> None:
+        """Wait for the last replies, close the gate, read the journal, record."""
+        session, claimed = self.session, batch.claimed
+        try:
+            if not claimed.rows:
+                return
+            await batch.over()
+            batch.granted.withdraw()
+            results = await self._results(batch)
+            counts = await in_thread(transact, session.engine, lambda connection: record(connection, claimed.ref, results, claim_state="open"))
+        finally:
+            batch.granted.release()
+            session.follower.forget(batch.watch)
+        session.report.results.update(counts)
+        released = {result.contact_id for result in results if result.state is State.PENDING}
+        refusals = [offer.refusal for contact_id, offer in batch.offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]
+        if refusals:
+            # The destination was never asked, so trying again would go on for ever.
+            raise SessionOver(f"the mail server {session.server.key} itself refuses messages: {mask_addresses(refusals[0])[:120]}")
+
+    async def _results(self, batch: Batch) -> list[Result]:
+        """The end of every row: by the journal, or that no message could be made."""
+        not_offered = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED)
+        heard = [(row, batch.offers.get(row.contact_id, not_offered)) for row in batch.claimed.rows]
+        results = await self._read_results(
+            batch, [Offered(row.contact_id, row.attempt, batch.tokens[row.contact_id], offer.reply is not None) for row, offer in heard if not offer.unusable]
+        )
+        unusable = [row for row, offer in heard if offer.unusable]
+        return results + [Result(row.contact_id, row.attempt, State.SUPPRESSED, reason="cannot_be_composed") for row in unusable]
+
+    async def _read_results(self, batch: Batch, rows: list[Offered]) -> list[Result]:
+        """The end of each row by the journal, once the mail server has nothing of this claim at a destination any more."""
+        session, claimed = self.session, batch.claimed
+        # What has been answered is over: the mail server writes its line first. Its process may live on for the connection's next message.
+        tokens = {row.token for row in rows if not row.answered}
+        # The lease must not run out while we wait: what is in flight then is unknown, as it would be to a settler.
+        end = time.monotonic() + session.settings.sending.reply_timeout_seconds
+        end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)
+        while True:
+            evidence = await in_thread(session.follower.evidence, batch.watch)
+            if not settlement.in_flight(evidence, tokens) or time.monotonic() > end:
+                return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, time.time())
+            await asyncio.sleep(_JOURNAL_POLL_SECONDS)
+
+
+class Link:
+    """One connection with the slot that allows it; `renew` replaces the connection and keeps the slot."""
+
+    def __init__(self, slot: Slot, connect: Callable[[], Connection]) -> None:
+        self._slot = slot
+        self._connect = connect
+        self.connection = connect()
+        # How many messages have been offered on the connection.
+        self.offered = 0
+
+    async def greet(self, permit_name: str) -> None:
+        """Open the connection if it is not, and greet for a claim. Raises `ServerUnreachable`."""
+        if self.connection.is_open:
+            try:
+                await self.connection.greet(permit_name)
+                return
+            except ServerUnreachable:
+                # The server may have closed it while it was idle.
+                await self.renew()
+        await self.connection.open()
+        await self.connection.greet(permit_name)
+
+    async def renew(self) -> None:
+        await self.connection.close()
+        self.connection = self._connect()
+        self.offered = 0
+
+    async def close(self) -> None:
+        await self.connection.close()
+        self._slot.free()
+
+
+async def in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """Run a blocking call (database, journal) beside the event loop, so that SMTP goes on."""
+    return await asyncio.to_thread(function, *arguments)
