@@ -19,7 +19,7 @@ from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.session import Session, journal_of
 from mail_pipelines.domains import rotation, signing, store
 from mail_pipelines.domains.domain import Names
-from tests.dispatch.world import RunningCatcher, World, make_world, write_play
+from tests.dispatch.world import Running, World, make_world, write_play
 from tests.domains.conftest import NOW, publish
 from tests.domains.test_keys import traces_of
 from tests.parts.dns import Zone
@@ -32,7 +32,7 @@ def world(engine: sa.Engine, settings: Settings, tmp_path: Path) -> Iterator[Wor
     """A campaign from shop.test to 60 recipients in two shards, and a catcher that takes everything."""
     made = make_world(engine, tmp_path / "home", recipients=60, shards=2)
     store.add(engine, Names.of("shop.test"), made.settings.token_key(), NOW)
-    catcher = RunningCatcher(made, made.server(), write_play(tmp_path / "play.toml"))
+    catcher = Running(made, made.server(), write_play(tmp_path / "play.toml"))
     yield made
     catcher.stop()
 
