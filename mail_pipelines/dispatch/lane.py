@@ -93,17 +93,21 @@ class Batch:
         self._left.set()
         self._look()
 
-    def turn_taken(self) -> None:
-        """One row more is being offered."""
+    def waits_no_more(self) -> None:
+        """One row more is being offered, or will not be any more."""
         self._waiting -= 1
         self._look()
 
-    def stop(self, reason: str) -> None:
+    def end(self) -> None:
         """Hand out no more rows."""
-        self.stopped = self.stopped or reason
         self.rows.clear()
         self._waiting = 0
         self._look()
+
+    def stop(self, reason: str) -> None:
+        """Hand out no more rows, and let the lane wait: the server is the reason."""
+        self.stopped = self.stopped or reason
+        self.end()
 
     def _look(self) -> None:
         if self._waiting <= self.low_water:
@@ -141,7 +145,7 @@ class Batch:
             except ComposeError as error:
                 # One bad value must not stop the others, and trying it again would not mend it.
                 self.offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(error))
-                self.turn_taken()
+                self.waits_no_more()
         return None
 
 
@@ -319,9 +323,8 @@ class Lane:
 
     async def _work(self, link: Link) -> None:
         """Offer rows over one connection, claim after claim, until the lane closes or the mail server cannot be reached."""
-        cut: Batch | None = None
         try:
-            while (batch := await self._batch_with_rows(cut)) is not None:
+            while (batch := await self._batch_with_rows(link.cut)) is not None:
                 batch.enter()
                 try:
                     await link.greet(batch.granted.name)
@@ -331,7 +334,9 @@ class Lane:
                 if ending is not Next.GO_ON or link.connection.ahead is not None or link.offered >= self.limits.messages_per_connection:
                     await link.renew()
                 # A connection that was cut rests until the next claim: coming back at once would press where somebody asks for less.
-                cut = None if ending is Next.GO_ON else batch
+                link.cut = None if ending is Next.GO_ON else batch
+                if all(other.cut is batch for other in self._links):
+                    batch.end()
         except ServerUnreachable as error:
             self.reason = str(error)
         finally:
@@ -360,9 +365,10 @@ class Lane:
     async def _offer_rows(self, link: Link, batch: Batch) -> Next:
         """Offer rows of a claim until none is left, its time is over or the connection is of no more use; returns what it is good for."""
         ahead: tuple[int, Message] | None = None
+        ending = Next.GO_ON
         # A row first, then its turn: a turn that finds no row would be lost to the others.
         while (current := ahead or batch.composed()) is not None and await self.pacer.turn(batch.deadline):
-            batch.turn_taken()
+            batch.waits_no_more()
             contact_id, message = current
             last = link.offered + 1 >= self.limits.messages_per_connection
             # An envelope goes ahead only where its body is not likely to wait for its turn, or for a slow destination beyond the deadline.
@@ -373,9 +379,12 @@ class Lane:
             self._offered += 1
             if offer.next is Next.STOP_CLAIM:
                 batch.stop(offer.refusal)
-            if offer.next is not Next.GO_ON or last:
-                return offer.next
-        return Next.GO_ON
+            ending = offer.next
+            if ending is not Next.GO_ON or last:
+                break
+        if ahead is not None:
+            batch.waits_no_more()
+        return ending
 
     # --- the end of a claim -----------------------------------------------------------------------------------------
 
@@ -433,6 +442,8 @@ class Link:
         self.connection = connect()
         # How many messages have been offered on the connection.
         self.offered = 0
+        # The claim in which the connection was cut last, if it has not been of use since.
+        self.cut: Batch | None = None
 
     async def greet(self, permit_name: str) -> None:
         """Open the connection if it is not, and greet for a claim. Raises `ServerUnreachable`."""
