@@ -44,7 +44,6 @@ class Far:
     verbs: list[str] = field(default_factory=list)
     tls: ssl.SSLContext | None = None
     message: int = -1
-    in_transaction: bool = False
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1") -> asyncio.Server:
         return await asyncio.start_server(self.talk, host, port)
@@ -60,6 +59,7 @@ class Far:
             writer.write(text.encode() + b"\r\n")
             return text
 
+        in_transaction = False
         try:
             await answer("connect")
             while line := await reader.readline():
@@ -73,15 +73,15 @@ class Far:
                 if verb == "AUTH":
                     writer.write(b"235 welcome\r\n")
                     continue
-                if verb == "MAIL" and self.in_transaction:
+                if verb == "MAIL" and in_transaction:
                     writer.write(b"503 5.5.1 nested MAIL\r\n")
                     continue
                 self.message += verb == "MAIL"
                 given = await answer(verb if verb in GOOD else "EHLO")
                 # Only a body, RSET and a new greeting end a transaction.
-                self.in_transaction = given.startswith("250") if verb == "MAIL" else self.in_transaction and verb in ("RCPT", "DATA")
+                in_transaction = given.startswith("250") if verb == "MAIL" else in_transaction and verb in ("RCPT", "DATA")
                 if verb == "DATA" and given.startswith("354"):
-                    self.in_transaction = False
+                    in_transaction = False
                     self.bodies.append(await body(reader))
                     await answer("body")
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):

@@ -62,4 +62,4 @@ def test_a_domain_that_takes_no_mail_bounces(seen: Seen, domain: str, code: str)
 @pytest.mark.parametrize("domain", ["dead", "failing"])
 def test_a_domain_that_cannot_be_reached_or_looked_up_now_is_tried_later(seen: Seen, domain: str) -> None:
     kind, _, _, at = seen[domain]
-    assert (kind, at) == ("deferred", [])
+    assert (kind, at) == ("unreachable", [])
