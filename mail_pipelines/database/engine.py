@@ -157,8 +157,8 @@ def explained(engine: Engine) -> Iterator[None]:
             raise DatabaseUnreachable(f"{where} cannot be opened: check that its folder exists and may be written") from error
         if error.connection_invalidated or _mysql_code(error) in {1044, 1045, 1049, 2002, 2003, 2005, 2006, 2013}:
             raise DatabaseUnreachable(f"no connection to {where}: {_words(error)}; check database.url, the password and that the server runs") from error
-        if "no such table" in str(error.orig) or _mysql_code(error) == 1146:
-            raise DatabaseError(f"{where} has no or an older schema; run `mail-pipelines init`") from error
+        if "no such table" in str(error.orig) or _mysql_code(error) in {1146, 1305}:
+            raise DatabaseError(f"{where} has no or an older schema, or lacks a stored procedure; run `mail-pipelines init`") from error
         raise
 
 
