@@ -76,7 +76,8 @@ class Recipient:
     due: int
     not_before: int | None
     resent: bool
-    left_list: bool
+    # Of the list that the campaign's unsubscribe link ends: None was never on it.
+    subscribed: bool | None
     suppressed: tuple[str, int] | None
     suppressed_domain: tuple[str, int] | None
     # stays, erased, moved (to a provider), taken (moved to an address that has a row of its own)
@@ -114,7 +115,7 @@ RECIPIENTS = st.builds(
     due=st.sampled_from([-3600, -1, 3600]),
     not_before=rarely(None, -60, 3600),
     resent=st.booleans(),
-    left_list=rarely(False, True),
+    subscribed=rarely(None, False, True),
     suppressed=rarely(None, *SCOPES),
     suppressed_domain=rarely(None, *SCOPES),
     fate=st.sampled_from(["stays"] * 6 + ["erased", "moved", "taken"]),
@@ -141,7 +142,7 @@ def situations(draw: st.DrawFn) -> Situation:
 
 
 def recipient(**values: Any) -> Recipient:
-    usual = {"provider": "google", "state": State.PENDING, "attempt": 0, "due": 0, "not_before": None, "resent": False, "left_list": False}
+    usual = {"provider": "google", "state": State.PENDING, "attempt": 0, "due": 0, "not_before": None, "resent": False, "subscribed": None}
     return Recipient(**usual | {"suppressed": None, "suppressed_domain": None, "fate": "stays", "new_provider": "google"} | values)
 
 
@@ -154,9 +155,14 @@ PLAIN = Situation(
         recipient(fate="erased", resent=True),
         recipient(fate="moved", new_provider="yahoo"),
         recipient(fate="taken", state=State.DEFERRED, attempt=2, due=-30),
-        recipient(left_list=True),
+        recipient(subscribed=False),
+        recipient(subscribed=True),
         recipient(suppressed=("brand", 1)),
         recipient(suppressed_domain=("all", 0), resent=True),
+        recipient(not_before=-60),
+        recipient(not_before=3600),
+        recipient(not_before=3600, state=State.DEFERRED, attempt=1, due=-20),
+        recipient(state=State.DEFERRED, attempt=1, due=3600),
         recipient(),
     ),
     campaign=SENDING,
@@ -181,6 +187,8 @@ ODD = {
     "a claim the database knows": replace(PLAIN, newest_claim=KNOWN_CLAIM),
     "a claim the database forgot": replace(PLAIN, newest_claim=KNOWN_CLAIM + 1),
     "no grant": replace(PLAIN, grants={}),
+    "a grant spent": replace(PLAIN, grants={"google": (5, 5)}),
+    "a grant lowered": replace(PLAIN, grants={"google": (5, 6)}),
     "no limits": replace(PLAIN, limits={}),
     "limits of another provider": replace(PLAIN, limits={(0, "yahoo"): (None, None)}),
     "an hour used up": replace(PLAIN, limits={(0, "*"): (3, 100)}, used={"google": 2}),
@@ -319,8 +327,8 @@ def _add_recipient(rows: dict[type, list[dict[str, Any]]], number: int, recipien
                 "updated_at": now,
             }
         )
-    if recipient.left_list:
-        rows[Subscription].append({"contact_id": number, "list_id": 1, "subscribed": False, "source": "unsubscribe", "changed_at": now})
+    if recipient.subscribed is not None:
+        rows[Subscription].append({"contact_id": number, "list_id": 1, "subscribed": recipient.subscribed, "source": "unsubscribe", "changed_at": now})
     for scope, target in (
         (recipient.suppressed, {"address_hash": new.hash, "domain": None}),
         (recipient.suppressed_domain, {"address_hash": None, "domain": domain}),
@@ -447,9 +455,8 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     numbers = {name: int(value) for name, value in re.findall(r"DECLARE c_(\w+) \w+ DEFAULT (\d+)", text)}
     states = {name: value for name, value in numbers.items() if name.upper() in State.__members__}
     assert states == {"pending": State.PENDING, "claimed": State.CLAIMED, "deferred": State.DEFERRED}
-    windows = {name: value for name, value in numbers.items() if name not in states}
-    assert windows["slot"] == SLOT_SECONDS
-    assert tuple(sorted(windows.values())) == USAGE_WINDOWS
+    assert numbers["slot"] == SLOT_SECONDS
+    assert (numbers["slot"], numbers["hour"], numbers["day"]) == USAGE_WINDOWS
     assert re.findall(r"v_refusal = '(\w+)'", text) == list(Verdict)
     # States are never written as bare numbers.
     assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []

@@ -4,7 +4,7 @@
 -- It runs with its definer's rights and gives out no recipient that it does not claim. It commits nothing. Result sets:
 --   1. one row: refusal (NULL: claimed; else a value of `dispatch.claiming.refusals.Verdict`), now, detail, cap, window_seconds, version_id
 --   2. if claimed, the rows to mail, in order: contact_id, attempt, email, attributes
---   3. if claimed, the rows that may not be mailed: contact_id, state, reason, and for reason 'moved' the contact's address_hash and provider
+--   3. if there are any, the rows that may not be mailed: contact_id, state, reason, and for reason 'moved' the contact's address_hash and provider
 --
 -- `tests/dispatch/test_claims_alike.py` compares it with the same claim on SQLite. p_ is what the caller gave, c_ a constant, v_ was found.
 CREATE PROCEDURE claim_rows (
@@ -33,6 +33,8 @@ BEGIN
   DECLARE c_slot INT DEFAULT 900;
   DECLARE c_hour INT DEFAULT 3600;
   DECLARE c_day INT DEFAULT 86400;
+  -- The sort key of a deferred row is the second in which it is due; that of a pending row is a rank, and each will do.
+  DECLARE c_any_rank INT DEFAULT 2147483647;
 
   DECLARE v_now DATETIME(6) DEFAULT UTC_TIMESTAMP(6);
   -- Not UNIX_TIMESTAMP, which follows the caller's time zone.
@@ -157,6 +159,13 @@ BEGIN
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
     -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts.
     SET v_state = c_deferred, v_latest = v_second;
+    -- Few claims find a deferred row that is due, and looking for one takes a fifth of the time of judging none.
+    IF NOT EXISTS (
+         SELECT 1
+           FROM deliveries
+          WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred AND sort_key <= v_second) THEN
+      SET v_state = c_pending, v_latest = c_any_rank;
+    END IF;
     queues: LOOP
       INSERT INTO claim_queue (contact_id, state, attempt, hindrance, email, address_hash, provider)
       SELECT d.contact_id, v_state, d.attempt,
@@ -191,8 +200,7 @@ BEGIN
       IF v_state = c_pending OR v_room = 0 THEN
         LEAVE queues;
       END IF;
-      -- The sort key of a pending row is a rank and no time: every one will do.
-      SET v_state = c_pending, v_latest = 2147483647;
+      SET v_state = c_pending, v_latest = c_any_rank;
     END LOOP;
     SELECT COUNT(*), COUNT(IF(hindrance IS NULL AND state = c_pending, 1, NULL)), COUNT(IF(hindrance IS NULL AND state = c_deferred, 1, NULL))
       INTO v_found, v_from_pending, v_from_deferred
@@ -237,9 +245,11 @@ BEGIN
       LEFT JOIN contacts AS c ON c.id = q.contact_id
      WHERE q.hindrance IS NULL
      ORDER BY q.position;
-    SELECT contact_id, state, hindrance, IF(hindrance = 'moved', address_hash, NULL), IF(hindrance = 'moved', provider, NULL)
-      FROM claim_queue
-     WHERE hindrance IS NOT NULL
-     ORDER BY position;
+    IF v_found > v_size THEN
+      SELECT contact_id, state, hindrance, IF(hindrance = 'moved', address_hash, NULL), IF(hindrance = 'moved', provider, NULL)
+        FROM claim_queue
+       WHERE hindrance IS NOT NULL
+       ORDER BY position;
+    END IF;
   END IF;
 END

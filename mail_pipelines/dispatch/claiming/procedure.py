@@ -42,7 +42,8 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     now = now.replace(tzinfo=dt.UTC)
     if refusal is not None:
         return Refusal(Verdict(refusal), now, detail or "", cap or 0, window_seconds or 0)
-    rows, hindered = found
+    rows, *rest = found
+    hindered = rest[0] if rest else []
     return Taken(
         now,
         version_id,
