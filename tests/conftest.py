@@ -116,3 +116,16 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
     engine = create_engine(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def both_engines(tmp_path: Path, _sqlite_template: Path, _empty_databases: EmptyDatabases) -> Iterator[tuple[sa.Engine, sa.Engine]]:
+    """SQLite and MariaDB at once, each with an empty database: for tests that compare them."""
+    path = tmp_path / "central.sqlite3"
+    shutil.copy(_sqlite_template, path)
+    url = _empty_databases.take()
+    engines = create_engine(f"sqlite:///{path}"), create_engine(url)
+    yield engines
+    for engine in engines:
+        engine.dispose()
+    _empty_databases.give_back(url)

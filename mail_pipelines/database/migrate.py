@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database.engine import DatabaseError, explained, transact
 from mail_pipelines.database.models import Brand, LedgerGeneration, Pool
+from mail_pipelines.database.procedures import installation
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -33,11 +34,12 @@ def alembic_config(engine: Engine) -> Config:
 
 
 def upgrade(engine: Engine) -> None:
-    """Create or upgrade the schema and the rows every installation has."""
+    """Create or upgrade the schema, with the stored procedures and the rows every installation has."""
     from alembic import command
 
     with explained(engine):
         command.upgrade(alembic_config(engine), "head")
+    transact(engine, installation.install_missing)
     transact(engine, _seed)
 
 

@@ -52,6 +52,53 @@ def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
             assert connection.execute(sa.select(sa.func.count()).select_from(Brand)).scalar_one() == 1
 
 
+def counted(mariadb: MariaDB, name: str) -> int:
+    """How often the server has done something since it started."""
+    with mariadb.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("SHOW GLOBAL STATUS LIKE %s", (name,))
+        return int(cursor.fetchone()[1])  # type: ignore[index]
+
+
+@pytest.mark.server
+def test_a_transaction_takes_no_round_trips_but_its_own(mariadb: MariaDB) -> None:
+    engine = create_engine(mariadb.database())
+    transact(engine, lambda connection: connection.execute(sa.select(1)))
+    before = counted(mariadb, "Questions")
+    for _ in range(5):
+        transact(engine, lambda connection: connection.execute(sa.select(1)))
+    # Each a query and a commit; beside them, the counting itself.
+    alone = counted(mariadb, "Questions")
+    assert alone - before - (counted(mariadb, "Questions") - alone) == 5 * 2
+
+
+@pytest.mark.server
+def test_a_connection_that_died_while_it_was_idle_is_replaced_unnoticed(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "TRUSTED_SECONDS", 0.0)
+    engine = create_engine(mariadb.database())
+    number = transact(engine, lambda connection: connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one())
+    with mariadb.connect() as connection, connection.cursor() as cursor:
+        cursor.execute(f"KILL {number}")
+    assert transact(engine, lambda connection: connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one()) != number
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("with_driver", [True, False])
+def test_a_connection_that_comes_back_within_a_transaction_holds_no_lock(mariadb: MariaDB, with_driver: bool) -> None:
+    engine = create_engine(mariadb.database())
+    migrate.upgrade(engine)
+    query = "SELECT * FROM brands FOR UPDATE"
+    if with_driver:
+        raw = engine.raw_connection()
+        raw.cursor().execute(query)
+        raw.close()
+    else:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(query)
+    assert engine.pool.checkedin() == 1  # type: ignore[attr-defined]
+    with create_engine(str(engine.url)).connect() as other:
+        assert len(other.exec_driver_sql(f"{query} NOWAIT").all()) == 1
+
+
 @pytest.mark.server
 def test_a_database_server_that_is_away_is_named_without_its_password() -> None:
     with pytest.raises(DatabaseUnreachable) as caught, reading(create_engine("mysql+pymysql://root@127.0.0.1:1/nothing", "topsecret")) as connection:

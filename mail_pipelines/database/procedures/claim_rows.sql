@@ -1,0 +1,258 @@
+-- Lease the next rows of one shard and provider to one sender: the whole claim of `mail_pipelines.dispatch.claims` but for the rows that
+-- may not be mailed, which the caller ends in the same transaction. Valid for MariaDB from 10.6 and MySQL 8.
+--
+-- It runs with its definer's rights and gives out no recipient that it does not claim. It commits nothing. Result sets:
+--   1. one row: refusal (NULL: claimed; else a value of `dispatch.claiming.refusals.Verdict`), now, detail, cap, window_seconds, version_id
+--   2. if claimed, the rows to mail, in order: contact_id, attempt, email, attributes
+--   3. if there are any, the rows that may not be mailed: contact_id, state, reason, and for reason 'moved' the contact's address_hash and provider
+--
+-- `tests/dispatch/test_claims_alike.py` compares it with the same claim on SQLite. p_ is what the caller gave, c_ a constant, v_ was found.
+CREATE PROCEDURE claim_rows (
+  IN p_claim_id BIGINT,
+  IN p_campaign_id INT,
+  IN p_shard TINYINT,
+  IN p_provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin,
+  IN p_limit INT,
+  IN p_server_id INT,
+  IN p_incarnation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin,
+  IN p_boot_id VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin,
+  IN p_run_id VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin,
+  IN p_generation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin,
+  IN p_newest_claim BIGINT,
+  IN p_journal_inode BIGINT,
+  IN p_journal_offset BIGINT,
+  IN p_lease_microseconds BIGINT
+)
+SQL SECURITY DEFINER
+BEGIN
+  -- Of `database.models.State`.
+  DECLARE c_pending TINYINT DEFAULT 0;
+  DECLARE c_claimed TINYINT DEFAULT 1;
+  DECLARE c_deferred TINYINT DEFAULT 3;
+  -- Of `delivery.recording`, in seconds.
+  DECLARE c_slot INT DEFAULT 900;
+  DECLARE c_hour INT DEFAULT 3600;
+  DECLARE c_day INT DEFAULT 86400;
+  -- The sort key of a deferred row is the second in which it is due; that of a pending row is a rank, and each will do.
+  DECLARE c_any_rank INT DEFAULT 2147483647;
+
+  DECLARE v_now DATETIME(6) DEFAULT UTC_TIMESTAMP(6);
+  -- Not UNIX_TIMESTAMP, which follows the caller's time zone.
+  DECLARE v_second BIGINT DEFAULT TIMESTAMPDIFF(SECOND, '1970-01-01', v_now);
+  DECLARE v_slot_start BIGINT DEFAULT v_second - MOD(v_second, c_slot);
+  DECLARE v_refusal VARCHAR(20) CHARACTER SET ascii COLLATE ascii_bin;
+  DECLARE v_detail VARCHAR(500) CHARACTER SET utf8mb4;
+
+  DECLARE v_server_state, v_campaign_state VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin;
+  DECLARE v_incarnation, v_generation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin;
+  DECLARE v_remembered BOOLEAN;
+  DECLARE v_held_reason VARCHAR(500) CHARACTER SET utf8mb4;
+  DECLARE v_expire_at DATETIME(6);
+  DECLARE v_version_id, v_brand_id, v_list_id INT;
+  DECLARE v_unsubscribe VARCHAR(8) CHARACTER SET ascii COLLATE ascii_bin;
+
+  DECLARE v_room, v_left, v_cap, v_window, v_per_hour, v_per_day INT;
+  DECLARE v_limits_of VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin;
+
+  DECLARE v_state TINYINT;
+  DECLARE v_first_due, v_latest BIGINT;
+  DECLARE v_found, v_from_pending, v_from_deferred, v_size INT;
+
+  decision: BEGIN
+    -- May this process speak for the server?
+    SELECT s.state, s.incarnation, g.generation, p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim)
+      INTO v_server_state, v_incarnation, v_generation, v_remembered
+      FROM servers AS s
+      JOIN ledger_generation AS g ON g.id = 1
+     WHERE s.id = p_server_id;
+    IF v_server_state IS NULL THEN
+      SET v_refusal = 'unregistered';
+      LEAVE decision;
+    ELSEIF NOT (v_incarnation <=> p_incarnation) THEN
+      SET v_refusal = 'other_incarnation';
+      LEAVE decision;
+    ELSEIF v_server_state <> 'active' THEN
+      SET v_refusal = 'inactive', v_detail = v_server_state;
+      LEAVE decision;
+    ELSEIF v_generation <> p_generation OR NOT v_remembered THEN
+      SET v_refusal = 'went_back';
+      LEAVE decision;
+    END IF;
+
+    -- Is the campaign sending? Whoever pauses or cancels it waits until this claim is written.
+    SELECT state, held_reason, expire_at, version_id, brand_id, unsubscribe, unsubscribe_list_id
+      INTO v_campaign_state, v_held_reason, v_expire_at, v_version_id, v_brand_id, v_unsubscribe, v_list_id
+      FROM campaigns
+     WHERE id = p_campaign_id
+      LOCK IN SHARE MODE;
+    IF v_campaign_state IS NULL THEN
+      SET v_refusal = 'no_campaign';
+      LEAVE decision;
+    ELSEIF v_campaign_state <> 'sending' THEN
+      SET v_refusal = 'not_sending', v_detail = v_campaign_state;
+      LEAVE decision;
+    ELSEIF v_held_reason <> '' THEN
+      SET v_refusal = 'held', v_detail = v_held_reason;
+      LEAVE decision;
+    ELSEIF v_expire_at <= v_now THEN
+      SET v_refusal = 'expired';
+      LEAVE decision;
+    END IF;
+
+    -- How many messages do grant and limits still allow? Their rows are locked in key order.
+    SELECT granted - used INTO v_room
+      FROM allotments
+     WHERE campaign_id = p_campaign_id AND server_id = p_server_id AND provider = p_provider AND slot_start = v_slot_start
+       FOR UPDATE;
+    IF v_room IS NULL OR v_room <= 0 THEN
+      SET v_refusal = 'no_grant';
+      LEAVE decision;
+    END IF;
+    -- The limits that fit best: the server's own before those of all, the provider's before those of any.
+    SELECT provider, per_hour, per_day INTO v_limits_of, v_per_hour, v_per_day
+      FROM provider_limits
+     WHERE server_id IN (0, p_server_id) AND provider IN (p_provider, '*')
+     ORDER BY server_id DESC, provider DESC
+     LIMIT 1;
+    IF v_limits_of IS NULL THEN
+      SET v_refusal = 'no_limits';
+      LEAVE decision;
+    END IF;
+    SET v_window = c_hour, v_cap = v_per_hour;
+    windows: LOOP
+      IF v_cap IS NOT NULL THEN
+        -- The row must exist to be locked: two campaigns that meet in a new window would both see an empty one.
+        INSERT INTO provider_usage (server_id, provider, window_seconds, window_start, used)
+        VALUES (p_server_id, p_provider, v_window, v_second - MOD(v_second, v_window), 0)
+            ON DUPLICATE KEY UPDATE used = used + VALUES(used);
+        SELECT v_cap - used INTO v_left
+          FROM provider_usage
+         WHERE server_id = p_server_id AND provider = p_provider AND window_seconds = v_window AND window_start = v_second - MOD(v_second, v_window)
+           FOR UPDATE;
+        IF v_left <= 0 THEN
+          SET v_refusal = 'used_up';
+          LEAVE decision;
+        END IF;
+        SET v_room = LEAST(v_room, v_left);
+      END IF;
+      IF v_window = c_day THEN
+        LEAVE windows;
+      END IF;
+      SET v_window = c_day, v_cap = v_per_day;
+    END LOOP;
+    SET v_room = LEAST(v_room, p_limit);
+
+    -- The rows of this claim. The table lives as long as the connection, since making one takes longer than emptying it; in memory, as its
+    -- content means nothing outside this call. If its columns change, so must its name.
+    CREATE TEMPORARY TABLE IF NOT EXISTS claim_queue (
+      position INT NOT NULL AUTO_INCREMENT PRIMARY KEY,
+      contact_id BIGINT NOT NULL,
+      state TINYINT NOT NULL,
+      attempt TINYINT NOT NULL,
+      hindrance VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin,
+      email VARCHAR(254) CHARACTER SET utf8mb4,
+      address_hash BINARY(16),
+      provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin
+    ) ENGINE = MEMORY;
+    DELETE FROM claim_queue;
+
+    -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
+    -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts.
+    SELECT MIN(sort_key) INTO v_first_due
+      FROM deliveries
+     WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred;
+    IF v_first_due <= v_second THEN
+      SET v_state = c_deferred, v_latest = v_second;
+    ELSE
+      SET v_state = c_pending, v_latest = c_any_rank;
+    END IF;
+    queues: LOOP
+      INSERT INTO claim_queue (contact_id, state, attempt, hindrance, email, address_hash, provider)
+      SELECT d.contact_id, v_state, d.attempt,
+             CASE
+               WHEN c.id IS NULL THEN 'erased'
+               WHEN EXISTS (
+                      SELECT 1 FROM suppressions AS s
+                       WHERE s.address_hash = c.address_hash
+                         AND (s.scope_kind = 'all' AND s.scope_id = 0 OR s.scope_kind = 'brand' AND s.scope_id = v_brand_id OR s.scope_kind = 'list' AND s.scope_id = v_list_id))
+                 OR EXISTS (
+                      SELECT 1 FROM suppressions AS s
+                       WHERE s.domain = c.domain
+                         AND (s.scope_kind = 'all' AND s.scope_id = 0 OR s.scope_kind = 'brand' AND s.scope_id = v_brand_id OR s.scope_kind = 'list' AND s.scope_id = v_list_id))
+               THEN 'suppressed'
+               WHEN c.address_hash <> d.address_hash THEN 'moved'
+             END,
+             c.email, c.address_hash, c.provider
+        FROM (
+               SELECT contact_id, attempt, address_hash
+                 FROM deliveries
+                WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = v_state AND sort_key <= v_latest
+                  AND (v_state = c_deferred OR not_before IS NULL OR not_before <= v_second)
+                ORDER BY sort_key
+                LIMIT v_room
+                  FOR UPDATE SKIP LOCKED
+             ) AS d
+        LEFT JOIN contacts AS c ON c.id = d.contact_id;
+      SET v_room = v_room - ROW_COUNT();
+      IF v_state = c_pending OR v_room = 0 THEN
+        LEAVE queues;
+      END IF;
+      SET v_state = c_pending, v_latest = c_any_rank;
+    END LOOP;
+    IF v_unsubscribe = 'list' THEN
+      UPDATE claim_queue AS q
+        JOIN subscriptions AS s ON s.contact_id = q.contact_id AND s.list_id = v_list_id AND NOT s.subscribed
+         SET q.hindrance = 'unsubscribed'
+       WHERE q.hindrance IS NULL OR q.hindrance = 'moved';
+    END IF;
+    SELECT COUNT(*), COUNT(IF(hindrance IS NULL AND state = c_pending, 1, NULL)), COUNT(IF(hindrance IS NULL AND state = c_deferred, 1, NULL))
+      INTO v_found, v_from_pending, v_from_deferred
+      FROM claim_queue;
+    SET v_size = v_from_pending + v_from_deferred;
+    IF v_found = 0 THEN
+      SET v_refusal = 'nothing_due';
+      LEAVE decision;
+    END IF;
+
+    IF v_size > 0 THEN
+      UPDATE claim_queue AS q
+        STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
+         SET d.state = c_claimed, d.claim_id = p_claim_id, d.server_id = p_server_id, d.version_id = COALESCE(v_version_id, 0)
+       WHERE q.hindrance IS NULL;
+      INSERT INTO provider_usage (server_id, provider, window_seconds, window_start, used)
+      VALUES (p_server_id, p_provider, c_slot, v_slot_start, v_size),
+             (p_server_id, p_provider, c_hour, v_second - MOD(v_second, c_hour), v_size),
+             (p_server_id, p_provider, c_day, v_second - MOD(v_second, c_day), v_size)
+          ON DUPLICATE KEY UPDATE used = used + VALUES(used);
+      UPDATE allotments
+         SET used = used + v_size
+       WHERE campaign_id = p_campaign_id AND server_id = p_server_id AND provider = p_provider AND slot_start = v_slot_start;
+      INSERT INTO campaign_counters (campaign_id, shard, provider, server_id, state, count)
+      VALUES (p_campaign_id, p_shard, p_provider, p_server_id, c_pending, -v_from_pending),
+             (p_campaign_id, p_shard, p_provider, p_server_id, c_claimed, v_size),
+             (p_campaign_id, p_shard, p_provider, p_server_id, c_deferred, -v_from_deferred)
+          ON DUPLICATE KEY UPDATE count = count + VALUES(count);
+    END IF;
+    -- A claim of which nothing is left to send is written closed: it proves to its server that the database remembers it.
+    INSERT INTO claims (id, campaign_id, shard, provider, server_id, run_id, size, state, incarnation, boot_id, journal_inode, journal_offset,
+                        opened_at, lease_until, closed_at)
+    VALUES (p_claim_id, p_campaign_id, p_shard, p_provider, p_server_id, p_run_id, v_size, IF(v_size > 0, 'open', 'closed'), p_incarnation, p_boot_id,
+            p_journal_inode, p_journal_offset, v_now, v_now + INTERVAL p_lease_microseconds MICROSECOND, IF(v_size > 0, NULL, v_now));
+  END decision;
+
+  SELECT v_refusal, v_now, v_detail, v_cap, v_window, v_version_id;
+  IF v_refusal IS NULL THEN
+    -- Who was erased since the statement above is as if erased after the claim; what is gone is not given out.
+    SELECT q.contact_id, q.attempt, q.email, COALESCE(c.attributes, '{}')
+      FROM claim_queue AS q
+      LEFT JOIN contacts AS c ON c.id = q.contact_id
+     WHERE q.hindrance IS NULL
+     ORDER BY q.position;
+    IF v_found > v_size THEN
+      SELECT contact_id, state, hindrance, IF(hindrance = 'moved', address_hash, NULL), IF(hindrance = 'moved', provider, NULL)
+        FROM claim_queue
+       WHERE hindrance IS NOT NULL
+       ORDER BY position;
+    END IF;
+  END IF;
+END

@@ -1,0 +1,261 @@
+"""The claim on SQLite, step by step: what the procedure `claim_rows` does on MySQL/MariaDB.
+
+No row is locked here, since a write transaction of SQLite has the database to itself.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections import Counter
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.contacts import consent
+from mail_pipelines.database.models import (
+    Allotment,
+    Campaign,
+    Claim,
+    Contact,
+    Delivery,
+    LedgerGeneration,
+    ProviderLimit,
+    ProviderUsage,
+    Server,
+    State,
+    Subscription,
+)
+from mail_pipelines.database.types import utc_now
+from mail_pipelines.database.upsert import add_to
+from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.recording import slot_at, windows_at
+from mail_pipelines.dispatch.claiming.hindrances import MOVED
+from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
+from mail_pipelines.dispatch.claiming.terms import Hindered, Request, Row, Taken
+
+# The statements are built once: building one costs more than running it, and a claim runs a dozen, many times a second.
+_SENDER = (
+    sa.select(
+        Server.state,
+        Server.incarnation,
+        LedgerGeneration.generation,
+        sa.or_(sa.bindparam("newest_claim", type_=sa.BigInteger).is_(None), sa.exists().where(Claim.id == sa.bindparam("newest_claim"))).label("remembered"),
+    )
+    .join_from(Server, LedgerGeneration, LedgerGeneration.id == 1)
+    .where(Server.id == sa.bindparam("server_id"))
+)
+_CAMPAIGN = sa.select(
+    Campaign.state,
+    Campaign.held_reason,
+    Campaign.version_id,
+    Campaign.expire_at,
+    Campaign.brand_id,
+    Campaign.unsubscribe,
+    Campaign.unsubscribe_list_id,
+).where(Campaign.id == sa.bindparam("campaign_id"))
+_OUR_GRANT = (
+    Allotment.campaign_id == sa.bindparam("campaign"),
+    Allotment.server_id == sa.bindparam("server"),
+    Allotment.provider == sa.bindparam("to"),
+    Allotment.slot_start == sa.bindparam("slot"),
+)
+_GRANT = sa.select(Allotment.granted - Allotment.used).where(*_OUR_GRANT)
+_SPEND = sa.update(Allotment).where(*_OUR_GRANT).values(used=Allotment.used + sa.bindparam("spent"))
+_LIMITS = (
+    sa.select(ProviderLimit.per_hour, ProviderLimit.per_day)
+    .where(ProviderLimit.server_id.in_((0, sa.bindparam("server_id"))), ProviderLimit.provider.in_((sa.bindparam("provider"), "*")))
+    # Those that fit best: the server's own before those of all, the provider's before those of any.
+    .order_by(ProviderLimit.server_id.desc(), ProviderLimit.provider.desc())
+    .limit(1)
+)
+_USED = sa.select(ProviderUsage.used).where(
+    ProviderUsage.server_id == sa.bindparam("server_id"),
+    ProviderUsage.provider == sa.bindparam("provider"),
+    ProviderUsage.window_seconds == sa.bindparam("length"),
+    ProviderUsage.window_start == sa.bindparam("start"),
+)
+
+
+def _due(state: State, condition: sa.ColumnElement[bool]) -> sa.Select[int]:
+    return (
+        sa.select(Delivery.contact_id)
+        .where(
+            Delivery.campaign_id == sa.bindparam("campaign_id"),
+            Delivery.shard == sa.bindparam("shard"),
+            Delivery.provider == sa.bindparam("provider"),
+            Delivery.state == int(state),
+            condition,
+        )
+        .order_by(Delivery.sort_key)
+        .limit(sa.bindparam("most"))
+    )
+
+
+# Deferred rows that are due first, then pending ones.
+_ROWS = {
+    State.DEFERRED: _due(State.DEFERRED, Delivery.sort_key <= sa.bindparam("second")),
+    State.PENDING: _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= sa.bindparam("second"))),
+}
+_TAKE = (
+    sa.update(Delivery)
+    .where(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id.in_(sa.bindparam("contacts", expanding=True)))
+    .values(state=int(State.CLAIMED), claim_id=sa.bindparam("claim"), server_id=sa.bindparam("server"), version_id=sa.bindparam("version"))
+)
+_OPEN = sa.insert(Claim)
+
+
+@functools.lru_cache(maxsize=256)
+def _recipients(brand_id: int, list_id: int | None, of_list: bool) -> sa.Select[Any]:
+    """Contacts as they are now with their row of the ledger, and why a campaign of this brand (and list) may not mail them as they are."""
+    left_list: sa.ColumnElement[bool] = sa.false()
+    if of_list:
+        left_list = sa.exists().where(Subscription.contact_id == Contact.id, Subscription.list_id == list_id, Subscription.subscribed.is_(False))
+    hindrance = sa.case(
+        (consent.suppressed_clause(Contact.address_hash, Contact.domain, consent.campaign_scopes(brand_id, list_id)), "suppressed"),
+        (left_list, "unsubscribed"),
+        (Contact.address_hash != Delivery.address_hash, MOVED),
+    )
+    return (
+        sa.select(Contact.id, Delivery.attempt, Contact.email, Contact.attributes, hindrance.label("hindrance"), Contact.address_hash, Contact.provider)
+        .join_from(Contact, Delivery, sa.and_(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id == Contact.id))
+        .where(Contact.id.in_(sa.bindparam("contacts", expanding=True)))
+    )
+
+
+def take(connection: Connection, request: Request) -> Taken | Refusal:
+    """Take rows and write the claim, or say why not."""
+    now: dt.datetime = connection.execute(sa.select(utc_now())).scalar_one()
+    if refusal := _check_sender(connection, request, now):
+        return refusal
+    campaign: Any = connection.execute(_CAMPAIGN, {"campaign_id": request.campaign_id}).one_or_none()
+    if refusal := _check_campaign(campaign, now):
+        return refusal
+    room = _room(connection, request, now)
+    if isinstance(room, Refusal):
+        return room
+    sources = _due_rows(connection, request, min(request.limit, room), now)
+    if not sources:
+        return Refusal(Verdict.NOTHING_DUE, now)
+    rows, hindered = _check_recipients(connection, request, campaign, sources)
+    version_id: int = campaign.version_id
+    if rows:
+        _claim_rows(connection, request, rows, sources, version_id, now)
+    _write_claim(connection, request, len(rows), now)
+    return Taken(now, version_id, tuple(rows), tuple(hindered))
+
+
+def _check_sender(connection: Connection, request: Request, now: dt.datetime) -> Refusal | None:
+    place = {"server_id": request.sender.server_id, "newest_claim": request.memory.newest_claim}
+    found = connection.execute(_SENDER, place).one_or_none()
+    if found is None:
+        return Refusal(Verdict.UNREGISTERED, now)
+    if found.incarnation != request.sender.incarnation:
+        return Refusal(Verdict.OTHER_INCARNATION, now)
+    if found.state != "active":
+        return Refusal(Verdict.INACTIVE, now, found.state)
+    if found.generation != request.memory.generation or not found.remembered:
+        return Refusal(Verdict.WENT_BACK, now)
+    return None
+
+
+def _check_campaign(campaign: Any, now: dt.datetime) -> Refusal | None:
+    if campaign is None:
+        return Refusal(Verdict.NO_CAMPAIGN, now)
+    if campaign.state != "sending":
+        return Refusal(Verdict.NOT_SENDING, now, campaign.state)
+    if campaign.held_reason:
+        return Refusal(Verdict.HELD, now, campaign.held_reason)
+    if campaign.expire_at is not None and campaign.expire_at <= now:
+        return Refusal(Verdict.EXPIRED, now)
+    return None
+
+
+def _room(connection: Connection, request: Request, now: dt.datetime) -> int | Refusal:
+    """How many messages grant and limits still allow."""
+    place = {"server_id": request.sender.server_id, "provider": request.provider}
+    grant = {"campaign": request.campaign_id, "server": request.sender.server_id, "to": request.provider, "slot": slot_at(now)}
+    room: int = connection.execute(_GRANT, grant).scalar_one_or_none() or 0
+    if room <= 0:
+        return Refusal(Verdict.NO_GRANT, now)
+    limits = connection.execute(_LIMITS, place).one_or_none()
+    if limits is None:
+        return Refusal(Verdict.NO_LIMITS, now)
+    caps = {3600: limits.per_hour, 86400: limits.per_day}
+    for length, start in windows_at(now):
+        cap = caps.get(length)
+        if cap is not None:
+            left = cap - (connection.execute(_USED, place | {"length": length, "start": start}).scalar_one_or_none() or 0)
+            if left <= 0:
+                return Refusal(Verdict.USED_UP, now, cap=cap, window_seconds=length)
+            room = min(room, left)
+    return room
+
+
+def _due_rows(connection: Connection, request: Request, most: int, now: dt.datetime) -> dict[int, State]:
+    """The next rows in the order in which they are to be sent, most engaged first among the pending, with the state of each."""
+    sources: dict[int, State] = {}
+    queue = {"campaign_id": request.campaign_id, "shard": request.shard, "provider": request.provider, "second": int(now.timestamp())}
+    for state, statement in _ROWS.items():
+        if len(sources) < most:
+            found = connection.execute(statement, queue | {"most": most - len(sources)}).scalars()
+            sources.update(dict.fromkeys(found, state))
+    return sources
+
+
+def _check_recipients(connection: Connection, request: Request, campaign: Any, sources: dict[int, State]) -> tuple[list[Row], list[Hindered]]:
+    """The rows that may be mailed, and the others."""
+    statement = _recipients(campaign.brand_id, campaign.unsubscribe_list_id, campaign.unsubscribe == "list")
+    found = {row.id: row for row in connection.execute(statement, {"campaign": request.campaign_id, "contacts": list(sources)})}
+    rows: list[Row] = []
+    hindered: list[Hindered] = []
+    for contact_id, source in sources.items():
+        row = found.get(contact_id)
+        if row is None:
+            hindered.append(Hindered(contact_id, source, "erased"))
+        elif row.hindrance == MOVED:
+            hindered.append(Hindered(contact_id, source, MOVED, row.address_hash, row.provider))
+        elif row.hindrance:
+            hindered.append(Hindered(contact_id, source, row.hindrance))
+        else:
+            rows.append(Row(contact_id, row.attempt, row.email, row.attributes))
+    return rows, hindered
+
+
+def _claim_rows(connection: Connection, request: Request, rows: list[Row], sources: dict[int, State], version_id: int, now: dt.datetime) -> None:
+    """Move rows to the claim; debit windows and grant; count."""
+    server_id, size = request.sender.server_id, len(rows)
+    take = {"campaign": request.campaign_id, "contacts": [row.contact_id for row in rows], "claim": request.claim_id}
+    connection.execute(_TAKE, take | {"server": server_id, "version": version_id})
+    debit = {"server_id": server_id, "provider": request.provider, "used": size}
+    add_to(connection, ProviderUsage, [debit | {"window_seconds": length, "window_start": start} for length, start in windows_at(now)], column="used")
+    connection.execute(_SPEND, {"campaign": request.campaign_id, "server": server_id, "to": request.provider, "slot": slot_at(now), "spent": size})
+    moves: Counter[counters.Place] = Counter({(request.shard, request.provider, State.CLAIMED, ""): size})
+    for source, count in Counter(sources[row.contact_id] for row in rows).items():
+        moves[request.shard, request.provider, source, ""] -= count
+    counters.add(connection, request.campaign_id, server_id, moves, now)
+
+
+def _write_claim(connection: Connection, request: Request, size: int, now: dt.datetime) -> None:
+    """A claim of which nothing is left to send is written closed: it proves to its server that the database remembers it."""
+    connection.execute(
+        _OPEN,
+        {
+            "id": request.claim_id,
+            "campaign_id": request.campaign_id,
+            "shard": request.shard,
+            "provider": request.provider,
+            "server_id": request.sender.server_id,
+            "run_id": request.sender.run_id,
+            "size": size,
+            "state": "open" if size else "closed",
+            "incarnation": request.sender.incarnation,
+            "boot_id": request.sender.boot_id,
+            "journal_inode": request.position.inode,
+            "journal_offset": request.position.offset,
+            "opened_at": now,
+            "lease_until": now + dt.timedelta(seconds=request.lease_seconds),
+            "closed_at": None if size else now,
+        },
+    )

@@ -1,0 +1,79 @@
+"""Rows that were due but may not be mailed as they are: they end, or go back to the queue of another provider.
+
+Few claims meet one, so both databases share these statements. They run in the claim's own transaction, on rows that it has locked, and read
+nothing of contacts: what they need came with the rows.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.database.models import Delivery, State
+from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.events import resent_among
+from mail_pipelines.dispatch.claiming.terms import Hindered, Request
+
+# The contact has another address than the one that was frozen. Every other hindrance is the reason with which the row ends.
+MOVED = "moved"
+
+
+def end(connection: Connection, request: Request, hindered: Sequence[Hindered], now: dt.datetime) -> None:
+    """Move each row where it belongs, and count it there."""
+    if not hindered:
+        return
+    moves: Counter[counters.Place] = Counter()
+    refused: defaultdict[str, list[Hindered]] = defaultdict(list)
+    moved = []
+    for row in hindered:
+        if row.reason == MOVED:
+            moved.append(row)
+        else:
+            refused[row.reason].append(row)
+    if duplicates := _readdress(connection, request, moved, moves):
+        refused["duplicate_address"] = duplicates
+    for reason, rows in refused.items():
+        _refuse(connection, request, rows, reason, now, moves)
+    counters.add(connection, request.campaign_id, request.sender.server_id, moves, now)
+
+
+def _readdress(connection: Connection, request: Request, rows: Sequence[Hindered], moves: Counter[counters.Place]) -> list[Hindered]:
+    """Put rows under the new address into the queue of its provider; returns those whose address has a row of its own."""
+    if not rows:
+        return []
+    present = sa.select(Delivery.address_hash).where(Delivery.campaign_id == request.campaign_id, Delivery.address_hash.in_([row.address_hash for row in rows]))
+    used: set[bytes | None] = set(connection.execute(present).scalars())
+    duplicates = []
+    for row in rows:
+        if row.address_hash in used:
+            duplicates.append(row)
+            continue
+        used.add(row.address_hash)
+        moves[request.shard, request.provider, row.source, ""] -= 1
+        moves[request.shard, str(row.provider), row.source, ""] += 1
+        _update(connection, request, [row.contact_id], address_hash=row.address_hash, provider=row.provider)
+    return duplicates
+
+
+def _refuse(connection: Connection, request: Request, rows: Sequence[Hindered], reason: str, now: dt.datetime, moves: Counter[counters.Place]) -> None:
+    """End rows that must not be mailed: suppressed, or unresolved where an earlier copy may have arrived."""
+    twice = resent_among(connection, request.campaign_id, [row.contact_id for row in rows])
+    for target, ended in (
+        (State.UNRESOLVED, [row for row in rows if row.contact_id in twice]),
+        (State.SUPPRESSED, [row for row in rows if row.contact_id not in twice]),
+    ):
+        if ended:
+            for row in ended:
+                moves[request.shard, request.provider, row.source, ""] -= 1
+                moves[request.shard, request.provider, target, reason] += 1
+            _update(connection, request, [row.contact_id for row in ended], state=int(target), reason=reason, sort_key=int(now.timestamp()))
+
+
+def _update(connection: Connection, request: Request, contact_ids: Collection[int], **values: Any) -> None:
+    ours = (Delivery.campaign_id == request.campaign_id, Delivery.contact_id.in_(sorted(contact_ids)))
+    connection.execute(sa.update(Delivery).where(*ours).values(**values))

@@ -1,0 +1,106 @@
+"""The words of a claim: who asks for what, and what the answer is made of. Nothing here asks a database."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import Any
+
+from mail_pipelines.database.models import State
+from mail_pipelines.delivery.recording import ClaimRef
+from mail_pipelines.dispatch.files import DispatchError
+from mail_pipelines.dispatch.journal import Position
+
+
+class WrongServer(DispatchError):
+    """This process may not speak for the server: other incarnation, not active, or a database of another time."""
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who claims: a session on a server."""
+
+    server_id: int
+    server_key: str
+    incarnation: str
+    boot_id: str
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a server remembers of the database: its generation and the newest claim opened in it."""
+
+    generation: str
+    newest_claim: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Up to `limit` rows of a shard and provider, for `lease_seconds`; `position` is the place in the journal after the claim's marker."""
+
+    sender: Sender
+    memory: Memory
+    claim_id: int
+    campaign_id: int
+    shard: int
+    provider: str
+    limit: int
+    position: Position
+    lease_seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipient of a claim, with address and merge fields as they are now."""
+
+    contact_id: int
+    attempt: int
+    email: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hindered:
+    """A row that was due but may not be mailed as it is, and why. `address_hash` and `provider` are the contact's present ones if it moved."""
+
+    contact_id: int
+    source: State
+    reason: str
+    address_hash: bytes | None = None
+    provider: str | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the database gave at `now`: the claim is written, `rows` are its own; those hindered are locked and still where they were."""
+
+    now: dt.datetime
+    version_id: int
+    rows: tuple[Row, ...]
+    hindered: tuple[Hindered, ...]
+
+
+@dataclass(frozen=True)
+class OpenClaim:
+    """A claim that was opened; `rows` may be sent until `lease_until` (database time)."""
+
+    ref: ClaimRef
+    rows: tuple[Row, ...]
+    version_id: int
+    lease_until: dt.datetime
+    position: Position
+    # The same moment on this process's monotonic clock, taken before the database was asked.
+    opened: float
+
+
+@dataclass(frozen=True)
+class NothingClaimed:
+    """No row may be sent now, and why. `retry_at` (epoch seconds): when that may change, if it is known.
+
+    `ends_session` tells a reason that concerns the whole campaign from one that concerns one provider.
+    """
+
+    reason: str
+    retry_at: float | None = None
+    ends_session: bool = False

@@ -1,0 +1,462 @@
+"""A claim means the same on SQLite, step by step in Python, and on MySQL/MariaDB, in a stored procedure: the same answer, ledger and numbers."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mail_pipelines.contacts.addresses import parse
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import (
+    Allotment,
+    Campaign,
+    CampaignCounter,
+    CampaignMinute,
+    Claim,
+    Contact,
+    ContactList,
+    Delivery,
+    DeliveryEvent,
+    LedgerGeneration,
+    ProviderLimit,
+    ProviderUsage,
+    Server,
+    State,
+    Subscription,
+    Suppression,
+)
+from mail_pipelines.database.procedures import installation
+from mail_pipelines.delivery.events import RESENT
+from mail_pipelines.delivery.recording import SLOT_SECONDS, USAGE_WINDOWS, slot_at, windows_at
+from mail_pipelines.dispatch import claims
+from mail_pipelines.dispatch.claiming import procedure
+from mail_pipelines.dispatch.claiming.refusals import Verdict
+from mail_pipelines.dispatch.claims import Memory, NothingClaimed, Sender, WrongServer
+from mail_pipelines.dispatch.journal import Position
+
+PROVIDERS = ("google", "yahoo")
+SCOPES = (("all", 0), ("brand", 1), ("brand", 2), ("list", 1), ("list", 2))
+KNOWN_CLAIM = 77
+FILLED = (
+    Allotment,
+    CampaignCounter,
+    CampaignMinute,
+    Claim,
+    Delivery,
+    DeliveryEvent,
+    Contact,
+    ProviderLimit,
+    ProviderUsage,
+    Subscription,
+    Suppression,
+    Campaign,
+    ContactList,
+    Server,
+)
+
+
+# --- situations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipient:
+    """One row of the ledger and its contact. `due`: seconds from now, of a deferred row; `not_before` likewise, of a pending one."""
+
+    provider: str
+    state: State
+    attempt: int
+    due: int
+    not_before: int | None
+    resent: bool
+    # Of the list that the campaign's unsubscribe link ends: None was never on it.
+    subscribed: bool | None
+    suppressed: tuple[str, int] | None
+    suppressed_domain: tuple[str, int] | None
+    # stays, erased, moved (to a provider), taken (moved to an address that has a row of its own)
+    fate: str
+    new_provider: str
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything a claim looks at. `limits`: (server, provider) to (per hour, per day); `used`: messages in every window of a provider."""
+
+    recipients: tuple[Recipient, ...]
+    campaign: dict[str, Any] | None
+    grants: dict[str, tuple[int, int]]
+    limits: dict[tuple[int, str], tuple[int | None, int | None]]
+    used: dict[str, int]
+    # (provider, limit) of one claim after the other
+    asked: tuple[tuple[str, int], ...]
+    server_state: str | None = "active"
+    incarnation: str | None = "i"
+    generation_known: bool = True
+    newest_claim: int | None = None
+
+
+def rarely(usual: Any, *others: Any) -> st.SearchStrategy[Any]:
+    """The usual value nine times out of ten. (A plain choice would hinder most rows, in several ways at once.)"""
+    return st.integers(0, 99).flatmap(lambda number: st.sampled_from(others) if number % 10 == 7 else st.just(usual))
+
+
+RECIPIENTS = st.builds(
+    Recipient,
+    provider=rarely("google", "yahoo"),
+    state=st.sampled_from([State.PENDING, State.DEFERRED, State.PENDING, State.DEFERRED, State.PENDING, State.CLAIMED, State.DELIVERED]),
+    attempt=st.integers(0, 2),
+    due=st.sampled_from([-3600, -1, 3600]),
+    not_before=rarely(None, -60, 3600),
+    resent=st.booleans(),
+    subscribed=rarely(None, False, True),
+    suppressed=rarely(None, *SCOPES),
+    suppressed_domain=rarely(None, *SCOPES),
+    fate=st.sampled_from(["stays"] * 6 + ["erased", "moved", "taken"]),
+    new_provider=st.sampled_from(PROVIDERS),
+)
+GRANTS = st.sampled_from([(1000, 0), (2, 0), (5, 4), (5, 5), (3, 9)])
+CAPS = st.tuples(st.sampled_from([None, 4, 1, 0]), st.sampled_from([None, 50, 3, 0]))
+SENDING = {"state": "sending", "held_reason": None, "expire_at": None, "unsubscribe": "all", "version_id": 1}
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> Situation:
+    """Campaign and server are in order, so that everything depends on rows, grants and limits."""
+    wide = draw(st.booleans())
+    other_limits = st.dictionaries(st.sampled_from([(0, "google"), (1, "*"), (1, "google")]), CAPS)
+    return Situation(
+        recipients=tuple(draw(st.lists(RECIPIENTS, min_size=3, max_size=9))),
+        campaign=SENDING | {"unsubscribe": draw(st.sampled_from(["all", "brand", "list"])), "version_id": draw(st.sampled_from([1, 7]))},
+        grants={provider: (1000, 0) if wide else draw(GRANTS) for provider in PROVIDERS},
+        limits={(0, "*"): (None, None)} if wide else {(0, "*"): draw(CAPS)} | draw(other_limits),
+        used=draw(st.dictionaries(st.sampled_from(PROVIDERS), st.integers(1, 2))),
+        asked=tuple(draw(st.lists(st.tuples(rarely("google", "yahoo"), st.sampled_from([100, 1, 3])), min_size=1, max_size=3))),
+    )
+
+
+def recipient(**values: Any) -> Recipient:
+    usual = {"provider": "google", "state": State.PENDING, "attempt": 0, "due": 0, "not_before": None, "resent": False, "subscribed": None}
+    return Recipient(**usual | {"suppressed": None, "suppressed_domain": None, "fate": "stays", "new_provider": "google"} | values)
+
+
+# One of each kind.
+PLAIN = Situation(
+    recipients=(
+        recipient(),
+        recipient(state=State.DEFERRED, attempt=1, due=-60),
+        recipient(fate="erased"),
+        recipient(fate="erased", resent=True),
+        recipient(fate="moved", new_provider="yahoo"),
+        recipient(fate="taken", state=State.DEFERRED, attempt=2, due=-30),
+        recipient(subscribed=False),
+        recipient(subscribed=True),
+        recipient(suppressed=("brand", 1)),
+        recipient(suppressed_domain=("all", 0), resent=True),
+        recipient(not_before=-60),
+        recipient(not_before=3600),
+        recipient(not_before=3600, state=State.DEFERRED, attempt=1, due=-20),
+        recipient(state=State.DEFERRED, attempt=1, due=3600),
+        recipient(),
+    ),
+    campaign=SENDING,
+    grants=dict.fromkeys(PROVIDERS, (1000, 0)),
+    limits={(0, "*"): (None, None)},
+    used={},
+    asked=(("google", 7), ("google", 100), ("yahoo", 100), ("google", 1)),
+)
+ODD = {
+    "nothing odd": PLAIN,
+    "list unsubscribed": replace(PLAIN, campaign=SENDING | {"unsubscribe": "list"}),
+    "of another brand": replace(PLAIN, campaign=SENDING | {"unsubscribe": "brand", "version_id": 9}),
+    **{f"campaign {state}": replace(PLAIN, campaign=SENDING | {"state": state}) for state in ("paused", "cancelled", "draft", "finished")},
+    **{f"held {reason}": replace(PLAIN, campaign=SENDING | {"held_reason": reason}) for reason in ("", "too many bounces", "zu viele Rückläufer")},
+    **{f"expires in {hours} h": replace(PLAIN, campaign=SENDING | {"expire_at": dt.timedelta(hours=hours)}) for hours in (-1, 1)},
+    "no campaign": replace(PLAIN, campaign=None),
+    "no server": replace(PLAIN, server_state=None),
+    **{f"server {state}": replace(PLAIN, server_state=state) for state in ("paused", "lost")},
+    "a clone": replace(PLAIN, incarnation="other"),
+    "never seen": replace(PLAIN, incarnation=None),
+    "another generation": replace(PLAIN, generation_known=False),
+    "a claim the database knows": replace(PLAIN, newest_claim=KNOWN_CLAIM),
+    "a claim the database forgot": replace(PLAIN, newest_claim=KNOWN_CLAIM + 1),
+    "no grant": replace(PLAIN, grants={}),
+    "a grant spent": replace(PLAIN, grants={"google": (5, 5)}),
+    "a grant lowered": replace(PLAIN, grants={"google": (5, 6)}),
+    "no limits": replace(PLAIN, limits={}),
+    "limits of another provider": replace(PLAIN, limits={(0, "yahoo"): (None, None)}),
+    "an hour used up": replace(PLAIN, limits={(0, "*"): (3, 100)}, used={"google": 2}),
+    "a day used up": replace(PLAIN, limits={(0, "*"): (None, 2)}),
+}
+
+
+def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
+    """Make the situation, with nothing of the one before."""
+    second, slot = int(now.timestamp()), slot_at(now)
+    rows: defaultdict[type, list[dict[str, Any]]] = defaultdict(list)
+    rows[ContactList] = [{"id": number, "key": f"l{number}", "name": "List", "brand_id": 1, "created_at": now} for number in (1, 2)]
+    if campaign := situation.campaign:
+        rows[Campaign] = [
+            campaign
+            | {
+                "id": 1,
+                "key": "spring",
+                "name": "Spring",
+                "brand_id": 1,
+                "segments": {},
+                "unsubscribe_list_id": 1 if campaign["unsubscribe"] == "list" else None,
+                "expire_at": None if campaign["expire_at"] is None else now + campaign["expire_at"],
+                "on_unknown": "hold",
+                "priority": 1,
+                "created_at": now,
+                "updated_at": now,
+            }
+        ]
+    if situation.server_state:
+        rows[Server] = [
+            {
+                "id": 1,
+                "key": "s1",
+                "kind": "catcher",
+                "state": situation.server_state,
+                "host": "h",
+                "port": 1,
+                "incarnation": situation.incarnation,
+                "created_at": now,
+            }
+        ]
+    rows[Allotment] = [
+        {"campaign_id": 1, "server_id": 1, "provider": provider, "slot_start": slot, "granted": granted, "used": used}
+        for provider, (granted, used) in situation.grants.items()
+    ]
+    rows[ProviderLimit] = [
+        {
+            "server_id": server,
+            "provider": provider,
+            "mode": "cutthrough",
+            "connections": 1,
+            "per_second": 1.0,
+            "per_hour": per_hour,
+            "per_day": per_day,
+            "messages_per_connection": 1,
+        }
+        for (server, provider), (per_hour, per_day) in situation.limits.items()
+    ]
+    rows[ProviderUsage] = [
+        {"server_id": 1, "provider": provider, "window_seconds": length, "window_start": start, "used": used}
+        for provider, used in situation.used.items()
+        for length, start in windows_at(now)
+    ]
+    rows[Claim] = [
+        {
+            "id": KNOWN_CLAIM,
+            "campaign_id": 1,
+            "shard": 0,
+            "provider": "google",
+            "server_id": 1,
+            "run_id": "r",
+            "size": 1,
+            "state": "closed",
+            "incarnation": "i",
+            "boot_id": "b",
+            "journal_inode": 1,
+            "journal_offset": 0,
+            "opened_at": now,
+            "lease_until": now,
+        }
+    ]
+    for number, recipient in enumerate(situation.recipients, 1):
+        _add_recipient(rows, number, recipient, now, second)
+    counts = Counter((row["provider"], row["state"]) for row in rows[Delivery])
+    rows[CampaignCounter] = [
+        {"campaign_id": 1, "shard": 0, "provider": provider, "server_id": 0, "state": state, "count": count} for (provider, state), count in counts.items()
+    ]
+
+    def work(connection: sa.Connection) -> None:
+        for model in FILLED:
+            connection.execute(sa.delete(model))
+        for model in reversed(FILLED):
+            if rows[model]:
+                connection.execute(sa.insert(model), rows[model])
+
+    transact(engine, work)
+
+
+def _add_recipient(rows: dict[type, list[dict[str, Any]]], number: int, recipient: Recipient, now: dt.datetime, second: int) -> None:
+    frozen = parse(f"person{number}@{recipient.provider}.test")
+    # Each contact has a domain of its own, so that suppressing it concerns nobody else.
+    new = frozen if recipient.fate == "stays" else parse(f"new{number}@{recipient.new_provider}.test")
+    domain = f"d{number}.test"
+    ledger = {
+        "campaign_id": 1,
+        "contact_id": number,
+        "address_hash": frozen.hash,
+        "shard": 0,
+        "provider": recipient.provider,
+        "state": int(recipient.state),
+        "sort_key": second + recipient.due * 10 + number if recipient.state is State.DEFERRED else 100 - number,
+        "attempt": recipient.attempt,
+        "not_before": None if recipient.not_before is None else second + recipient.not_before,
+        "claim_id": 5 if recipient.state is State.CLAIMED else None,
+        "server_id": 3 if recipient.attempt else None,
+        "version_id": 4 if recipient.attempt else None,
+        "variant": 0,
+    }
+    rows[Delivery].append(ledger)
+    if recipient.fate == "taken":
+        # Somebody else was frozen under the address that is now this contact's.
+        rows[Delivery].append(ledger | {"contact_id": 100 + number, "address_hash": new.hash, "state": int(State.DELIVERED), "claim_id": None})
+    if recipient.fate != "erased":
+        rows[Contact].append(
+            {
+                "id": number,
+                "email": new.email,
+                "address": new.address,
+                "address_hash": new.hash,
+                "domain": domain,
+                "provider": recipient.provider if recipient.fate == "stays" else recipient.new_provider,
+                "attributes": {"first_name": f"Jörg {number}", "orders": number, "vip": True, "since": None},
+                "tracking_allowed": True,
+                "created_at": now,
+                "updated_at": now,
+            }
+        )
+    if recipient.subscribed is not None:
+        rows[Subscription].append({"contact_id": number, "list_id": 1, "subscribed": recipient.subscribed, "source": "unsubscribe", "changed_at": now})
+    for scope, target in (
+        (recipient.suppressed, {"address_hash": new.hash, "domain": None}),
+        (recipient.suppressed_domain, {"address_hash": None, "domain": domain}),
+    ):
+        if scope is not None:
+            rows[Suppression].append(target | {"scope_kind": scope[0], "scope_id": scope[1], "reason": "manual", "created_at": now})
+    if recipient.resent:
+        rows[DeliveryEvent].append(
+            {
+                "month": now.year * 100 + now.month,
+                "id": number,
+                "occurred_at": now,
+                "campaign_id": 1,
+                "contact_id": number,
+                "attempt": recipient.attempt,
+                "kind": RESENT,
+            }
+        )
+
+
+# --- outcomes -----------------------------------------------------------------------------------------------------
+
+
+def ask(engine: sa.Engine, situation: Situation) -> list[Any]:
+    """What each claim of the situation answers, without times."""
+    with reading(engine) as connection:
+        generation = connection.execute(sa.select(LedgerGeneration.generation)).scalar_one() if situation.generation_known else "another"
+    answers: list[Any] = []
+    for number, (provider, limit) in enumerate(situation.asked):
+        try:
+            answer = claims.open_claim(
+                engine,
+                Sender(1, "s1", "i", "boot", "run"),
+                Memory(generation, situation.newest_claim),
+                claim_id=1000 + number,
+                campaign_id=1,
+                shard=0,
+                provider=provider,
+                limit=limit,
+                position=Position(5, 6),
+                lease_seconds=120.5,
+            )
+        except WrongServer as error:
+            answers.append(str(error))
+            continue
+        if isinstance(answer, NothingClaimed):
+            answers.append((re.sub(r"\d\d:\d\d", "TIME", answer.reason), answer.retry_at is not None, answer.ends_session))
+        else:
+            assert answer.lease_until - answer.ref.opened_at == dt.timedelta(seconds=120.5)
+            answers.append((answer.rows, answer.version_id, answer.position))
+    return answers
+
+
+def tables(engine: sa.Engine, now: dt.datetime) -> dict[str, Any]:
+    """All that claims have written. Times are left out, and numbers that are nothing."""
+    started = int(now.timestamp())
+
+    def sums(model: type, *keys: str, number: str) -> dict[tuple[Any, ...], int]:
+        columns = [getattr(model, key) for key in keys]
+        query = sa.select(*columns, sa.func.sum(getattr(model, number))).group_by(*columns)
+        return {tuple(key): int(total) for *key, total in connection.execute(query) if total}
+
+    with reading(engine) as connection:
+        deliveries = []
+        for row in connection.execute(sa.select(*Delivery.__table__.columns).order_by(Delivery.contact_id)).mappings():
+            values = dict(row)
+            if State(values["state"]) in (State.SUPPRESSED, State.UNRESOLVED):
+                assert 0 <= values.pop("sort_key") - started < 60
+            deliveries.append(values)
+        opened = connection.execute(
+            sa.select(Claim.id, Claim.provider, Claim.size, Claim.state, Claim.server_id, Claim.run_id, Claim.incarnation, Claim.boot_id, Claim.journal_inode,
+                      Claim.journal_offset, Claim.closed_at == Claim.opened_at).order_by(Claim.id)
+        ).all()  # fmt: skip
+        return {
+            "deliveries": deliveries,
+            "claims": [tuple(row) for row in opened],
+            "counters": sums(CampaignCounter, "provider", "server_id", "state", number="count"),
+            "minutes": sums(CampaignMinute, "provider", "server_id", "state", "reason", number="count"),
+            "usage": sums(ProviderUsage, "server_id", "provider", "window_seconds", number="used"),
+            "allotments": sums(Allotment, "server_id", "provider", number="used"),
+        }
+
+
+def compare(both_engines: tuple[sa.Engine, sa.Engine], situation: Situation) -> None:
+    """Run the situation's claims on both databases."""
+    outcomes: list[Any] = []
+    while not outcomes:
+        now = dt.datetime.now(dt.UTC)
+        for engine in both_engines:
+            fill(engine, situation, now)
+            outcomes.append((ask(engine, situation), tables(engine, now)))
+        if slot_at(dt.datetime.now(dt.UTC)) != slot_at(now):
+            # A new slot began meanwhile, in which nothing is granted.
+            outcomes.clear()
+    (answers, written), (other_answers, other_written) = outcomes
+    assert other_answers == answers
+    assert other_written == written
+    # Neither invents nor loses a row.
+    states = Counter((row["provider"], row["state"]) for row in written["deliveries"])
+    counted: Counter[tuple[str, int]] = Counter()
+    for (provider, _, state), count in written["counters"].items():
+        counted[provider, state] += count
+    assert {key: count for key, count in counted.items() if count} == dict(states)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", ODD)
+def test_both_databases_agree_on_every_refusal_and_hindrance(both_engines: tuple[sa.Engine, sa.Engine], name: str) -> None:
+    compare(both_engines, ODD[name])
+
+
+@pytest.mark.server
+@given(situation=situations())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_both_databases_claim_the_same_rows(both_engines: tuple[sa.Engine, sa.Engine], situation: Situation) -> None:
+    compare(both_engines, situation)
+
+
+# --- the words of the procedure -----------------------------------------------------------------------------------
+
+
+def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
+    text = installation.text(procedure.NAME)
+    numbers = {name: int(value) for name, value in re.findall(r"DECLARE c_(\w+) \w+ DEFAULT (\d+)", text)}
+    states = {name: value for name, value in numbers.items() if name.upper() in State.__members__}
+    assert states == {"pending": State.PENDING, "claimed": State.CLAIMED, "deferred": State.DEFERRED}
+    assert numbers["slot"] == SLOT_SECONDS
+    assert (numbers["slot"], numbers["hour"], numbers["day"]) == USAGE_WINDOWS
+    assert re.findall(r"v_refusal = '(\w+)'", text) == list(Verdict)
+    # States are never written as bare numbers.
+    assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []
