@@ -1,8 +1,7 @@
 """Engines and transactions, with the rules every connection keeps.
 
 * MySQL/MariaDB: READ COMMITTED (checked at connect), UTC, strict mode; lock time-outs (1205), deadlocks (1213) and
-  changed-record errors (1020) are retried. A transaction takes no round trips but its own: a connection is asked whether it lives only if it
-  was idle, and reset only if it comes back within a transaction.
+  changed-record errors (1020) are retried.
 * SQLite: WAL, `synchronous=FULL`, a busy time-out of 30 s, and `BEGIN IMMEDIATE` for every write. The standard driver
   would begin deferred, and turning a read into a write then fails at once instead of waiting.
 
@@ -22,7 +21,6 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from mail_pipelines.config import DatabaseSettings, mask_url
 from mail_pipelines.database.types import utc_now
@@ -33,8 +31,6 @@ BUSY_TIMEOUT_SECONDS = 30
 _NOW = sa.select(utc_now())
 RETRIED_MYSQL_ERRORS = {1205, 1213, 1020}
 RETRIES = 8
-# A connection used this recently is taken to live.
-TRUSTED_SECONDS = 1.0
 
 
 class DatabaseError(MailPipelinesError):
@@ -75,16 +71,14 @@ def create_engine(url: str, password: str | None = None) -> Engine:
         engine = sa.create_engine(
             parsed,
             isolation_level="READ COMMITTED",
+            pool_pre_ping=True,
             pool_recycle=1800,
-            # `_reset` does it.
-            pool_reset_on_return=None,
             # Parameters are addresses and names: they must not get into errors, and so into logs.
             hide_parameters=True,
             # found_rows: an UPDATE counts the rows it matched, as SQLite does, not only those it changed.
             connect_args={"charset": "utf8mb4", "local_infile": True, "connect_timeout": 10, "client_flag": 2, "autocommit": False},
         )
-        for name, listener in _MYSQL_EVENTS.items():
-            event.listen(engine, name, listener)
+        event.listen(engine, "connect", _prepare_mysql)
         return engine
     raise DatabaseError(f"database.url names {backend}, expected sqlite, mysql or mariadb")
 
@@ -113,40 +107,6 @@ def _prepare_mysql(connection: Any, _record: object) -> None:
         levels = {row[1] for row in cursor.fetchall()}
     if levels != {"READ-COMMITTED"}:
         raise DatabaseError(f"the database keeps isolation level {', '.join(sorted(levels))}; the ledger needs READ-COMMITTED")
-
-
-def _ask_if_idle(connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
-    """Replace a connection that died while nobody used it; one that dies in use fails that transaction anyway."""
-    returned = record.info.get("returned")
-    if returned is not None and time.monotonic() - returned > TRUSTED_SECONDS:
-        try:
-            connection.ping(reconnect=False)
-        except connection.Error as error:
-            raise sa.exc.DisconnectionError from error
-
-
-def _begun(connection: Connection) -> None:
-    connection.info["committed"] = False
-
-
-def _committed(connection: Connection) -> None:
-    connection.info["committed"] = True
-
-
-def _reset(connection: Any, record: ConnectionPoolEntry, state: PoolResetState) -> None:
-    """End what the last user may have left open."""
-    if not record.info.pop("committed", False) and not state.transaction_was_reset:
-        connection.rollback()
-    record.info["returned"] = time.monotonic()
-
-
-_MYSQL_EVENTS: dict[str, Callable[..., None]] = {
-    "connect": _prepare_mysql,
-    "checkout": _ask_if_idle,
-    "begin": _begun,
-    "commit": _committed,
-    "reset": _reset,
-}
 
 
 def _mysql_code(error: sa.exc.DBAPIError) -> int | None:

@@ -52,35 +52,6 @@ def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
             assert connection.execute(sa.select(sa.func.count()).select_from(Brand)).scalar_one() == 1
 
 
-def counted(mariadb: MariaDB, name: str) -> int:
-    """How often the server has done something since it started."""
-    with mariadb.connect() as connection, connection.cursor() as cursor:
-        cursor.execute("SHOW GLOBAL STATUS LIKE %s", (name,))
-        return int(cursor.fetchone()[1])  # type: ignore[index]
-
-
-@pytest.mark.server
-def test_a_transaction_takes_no_round_trips_but_its_own(mariadb: MariaDB) -> None:
-    engine = create_engine(mariadb.database())
-    transact(engine, lambda connection: connection.execute(sa.select(1)))
-    before = counted(mariadb, "Questions")
-    for _ in range(5):
-        transact(engine, lambda connection: connection.execute(sa.select(1)))
-    # Each a query and a commit; beside them, the counting itself.
-    alone = counted(mariadb, "Questions")
-    assert alone - before - (counted(mariadb, "Questions") - alone) == 5 * 2
-
-
-@pytest.mark.server
-def test_a_connection_that_died_while_it_was_idle_is_replaced_unnoticed(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "TRUSTED_SECONDS", 0.0)
-    engine = create_engine(mariadb.database())
-    number = transact(engine, lambda connection: connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one())
-    with mariadb.connect() as connection, connection.cursor() as cursor:
-        cursor.execute(f"KILL {number}")
-    assert transact(engine, lambda connection: connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one()) != number
-
-
 @pytest.mark.server
 @pytest.mark.parametrize("with_driver", [True, False])
 def test_a_connection_that_comes_back_within_a_transaction_holds_no_lock(mariadb: MariaDB, with_driver: bool) -> None:
