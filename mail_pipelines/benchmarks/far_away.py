@@ -32,7 +32,8 @@ def destinations(round_trip_seconds: float) -> Iterator[tuple[int, int]]:
         wait_for_port(port, process)
         yield port, process.pid
     finally:
-        process.terminate()
+        # Not SIGTERM: where this program was started with SIGINT ignored, Dagster has made SIGTERM the same, and children inherit that.
+        process.kill()
         process.wait()
 
 
