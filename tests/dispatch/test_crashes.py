@@ -60,6 +60,7 @@ def finish(world: World, catcher: Running) -> None:
     raise AssertionError(f"not finished: {reason}, {world.states()}")
 
 
+@pytest.mark.crosswise
 def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """16 SIGKILLs of send runs a case: unknown stays within the connections that were open at each kill."""
     recipients, kills = 1500, 16
@@ -86,6 +87,7 @@ def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Pat
     assert world.open_claims() == 0
 
 
+@pytest.mark.crosswise
 def test_killed_catchers_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """10 SIGKILLs of the mail server itself, with messages at their destinations."""
     recipients, kills = 900, 10
@@ -113,6 +115,7 @@ def test_killed_catchers_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Pa
     assert unknown > 0, "no kill hit a message at its destination: the test is too weak"
 
 
+@pytest.mark.crosswise
 def test_kills_while_destinations_drop_and_fall_silent(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """12 kills of either side with every kind of misbehaviour at once."""
     recipients, kills = 900, 12
@@ -133,6 +136,7 @@ def test_kills_while_destinations_drop_and_fall_silent(engine: sa.Engine, tmp_pa
     assert sum(state is State.DELIVERED for state in states.values()) > recipients * 0.75
 
 
+@pytest.mark.crosswise
 def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Failure scenario 3: a sender stopped beyond its lease wakes up when others have sent its rows."""
     recipients = 400
@@ -155,6 +159,7 @@ def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_pa
     assert zombie.process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.crosswise
 def test_a_withdrawn_permit_stops_a_sender_that_nobody_could_kill(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """The fence alone: permits vanish while the sender sleeps; what it still offers is refused and goes out later, once."""
     recipients = 300
@@ -215,6 +220,7 @@ def test_two_runs_on_one_shard_and_one_of_them_killed(engine: sa.Engine, tmp_pat
     check_promise(world, recipients)
 
 
+@pytest.mark.crosswise
 def test_a_log_that_is_not_the_log_makes_rows_unknown_and_never_pending(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Failure scenario 2: the log disk was replaced, so silence of the new log proves nothing."""
     recipients = 300

@@ -90,8 +90,9 @@ def serving(zone: Zone, host: str = "127.0.0.1", port: int = 0) -> Iterator[Zone
     class TcpServer(socketserver.ThreadingTCPServer):
         allow_reuse_address = True
 
-    with socketserver.ThreadingUDPServer((host, port), Udp) as udp, TcpServer(udp.server_address, Tcp) as tcp:
-        zone.address = f"{host}:{udp.server_address[1]}"
+    # TCP first: a free port of the busier kind is free for UDP nearly always.
+    with TcpServer((host, port), Tcp) as tcp, socketserver.ThreadingUDPServer(tcp.server_address, Udp) as udp:
+        zone.address = f"{host}:{tcp.server_address[1]}"
         threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in (udp, tcp)]
         for thread in threads:
             thread.start()

@@ -8,4 +8,5 @@ from tests.dispatch.test_audit import (  # noqa: F401 (collected here for the ot
     test_log_and_ledger_agree_after_an_ordinary_session,
 )
 
-pytestmark = pytest.mark.server
+# The catcher has it on both databases.
+pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]

@@ -26,7 +26,7 @@ from tests.dispatch.test_crashes import (  # noqa: F401 (collected here for the 
 from tests.dispatch.world import Servers, make_world, write_play
 from tests.parts.processes import wait_for
 
-# What each database adds is attacked with the catcher; what Exim adds is the same on both.
+# What is collected here is attacked on MariaDB with the catcher (`crosswise`); what Exim adds is the same on both.
 pytestmark = [pytest.mark.timeout(280), pytest.mark.server, pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)]
 
 

@@ -15,4 +15,5 @@ from tests.dispatch.test_session import (  # noqa: F401 (collected here for the 
     test_the_message_names_its_recipient_and_its_sender,
 )
 
-pytestmark = pytest.mark.server
+# The catcher has it on both databases.
+pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]

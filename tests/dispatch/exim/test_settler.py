@@ -9,4 +9,5 @@ from tests.dispatch.test_settler import (  # noqa: F401 (collected here for the 
     test_a_late_line_ends_the_doubt_within_seconds,
 )
 
-pytestmark = pytest.mark.server
+# The catcher has it on both databases.
+pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
