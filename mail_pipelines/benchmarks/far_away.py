@@ -8,8 +8,6 @@ round trip that a real path would cost; what it leaves out is loss and the slow 
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
-import ipaddress
 import ssl
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mail_pipelines.benchmarks.certificates import contexts
 from mail_pipelines.benchmarks.postfix import free_port, wait_for_port
 
 _ACCEPTED = b"250 2.0.0 Ok\r\n"
@@ -39,7 +38,8 @@ def destinations(round_trip_seconds: float) -> Iterator[tuple[int, int]]:
 
 async def serve(port: int, round_trip_seconds: float) -> None:
     """Listen until cancelled."""
-    context = _context()
+    with tempfile.TemporaryDirectory(prefix="mail-pipelines-") as folder:
+        context, _ = contexts(Path(folder))
     sink = await asyncio.start_server(lambda reader, writer: _talk(reader, writer, context), "127.0.0.1", 0, backlog=1024)
     behind = sink.sockets[0].getsockname()[1]
     loop = asyncio.get_running_loop()
@@ -128,35 +128,6 @@ class _Near(_Held):
         # The greeting: a round trip for the connection, and half of one each for the client's last packet of it and the greeting itself.
         far._last = self._loop.time() + 2 * self._round_trip
         await self._loop.create_connection(lambda: far, "127.0.0.1", self._behind)
-
-
-def _context() -> ssl.SSLContext:
-    """TLS with a certificate made for the moment, of the kind that is common: ECDSA on P-256."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "far.example.test")])
-    now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.TemporaryDirectory(prefix="mail-pipelines-") as folder:
-        shown, private = Path(folder) / "certificate.pem", Path(folder) / "key.pem"
-        shown.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-        context.load_cert_chain(shown, private)
-    return context
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mail_pipelines.benchmarks.certificates import contexts
 from mail_pipelines.dispatch.endings import MEANINGS, Answer, Ending, Next, Stage, answer_of
 from mail_pipelines.dispatch.replies import BadReply, Reply, ReplyReader, outcome_of
 from mail_pipelines.dispatch.smtp import Connection, Login, Offer, ServerUnreachable
 from mail_pipelines.messages.composing import Message
-from tests.parts.certificates import contexts
 
 PERMIT = "c1234.99"
 Script = dict[str, str | None]
