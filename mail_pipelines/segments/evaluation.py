@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,13 @@ def members(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> pa
     """
     import pyarrow as pa
 
-    matched, engagement = _match(criteria, snapshots, now)
-    return matched.append_column("engagement_rank", pa.array(engagement.ranks(matched["contact_id"].to_numpy())))
+    engagement = _engagement(snapshots, now)
+    # Beside the scan, which leaves the processors idle while it is begun and its answer is put together.
+    with ThreadPoolExecutor(1) as beside:
+        engaged = beside.submit(engagement.engaged)
+        matched = _match(criteria, snapshots, now, engagement)
+        ranks = engagement.ranks(matched["contact_id"].to_numpy(), engaged.result())
+    return matched.append_column("engagement_rank", pa.array(ranks))
 
 
 def members_of(include: Sequence[Criteria], exclude: Sequence[Criteria], snapshots: Snapshots, *, now: dt.datetime) -> pa.Table:
@@ -48,20 +54,24 @@ def members_of(include: Sequence[Criteria], exclude: Sequence[Criteria], snapsho
 def count(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> SegmentCount:
     import pyarrow.compute as pc
 
-    matched, _ = _match(criteria, snapshots, now)
+    matched = _match(criteria, snapshots, now, _engagement(snapshots, now))
     found = {entry["values"]: entry["counts"] for entry in pc.value_counts(matched["provider"]).to_pylist()}
     by_provider = dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
     return SegmentCount(matched.num_rows, by_provider, snapshots.contact_version, snapshots.engagement_version)
 
 
-def _match(criteria: Criteria, snapshots: Snapshots, now: dt.datetime) -> tuple[pa.Table, EngagementMarker]:
+def _engagement(snapshots: Snapshots, now: dt.datetime) -> EngagementMarker:
+    from mail_pipelines.segments.compilation import connect
+    from mail_pipelines.segments.matching import EngagementMarker
+
+    return EngagementMarker(connect(), snapshots.engagement_folder, snapshots.engagement, now)
+
+
+def _match(criteria: Criteria, snapshots: Snapshots, now: dt.datetime, engagement: EngagementMarker) -> pa.Table:
     import pyarrow as pa
 
-    from mail_pipelines.segments.compilation import connect
-    from mail_pipelines.segments.matching import ContactMatcher, EngagementMarker
+    from mail_pipelines.segments.matching import ContactMatcher
 
-    connection = connect()
-    engagement = EngagementMarker(connection, snapshots.engagement_folder, snapshots.engagement, now)
-    matcher = ContactMatcher(connection, snapshots.contact_folder, snapshots.contacts, criteria, now, engagement)
+    matcher = ContactMatcher(engagement.connection, snapshots.contact_folder, snapshots.contacts, criteria, now, engagement)
     schema = pa.schema([("contact_id", pa.int64()), ("provider", pa.string())])
-    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in matcher.tables())]), engagement
+    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in matcher.tables())])

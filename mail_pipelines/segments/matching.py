@@ -60,7 +60,7 @@ class EngagementMarker:
     """Looks up behaviour in an engagement snapshot, as of `now`."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, folder: Path, manifest: EngagementManifest, now: dt.datetime) -> None:
-        self._connection, self._folder, self._manifest, self._now = connection, folder, manifest, now
+        self.connection, self._folder, self._manifest, self._now = connection, folder, manifest, now
 
     def marks(self, behaviour: Behaviour) -> Marks:
         since = None if behaviour.within_days is None else self._now - dt.timedelta(days=behaviour.within_days)
@@ -94,7 +94,7 @@ class EngagementMarker:
 
     def _collect(self, parts: list[Part], columns: dict[str, str], time: str, since: dt.datetime | None, conditions: list[duckdb.Expression]) -> Marks:
         marks = Marks()
-        relation = compilation.scan(self._connection, self._folder, parts, columns)
+        relation = compilation.scan(self.connection, self._folder, parts, columns)
         if relation is None:
             return marks
         if since is not None:
@@ -105,18 +105,21 @@ class EngagementMarker:
             marks.set(batch.column(0).to_numpy())
         return marks
 
-    def ranks(self, ids: np.ndarray) -> np.ndarray:
-        """Whole days since the last open or click by a human, at most 9998; 9999 if there was none."""
-        highest = int(ids.max(initial=0))
-        engaged = np.zeros(highest + 1, np.uint32)
-        for number, layer in enumerate(self._manifest.rollups):
+    def engaged(self) -> np.ndarray:
+        """The epoch second of the last open or click by a human, by contact id; 0 if there was none."""
+        layers = self._manifest.rollups
+        engaged = np.zeros(max((layer[-1].last_id for layer in layers if layer), default=0) + 1, np.uint32)
+        for number, layer in enumerate(layers):
             for met, seconds in read_columns(self._folder, layer, "contact_id", "engaged"):
-                if int(met[-1]) > highest:
-                    met, seconds = met[met <= highest], seconds[met <= highest]
                 # A contact is once in a layer, so the first needs no comparison.
                 engaged[met] = np.maximum(engaged[met], seconds) if number else seconds
-        seconds = engaged[ids].astype(np.int64)
-        days = np.clip((int(self._now.timestamp()) - seconds) // 86_400, 0, NEVER_ENGAGED - 1)
+        return engaged
+
+    def ranks(self, ids: np.ndarray, engaged: np.ndarray) -> np.ndarray:
+        """Whole days since the last open or click by a human (`engaged`), at most 9998; 9999 if there was none."""
+        last = len(engaged) - 1
+        seconds = engaged[ids] if int(ids.max(initial=0)) <= last else np.where(ids <= last, engaged[np.minimum(ids, last)], 0)
+        days = np.clip((int(self._now.timestamp()) - seconds.astype(np.int64)) // 86_400, 0, NEVER_ENGAGED - 1)
         return np.where(seconds == 0, NEVER_ENGAGED, days).astype(np.int32)
 
 
