@@ -40,8 +40,9 @@ CLAIMERS = 8
 ROWS_PER_SHARD = 31_000
 CLAIM_ROWS = 500
 SINGLE_CLAIM_ROWS = 50
-TARGET_SINGLE = 1.0
-TARGET_TOGETHER = 0.1
+# On 2 free cores the references take 1.7 ms and reach 240,000 rows/s: the first ratio is the budget of 5 ms, the second asks for 24,000 rows/s of
+# the 20,000 in the budget.
+TARGET_SINGLE, TARGET_TOGETHER = 2.9, 0.1
 _CAMPAIGN = 1
 # Claims, then as many references.
 _ROUND = 16
