@@ -57,15 +57,14 @@ def timed(function):
             ledger += time.thread_time() - begin
             last = time.perf_counter(), time.process_time()
     return call
-signing = 0.0
+signing = []  # a number for each signature, since several threads sign
 class TimedKey:
     def __init__(self, key):
         self.key = key
     def sign(self, *arguments):
-        global signing
         begin = time.thread_time()
         signature = self.key.sign(*arguments)
-        signing += time.thread_time() - begin
+        signing.append(time.thread_time() - begin)
         return signature
 unseal = keys.unseal
 keys.unseal = lambda *arguments: TimedKey(unseal(*arguments))
@@ -78,7 +77,7 @@ with reading(engine) as connection:
     server = servers.find(connection, sys.argv[1])
 report = sending.run(engine, settings, server, sending.plan(engine, "bench-1", 0), 0, sys.argv[2], lambda _: None)
 print(json.dumps({
-    "sent": report.sent, "reason": report.reason, "seconds": last[0] - first[0], "cpu": last[1] - first[1], "ledger": ledger, "signing": signing,
+    "sent": report.sent, "reason": report.reason, "seconds": last[0] - first[0], "cpu": last[1] - first[1], "ledger": ledger, "signing": sum(signing),
     "megabytes": megabytes("VmHWM") - baseline,
 }))
 """

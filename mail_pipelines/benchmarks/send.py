@@ -55,12 +55,12 @@ def into_a_sink(quick: bool) -> list[Result]:
         data = next(messages.take(1)).data
         plain = _plain(port, messages)
         for _ in range(turns):
-            best.note("own", count / feeding.send(port, messages.take(count), SINK_CONNECTIONS))
+            best.note("own", count / feeding.send(port, messages, count, SINK_CONNECTIONS))
             best.note("raw", count / _seconds(lambda: [messages.key.sign(octets, padding, algorithm) for _ in range(count)]))
             best.note("plain", plain_count / plain(plain_count))
         composed = list(messages.take(count))
         for _ in range(turns):
-            best.note("unsigned", count / feeding.send(port, iter(composed), SINK_CONNECTIONS))
+            best.note("unsigned", count / feeding.send_composed(port, iter(composed), SINK_CONNECTIONS))
             best.note("source", source_count / turns / postfix.source(port, data.replace(b"\r\n", b"\n"), source_count // turns, SINK_CONNECTIONS))
     return [
         judge("compose, sign, send into a sink", best["own"], "messages/s", best["raw"], target=RAW_TARGET, better="higher"),
@@ -84,7 +84,7 @@ def _nearby(world: Dispatching, turns: int, seconds: float, queued: int) -> list
     with postfix.sink() as (port, sink), exim_queue.queueing(port) as queueing, world.server("near", ("127.0.0.1", port), (sink,)) as server:
         server.limit(CONNECTIONS)
         for _ in range(turns):
-            feeding.send(queueing.port, messages.take(queued), CONNECTIONS)
+            feeding.send_composed(queueing.port, messages.take(queued), CONNECTIONS)
             queue_rate = max(queue_rate, queued / queueing.deliver(queued, RUNNERS))
             runs.append(server.send(seconds))
     best = max(runs, key=lambda run: run.rate)

@@ -7,6 +7,7 @@ connection waits for the database; its last replies, its journal and its results
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Row
+from mail_pipelines.dispatch.composer import Composer
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.follower import Watch
 from mail_pipelines.dispatch.journal import Position
@@ -27,7 +29,7 @@ from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
 from mail_pipelines.dispatch.smtp import Connection, Offer, ServerUnreachable
 from mail_pipelines.messages.compiled import CompiledMessage
-from mail_pipelines.messages.composing import ComposeError, Message, Recipient, SenderIdentity, compose
+from mail_pipelines.messages.composing import Draft, Message, Recipient, SenderIdentity, draft
 
 if TYPE_CHECKING:
     from mail_pipelines.dispatch.session import Session
@@ -75,19 +77,17 @@ class Batch:
     watch: Watch
     # The token of each row's message, by contact.
     tokens: Mapping[int, str]
-    compiled: CompiledMessage
-    identity: SenderIdentity
+    # The messages of the rows that are still to be handed out.
+    composer: Composer[Row]
     # Monotonic second after which nothing more is offered.
     deadline: float
     # The next claim is opened when no more rows than this wait for their turn.
     low_water: int
-    rows: deque[Row] = field(init=False)
     offers: dict[int, Offer] = field(default_factory=dict)
     stopped: str = ""
 
     def __post_init__(self) -> None:
-        self.rows = deque(self.claimed.rows)
-        self._waiting = len(self.rows)
+        self._waiting = len(self.claimed.rows)
         self._connections = 0
         self._low, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._left.set()
@@ -100,7 +100,7 @@ class Batch:
 
     def end(self) -> None:
         """Hand out no more rows."""
-        self.rows.clear()
+        self.composer.end()
         self._waiting = 0
         self._look()
 
@@ -132,21 +132,23 @@ class Batch:
     async def over(self) -> None:
         """Wait until no row is handed out any more and no connection has one."""
         await _until(self._over, self.deadline)
-        self.rows.clear()
+        self.composer.end()
         await self._left.wait()
 
-    def composed(self) -> tuple[int, Message] | None:
+    async def composed(self) -> tuple[int, Message] | None:
         """The next row that a message can be made for."""
-        while self.rows:
-            row = self.rows.popleft()
-            recipient = Recipient(self.claimed.ref.campaign_id, row.contact_id, row.attempt, row.email, row.values)
-            try:
-                return row.contact_id, compose(self.compiled, recipient, self.identity)
-            except ComposeError as error:
-                # One bad value must not stop the others, and trying it again would not mend it.
-                self.offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(error))
-                self.waits_no_more()
+        while (made := await self.composer.next()) is not None:
+            row, message = made
+            if isinstance(message, Message):
+                return row.contact_id, message
+            # One bad value must not stop the others, and trying it again would not mend it.
+            self.offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(message))
+            self.waits_no_more()
         return None
+
+
+def _draft(campaign_id: int, compiled: CompiledMessage, identity: SenderIdentity, row: Row) -> Draft:
+    return draft(compiled, Recipient(campaign_id, row.contact_id, row.attempt, row.email, row.values), identity)
 
 
 async def _until(event: asyncio.Event, moment: float) -> None:
@@ -252,8 +254,8 @@ class Lane:
                 return None
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
-            identity = session.identity(sending_as)
-            batch = Batch(answer, granted, watch, tokens, compiled, identity, asked + OFFER_SECONDS, int(pace * EARLY_SECONDS))
+            drafts = functools.partial(_draft, answer.ref.campaign_id, compiled, session.identity(sending_as))
+            batch = Batch(answer, granted, watch, tokens, Composer(answer.rows, drafts, session.signing), asked + OFFER_SECONDS, int(pace * EARLY_SECONDS))
         finally:
             if batch is None:
                 granted.release()
@@ -263,7 +265,7 @@ class Lane:
         session.report.claimed += len(answer.rows)
         self.reason = ""
         self._concluding.add(asyncio.create_task(self._conclude(batch)))
-        if batch.rows:
+        if batch.composer:
             self._batches.append(batch)
             self._news.set()
         return batch
@@ -352,10 +354,10 @@ class Lane:
     async def _batch_with_rows(self, cut: Batch | None) -> Batch | None:
         """The oldest claim but `cut` with rows to hand out, as soon as there is one; None when the lane closes."""
         while True:
-            while self._batches and not self._batches[0].rows:
+            while self._batches and not self._batches[0].composer:
                 self._batches.popleft()
             for batch in self._batches:
-                if batch is not cut and batch.rows:
+                if batch is not cut and batch.composer:
                     return batch
             if self._closing:
                 return None
@@ -367,12 +369,12 @@ class Lane:
         ahead: tuple[int, Message] | None = None
         ending = Next.GO_ON
         # A row first, then its turn: a turn that finds no row would be lost to the others.
-        while (current := ahead or batch.composed()) is not None and await self.pacer.turn(batch.deadline):
+        while (current := ahead or await batch.composed()) is not None and await self.pacer.turn(batch.deadline):
             batch.waits_no_more()
             contact_id, message = current
             last = link.offered + 1 >= self.limits.messages_per_connection
             # An envelope goes ahead only where its body is not likely to wait for its turn, or for a slow destination beyond the deadline.
-            ahead = batch.composed() if not last and link.connection.seconds < QUICK_SECONDS and self.pacer.is_free() else None
+            ahead = await batch.composed() if not last and link.connection.seconds < QUICK_SECONDS and self.pacer.is_free() else None
             link.offered += 1
             offer = await link.connection.offer(message, ahead[1] if ahead else None)
             batch.offers[contact_id] = offer

@@ -21,7 +21,7 @@ from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
-from mail_pipelines.dispatch import servers, settlement
+from mail_pipelines.dispatch import composer, servers, settlement
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
@@ -91,7 +91,8 @@ class Session:
                 allotments.fill(self.engine)
                 # What is loaded by now stays. Looking through it again and again would take a tenth of a session's time.
                 gc.freeze()
-                asyncio.run(self._send(begin + self.settings.sending.session_seconds))
+                with composer.threads() as self.signing:
+                    asyncio.run(self._send(begin + self.settings.sending.session_seconds))
             finally:
                 gc.unfreeze()
                 (self.folders.sessions / self.run_id).unlink(missing_ok=True)

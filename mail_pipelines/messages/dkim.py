@@ -26,6 +26,14 @@ _PADDING, _HASH = PKCS1v15(), SHA256()
 
 
 @dataclass(frozen=True)
+class Unsigned:
+    """A DKIM-Signature field up to the signature: as it is written, and what the key signs."""
+
+    begin: bytes
+    octets: bytes
+
+
+@dataclass(frozen=True)
 class Signer:
     """Signs as `domain` (d=) with the key that is published under `selector` (s=); both in ASCII."""
 
@@ -33,8 +41,8 @@ class Signer:
     selector: str
     key: RSAPrivateKey = field(repr=False)
 
-    def sign(self, header: bytes, body_sha256: bytes, second: int) -> bytes:
-        """The DKIM-Signature field, to be put before the header.
+    def prepare(self, header: bytes, body_sha256: bytes, second: int) -> Unsigned:
+        """The DKIM-Signature field, to be put before the header, without its signature.
 
         `header` is whole fields with CRLF, no name twice, without the empty line; all of them are signed, and a second one of any
         name makes the signature fail. `body_sha256` is the digest of the body's relaxed form, `second` the time of signing (t=, epoch seconds).
@@ -42,11 +50,14 @@ class Signer:
         names, canonical = relaxed_header(header)
         begin, relaxed_begin = _begin(self.domain, self.selector, second, names)
         body_hash = b2a_base64(body_sha256, newline=False)
-        signature = self.key.sign(b"%b%b%b; b=" % (canonical, relaxed_begin, body_hash), _PADDING, _HASH)
-        text = b2a_base64(signature, newline=False)
+        return Unsigned(begin + body_hash, b"%b%b%b; b=" % (canonical, relaxed_begin, body_hash))
+
+    def sign(self, unsigned: Unsigned) -> bytes:
+        """The whole field. Nearly all of the time that it takes is the key's, which holds no lock of Python's meanwhile."""
+        text = b2a_base64(self.key.sign(unsigned.octets, _PADDING, _HASH), newline=False)
         width = _LINE_LENGTH - len(" b=")
         lines = [text[start : start + width] for start in range(0, len(text), width)]
-        return b"%b%b;\r\n b=%b\r\n" % (begin, body_hash, b"\r\n ".join(lines))
+        return b"%b;\r\n b=%b\r\n" % (unsigned.begin, b"\r\n ".join(lines))
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,14 +20,14 @@ pytestmark = pytest.mark.server
 def test_the_sink_takes_what_the_client_and_smtp_source_send() -> None:
     messages = feeding.Messages()
     with postfix.sink() as (port, _):
-        assert feeding.send(port, messages.take(40), 4) > 0
+        assert feeding.send(port, messages, 40, 4) > 0
         assert postfix.source(port, b"Subject: x\n\nHello.\n", 40, 4) > 0
 
 
 def test_exim_as_it_is_commonly_run_delivers_its_queue() -> None:
     messages = feeding.Messages()
     with postfix.sink() as (port, _), exim_queue.queueing(port) as queueing:
-        feeding.send(queueing.port, messages.take(6), 2)
+        feeding.send_composed(queueing.port, messages.take(6), 2)
         assert queueing.deliver(6, 2) > 0
         # What is delivered is gone.
         with pytest.raises(Exception, match="0 of 6 messages are in Exim's queue"):
