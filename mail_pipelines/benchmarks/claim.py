@@ -91,6 +91,14 @@ def _record(engine: Engine, claim: OpenClaim) -> int:
     return len(outcomes)
 
 
+def claims_of(engine: Engine) -> Iterator[OpenClaim]:
+    """Claim all rows of the first shard by the first server, and record them as delivered, claim by claim."""
+    memory = _generation(engine)
+    while isinstance(claim := _claim(engine, 1, 0, memory, CLAIM_ROWS), OpenClaim):
+        _record(engine, claim)
+        yield claim
+
+
 def _generation(engine: Engine) -> Memory:
     with engine.connect() as connection:
         return Memory(connection.execute(sa.select(LedgerGeneration.generation)).scalar_one())

@@ -71,6 +71,14 @@ def claim(quick: Quick = False, as_json: Json = False, database: Database = None
     _show("claim", bench.run(quick, database), as_json)
 
 
+@app.command("audit")
+def audit(quick: Quick = False, as_json: Json = False) -> None:
+    """Lines of a server's log read a second and held against the ledger on MariaDB."""
+    from mail_pipelines.benchmarks import audit as bench
+
+    _show("audit", bench.run(quick), as_json)
+
+
 @app.command("crash")
 def crash(
     kills: Annotated[int | None, typer.Option(min=1, help="how many in all; without it 1,000, or with --quick two of each kind")] = None,
