@@ -25,7 +25,6 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine, reading, transact
 from mail_pipelines.database.models import SyncState
 from mail_pipelines.dispatch import audit, servers, settlement
-from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.session import journal_of
