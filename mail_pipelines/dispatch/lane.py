@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from sqlalchemy.engine import Connection as DatabaseConnection
+
 from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import State
+from mail_pipelines.delivery import domain_health
+from mail_pipelines.delivery.domain_health import Lesson
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
@@ -23,6 +27,7 @@ from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Ro
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.follower import Watch
 from mail_pipelines.dispatch.journal import Position
+from mail_pipelines.dispatch.meetings import Meetings, Turns
 from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
 from mail_pipelines.dispatch.smtp import Connection, Offer, ServerUnreachable
@@ -41,6 +46,8 @@ OFFER_SECONDS = 4.0
 EARLY_SECONDS = 0.25
 # A claim is recorded so long before its lease ends.
 LEASE_MARGIN_SECONDS = 3.0
+# A domain that answers does so within this: longer than that, the rows held for its answer do not hold up the next claim.
+MEETING_SECONDS = 1.0
 # Claims of one lane that are open at once: the one being sent, the next, and those whose last replies are still awaited.
 CLAIMS_AT_ONCE = 16
 # A connection on which a message takes no longer than this gets the next envelope with each body.
@@ -51,6 +58,8 @@ _PACE_SECONDS = 0.2
 _NO_SERVER_SECONDS = 2.0
 _NOTHING_SECONDS = 0.5
 _JOURNAL_POLL_SECONDS = 0.05
+# However long it took: the destination has said something, or has the message.
+_ANSWERED = frozenset({Ending.DELIVERED, Ending.REFUSED, Ending.UNKNOWN})
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class SessionOver(Exception):
     """Ends all lanes; the message is the reason shown to the operator."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """A claim on its way: the rows that are still to be handed out, and how the offers of the others ended."""
 
@@ -81,27 +90,34 @@ class Batch:
     deadline: float
     # The next claim is opened when no more rows than this wait for their turn.
     low_water: int
-    rows: deque[Row] = field(init=False)
+    meetings: Meetings
     offers: dict[int, Offer] = field(default_factory=dict)
+    # Contacts whose offer took long enough to be called silence, if it was not answered.
+    slow: set[int] = field(default_factory=set)
     stopped: str = ""
 
     def __post_init__(self) -> None:
-        self.rows = deque(self.claimed.rows)
-        self._waiting = len(self.rows)
+        self.turns = Turns(self.claimed.rows, self.meetings)
+        # Rows that have a message and wait for the pacer.
+        self._composed = 0
         self._connections = 0
-        self._low, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._low, self._met, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._left.set()
         self._look()
 
     def waits_no_more(self) -> None:
         """One row more is being offered, or will not be any more."""
-        self._waiting -= 1
+        self._composed -= 1
+        self._look()
+
+    def settle(self, domain: str, answered: bool | None) -> None:
+        """A meeting is over, whichever claim it was in: rows that were held for it have their turn, or are left out."""
+        self.turns.settle(domain, answered)
         self._look()
 
     def end(self) -> None:
         """Hand out no more rows."""
-        self.rows.clear()
-        self._waiting = 0
+        self.turns.clear()
         self._look()
 
     def stop(self, reason: str) -> None:
@@ -110,9 +126,9 @@ class Batch:
         self.end()
 
     def _look(self) -> None:
-        if self._waiting <= self.low_water:
-            self._low.set()
-        if self._waiting <= 0:
+        _set(self._low, self.turns.quick + self._composed <= self.low_water)
+        _set(self._met, self.turns.held <= self.low_water)
+        if self.turns.is_empty and self._composed <= 0:
             self._over.set()
 
     def enter(self) -> None:
@@ -126,27 +142,41 @@ class Batch:
             self._left.set()
 
     async def nearly_over(self) -> None:
-        """Wait until it is time for the next claim."""
+        """Wait until it is time for the next claim. Rows that are held come soon, or not at all."""
         await _until(self._low, self.deadline)
+        if not self._met.is_set():
+            await _until(self._met, min(self.deadline, time.monotonic() + MEETING_SECONDS))
+            if self._met.is_set():
+                await _until(self._low, self.deadline)
 
     async def over(self) -> None:
         """Wait until no row is handed out any more and no connection has one."""
         await _until(self._over, self.deadline)
-        self.rows.clear()
+        self.turns.clear()
         await self._left.wait()
 
-    def composed(self) -> tuple[int, Message] | None:
+    def composed(self) -> tuple[Row, Message] | None:
         """The next row that a message can be made for."""
-        while self.rows:
-            row = self.rows.popleft()
+        while (row := self.turns.next()) is not None:
+            self._composed += 1
             recipient = Recipient(self.claimed.ref.campaign_id, row.contact_id, row.attempt, row.email, row.values)
             try:
-                return row.contact_id, compose(self.compiled, recipient, self.identity)
+                return row, compose(self.compiled, recipient, self.identity)
             except ComposeError as error:
                 # One bad value must not stop the others, and trying it again would not mend it.
                 self.offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(error))
+                if self.meetings.end(row, None):
+                    self.turns.settle(row.domain, None)
                 self.waits_no_more()
+        self._look()
         return None
+
+
+def _set(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()
 
 
 async def _until(event: asyncio.Event, moment: float) -> None:
@@ -169,7 +199,10 @@ class Lane:
         # Why nothing is sent, and until when (epoch seconds).
         self.reason = ""
         self.wait_until = 0.0
+        # This session's share of the connection slots.
+        self._share = max(1, math.ceil(self.limits.connections / session.settings.server.slots))
         self._links: dict[Link, asyncio.Task[None]] = {}
+        self._meetings = Meetings(self._share)
         # Greets for each claim before it is opened: the line in the journal by which the claim finds its beginning.
         self._herald = self._connection()
         self._batches: deque[Batch] = deque()
@@ -253,7 +286,7 @@ class Lane:
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
             identity = session.identity(sending_as)
-            batch = Batch(answer, granted, watch, tokens, compiled, identity, asked + OFFER_SECONDS, int(pace * EARLY_SECONDS))
+            batch = Batch(answer, granted, watch, tokens, compiled, identity, asked + OFFER_SECONDS, int(pace * EARLY_SECONDS), self._meetings)
         finally:
             if batch is None:
                 granted.release()
@@ -263,7 +296,7 @@ class Lane:
         session.report.claimed += len(answer.rows)
         self.reason = ""
         self._concluding.add(asyncio.create_task(self._conclude(batch)))
-        if batch.rows:
+        if not batch.turns.is_empty:
             self._batches.append(batch)
             self._news.set()
         return batch
@@ -315,8 +348,7 @@ class Lane:
 
     def _staff(self) -> None:
         """Have as many connections as this session's share of the slots allows."""
-        share = max(1, math.ceil(self.limits.connections / self.session.settings.server.slots))
-        while len(self._links) < share and (slot := self.pacer.slot()) is not None:
+        while len(self._links) < self._share and (slot := self.pacer.slot()) is not None:
             link = Link(slot, self._connection)
             self._links[link] = task = asyncio.create_task(self._work(link))
             task.add_done_callback(self._worked)
@@ -352,10 +384,10 @@ class Lane:
     async def _batch_with_rows(self, cut: Batch | None) -> Batch | None:
         """The oldest claim but `cut` with rows to hand out, as soon as there is one; None when the lane closes."""
         while True:
-            while self._batches and not self._batches[0].rows:
+            while self._batches and self._batches[0].turns.is_empty:
                 self._batches.popleft()
             for batch in self._batches:
-                if batch is not cut and batch.rows:
+                if batch is not cut and batch.turns.has_next:
                     return batch
             if self._closing:
                 return None
@@ -364,18 +396,28 @@ class Lane:
 
     async def _offer_rows(self, link: Link, batch: Batch) -> Next:
         """Offer rows of a claim until none is left, its time is over or the connection is of no more use; returns what it is good for."""
-        ahead: tuple[int, Message] | None = None
+        ahead: tuple[Row, Message] | None = None
         ending = Next.GO_ON
         # A row first, then its turn: a turn that finds no row would be lost to the others.
-        while (current := ahead or batch.composed()) is not None and await self.pacer.turn(batch.deadline):
+        while (current := ahead or batch.composed()) is not None:
+            row, message = current
+            ahead = None
+            if not await self.pacer.turn(batch.deadline):
+                self._over(batch, row, None)
+                batch.waits_no_more()
+                break
             batch.waits_no_more()
-            contact_id, message = current
             last = link.offered + 1 >= self.limits.messages_per_connection
             # An envelope goes ahead only where its body is not likely to wait for its turn, or for a slow destination beyond the deadline.
             ahead = batch.composed() if not last and link.connection.seconds < QUICK_SECONDS and self.pacer.is_free() else None
             link.offered += 1
+            begin = time.monotonic()
             offer = await link.connection.offer(message, ahead[1] if ahead else None)
-            batch.offers[contact_id] = offer
+            slow = time.monotonic() - begin >= domain_health.rules().silent_seconds
+            if slow:
+                batch.slow.add(row.contact_id)
+            batch.offers[row.contact_id] = offer
+            self._over(batch, row, not slow or offer.ending in _ANSWERED)
             self._offered += 1
             if offer.next is Next.STOP_CLAIM:
                 batch.stop(offer.refusal)
@@ -383,8 +425,16 @@ class Lane:
             if ending is not Next.GO_ON or last:
                 break
         if ahead is not None:
+            self._over(batch, ahead[0], None)
             batch.waits_no_more()
         return ending
+
+    def _over(self, batch: Batch, row: Row, answered: bool | None) -> None:
+        """The offer of a row has been answered or not (None: it was not made): rows that waited for that have their turn, or are left out."""
+        if self._meetings.end(row, answered):
+            for other in {batch, *self._batches}:
+                other.settle(row.domain, answered)
+            self._news.set()
 
     # --- the end of a claim -----------------------------------------------------------------------------------------
 
@@ -397,7 +447,14 @@ class Lane:
             await batch.over()
             batch.granted.withdraw()
             results = await self._results(batch)
-            counts = await in_thread(transact, session.engine, lambda connection: record(connection, claimed.ref, results, claim_state="open"))
+            learnt = _lesson(batch, results)
+
+            def write(connection: DatabaseConnection) -> Counter[State]:
+                counts = record(connection, claimed.ref, results, claim_state="open")
+                domain_health.learn(connection, claimed.ref, learnt)
+                return counts
+
+            counts = await in_thread(transact, session.engine, write)
         finally:
             batch.granted.release()
             session.follower.forget(batch.watch)
@@ -431,6 +488,15 @@ class Lane:
             if not settlement.in_flight(evidence, tokens) or time.monotonic() > end:
                 return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, time.time())
             await asyncio.sleep(_JOURNAL_POLL_SECONDS)
+
+
+def _lesson(batch: Batch, results: Sequence[Result]) -> Lesson:
+    """What the end of a claim says of the domains that it met. Few claims say anything."""
+    rows = batch.claimed.rows
+    asking = [row.contact_id for row in rows if row.asks]
+    if not batch.slow and not asking:
+        return Lesson()
+    return domain_health.lesson(results, {row.contact_id: row.domain for row in rows}, batch.slow, asking)
 
 
 class Link:
