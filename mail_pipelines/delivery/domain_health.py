@@ -85,16 +85,15 @@ def lesson(results: Sequence[Result], domains: Mapping[int, str], slow: Collecti
     return Lesson(frozenset(silent - answered), frozenset(answered & suspects))
 
 
-def after(before: Health | None, opened_at: dt.datetime, now: dt.datetime) -> Health | None:
+def after(before: Health | None, opened_at: dt.datetime, now: dt.datetime, *, hears: bool) -> Health | None:
     """What silence towards a claim of `opened_at` makes of what was held against a domain; None: nothing new.
 
-    An offer from before the last failure was recorded says no more than that did.
+    An offer from before the last failure was recorded says no more than that did. A server that hears nothing from anybody says nothing against a
+    domain, and what was known of one stays: its wait is repeated and not doubled.
     """
-    if before is None:
-        return Health(1, now + rules().wait(1), now)
-    if opened_at < before.changed_at:
+    if (before is None and not hears) or (before is not None and opened_at < before.changed_at):
         return None
-    failures = before.failures + 1
+    failures = (before.failures if before else 0) + hears
     return Health(failures, now + rules().wait(failures), now)
 
 
@@ -105,12 +104,11 @@ def learn(connection: Connection, claim: ClaimRef, learnt: Lesson) -> None:
     if not learnt.silent:
         return
     now: dt.datetime = connection.execute(sa.select(utc_now())).scalar_one()
-    if not _hears(connection, claim, now):
-        return
+    hears = _hears(connection, claim, now)
     columns = (DomainHealth.domain, DomainHealth.failures, DomainHealth.dead_until, DomainHealth.changed_at)
     held = connection.execute(sa.select(*columns).where(DomainHealth.domain.in_(sorted(learnt.silent))).order_by(DomainHealth.domain).with_for_update())
     known = {row.domain: Health(row.failures, row.dead_until, row.changed_at) for row in held}
-    changed = {domain: after(known.get(domain), claim.opened_at, now) for domain in sorted(learnt.silent)}
+    changed = {domain: after(known.get(domain), claim.opened_at, now, hears=hears) for domain in sorted(learnt.silent)}
     put(
         connection,
         DomainHealth,
