@@ -133,9 +133,7 @@ def _far_away(world: Dispatching, turns: int, seconds: float) -> list[Result]:
             target=FAR_TARGET,
             better="higher",
         ),
-        judge(
-            f"the same with one of {DOMAINS} domains silent, met for the first time", partly_silent, "messages/s", far, target=SILENT_TARGET, better="higher"
-        ),
+        judge(f"the same, and nobody answers for one of {DOMAINS} domains", partly_silent, "messages/s", far, target=SILENT_TARGET, better="higher"),
     ]
 
 

@@ -403,7 +403,7 @@ class Lane:
             row, message = current
             ahead = None
             if not await self.pacer.turn(batch.deadline):
-                self._over(batch, row, None)
+                self._end_offer(batch, row, None)
                 batch.waits_no_more()
                 break
             batch.waits_no_more()
@@ -417,7 +417,7 @@ class Lane:
             if slow:
                 batch.slow.add(row.contact_id)
             batch.offers[row.contact_id] = offer
-            self._over(batch, row, not slow or offer.ending in _ANSWERED)
+            self._end_offer(batch, row, not slow or offer.ending in _ANSWERED)
             self._offered += 1
             if offer.next is Next.STOP_CLAIM:
                 batch.stop(offer.refusal)
@@ -425,15 +425,18 @@ class Lane:
             if ending is not Next.GO_ON or last:
                 break
         if ahead is not None:
-            self._over(batch, ahead[0], None)
+            self._end_offer(batch, ahead[0], None)
             batch.waits_no_more()
         return ending
 
-    def _over(self, batch: Batch, row: Row, answered: bool | None) -> None:
-        """The offer of a row has been answered or not (None: it was not made): rows that waited for that have their turn, or are left out."""
-        if self._meetings.end(row, answered):
+    def _end_offer(self, batch: Batch, row: Row, answered: bool | None) -> None:
+        """The offer of a row has been answered or not (None: it was not made)."""
+        may_go_on = self._meetings.end(row, answered)
+        if may_go_on:
             for other in {batch, *self._batches}:
                 other.settle(row.domain, answered)
+        if may_go_on or row.asks:
+            # There are rows again: those that were held, or one that asks for another domain.
             self._news.set()
 
     # --- the end of a claim -----------------------------------------------------------------------------------------
@@ -458,6 +461,10 @@ class Lane:
         finally:
             batch.granted.release()
             session.follower.forget(batch.watch)
+            for row in claimed.rows if batch.slow else ():
+                if row.contact_id in batch.slow and self._meetings.recorded(row.domain):
+                    for other in self._batches:
+                        other.settle(row.domain, False)
         session.report.results.update(counts)
         released = {result.contact_id for result in results if result.state is State.PENDING}
         refusals = [offer.refusal for contact_id, offer in batch.offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]

@@ -1,7 +1,8 @@
 """Whose turn it is among the rows of a lane's claims, so that a domain that does not answer holds one connection and not all of them.
 
-A domain from which nothing has come yet in this session is *met* by one message; its other rows are held until that has been answered, or else
-are not offered in this claim. Rows that ask for a dead domain, which is likely to stay silent, have a few connections between them (the slow lane).
+A domain from which nothing has come yet in this session is *met* by one message; its other rows are held until that has been answered. If it is
+silent, they are not offered, and from then on claims leave them out. Rows that ask for a dead domain, which is likely to stay silent, have a few
+connections between them (the slow lane).
 
 What belongs here: order and counting. What does not: connections (`lane`), and what is known of domains for good (`delivery.domain_health`).
 """
@@ -44,19 +45,30 @@ class Meetings:
             self._met.add(row.domain)
 
     def end(self, row: Row, answered: bool | None) -> bool:
-        """The offer is over (`answered` is None if it was not made); returns whether others have waited for that."""
+        """The offer is over (`answered` is None if it was not made); returns whether rows that were held for it may have their turn.
+
+        After silence they may not: the meeting lasts until that is `recorded`, for a claim made before then would have the domain's rows again.
+        """
         if row.asks:
             self._asking -= 1
         domain = row.domain
         if answered is False:
             self._known.pop(domain, None)
+            self._met.add(domain)
+            return False
         waited = domain in self._met
         self._met.discard(domain)
         if answered and waited:
             self._known[domain] = None
             if len(self._known) > _KNOWN:
                 del self._known[next(iter(self._known))]
-        return waited or row.asks
+        return waited
+
+    def recorded(self, domain: str) -> bool:
+        """The ledger has what became of a slow offer to the domain; returns whether rows were held for that."""
+        waited = domain in self._met
+        self._met.discard(domain)
+        return waited
 
 
 class Turns:

@@ -72,7 +72,8 @@ def _postpone(connection: Connection, request: Request, rows: Sequence[Hindered]
         moves[request.shard, request.provider, State.DEFERRED, ""] += 1
     for due, waiting in sorted(by_due.items()):
         spread = due + Delivery.contact_id % SPREAD_SECONDS
-        _update(connection, request, [row.contact_id for row in waiting], state=int(State.DEFERRED), sort_key=spread, reason=NO_CONNECTION)
+        values = {"state": int(State.DEFERRED), "sort_key": spread, "code": None, "enhanced": None, "reason": NO_CONNECTION}
+        _update(connection, request, [row.contact_id for row in waiting], **values)
 
 
 def _refuse(connection: Connection, request: Request, rows: Sequence[Hindered], reason: str, now: dt.datetime, moves: Counter[counters.Place]) -> None:

@@ -60,11 +60,11 @@ def times_tried(world: World, server: ServerInfo, domain: str) -> int:
 @pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
 def test_a_silent_domain_is_met_once_asked_later_and_delivered_to_when_it_answers(engine: sa.Engine, tmp_path: Path, running: Servers) -> None:
     """Forty of its recipients in one lane with forty others, which do not wait for it."""
-    world = make_world(engine, tmp_path / "home", recipients=320, kind="exim", linger_seconds=0)
+    world = make_world(engine, tmp_path / "home", recipients=320, kind="exim", linger_seconds=1)
     server = world.server(connections=4)
-    half = sa.update(Contact).where(Contact.provider == "google", Contact.id % 8 == 1)
+    some = sa.update(Contact).where(Contact.provider == "google", Contact.id % 8 == 1)
     silent = {"email": sa.func.concat("person", Contact.id, "@silent.test"), "address": sa.func.concat("person", Contact.id, "@silent.test")}
-    transact(engine, lambda connection: connection.execute(half.values(domain="silent.test", **silent)))
+    transact(engine, lambda connection: connection.execute(some.values(domain="silent.test", **silent)))
     with silent_port() as port:
         exim = running.start(world, server, write_play(tmp_path / "play.toml"), f"silent.test=127.0.0.1:{port}")
         begin = time.monotonic()
