@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns, claim, compose
 from mail_pipelines.benchmarks.cpu import Meter
@@ -22,7 +25,8 @@ from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.benchmarks.postfix import free_port, wait_for_port
 from mail_pipelines.benchmarks.sign import OFFERS
 from mail_pipelines.config import Settings
-from mail_pipelines.database.engine import create_engine
+from mail_pipelines.database.engine import create_engine, transact
+from mail_pipelines.database.models import Contact, DomainHealth
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.dispatch.files import ServerFolders
@@ -142,10 +146,13 @@ class Server:
 
 
 def _middle_rate(journal: bytes) -> float:
-    """Deliveries a second from the first quarter of them to the last."""
+    """Deliveries a second from the first quarter of them to the last.
+
+    As the slope of all of them in between: connections that began together deliver together, and two single moments would tell a rate by chance.
+    """
     times = [dt.datetime.fromisoformat(stamp.decode("ascii")).timestamp() for stamp in _DELIVERY.findall(journal)]
     first, last = len(times) // 4, len(times) * 3 // 4
-    return (last - first) / (times[last] - times[first])
+    return statistics.linear_regression(times[first:last], range(first, last)).slope
 
 
 @dataclass
@@ -157,13 +164,28 @@ class Dispatching:
     database: int
     processes: Processes
 
+    def spread(self, domains: int) -> None:
+        """Spread the recipients over so many domains, d0.test and on, of which nothing is known."""
+        engine = create_engine(self.settings.database.url)
+        domain = sa.func.concat("d", Contact.id % domains, ".test")
+        address = sa.func.concat("person", Contact.id, "@", domain)
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(sa.update(Contact).values(email=address, address=address, domain=domain))
+            connection.execute(sa.delete(DomainHealth))
+
+        transact(engine, work)
+        engine.dispose()
+
     @contextmanager
-    def server(self, key: str, destination: tuple[str, int], sinks: tuple[int, ...]) -> Iterator[Server]:
-        """A dispatch server all of whose mail goes to `destination`, which the processes `sinks` play."""
+    def server(self, key: str, destination: tuple[str, int], sinks: tuple[int, ...], *, silent: tuple[str, int] | None = None) -> Iterator[Server]:
+        """A dispatch server all of whose mail goes to `destination`, which the processes `sinks` play, but that for the domain `silent` to its port."""
         engine = create_engine(self.settings.database.url)
         port = free_port()
         servers.register(engine, key, kind="exim", host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
         words = ["exim", "run", key, "--hostname", "bench.example.test", "--destination", f"{destination[0]}:{destination[1]}"]
+        if silent is not None:
+            words += ["--destination", f"{silent[0]}=127.0.0.1:{silent[1]}"]
         log = self.settings.home / "log" / f"{key}.log"
         exim = self.processes.start(key, [sys.executable, "-m", "mail_pipelines", *words], env=self.environ, log=log)
         wait_for_port(port, exim)

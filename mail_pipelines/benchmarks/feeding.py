@@ -46,7 +46,8 @@ class Messages:
 def send(port: int, messages: Messages, count: int, connections: int) -> float:
     """Seconds from the first message to the last reply, composed and signed meanwhile as a session does it."""
     with composer.threads() as pool:
-        made = composer.Composer(messages.recipients(count), messages.draft, pool)
+        recipients = messages.recipients(count)
+        made = composer.Composer(lambda: next(recipients, None), messages.draft, pool, drop=lambda _: None)
 
         async def following() -> Message | None:
             _, message = await made.next() or (None, None)

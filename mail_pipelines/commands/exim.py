@@ -16,13 +16,22 @@ def run(
     name: str,
     hostname: Annotated[str | None, typer.Option(help="name towards destinations; has to match the reverse DNS; without it the host's own")] = None,
     destination: Annotated[
-        list[str] | None, typer.Option(help="ADDRESS:PORT that gets all mail in place of the recipients' mail exchangers; for tests")
+        list[str] | None,
+        typer.Option(help="ADDRESS:PORT that gets all mail in place of the recipients' mail exchangers, or DOMAIN=ADDRESS:PORT for one; for tests"),
     ] = None,
 ) -> None:
     """Run an own Exim as the registered server NAME until stopped. Nothing of the system's mail set-up is used or changed."""
     from mail_pipelines.dispatch.exim import process
 
-    process.run(settings(), name, hostname=hostname, destinations=tuple(map(_address, destination or ())))
+    for_all = [given for given in destination or () if "=" not in given]
+    by_domain = [given.split("=", 1) for given in destination or () if "=" in given]
+    process.run(
+        settings(),
+        name,
+        hostname=hostname,
+        destinations=tuple(map(_address, for_all)),
+        routes=tuple((domain, _address(address)) for domain, address in by_domain),
+    )
 
 
 def _address(text: str) -> tuple[str, int]:

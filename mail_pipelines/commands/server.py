@@ -130,6 +130,21 @@ def retry(name: str, provider: Annotated[str, typer.Argument(help="provider grou
     console.print(f"server {name} tries {provider} again" if begun else f"server {name} has not stopped sending to {provider}")
 
 
+@app.command("dead-domains")
+def dead_domains(most: Annotated[int, typer.Option(help="list no more than this")] = 50) -> None:
+    """Recipient domains that do not answer, and when one message asks again. All servers leave them alone until then."""
+    from rich.table import Table
+
+    from mail_pipelines.database.engine import reading
+    from mail_pipelines.delivery import domain_health
+
+    table = Table("domain", "silent in a row", "asked again")
+    with reading(open_engine()) as connection:
+        for domain in domain_health.dead_domains(connection, most):
+            table.add_row(domain.domain, f"{domain.failures:,}", f"{domain.dead_until:%Y-%m-%d %H:%M:%S} UTC")
+    console.print(table)
+
+
 @app.command("limits")
 def limits(
     provider: Annotated[str, typer.Argument(help="provider group, or * for all others")],

@@ -379,12 +379,15 @@ class Breaker(Base):
 
 
 class DomainHealth(Base):
-    """Recipient domains that do not answer: rows of a dead domain are deferred without an attempt until `dead_until`."""
+    """Recipient domains that do not answer: rows of a dead domain are deferred without an attempt until `dead_until` (`delivery.domain_health`).
+
+    `failures` in a row without an answer; `changed_at` is when the last of them was recorded. No row: nothing is known against the domain.
+    """
 
     __tablename__ = "domain_health"
     domain: Mapped[str] = mapped_column(ascii_string(253), primary_key=True)
-    dead_until: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
-    failures: Mapped[int] = mapped_column(sa.Integer, default=0)
+    dead_until: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    failures: Mapped[int] = mapped_column(sa.Integer)
     changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     __table_args__ = (MYSQL,)
 

@@ -1,4 +1,4 @@
-"""Adding to counted rows: insert, or add to the number that is there, with one statement for many rows on either database."""
+"""Insert, or else change the row that is there, with one statement for many rows on either database."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ def add_to(connection: Connection, model: type[Base], rows: Sequence[dict[str, A
     """
     if rows:
         connection.execute(_statement(model, column, is_mysql(connection)), list(rows))
+
+
+def put(connection: Connection, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    """Insert `rows`, each with all columns; where a primary key exists, the new row takes the place of the old. Give the rows in key order."""
+    if rows:
+        connection.execute(_put_statement(model, is_mysql(connection)), list(rows))
+
+
+@functools.cache
+def _put_statement(model: type[Base], mysql_family: bool) -> sa.Insert:
+    table = model.__table__
+    assert isinstance(table, sa.Table)
+    columns = [column.name for column in table.columns if not column.primary_key]
+    if mysql_family:
+        return mysql.insert(table).on_duplicate_key_update({name: sa.func.values(sa.column(name)) for name in columns})
+    upsert = sqlite.insert(table)
+    return upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_={name: upsert.excluded[name] for name in columns})
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -26,45 +26,54 @@ def threads() -> ThreadPoolExecutor:
 
 
 class Composer(Generic[R]):
-    """Makes the messages of `rows` in their order, as they are asked for, signed by the threads of `pool`. For one event loop.
+    """Makes the messages of rows as they are asked for, signed by the threads of `pool`. For one event loop.
 
-    `draft` raises `ComposeError` for a row that no message can be made for.
+    `draw` gives the next row, None if there is none now; it is asked for a few rows more than are given out. `draft` raises `ComposeError` for a
+    row that no message can be made for. Rows that were drawn when the composer ended go to `drop`.
     """
 
-    def __init__(self, rows: Iterable[R], draft: Callable[[R], Draft], pool: Executor) -> None:
-        self._rows = deque(rows)
+    def __init__(self, draw: Callable[[], R | None], draft: Callable[[R], Draft], pool: Executor, drop: Callable[[R], None]) -> None:
+        self._draw = draw
         self._draft = draft
         self._pool = pool
+        self._drop = drop
         self._made: deque[tuple[R, Message | ComposeError]] = deque()
         self._signing: set[asyncio.Future[list[bytes]]] = set()
         self._ended = False
 
-    def __bool__(self) -> bool:
-        """Whether there may be another message."""
-        return bool(self._made or self._rows or self._signing) and not self._ended
+    @property
+    def busy(self) -> bool:
+        """Whether a message is made, or being signed, that nobody has taken."""
+        return bool(self._made or self._signing) and not self._ended
 
     def end(self) -> None:
         """Give out nothing more."""
         self._ended = True
-        self._rows.clear()
-        self._made.clear()
+        while self._made:
+            self._drop(self._made.popleft()[0])
 
     async def next(self) -> tuple[R, Message | ComposeError] | None:
-        """The next row with its message, or why there is none; None at the end."""
+        """The next row with its message, or why there is none; None if there is no row now, or the composer has ended."""
         while not self._made:
-            if self._rows:
-                await self._make()
+            rows = self._drawn()
+            if rows:
+                await self._make(rows)
             elif self._signing:
                 await asyncio.wait(self._signing, return_when=asyncio.FIRST_COMPLETED)
             else:
                 return None
         return self._made.popleft()
 
-    async def _make(self) -> None:
+    def _drawn(self) -> list[R]:
+        rows: list[R] = []
+        while not self._ended and len(rows) < _ROWS_A_CALL and (row := self._draw()) is not None:
+            rows.append(row)
+        return rows
+
+    async def _make(self, rows: list[R]) -> None:
         """Make the messages of some rows."""
         drafts: list[tuple[R, Draft]] = []
-        for _ in range(min(_ROWS_A_CALL, len(self._rows))):
-            row = self._rows.popleft()
+        for row in rows:
             try:
                 drafts.append((row, self._draft(row)))
             except ComposeError as error:
@@ -77,8 +86,11 @@ class Composer(Generic[R]):
             signatures = await signing
         finally:
             self._signing.discard(signing)
-        if not self._ended:
-            self._made.extend((row, draft.message(signature)) for (row, draft), signature in zip(drafts, signatures, strict=True))
+        for (row, draft), signature in zip(drafts, signatures, strict=True):
+            if self._ended:
+                self._drop(row)
+            else:
+                self._made.append((row, draft.message(signature)))
 
 
 def _sign(drafts: list[Draft]) -> list[bytes]:

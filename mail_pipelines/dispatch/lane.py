@@ -10,13 +10,18 @@ import asyncio
 import functools
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from sqlalchemy.engine import Connection as DatabaseConnection
+
 from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import State
+from mail_pipelines.delivery import domain_health
+from mail_pipelines.delivery.domain_health import Lesson
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
@@ -25,6 +30,7 @@ from mail_pipelines.dispatch.composer import Composer
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.follower import Watch
 from mail_pipelines.dispatch.journal import Position
+from mail_pipelines.dispatch.meetings import Meetings, Turns
 from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
 from mail_pipelines.dispatch.smtp import Connection, Offer, ServerUnreachable
@@ -43,6 +49,8 @@ OFFER_SECONDS = 4.0
 EARLY_SECONDS = 0.25
 # A claim is recorded so long before its lease ends.
 LEASE_MARGIN_SECONDS = 3.0
+# A domain that answers does so within this: longer than that, the rows held for its answer do not hold up the next claim.
+MEETING_SECONDS = 1.0
 # Claims of one lane that are open at once: the one being sent, the next, and those whose last replies are still awaited.
 CLAIMS_AT_ONCE = 16
 # A connection on which a message takes no longer than this gets the next envelope with each body.
@@ -53,6 +61,8 @@ _PACE_SECONDS = 0.2
 _NO_SERVER_SECONDS = 2.0
 _NOTHING_SECONDS = 0.5
 _JOURNAL_POLL_SECONDS = 0.05
+# However long it took: the destination has said something, or has the message.
+_ANSWERED = frozenset({Ending.DELIVERED, Ending.REFUSED, Ending.UNKNOWN})
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class SessionOver(Exception):
     """Ends all lanes; the message is the reason shown to the operator."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """A claim on its way: the rows that are still to be handed out, and how the offers of the others ended."""
 
@@ -77,31 +87,55 @@ class Batch:
     watch: Watch
     # The token of each row's message, by contact.
     tokens: Mapping[int, str]
-    # The messages of the rows that are still to be handed out.
-    composer: Composer[Row]
+    draft: Callable[[Row], Draft]
+    # Threads.
+    signing: Executor
     # Monotonic second after which nothing more is offered.
     deadline: float
     # The next claim is opened when no more rows than this wait for their turn.
     low_water: int
+    meetings: Meetings
+    # Told of each row whose offer will not be made: (batch, row, None).
+    end_offer: Callable[[Batch, Row, bool | None], None]
     offers: dict[int, Offer] = field(default_factory=dict)
+    # Contacts whose offer took long enough to be called silence, if it was not answered.
+    slow: set[int] = field(default_factory=set)
     stopped: str = ""
 
     def __post_init__(self) -> None:
-        self._waiting = len(self.claimed.rows)
+        self.turns = Turns(self.claimed.rows, self.meetings)
+        self.composer = Composer(self._draw, self.draft, self.signing, self.drop)
+        # Rows that have had their turn here, have a message or get one, and wait for the pacer.
+        self._drawn = 0
         self._connections = 0
-        self._low, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._low, self._met, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._left.set()
         self._look()
 
+    @property
+    def has_next(self) -> bool:
+        """Whether `composed` may have a row now."""
+        return self.turns.has_next or self.composer.busy
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not have one any more."""
+        return self.turns.is_empty and not self.composer.busy
+
     def waits_no_more(self) -> None:
         """One row more is being offered, or will not be any more."""
-        self._waiting -= 1
+        self._drawn -= 1
+        self._look()
+
+    def settle(self, domain: str, answered: bool | None) -> None:
+        """A meeting is over, whichever claim it was in: rows that were held for it have their turn, or are left out."""
+        self.turns.settle(domain, answered)
         self._look()
 
     def end(self) -> None:
         """Hand out no more rows."""
+        self.turns.clear()
         self.composer.end()
-        self._waiting = 0
         self._look()
 
     def stop(self, reason: str) -> None:
@@ -110,9 +144,9 @@ class Batch:
         self.end()
 
     def _look(self) -> None:
-        if self._waiting <= self.low_water:
-            self._low.set()
-        if self._waiting <= 0:
+        _set(self._low, self.turns.quick + self._drawn <= self.low_water)
+        _set(self._met, self.turns.held <= self.low_water)
+        if self.turns.is_empty and self._drawn <= 0:
             self._over.set()
 
     def enter(self) -> None:
@@ -126,29 +160,53 @@ class Batch:
             self._left.set()
 
     async def nearly_over(self) -> None:
-        """Wait until it is time for the next claim."""
+        """Wait until it is time for the next claim. Rows that are held come soon, or not at all."""
         await _until(self._low, self.deadline)
+        if not self._met.is_set():
+            await _until(self._met, min(self.deadline, time.monotonic() + MEETING_SECONDS))
+            if self._met.is_set():
+                await _until(self._low, self.deadline)
 
     async def over(self) -> None:
         """Wait until no row is handed out any more and no connection has one."""
         await _until(self._over, self.deadline)
+        self.turns.clear()
         self.composer.end()
         await self._left.wait()
 
-    async def composed(self) -> tuple[int, Message] | None:
+    def _draw(self) -> Row | None:
+        row = self.turns.next()
+        if row is not None:
+            self._drawn += 1
+        self._look()
+        return row
+
+    def drop(self, row: Row) -> None:
+        """A row that was drawn is not offered."""
+        self.end_offer(self, row, None)
+        self.waits_no_more()
+
+    async def composed(self) -> tuple[Row, Message] | None:
         """The next row that a message can be made for."""
         while (made := await self.composer.next()) is not None:
             row, message = made
             if isinstance(message, Message):
-                return row.contact_id, message
+                return row, message
             # One bad value must not stop the others, and trying it again would not mend it.
             self.offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(message))
-            self.waits_no_more()
+            self.drop(row)
         return None
 
 
 def _draft(campaign_id: int, compiled: CompiledMessage, identity: SenderIdentity, row: Row) -> Draft:
     return draft(compiled, Recipient(campaign_id, row.contact_id, row.attempt, row.email, row.values), identity)
+
+
+def _set(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()
 
 
 async def _until(event: asyncio.Event, moment: float) -> None:
@@ -171,7 +229,10 @@ class Lane:
         # Why nothing is sent, and until when (epoch seconds).
         self.reason = ""
         self.wait_until = 0.0
+        # This session's share of the connection slots.
+        self._share = max(1, math.ceil(self.limits.connections / session.settings.server.slots))
         self._links: dict[Link, asyncio.Task[None]] = {}
+        self._meetings = Meetings(self._share)
         # Greets for each claim before it is opened: the line in the journal by which the claim finds its beginning.
         self._herald = self._connection()
         self._batches: deque[Batch] = deque()
@@ -255,7 +316,8 @@ class Lane:
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
             drafts = functools.partial(_draft, answer.ref.campaign_id, compiled, session.identity(sending_as))
-            batch = Batch(answer, granted, watch, tokens, Composer(answer.rows, drafts, session.signing), asked + OFFER_SECONDS, int(pace * EARLY_SECONDS))
+            times = asked + OFFER_SECONDS, int(pace * EARLY_SECONDS)
+            batch = Batch(answer, granted, watch, tokens, drafts, session.signing, *times, self._meetings, self._end_offer)
         finally:
             if batch is None:
                 granted.release()
@@ -265,7 +327,7 @@ class Lane:
         session.report.claimed += len(answer.rows)
         self.reason = ""
         self._concluding.add(asyncio.create_task(self._conclude(batch)))
-        if batch.composer:
+        if not batch.is_over:
             self._batches.append(batch)
             self._news.set()
         return batch
@@ -317,8 +379,7 @@ class Lane:
 
     def _staff(self) -> None:
         """Have as many connections as this session's share of the slots allows."""
-        share = max(1, math.ceil(self.limits.connections / self.session.settings.server.slots))
-        while len(self._links) < share and (slot := self.pacer.slot()) is not None:
+        while len(self._links) < self._share and (slot := self.pacer.slot()) is not None:
             link = Link(slot, self._connection)
             self._links[link] = task = asyncio.create_task(self._work(link))
             task.add_done_callback(self._worked)
@@ -354,10 +415,10 @@ class Lane:
     async def _batch_with_rows(self, cut: Batch | None) -> Batch | None:
         """The oldest claim but `cut` with rows to hand out, as soon as there is one; None when the lane closes."""
         while True:
-            while self._batches and not self._batches[0].composer:
+            while self._batches and self._batches[0].is_over:
                 self._batches.popleft()
             for batch in self._batches:
-                if batch is not cut and batch.composer:
+                if batch is not cut and batch.has_next:
                     return batch
             if self._closing:
                 return None
@@ -366,18 +427,27 @@ class Lane:
 
     async def _offer_rows(self, link: Link, batch: Batch) -> Next:
         """Offer rows of a claim until none is left, its time is over or the connection is of no more use; returns what it is good for."""
-        ahead: tuple[int, Message] | None = None
+        ahead: tuple[Row, Message] | None = None
         ending = Next.GO_ON
         # A row first, then its turn: a turn that finds no row would be lost to the others.
-        while (current := ahead or await batch.composed()) is not None and await self.pacer.turn(batch.deadline):
+        while (current := ahead or await batch.composed()) is not None:
+            row, message = current
+            ahead = None
+            if not await self.pacer.turn(batch.deadline):
+                batch.drop(row)
+                break
             batch.waits_no_more()
-            contact_id, message = current
             last = link.offered + 1 >= self.limits.messages_per_connection
             # An envelope goes ahead only where its body is not likely to wait for its turn, or for a slow destination beyond the deadline.
             ahead = await batch.composed() if not last and link.connection.seconds < QUICK_SECONDS and self.pacer.is_free() else None
             link.offered += 1
+            begin = time.monotonic()
             offer = await link.connection.offer(message, ahead[1] if ahead else None)
-            batch.offers[contact_id] = offer
+            slow = time.monotonic() - begin >= domain_health.rules().silent_seconds
+            if slow:
+                batch.slow.add(row.contact_id)
+            batch.offers[row.contact_id] = offer
+            self._end_offer(batch, row, not slow or offer.ending in _ANSWERED)
             self._offered += 1
             if offer.next is Next.STOP_CLAIM:
                 batch.stop(offer.refusal)
@@ -385,8 +455,18 @@ class Lane:
             if ending is not Next.GO_ON or last:
                 break
         if ahead is not None:
-            batch.waits_no_more()
+            batch.drop(ahead[0])
         return ending
+
+    def _end_offer(self, batch: Batch, row: Row, answered: bool | None) -> None:
+        """The offer of a row has been answered or not (None: it was not made)."""
+        may_go_on = self._meetings.end(row, answered)
+        if may_go_on:
+            for other in {batch, *self._batches}:
+                other.settle(row.domain, answered)
+        if may_go_on or row.asks:
+            # There are rows again: those that were held, or one that asks for another domain.
+            self._news.set()
 
     # --- the end of a claim -----------------------------------------------------------------------------------------
 
@@ -399,10 +479,21 @@ class Lane:
             await batch.over()
             batch.granted.withdraw()
             results = await self._results(batch)
-            counts = await in_thread(transact, session.engine, lambda connection: record(connection, claimed.ref, results, claim_state="open"))
+            learnt = _lesson(batch, results)
+
+            def write(connection: DatabaseConnection) -> Counter[State]:
+                counts = record(connection, claimed.ref, results, claim_state="open")
+                domain_health.learn(connection, claimed.ref, learnt)
+                return counts
+
+            counts = await in_thread(transact, session.engine, write)
         finally:
             batch.granted.release()
             session.follower.forget(batch.watch)
+            for row in claimed.rows if batch.slow else ():
+                if row.contact_id in batch.slow and self._meetings.recorded(row.domain):
+                    for other in self._batches:
+                        other.settle(row.domain, False)
         session.report.results.update(counts)
         released = {result.contact_id for result in results if result.state is State.PENDING}
         refusals = [offer.refusal for contact_id, offer in batch.offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]
@@ -433,6 +524,15 @@ class Lane:
             if not settlement.in_flight(evidence, tokens) or time.monotonic() > end:
                 return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, time.time())
             await asyncio.sleep(_JOURNAL_POLL_SECONDS)
+
+
+def _lesson(batch: Batch, results: Sequence[Result]) -> Lesson:
+    """What the end of a claim says of the domains that it met. Few claims say anything."""
+    rows = batch.claimed.rows
+    asking = [row.contact_id for row in rows if row.asks]
+    if not batch.slow and not asking:
+        return Lesson()
+    return domain_health.lesson(results, {row.contact_id: row.domain for row in rows}, batch.slow, asking)
 
 
 class Link:

@@ -119,7 +119,7 @@ class TestOnMariaDB:
             connection.rollback()
         assert verdict[0][0] is None
         assert [row[2] for row in rows] == ["person9@google.test"]
-        assert hindered == [(1, 0, "suppressed", None, None), (5, 0, "moved", parse("new@yahoo.test").hash, "yahoo")]
+        assert hindered == [(1, 0, "suppressed", None, None, None), (5, 0, "moved", parse("new@yahoo.test").hash, "yahoo", None)]
         opened = claim_on(stolen, world, server)
         assert isinstance(opened, OpenClaim)
         assert sorted(row.contact_id for row in opened.rows) == [9, 13, 17, 21, 25, 29, 33, 37]

@@ -25,6 +25,7 @@ from mail_pipelines.database.models import (
     ContactList,
     Delivery,
     DeliveryEvent,
+    DomainHealth,
     LedgerGeneration,
     ProviderLimit,
     ProviderUsage,
@@ -34,10 +35,11 @@ from mail_pipelines.database.models import (
     Suppression,
 )
 from mail_pipelines.database.procedures import installation
+from mail_pipelines.delivery import domain_health
 from mail_pipelines.delivery.events import RESENT
 from mail_pipelines.delivery.recording import SLOT_SECONDS, USAGE_WINDOWS, slot_at, windows_at
 from mail_pipelines.dispatch import claims
-from mail_pipelines.dispatch.claiming import procedure
+from mail_pipelines.dispatch.claiming import hindrances, procedure
 from mail_pipelines.dispatch.claiming.refusals import Verdict
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, Sender, WrongServer
 from mail_pipelines.dispatch.journal import Position
@@ -52,6 +54,7 @@ FILLED = (
     Claim,
     Delivery,
     DeliveryEvent,
+    DomainHealth,
     Contact,
     ProviderLimit,
     ProviderUsage,
@@ -83,6 +86,8 @@ class Recipient:
     # stays, erased, moved (to a provider), taken (moved to an address that has a row of its own)
     fate: str
     new_provider: str
+    # Of a domain that does not answer: due (to be tried again) or dead
+    silent: str | None
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ RECIPIENTS = st.builds(
     suppressed_domain=rarely(None, *SCOPES),
     fate=st.sampled_from(["stays"] * 6 + ["erased", "moved", "taken"]),
     new_provider=st.sampled_from(PROVIDERS),
+    silent=st.sampled_from([None] * 6 + ["due", "due", "dead"]),
 )
 GRANTS = st.sampled_from([(1000, 0), (2, 0), (5, 4), (5, 5), (3, 9)])
 CAPS = st.tuples(st.sampled_from([None, 4, 1, 0]), st.sampled_from([None, 50, 3, 0]))
@@ -143,7 +149,7 @@ def situations(draw: st.DrawFn) -> Situation:
 
 def recipient(**values: Any) -> Recipient:
     usual = {"provider": "google", "state": State.PENDING, "attempt": 0, "due": 0, "not_before": None, "resent": False, "subscribed": None}
-    return Recipient(**usual | {"suppressed": None, "suppressed_domain": None, "fate": "stays", "new_provider": "google"} | values)
+    return Recipient(**usual | {"suppressed": None, "suppressed_domain": None, "fate": "stays", "new_provider": "google", "silent": None} | values)
 
 
 # One of each kind.
@@ -163,6 +169,14 @@ PLAIN = Situation(
         recipient(not_before=3600),
         recipient(not_before=3600, state=State.DEFERRED, attempt=1, due=-20),
         recipient(state=State.DEFERRED, attempt=1, due=3600),
+        recipient(silent="due"),
+        recipient(silent="due", state=State.DEFERRED, attempt=1, due=-10),
+        recipient(silent="due"),
+        recipient(silent="due", suppressed=("brand", 1), state=State.DEFERRED, attempt=1, due=-3600),
+        recipient(silent="due", subscribed=False),
+        recipient(silent="dead"),
+        recipient(silent="dead", state=State.DEFERRED, attempt=2, due=-40),
+        recipient(silent="dead", fate="moved", new_provider="yahoo"),
         recipient(),
     ),
     campaign=SENDING,
@@ -271,6 +285,8 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
             "lease_until": now,
         }
     ]
+    health = {"due": now - dt.timedelta(seconds=5), "dead": now + dt.timedelta(hours=1)}
+    rows[DomainHealth] = [{"domain": f"{name}.test", "failures": 2, "dead_until": until, "changed_at": now} for name, until in health.items()]
     for number, recipient in enumerate(situation.recipients, 1):
         _add_recipient(rows, number, recipient, now, second)
     counts = Counter((row["provider"], row["state"]) for row in rows[Delivery])
@@ -290,9 +306,9 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
 
 def _add_recipient(rows: dict[type, list[dict[str, Any]]], number: int, recipient: Recipient, now: dt.datetime, second: int) -> None:
     frozen = parse(f"person{number}@{recipient.provider}.test")
-    # Each contact has a domain of its own, so that suppressing it concerns nobody else.
+    # Each contact has a domain of its own, so that suppressing it concerns nobody else; those whose domain is silent share it.
     new = frozen if recipient.fate == "stays" else parse(f"new{number}@{recipient.new_provider}.test")
-    domain = f"d{number}.test"
+    domain = f"{recipient.silent}.test" if recipient.silent and not recipient.suppressed_domain else f"d{number}.test"
     ledger = {
         "campaign_id": 1,
         "contact_id": number,
@@ -397,6 +413,9 @@ def tables(engine: sa.Engine, now: dt.datetime) -> dict[str, Any]:
             values = dict(row)
             if State(values["state"]) in (State.SUPPRESSED, State.UNRESOLVED):
                 assert 0 <= values.pop("sort_key") - started < 60
+            if values["reason"] == domain_health.NO_CONNECTION and values["sort_key"] < started + 600:
+                # It waits for the answer to another row.
+                assert 60 <= values.pop("sort_key") - started < 60 + 60 + hindrances.SPREAD_SECONDS
             deliveries.append(values)
         opened = connection.execute(
             sa.select(Claim.id, Claim.provider, Claim.size, Claim.state, Claim.server_id, Claim.run_id, Claim.incarnation, Claim.boot_id, Claim.journal_inode,
@@ -408,6 +427,7 @@ def tables(engine: sa.Engine, now: dt.datetime) -> dict[str, Any]:
             "counters": sums(CampaignCounter, "provider", "server_id", "state", number="count"),
             "minutes": sums(CampaignMinute, "provider", "server_id", "state", "reason", number="count"),
             "usage": sums(ProviderUsage, "server_id", "provider", "window_seconds", number="used"),
+            "asked": [tuple(row) for row in connection.execute(sa.select(DomainHealth.domain, DomainHealth.dead_until > now).order_by(DomainHealth.domain))],
             "allotments": sums(Allotment, "server_id", "provider", number="used"),
         }
 
@@ -457,6 +477,7 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     assert states == {"pending": State.PENDING, "claimed": State.CLAIMED, "deferred": State.DEFERRED}
     assert numbers["slot"] == SLOT_SECONDS
     assert (numbers["slot"], numbers["hour"], numbers["day"]) == USAGE_WINDOWS
+    assert numbers["answer_wait"] == domain_health.rules().first_wait.total_seconds()
     assert re.findall(r"v_refusal = '(\w+)'", text) == list(Verdict)
     # States are never written as bare numbers.
     assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []

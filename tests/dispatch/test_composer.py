@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -32,6 +32,17 @@ def drafted(row: Recipient) -> Draft:
     return draft(COMPILED, row, SIGNING())
 
 
+def composing(
+    rows: list[Recipient],
+    pool: ThreadPoolExecutor,
+    *,
+    by: Callable[[Recipient], Draft] = drafted,
+    drop: Callable[[Recipient], None] = pytest.fail,
+) -> Composer[Recipient]:
+    left = iter(rows)
+    return Composer(lambda: next(left, None), by, pool, drop)
+
+
 class Held:
     """Drafts whose signatures are held until `go` is set; `begun` is set when the first is asked for."""
 
@@ -52,14 +63,13 @@ class Held:
 
 
 def test_each_row_is_given_out_once_in_order_with_the_message_that_compose_makes(pool: ThreadPoolExecutor) -> None:
-    made = Composer(ROWS, drafted, pool)
+    made = composing(ROWS, pool)
 
     async def everything() -> list[tuple[Recipient, Message | ComposeError]]:
-        assert made
         given = []
         while (one := await made.next()) is not None:
             given.append(one)
-        assert not made
+        assert not made.busy
         return given
 
     given = asyncio.run(everything())
@@ -71,7 +81,7 @@ def test_each_row_is_given_out_once_in_order_with_the_message_that_compose_makes
 
 
 def test_connections_that_ask_at_once_get_every_row_once(pool: ThreadPoolExecutor) -> None:
-    made = Composer(ROWS, drafted, pool)
+    made = composing(ROWS, pool)
 
     async def one() -> list[Recipient]:
         given = []
@@ -90,13 +100,13 @@ def test_connections_that_ask_at_once_get_every_row_once(pool: ThreadPoolExecuto
 
 def test_the_loop_goes_on_while_signatures_are_computed(pool: ThreadPoolExecutor) -> None:
     held = Held()
-    made = Composer(ROWS[:2], held, pool)
+    made = composing(ROWS[:2], pool, by=held)
 
     async def others() -> None:
         asked = asyncio.create_task(made.next())
         assert await asyncio.to_thread(held.begun.wait, 10)
         # Nothing is left of the rows, but what is being signed is still to come.
-        assert made
+        assert made.busy
         assert not asked.done()
         held.go.set()
         assert await asked is not None
@@ -106,14 +116,31 @@ def test_the_loop_goes_on_while_signatures_are_computed(pool: ThreadPoolExecutor
 
 def test_what_is_signed_after_the_end_is_given_to_nobody(pool: ThreadPoolExecutor) -> None:
     held = Held()
-    made = Composer(ROWS, held, pool)
+    dropped: list[Recipient] = []
+    made = composing(ROWS, pool, by=held, drop=dropped.append)
 
     async def ended() -> object:
         asked = asyncio.create_task(made.next())
         assert await asyncio.to_thread(held.begun.wait, 10)
         made.end()
-        assert not made
+        assert not made.busy
         held.go.set()
         return await asked
 
     assert asyncio.run(ended()) is None
+    # Whoever counts rows that wait hears of those that were begun.
+    assert sorted(row.contact_id for row in dropped) == list(range(1, 9))
+
+
+def test_rows_that_come_later_are_made_when_they_are_here(pool: ThreadPoolExecutor) -> None:
+    rows: list[Recipient] = []
+    made = Composer(lambda: rows.pop() if rows else None, drafted, pool, pytest.fail)
+
+    async def twice() -> None:
+        assert await made.next() is None
+        rows.append(ROWS[0])
+        given = await made.next()
+        assert given is not None
+        assert given[0] is ROWS[0]
+
+    asyncio.run(twice())

@@ -272,8 +272,10 @@ def _open_folders() -> Path:
 class Running:
     """A server process of its own, as `mail-pipelines catcher run` or `exim run` starts it."""
 
-    def __init__(self, world: World, server: servers.ServerInfo, play: Path) -> None:
+    def __init__(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str) -> None:
         self.world, self.server, self.play = world, server, play
+        # Of some domains, as options of `exim run`.
+        self.elsewhere = [word for destination in destinations for word in ("--destination", destination)]
         self.folders = world.folders(server.key)
         self.start()
 
@@ -320,7 +322,7 @@ class RunningExim(Running):
             self.destinations = self.command(
                 "catcher", "destinations", f"far-{self.server.key}", "--port", str(self.far), "--play", str(self.play), port=self.far
             )
-        words = ("exim", "run", self.server.key, "--hostname", "mail.example.test", "--destination", f"127.0.0.1:{self.far}")
+        words = ("exim", "run", self.server.key, "--hostname", "mail.example.test", "--destination", f"127.0.0.1:{self.far}", *self.elsewhere)
         self.process = self.command(*words, port=self.server.port)
 
     def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
@@ -368,9 +370,9 @@ class Servers:
     def __init__(self) -> None:
         self._running: list[Running] = []
 
-    def start(self, world: World, server: servers.ServerInfo, play: Path) -> Any:
-        """Start the server `server` of the world's kind, with destinations that behave as `play` says."""
-        running = {"catcher": Running, "exim": RunningExim}[world.kind](world, server, play)
+    def start(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str) -> Any:
+        """Start the server `server` of the world's kind, with destinations that behave as `play` says; `destinations` of some domains are elsewhere."""
+        running = {"catcher": Running, "exim": RunningExim}[world.kind](world, server, play, *destinations)
         self._running.append(running)
         return running
 

@@ -3,8 +3,9 @@
 --
 -- It runs with its definer's rights and gives out no recipient that it does not claim. It commits nothing. Result sets:
 --   1. one row: refusal (NULL: claimed; else a value of `dispatch.claiming.refusals.Verdict`), now, detail, cap, window_seconds, version_id
---   2. if claimed, the rows to mail, in order: contact_id, attempt, email, attributes
---   3. if there are any, the rows that may not be mailed: contact_id, state, reason, and for reason 'moved' the contact's address_hash and provider
+--   2. if claimed, the rows to mail, in order: contact_id, attempt, email, attributes, asks (the first of its domain after a silence)
+--   3. if there are any, the rows that may not be mailed: contact_id, state, reason, for reason 'moved' the contact's address_hash and provider,
+--      and for reason 'dead' the second in which the domain is tried again
 --
 -- `tests/dispatch/test_claims_alike.py` compares it with the same claim on SQLite. p_ is what the caller gave, c_ a constant, v_ was found.
 CREATE PROCEDURE claim_rows (
@@ -33,6 +34,8 @@ BEGIN
   DECLARE c_slot INT DEFAULT 900;
   DECLARE c_hour INT DEFAULT 3600;
   DECLARE c_day INT DEFAULT 86400;
+  -- Of `delivery/domain_health.toml`: so long the other rows of a domain wait for the one that asks.
+  DECLARE c_answer_wait INT DEFAULT 60;
   -- The sort key of a deferred row is the second in which it is due; that of a pending row is a rank, and each will do.
   DECLARE c_any_rank INT DEFAULT 2147483647;
 
@@ -57,6 +60,8 @@ BEGIN
   DECLARE v_state TINYINT;
   DECLARE v_first_due, v_latest BIGINT;
   DECLARE v_found, v_from_pending, v_from_deferred, v_size INT;
+  DECLARE v_asking INT;
+  DECLARE v_domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin;
 
   decision: BEGIN
     -- May this process speak for the server?
@@ -144,7 +149,7 @@ BEGIN
 
     -- The rows of this claim. The table lives as long as the connection, since making one takes longer than emptying it; in memory, as its
     -- content means nothing outside this call. If its columns change, so must its name.
-    CREATE TEMPORARY TABLE IF NOT EXISTS claim_queue (
+    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_found (
       position INT NOT NULL AUTO_INCREMENT PRIMARY KEY,
       contact_id BIGINT NOT NULL,
       state TINYINT NOT NULL,
@@ -152,9 +157,11 @@ BEGIN
       hindrance VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin,
       email VARCHAR(254) CHARACTER SET utf8mb4,
       address_hash BINARY(16),
-      provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin
+      provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin,
+      domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin,
+      dead_until DATETIME(6)
     ) ENGINE = MEMORY;
-    DELETE FROM claim_queue;
+    DELETE FROM claim_rows_found;
 
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
     -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts.
@@ -167,7 +174,7 @@ BEGIN
       SET v_state = c_pending, v_latest = c_any_rank;
     END IF;
     queues: LOOP
-      INSERT INTO claim_queue (contact_id, state, attempt, hindrance, email, address_hash, provider)
+      INSERT INTO claim_rows_found (contact_id, state, attempt, hindrance, email, address_hash, provider, domain, dead_until)
       SELECT d.contact_id, v_state, d.attempt,
              CASE
                WHEN c.id IS NULL THEN 'erased'
@@ -181,8 +188,9 @@ BEGIN
                          AND (s.scope_kind = 'all' AND s.scope_id = 0 OR s.scope_kind = 'brand' AND s.scope_id = v_brand_id OR s.scope_kind = 'list' AND s.scope_id = v_list_id))
                THEN 'suppressed'
                WHEN c.address_hash <> d.address_hash THEN 'moved'
+               WHEN h.domain IS NOT NULL THEN 'dead'
              END,
-             c.email, c.address_hash, c.provider
+             c.email, c.address_hash, c.provider, h.domain, h.dead_until
         FROM (
                SELECT contact_id, attempt, address_hash
                  FROM deliveries
@@ -192,7 +200,8 @@ BEGIN
                 LIMIT v_room
                   FOR UPDATE SKIP LOCKED
              ) AS d
-        LEFT JOIN contacts AS c ON c.id = d.contact_id;
+        LEFT JOIN contacts AS c ON c.id = d.contact_id
+        LEFT JOIN domain_health AS h ON h.domain = c.domain;
       SET v_room = v_room - ROW_COUNT();
       IF v_state = c_pending OR v_room = 0 THEN
         LEAVE queues;
@@ -200,14 +209,34 @@ BEGIN
       SET v_state = c_pending, v_latest = c_any_rank;
     END LOOP;
     IF v_unsubscribe = 'list' THEN
-      UPDATE claim_queue AS q
+      UPDATE claim_rows_found AS q
         JOIN subscriptions AS s ON s.contact_id = q.contact_id AND s.list_id = v_list_id AND NOT s.subscribed
          SET q.hindrance = 'unsubscribed'
-       WHERE q.hindrance IS NULL OR q.hindrance = 'moved';
+       WHERE q.hindrance IS NULL OR q.hindrance IN ('moved', 'dead');
     END IF;
+    -- The first row of a dead domain that is due asks; all others of it wait for the answer. Of two claims that of them asks which moves the
+    -- domain's time on. Domains are locked in their order.
+    asking: LOOP
+      SET v_asking = NULL;
+      SELECT position, domain INTO v_asking, v_domain
+        FROM claim_rows_found
+       WHERE hindrance = 'dead' AND dead_until <= v_now
+       ORDER BY domain, position
+       LIMIT 1;
+      IF v_asking IS NULL THEN
+        LEAVE asking;
+      END IF;
+      UPDATE domain_health
+         SET dead_until = v_now + INTERVAL c_answer_wait SECOND
+       WHERE domain = v_domain AND dead_until <= v_now;
+      IF ROW_COUNT() = 1 THEN
+        UPDATE claim_rows_found SET hindrance = NULL WHERE position = v_asking;
+      END IF;
+      UPDATE claim_rows_found SET dead_until = v_now + INTERVAL c_answer_wait SECOND WHERE domain = v_domain;
+    END LOOP;
     SELECT COUNT(*), COUNT(IF(hindrance IS NULL AND state = c_pending, 1, NULL)), COUNT(IF(hindrance IS NULL AND state = c_deferred, 1, NULL))
       INTO v_found, v_from_pending, v_from_deferred
-      FROM claim_queue;
+      FROM claim_rows_found;
     SET v_size = v_from_pending + v_from_deferred;
     IF v_found = 0 THEN
       SET v_refusal = 'nothing_due';
@@ -215,7 +244,7 @@ BEGIN
     END IF;
 
     IF v_size > 0 THEN
-      UPDATE claim_queue AS q
+      UPDATE claim_rows_found AS q
         STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
          SET d.state = c_claimed, d.claim_id = p_claim_id, d.server_id = p_server_id, d.version_id = COALESCE(v_version_id, 0)
        WHERE q.hindrance IS NULL;
@@ -243,14 +272,15 @@ BEGIN
   SELECT v_refusal, v_now, v_detail, v_cap, v_window, v_version_id;
   IF v_refusal IS NULL THEN
     -- Who was erased since the statement above is as if erased after the claim; what is gone is not given out.
-    SELECT q.contact_id, q.attempt, q.email, COALESCE(c.attributes, '{}')
-      FROM claim_queue AS q
+    SELECT q.contact_id, q.attempt, q.email, COALESCE(c.attributes, '{}'), q.domain IS NOT NULL
+      FROM claim_rows_found AS q
       LEFT JOIN contacts AS c ON c.id = q.contact_id
      WHERE q.hindrance IS NULL
      ORDER BY q.position;
     IF v_found > v_size THEN
-      SELECT contact_id, state, hindrance, IF(hindrance = 'moved', address_hash, NULL), IF(hindrance = 'moved', provider, NULL)
-        FROM claim_queue
+      SELECT contact_id, state, hindrance, IF(hindrance = 'moved', address_hash, NULL), IF(hindrance = 'moved', provider, NULL),
+             IF(hindrance = 'dead', TIMESTAMPDIFF(SECOND, '1970-01-01', dead_until), NULL)
+        FROM claim_rows_found
        WHERE hindrance IS NOT NULL
        ORDER BY position;
     END IF;

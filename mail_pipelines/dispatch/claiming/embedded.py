@@ -20,6 +20,7 @@ from mail_pipelines.database.models import (
     Claim,
     Contact,
     Delivery,
+    DomainHealth,
     LedgerGeneration,
     ProviderLimit,
     ProviderUsage,
@@ -30,8 +31,9 @@ from mail_pipelines.database.models import (
 from mail_pipelines.database.types import utc_now
 from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.domain_health import rules
 from mail_pipelines.delivery.recording import slot_at, windows_at
-from mail_pipelines.dispatch.claiming.hindrances import MOVED
+from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
 from mail_pipelines.dispatch.claiming.terms import Hindered, Request, Row, Taken
 
@@ -104,6 +106,7 @@ _TAKE = (
     .values(state=int(State.CLAIMED), claim_id=sa.bindparam("claim"), server_id=sa.bindparam("server"), version_id=sa.bindparam("version"))
 )
 _OPEN = sa.insert(Claim)
+_ASK = sa.update(DomainHealth).where(DomainHealth.domain.in_(sa.bindparam("domains", expanding=True))).values(dead_until=sa.bindparam("answer_by"))
 
 
 @functools.lru_cache(maxsize=256)
@@ -116,10 +119,13 @@ def _recipients(brand_id: int, list_id: int | None, of_list: bool) -> sa.Select[
         (consent.suppressed_clause(Contact.address_hash, Contact.domain, consent.campaign_scopes(brand_id, list_id)), "suppressed"),
         (left_list, "unsubscribed"),
         (Contact.address_hash != Delivery.address_hash, MOVED),
+        (DomainHealth.domain.is_not(None), DEAD),
     )
+    columns = (Contact.id, Delivery.attempt, Contact.email, Contact.attributes, hindrance.label("hindrance"), Contact.address_hash, Contact.provider)
     return (
-        sa.select(Contact.id, Delivery.attempt, Contact.email, Contact.attributes, hindrance.label("hindrance"), Contact.address_hash, Contact.provider)
+        sa.select(*columns, DomainHealth.domain, DomainHealth.dead_until)
         .join_from(Contact, Delivery, sa.and_(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id == Contact.id))
+        .outerjoin(DomainHealth, DomainHealth.domain == Contact.domain)
         .where(Contact.id.in_(sa.bindparam("contacts", expanding=True)))
     )
 
@@ -138,7 +144,7 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     sources = _due_rows(connection, request, min(request.limit, room), now)
     if not sources:
         return Refusal(Verdict.NOTHING_DUE, now)
-    rows, hindered = _check_recipients(connection, request, campaign, sources)
+    rows, hindered = _check_recipients(connection, request, campaign, sources, now)
     version_id: int = campaign.version_id
     if rows:
         _claim_rows(connection, request, rows, sources, version_id, now)
@@ -204,22 +210,31 @@ def _due_rows(connection: Connection, request: Request, most: int, now: dt.datet
     return sources
 
 
-def _check_recipients(connection: Connection, request: Request, campaign: Any, sources: dict[int, State]) -> tuple[list[Row], list[Hindered]]:
-    """The rows that may be mailed, and the others."""
+def _check_recipients(connection: Connection, request: Request, campaign: Any, sources: dict[int, State], now: dt.datetime) -> tuple[list[Row], list[Hindered]]:
+    """The rows that may be mailed, and the others. Of a dead domain that is due, the first may: it asks, and the others wait for the answer."""
     statement = _recipients(campaign.brand_id, campaign.unsubscribe_list_id, campaign.unsubscribe == "list")
     found = {row.id: row for row in connection.execute(statement, {"campaign": request.campaign_id, "contacts": list(sources)})}
     rows: list[Row] = []
     hindered: list[Hindered] = []
+    asked: set[str] = set()
+    answer_by = now + rules().first_wait
     for contact_id, source in sources.items():
         row = found.get(contact_id)
         if row is None:
             hindered.append(Hindered(contact_id, source, "erased"))
         elif row.hindrance == MOVED:
             hindered.append(Hindered(contact_id, source, MOVED, row.address_hash, row.provider))
+        elif row.hindrance == DEAD and row.dead_until <= now and row.domain not in asked:
+            asked.add(row.domain)
+            rows.append(Row(contact_id, row.attempt, row.email, row.attributes, asks=True))
+        elif row.hindrance == DEAD:
+            hindered.append(Hindered(contact_id, source, DEAD, due=int((answer_by if row.domain in asked else row.dead_until).timestamp())))
         elif row.hindrance:
             hindered.append(Hindered(contact_id, source, row.hindrance))
         else:
             rows.append(Row(contact_id, row.attempt, row.email, row.attributes))
+    if asked:
+        connection.execute(_ASK, {"domains": sorted(asked), "answer_by": answer_by})
     return rows, hindered
 
 

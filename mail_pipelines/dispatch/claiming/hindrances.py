@@ -1,4 +1,4 @@
-"""Rows that were due but may not be mailed as they are: they end, or go back to the queue of another provider.
+"""Rows that were due but may not be mailed as they are: they end, go back to the queue of another provider, or wait for their domain.
 
 Few claims meet one, so both databases share these statements. They run in the claim's own transaction, on rows that it has locked, and read
 nothing of contacts: what they need came with the rows.
@@ -16,11 +16,15 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.database.models import Delivery, State
 from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.domain_health import NO_CONNECTION
 from mail_pipelines.delivery.events import resent_among
 from mail_pipelines.dispatch.claiming.terms import Hindered, Request
 
-# The contact has another address than the one that was frozen. Every other hindrance is the reason with which the row ends.
+# The contact has another address than the one that was frozen; its domain does not answer. Every other hindrance is the reason with which the row ends.
 MOVED = "moved"
+DEAD = "dead"
+# The rows of a dead domain fall due within so many seconds after it does: no claim is then full of them, nor the domain flooded.
+SPREAD_SECONDS = 60
 
 
 def end(connection: Connection, request: Request, hindered: Sequence[Hindered], now: dt.datetime) -> None:
@@ -29,12 +33,10 @@ def end(connection: Connection, request: Request, hindered: Sequence[Hindered], 
         return
     moves: Counter[counters.Place] = Counter()
     refused: defaultdict[str, list[Hindered]] = defaultdict(list)
-    moved = []
     for row in hindered:
-        if row.reason == MOVED:
-            moved.append(row)
-        else:
-            refused[row.reason].append(row)
+        refused[row.reason].append(row)
+    moved = refused.pop(MOVED, [])
+    _postpone(connection, request, refused.pop(DEAD, []), moves)
     if duplicates := _readdress(connection, request, moved, moves):
         refused["duplicate_address"] = duplicates
     for reason, rows in refused.items():
@@ -58,6 +60,20 @@ def _readdress(connection: Connection, request: Request, rows: Sequence[Hindered
         moves[request.shard, str(row.provider), row.source, ""] += 1
         _update(connection, request, [row.contact_id], address_hash=row.address_hash, provider=row.provider)
     return duplicates
+
+
+def _postpone(connection: Connection, request: Request, rows: Sequence[Hindered], moves: Counter[counters.Place]) -> None:
+    """Defer rows whose domain does not answer until it is tried again. They were not offered, so this is no outcome and no attempt."""
+    by_due: defaultdict[int, list[Hindered]] = defaultdict(list)
+    for row in rows:
+        assert row.due is not None
+        by_due[row.due].append(row)
+        moves[request.shard, request.provider, row.source, ""] -= 1
+        moves[request.shard, request.provider, State.DEFERRED, ""] += 1
+    for due, waiting in sorted(by_due.items()):
+        spread = due + Delivery.contact_id % SPREAD_SECONDS
+        values = {"state": int(State.DEFERRED), "sort_key": spread, "code": None, "enhanced": None, "reason": NO_CONNECTION}
+        _update(connection, request, [row.contact_id for row in waiting], **values)
 
 
 def _refuse(connection: Connection, request: Request, rows: Sequence[Hindered], reason: str, now: dt.datetime, moves: Counter[counters.Place]) -> None:

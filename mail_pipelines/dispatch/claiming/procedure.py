@@ -47,6 +47,6 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     return Taken(
         now,
         version_id,
-        tuple(Row(contact_id, attempt, email, json.loads(attributes)) for contact_id, attempt, email, attributes in rows),
-        tuple(Hindered(contact_id, State(source), reason, address_hash, provider) for contact_id, source, reason, address_hash, provider in hindered),
+        tuple(Row(contact_id, attempt, email, json.loads(attributes), bool(asks)) for contact_id, attempt, email, attributes, asks in rows),
+        tuple(Hindered(contact_id, State(source), reason, *more) for contact_id, source, reason, *more in hindered),
     )

@@ -6,6 +6,7 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import Any
 
+from mail_pipelines.contacts.addresses import normal_domain
 from mail_pipelines.database.models import State
 from mail_pipelines.delivery.recording import ClaimRef
 from mail_pipelines.dispatch.files import DispatchError
@@ -52,23 +53,37 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """One recipient of a claim, with address and merge fields as they are now."""
+    """One recipient of a claim, with address and merge fields as they are now. `asks`: the first of its domain after a silence, while others wait."""
 
     contact_id: int
     attempt: int
     email: str
     values: dict[str, Any]
+    asks: bool = False
+
+    @property
+    def domain(self) -> str:
+        """As in `contacts.domain`."""
+        domain = self.email.rpartition("@")[2]
+        try:
+            return normal_domain(domain)
+        except ValueError:
+            return domain
 
 
 @dataclass(frozen=True)
 class Hindered:
-    """A row that was due but may not be mailed as it is, and why. `address_hash` and `provider` are the contact's present ones if it moved."""
+    """A row that was due but may not be mailed as it is, and why.
+
+    `address_hash` and `provider` are the contact's present ones if it moved; `due` (epoch seconds) is when its domain is tried again, if that is dead.
+    """
 
     contact_id: int
     source: State
     reason: str
     address_hash: bytes | None = None
     provider: str | None = None
+    due: int | None = None
 
 
 @dataclass(frozen=True)

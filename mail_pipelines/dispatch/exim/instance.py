@@ -89,7 +89,10 @@ class Exim(Protocol):
 
 @dataclass(frozen=True)
 class Instance:
-    """What one Exim needs to know: the macros of `infra/exim/cutthrough.conf`. `destinations` are (address, port) in place of mail exchangers."""
+    """What one Exim needs to know: the macros of `infra/exim/cutthrough.conf`.
+
+    `destinations` are (address, port) in place of mail exchangers, and `routes` others for the mail of some domains: (domain, (address, port)).
+    """
 
     binary: str
     account: Account
@@ -98,6 +101,7 @@ class Instance:
     port: int
     hostname: str
     destinations: tuple[tuple[str, int], ...] = ()
+    routes: tuple[tuple[str, tuple[str, int]], ...] = ()
 
     @property
     def spool(self) -> Path:
@@ -133,6 +137,8 @@ class Instance:
         }
         if self.destinations:
             values["MP_DESTINATIONS"] = " : ".join(f"{address}::{port}" for address, port in self.destinations)
+        if self.routes:
+            values["MP_ROUTES"] = " ".join(f"{domain} {address}::{port} ;" for domain, (address, port) in self.routes)
         return values
 
     @property

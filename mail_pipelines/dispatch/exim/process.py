@@ -14,8 +14,15 @@ from mail_pipelines.dispatch.presence import speaking_for, until_signal
 _POLL_SECONDS = 0.2
 
 
-def run(settings: Settings, key: str, *, hostname: str | None = None, destinations: tuple[tuple[str, int], ...] = ()) -> None:
-    """Serve as the server `key` until SIGTERM or SIGINT; `destinations` get all mail in place of the recipients' mail exchangers.
+def run(
+    settings: Settings,
+    key: str,
+    *,
+    hostname: str | None = None,
+    destinations: tuple[tuple[str, int], ...] = (),
+    routes: tuple[tuple[str, tuple[str, int]], ...] = (),
+) -> None:
+    """Serve as the server `key` until SIGTERM or SIGINT; `destinations` and, for some domains, `routes` take the place of mail exchangers.
 
     Raises `AlreadyRunning` or `NameTaken` if another process is this server, after withdrawing all permits in the second case, and
     `EximError` if Exim cannot be started or ends by itself.
@@ -23,7 +30,7 @@ def run(settings: Settings, key: str, *, hostname: str | None = None, destinatio
     with speaking_for(settings, key) as server:
         binary = instance.find_binary()
         own = instance.Instance(
-            binary, instance.account_for(binary), server.folders, server.info.host, server.info.port, hostname or socket.getfqdn(), destinations
+            binary, instance.account_for(binary), server.folders, server.info.host, server.info.port, hostname or socket.getfqdn(), destinations, routes
         )
         instance.prepare(own)
         output = server.folders.log / "exim.out"
