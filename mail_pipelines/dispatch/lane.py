@@ -60,13 +60,14 @@ class Limits:
     connections: int
     per_second: float
     messages_per_connection: int
+    mode: str = "cutthrough"
 
 
 class SessionOver(Exception):
     """Ends all lanes; the message is the reason shown to the operator."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """A claim on its way: the rows that are still to be handed out, and how the offers of the others ended."""
 
@@ -92,6 +93,11 @@ class Batch:
         self._low, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._left.set()
         self._look()
+
+    @property
+    def waiting(self) -> int:
+        """How many rows wait for their turn."""
+        return max(0, self._waiting)
 
     def waits_no_more(self) -> None:
         """One row more is being offered, or will not be any more."""
@@ -159,7 +165,11 @@ async def _until(event: asyncio.Event, moment: float) -> None:
 
 
 class Lane:
-    """The sending of one provider's rows: its pacer, its connections and its open claims."""
+    """The sending of one provider's rows: its pacer, its connections and its open claims. This one is in cutthrough mode (`burst` has the other)."""
+
+    claim_seconds = CLAIM_SECONDS
+    offer_seconds = OFFER_SECONDS
+    early_seconds = EARLY_SECONDS
 
     def __init__(self, session: Session, provider: str, limits: Limits) -> None:
         self.session = session
@@ -239,12 +249,11 @@ class Lane:
         try:
             if not await self._heralded(granted.name):
                 return None
-            self._staff()
-            if not self._links:
+            if not self._staff():
                 self._wait("all connection slots are taken", _NO_SERVER_SECONDS)
                 return None
             pace = self._pace()
-            answer = await in_thread(self._open, claim_id, position, min(CLAIM_ROWS, max(1, math.ceil(pace * CLAIM_SECONDS))))
+            answer = await in_thread(self._open, claim_id, position, min(CLAIM_ROWS, max(1, math.ceil(pace * self.claim_seconds))))
             if isinstance(answer, NothingClaimed):
                 if answer.ends_session:
                     raise SessionOver(answer.reason)
@@ -253,7 +262,7 @@ class Lane:
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
             identity = session.identity(sending_as)
-            batch = Batch(answer, granted, watch, tokens, compiled, identity, asked + OFFER_SECONDS, int(pace * EARLY_SECONDS))
+            batch = Batch(answer, granted, watch, tokens, compiled, identity, asked + self.offer_seconds, int(pace * self.early_seconds))
         finally:
             if batch is None:
                 granted.release()
@@ -264,9 +273,17 @@ class Lane:
         self.reason = ""
         self._concluding.add(asyncio.create_task(self._conclude(batch)))
         if batch.rows:
-            self._batches.append(batch)
-            self._news.set()
+            await self._begin(batch)
         return batch
+
+    async def _begin(self, batch: Batch) -> None:
+        """Give the rows of a claim to the connections."""
+        self._batches.append(batch)
+        self._news.set()
+
+    def _greeting(self, batch: Batch) -> str:
+        """What a connection says before it offers rows of a claim."""
+        return batch.granted.name
 
     async def _heralded(self, permit_name: str) -> bool:
         """Have the mail server write the claim's marker."""
@@ -290,7 +307,10 @@ class Lane:
         if now - begin >= _PACE_SECONDS:
             self._rows_per_second = (self._offered - offered) / (now - begin)
             self._pace_from = now, self._offered
-        return min(self._rows_per_second or len(self._links) * 4 / CLAIM_SECONDS, self.limits.per_second)
+        return min(self._rows_per_second or self._first_pace(), self.limits.per_second)
+
+    def _first_pace(self) -> float:
+        return len(self._links) * 4 / CLAIM_SECONDS
 
     def _open(self, claim_id: int, position: Position, limit: int) -> OpenClaim | NothingClaimed:
         session = self.session
@@ -313,13 +333,18 @@ class Lane:
 
     # --- connections ------------------------------------------------------------------------------------------------
 
-    def _staff(self) -> None:
-        """Have as many connections as this session's share of the slots allows."""
+    def _staff(self) -> bool:
+        """Have as many connections as this session's share of the slots allows; returns whether there are any."""
         share = max(1, math.ceil(self.limits.connections / self.session.settings.server.slots))
         while len(self._links) < share and (slot := self.pacer.slot()) is not None:
-            link = Link(slot, self._connection)
-            self._links[link] = task = asyncio.create_task(self._work(link))
-            task.add_done_callback(self._worked)
+            self._hire(slot)
+        return bool(self._links)
+
+    def _hire(self, slot: Slot | None) -> None:
+        """Put a new connection to work."""
+        link = Link(slot, self._connection)
+        self._links[link] = task = asyncio.create_task(self._work(link))
+        task.add_done_callback(self._worked)
 
     async def _work(self, link: Link) -> None:
         """Offer rows over one connection, claim after claim, until the lane closes or the mail server cannot be reached."""
@@ -327,7 +352,7 @@ class Lane:
             while (batch := await self._batch_with_rows(link.cut)) is not None:
                 batch.enter()
                 try:
-                    await link.greet(batch.granted.name)
+                    await link.greet(self._greeting(batch))
                     ending = await self._offer_rows(link, batch)
                 finally:
                     batch.leave()
@@ -347,7 +372,8 @@ class Lane:
             await link.close()
 
     def _worked(self, task: asyncio.Task[None]) -> None:
-        self._failure = self._failure or task.exception()
+        if not task.cancelled():
+            self._failure = self._failure or task.exception()
 
     async def _batch_with_rows(self, cut: Batch | None) -> Batch | None:
         """The oldest claim but `cut` with rows to hand out, as soon as there is one; None when the lane closes."""
@@ -434,9 +460,9 @@ class Lane:
 
 
 class Link:
-    """One connection with the slot that allows it; `renew` replaces the connection and keeps the slot."""
+    """One connection with the slot that allows it, if it needs one; `renew` replaces the connection and keeps the slot."""
 
-    def __init__(self, slot: Slot, connect: Callable[[], Connection]) -> None:
+    def __init__(self, slot: Slot | None, connect: Callable[[], Connection]) -> None:
         self._slot = slot
         self._connect = connect
         self.connection = connect()
@@ -464,7 +490,8 @@ class Link:
 
     async def close(self) -> None:
         await self.connection.close()
-        self._slot.free()
+        if self._slot is not None:
+            self._slot.free()
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:
