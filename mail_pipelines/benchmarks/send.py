@@ -36,6 +36,10 @@ ROUND_TRIP_SECONDS = 0.05
 ROUND_TRIPS = 11
 FAR_CONNECTIONS = 32
 FAR_TARGET = 0.85
+BURST_CONNECTIONS = 4
+BURST_TARGET = 3.0
+# A send run finds the pace of a burst from the bursts before.
+BURST_SECONDS = 12.0
 _SIGNED_OCTETS = 1200
 
 
@@ -74,7 +78,7 @@ def through_exim(quick: bool) -> list[Result]:
     turns, seconds, queued = (1, 3.0, 150) if quick else (4, 15.0, 1500)
     # More than can be sent in the time.
     with dispatching(int((turns + 1) * seconds * 2000)) as world:
-        return [*_nearby(world, turns, seconds, queued), *_far_away(world, turns, seconds)]
+        return [*_nearby(world, turns, seconds, queued), *_far_away(world, turns, seconds), *_bursts(world, turns, seconds)]
 
 
 def _nearby(world: Dispatching, turns: int, seconds: float, queued: int) -> list[Result]:
@@ -125,6 +129,17 @@ def _far_away(world: Dispatching, turns: int, seconds: float) -> list[Result]:
             better="higher",
         )
     ]
+
+
+def _bursts(world: Dispatching, turns: int, seconds: float) -> list[Result]:
+    """Both modes to one provider as large ones are: at a distance, with TLS, and taking commands together."""
+    rates: dict[str, float] = {}
+    for mode, duration in (("cutthrough", seconds), ("burst", max(seconds, BURST_SECONDS))):
+        with far_away.destinations(ROUND_TRIP_SECONDS, pipelining=True) as (port, sink), world.server(mode, ("127.0.0.1", port), (sink,)) as server:
+            server.limit(BURST_CONNECTIONS, mode)
+            rates[mode] = max(server.send(duration).rate for _ in range(turns))
+    name = f"burst over cutthrough, TLS, {ROUND_TRIP_SECONDS * 1000:.0f} ms, {BURST_CONNECTIONS} connections"
+    return [judge(name, rates["burst"], "messages/s", rates["cutthrough"], target=BURST_TARGET, better="higher")]
 
 
 class _Best:

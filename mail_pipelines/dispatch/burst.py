@@ -14,6 +14,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from mail_pipelines.dispatch import permit
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.exim import runners
 from mail_pipelines.dispatch.gate import Gate
@@ -99,6 +100,8 @@ class BurstLane(Lane):
                     batch.waits_no_more()
                 self._offered += len(told - seen)
                 seen = told
+                if not permit.is_valid(batch.granted.path.parent, batch.granted.name):
+                    batch.stop("the permit has been withdrawn")
                 evidence = await in_thread(self.session.follower.evidence, batch.watch)
                 refused = {batch.tokens[contact_id] for contact_id, offer in batch.offers.items() if not offer.unusable and offer.ending is not _TAKEN}
                 told = seen | evidence.intents.keys() | evidence.outcomes.keys() | refused

@@ -35,8 +35,13 @@ class Gate:
         self._path = folder / name
         self._waiting = set(tokens)
         self._pacer = pacer
-        self._deadline = deadline
+        self.deadline = deadline
         self._asking: set[asyncio.Task[None]] = set()
+
+    @property
+    def asked(self) -> int:
+        """How many questions are waiting for an answer."""
+        return len(self._asking)
 
     async def open(self) -> None:
         if len(os.fsencode(self._path)) > _PATH_OCTETS:
@@ -76,10 +81,10 @@ class Gate:
             writer.close()
 
     async def _turn(self, token: str) -> bool:
-        return token in self._waiting and await self._pacer.turn(self._deadline) and token in self._waiting
+        return token in self._waiting and await self._pacer.turn(self.deadline) and token in self._waiting
 
     def _body(self, token: str) -> bool:
-        if token not in self._waiting or time.monotonic() > self._deadline:
+        if token not in self._waiting or time.monotonic() > self.deadline:
             return False
         self._waiting.discard(token)
         return True
