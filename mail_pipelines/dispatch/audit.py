@@ -65,8 +65,6 @@ _JOURNAL = resolving.Source("journal")
 _NO_ANSWER = (Kind.VOID, Kind.UNKNOWN, Kind.UNREACHABLE)
 # A late deferral is not among them: its row waits for the next attempt.
 _PROVES = {State.DELIVERED: evidence.Kind.LATE_DELIVERY, State.BOUNCED: evidence.Kind.LATE_REFUSAL}
-# States in which somebody else is about to record the outcome.
-_IN_HAND = (State.CLAIMED, State.QUEUED)
 # What a deferral under the row's own attempt may have become: a cancelled campaign takes nothing back.
 _AFTER_DEFERRAL = (State.CANCELLED, State.UNRESOLVED)
 
@@ -346,7 +344,8 @@ class _Auditor:
                 self._disagree(token, outcome, "no row")
                 continue
             state, same_attempt = State(row.state), row.attempt == token.attempt
-            if state in _IN_HAND:
+            if state is State.CLAIMED:
+                # Somebody else is about to record the outcome.
                 if len(self.in_hand) < _MOST_IN_HAND:
                     self.in_hand[sign_delivery(token, self.token_key)] = outcome
                 continue

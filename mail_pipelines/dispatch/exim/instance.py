@@ -149,7 +149,8 @@ class Instance:
     def make(self) -> None:
         self.folders.make()
         self.spool.mkdir(exist_ok=True)
-        _clean(self.spool / "input")
+        for folder in (self.spool / "input", *self.spool.glob("*/input")):
+            _clean(folder)
 
 
 def find_binary() -> str:
