@@ -36,7 +36,7 @@ from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.supervision import Processes
 
 _TMPFS = Path("/dev/shm")
-_DELIVERY = re.compile(rb"^(\S+ \S+) \[\d+\] \S+ >> ", re.MULTILINE)
+_DELIVERY = re.compile(rb"^(\S+ \S+) \[\d+\] \S+ [>=]> ", re.MULTILINE)
 # A send run, which also says what it cost from its first claim to its last result: processor time, of which the ledger's and the signatures'.
 _SENDER = """
 import json, sys, time
@@ -119,10 +119,10 @@ class Server:
     sinks: tuple[int, ...]
     runs: int = 0
 
-    def limit(self, connections: int) -> None:
+    def limit(self, connections: int, mode: str = "cutthrough") -> None:
         """Let each send run have so many connections, at any rate."""
         engine = create_engine(self.settings.database.url)
-        servers.set_limits(engine, self.key, "*", {"connections": connections, "per_second": 1e6})
+        servers.set_limits(engine, self.key, "*", {"connections": connections, "per_second": 1e6, "mode": mode})
         engine.dispose()
 
     def send(self, seconds: float) -> Run:

@@ -23,10 +23,10 @@ _ACCEPTED = b"250 2.0.0 Ok\r\n"
 
 
 @contextmanager
-def destinations(round_trip_seconds: float) -> Iterator[tuple[int, int]]:
-    """Destinations that take everything, so far away: (port on 127.0.0.1, process id)."""
+def destinations(round_trip_seconds: float, *, pipelining: bool = False) -> Iterator[tuple[int, int]]:
+    """Destinations that take everything, so far away: (port on 127.0.0.1, process id). With `pipelining` they say that they take commands together."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", __name__, str(port), str(round_trip_seconds)])
+    process = subprocess.Popen([sys.executable, "-m", __name__, str(port), str(round_trip_seconds), *(["PIPELINING"] if pipelining else [])])
     try:
         wait_for_port(port, process)
         yield port, process.pid
@@ -36,11 +36,12 @@ def destinations(round_trip_seconds: float) -> Iterator[tuple[int, int]]:
         process.wait()
 
 
-async def serve(port: int, round_trip_seconds: float) -> None:
-    """Listen until cancelled."""
+async def serve(port: int, round_trip_seconds: float, *extensions: str) -> None:
+    """Listen until cancelled. `extensions` of SMTP are named in the reply to EHLO."""
+    named = "".join(f"250-{extension}\r\n" for extension in extensions).encode("ascii")
     with tempfile.TemporaryDirectory(prefix="mail-pipelines-") as folder:
         context, _ = contexts(Path(folder))
-    sink = await asyncio.start_server(lambda reader, writer: _talk(reader, writer, context), "127.0.0.1", 0, backlog=1024)
+    sink = await asyncio.start_server(lambda reader, writer: _talk(reader, writer, context, named), "127.0.0.1", 0, backlog=1024)
     behind = sink.sockets[0].getsockname()[1]
     loop = asyncio.get_running_loop()
     proxy = await loop.create_server(lambda: _Near(behind, round_trip_seconds), "127.0.0.1", port, backlog=1024)
@@ -48,8 +49,8 @@ async def serve(port: int, round_trip_seconds: float) -> None:
         await proxy.serve_forever()
 
 
-async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, context: ssl.SSLContext) -> None:
-    """A conversation with STARTTLS, and without PIPELINING: one command, one round trip."""
+async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, context: ssl.SSLContext, extensions: bytes) -> None:
+    """A conversation with STARTTLS; without PIPELINING among the extensions one command is one round trip."""
     try:
         writer.write(b"220 far.example.test ESMTP\r\n")
         greeting = b"250-far.example.test\r\n250-STARTTLS\r\n250 8BITMIME\r\n"
@@ -60,7 +61,7 @@ async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cont
                 case b"STAR":
                     writer.write(b"220 2.0.0 Go on\r\n")
                     await writer.start_tls(context)
-                    greeting = b"250-far.example.test\r\n250 8BITMIME\r\n"
+                    greeting = b"250-far.example.test\r\n" + extensions + b"250 8BITMIME\r\n"
                 case b"DATA":
                     writer.write(b"354 Go on\r\n")
                     await reader.readuntil(b"\r\n.\r\n")
@@ -131,4 +132,4 @@ class _Near(_Held):
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1]), float(sys.argv[2])))
+    asyncio.run(serve(int(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:]))

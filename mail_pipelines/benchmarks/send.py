@@ -43,6 +43,10 @@ SILENT_SECONDS = 7.0
 DOMAINS = 100
 SILENT_DOMAIN = "d7.test"
 SILENT_TARGET = 0.95
+BURST_CONNECTIONS = 4
+BURST_TARGET = 3.0
+# A send run finds the pace of a burst from the bursts before.
+BURST_SECONDS = 12.0
 _SIGNED_OCTETS = 1200
 
 
@@ -81,7 +85,7 @@ def through_exim(quick: bool) -> list[Result]:
     turns, seconds, queued = (1, 3.0, 150) if quick else (4, 15.0, 1500)
     # More than can be sent in the time.
     with dispatching(int((turns + 1) * seconds * 2000)) as world:
-        return [*_nearby(world, turns, seconds, queued), *_far_away(world, turns, seconds)]
+        return [*_nearby(world, turns, seconds, queued), *_far_away(world, turns, seconds), *_bursts(world, turns, seconds)]
 
 
 def _nearby(world: Dispatching, turns: int, seconds: float, queued: int) -> list[Result]:
@@ -147,6 +151,17 @@ def _send_to_domains(world: Dispatching, server: Server, seconds: float) -> floa
     """The rate of a run that knows nothing of the domains of its recipients. Nobody answers for one of them."""
     world.spread(DOMAINS)
     return server.send(seconds).rate
+
+
+def _bursts(world: Dispatching, turns: int, seconds: float) -> list[Result]:
+    """Both modes to one provider as large ones are: at a distance, with TLS, and taking commands together."""
+    rates: dict[str, float] = {}
+    for mode, duration in (("cutthrough", seconds), ("burst", max(seconds, BURST_SECONDS))):
+        with far_away.destinations(ROUND_TRIP_SECONDS, pipelining=True) as (port, sink), world.server(mode, ("127.0.0.1", port), (sink,)) as server:
+            server.limit(BURST_CONNECTIONS, mode)
+            rates[mode] = max(server.send(duration).rate for _ in range(turns))
+    name = f"burst over cutthrough, TLS, {ROUND_TRIP_SECONDS * 1000:.0f} ms, {BURST_CONNECTIONS} connections"
+    return [judge(name, rates["burst"], "messages/s", rates["cutthrough"], target=BURST_TARGET, better="higher")]
 
 
 class _Best:

@@ -22,7 +22,7 @@ class SumsDiffer(MailPipelinesError):
 
 @dataclass(frozen=True)
 class Totals:
-    """Recipients of one campaign by what became of them; claimed and queued rows count as pending."""
+    """Recipients of one campaign by what became of them; claimed rows count as pending."""
 
     audience: int
     delivered: int
@@ -80,7 +80,7 @@ def of_states(counts: Mapping[State, int], audience: int) -> Totals:
         delivered=counts[State.DELIVERED],
         bounced=counts[State.BOUNCED],
         deferred=counts[State.DEFERRED],
-        pending=counts[State.PENDING] + counts[State.CLAIMED] + counts[State.QUEUED],
+        pending=counts[State.PENDING] + counts[State.CLAIMED],
         suppressed=counts[State.SUPPRESSED],
         expired=counts[State.EXPIRED],
         cancelled=counts[State.CANCELLED],

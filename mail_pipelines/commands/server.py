@@ -145,6 +145,11 @@ def dead_domains(most: Annotated[int, typer.Option(help="list no more than this"
     console.print(table)
 
 
+class Mode(enum.StrEnum):
+    CUTTHROUGH = "cutthrough"
+    BURST = "burst"
+
+
 @app.command("limits")
 def limits(
     provider: Annotated[str, typer.Argument(help="provider group, or * for all others")],
@@ -154,6 +159,7 @@ def limits(
     per_hour: int | None = None,
     per_day: int | None = None,
     messages_per_connection: int = 100,
+    mode: Annotated[Mode, typer.Option(help="how Exim hands messages on; mail catchers know only cutthrough")] = Mode.CUTTHROUGH,
 ) -> None:
     """Set what servers may send to a provider."""
     from mail_pipelines.dispatch import servers
@@ -168,6 +174,7 @@ def limits(
             "per_hour": per_hour,
             "per_day": per_day,
             "messages_per_connection": messages_per_connection,
+            "mode": mode.value,
         },
     )
     console.print(f"limits for {provider} on {server or 'all servers'} are set")

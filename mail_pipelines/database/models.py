@@ -35,8 +35,8 @@ class State(enum.IntEnum):
     """Where one recipient of a frozen audience stands (`delivery.transitions` has the moves between them)."""
 
     PENDING = 0
+    # With a server, perhaps in a queue of its Exim. (2 was once meant for that.)
     CLAIMED = 1
-    QUEUED = 2
     DEFERRED = 3
     UNKNOWN = 4
     DELIVERED = 10

@@ -59,7 +59,6 @@ ARRIVED = frozenset({Kind.LATE_DELIVERY, Kind.DELIVERY_REPORT, Kind.COMPLAINT, K
 FAILED = frozenset({Kind.LATE_REFUSAL, Kind.BOUNCE_REPORT})
 # Nobody knows of these rows whether their attempt arrived. A waiting row has a message out only if that is sent again.
 _OPEN = frozenset({State.UNKNOWN, State.PENDING, State.DEFERRED})
-_IN_HAND = frozenset({State.CLAIMED, State.QUEUED})
 _ENGAGEMENT = {Kind.COMPLAINT: "complaint", Kind.UNSUBSCRIBE: "unsubscribe"}
 
 
@@ -216,7 +215,7 @@ def _place(change: _Change | None, piece: Evidence) -> Effect:
     """Put a piece to what is new about its row; its effect."""
     if change is None or piece.attempt > change.before.attempt:
         return Effect.UNMATCHED
-    in_hand = change.before.state in _IN_HAND and piece.attempt == change.before.attempt
+    in_hand = change.before.state is State.CLAIMED and piece.attempt == change.before.attempt
     if in_hand and not piece.kind.is_request:
         return Effect.TOO_EARLY
     known = (piece.attempt, piece.kind) in change.before.kept or any((new.attempt, new.kind) == (piece.attempt, piece.kind) for new in change.new)

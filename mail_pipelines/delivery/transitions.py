@@ -15,7 +15,6 @@ MOVES: dict[State, frozenset[State]] = {
             State.BOUNCED,
             State.DEFERRED,
             State.UNKNOWN,
-            State.QUEUED,
             # released: nothing was offered
             State.PENDING,
             # released or deferred after a cancel; unresolved if it was sent again
@@ -25,7 +24,6 @@ MOVES: dict[State, frozenset[State]] = {
             State.SUPPRESSED,
         }
     ),
-    State.QUEUED: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.PENDING, State.CANCELLED}),
     # Later evidence (also of a temporary refusal), or the decision to send again, or 72 hours.
     State.UNKNOWN: frozenset({State.DELIVERED, State.BOUNCED, State.DEFERRED, State.PENDING, State.UNRESOLVED}),
     State.DELIVERED: frozenset(),

@@ -31,6 +31,7 @@ from mail_pipelines.delivery.evidence import Effect, Evidence
 from mail_pipelines.delivery.recording import Result
 from mail_pipelines.dispatch import tail
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
+from mail_pipelines.dispatch.journal import Evidence as JournalEvidence
 from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, UnknownForm, process_alive
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.settlement import result_of
@@ -45,6 +46,8 @@ _BLOCKS_A_SAVE = 32
 NAMED = 100
 # More than all sessions of a server can have claimed.
 _MOST_IN_HAND = 20_000
+# More messages than are in all queues of a server.
+_MESSAGES_KEPT = 5_000
 _ASIDE_LINES = 10_000
 _ASIDE_BYTES = 2_000
 # Unknown rows of live campaigns that this server has recorded and nobody else has ended.
@@ -62,8 +65,6 @@ _JOURNAL = resolving.Source("journal")
 _NO_ANSWER = (Kind.VOID, Kind.UNKNOWN, Kind.UNREACHABLE)
 # A late deferral is not among them: its row waits for the next attempt.
 _PROVES = {State.DELIVERED: evidence.Kind.LATE_DELIVERY, State.BOUNCED: evidence.Kind.LATE_REFUSAL}
-# States in which somebody else is about to record the outcome.
-_IN_HAND = (State.CLAIMED, State.QUEUED)
 # What a deferral under the row's own attempt may have become: a cancelled campaign takes nothing back.
 _AFTER_DEFERRAL = (State.CANCELLED, State.UNRESOLVED)
 
@@ -72,13 +73,15 @@ _AFTER_DEFERRAL = (State.CANCELLED, State.UNRESOLVED)
 class Standing:
     """How far a server's journal has been audited, and what all audits together have counted.
 
-    `intents` are offers without an end at that place: token → id of the mail server's process. `in_hand` are outcomes whose rows somebody
+    `intents` are offers without an end at that place: token → id of the mail server's process; `messages` the mail server's own names of messages
+    that were queued before it, with their tokens. `in_hand` are outcomes whose rows somebody
     else was about to record: they are held against the ledger once more.
     """
 
     incarnation: str = ""
     position: Position | None = None
     intents: Mapping[str, int] = field(default_factory=dict)
+    messages: Mapping[str, str] = field(default_factory=dict)
     in_hand: Mapping[str, Outcome] = field(default_factory=dict)
     totals: Mapping[str, int] = field(default_factory=dict)
     audited_at: dt.datetime | None = None
@@ -128,7 +131,8 @@ def _standing(value: Any, version: int) -> Standing:
     times = {name: dt.datetime.fromisoformat(value[name]) if value[name] else None for name in ("audited_at", "last_alarm_at")}
     position = Position(**value["position"]) if value["position"] else None
     in_hand = {token: Outcome(Kind(kind), *rest) for token, (kind, *rest) in value["in_hand"].items()}
-    return Standing(value["incarnation"], position, value["intents"], in_hand, value["totals"], times["audited_at"], times["last_alarm_at"], version)
+    before = value["intents"], value.get("messages", {}), in_hand
+    return Standing(value["incarnation"], position, *before, value["totals"], times["audited_at"], times["last_alarm_at"], version)
 
 
 def _save(engine: Engine, key: str, standing: Standing, now: dt.datetime) -> Standing:
@@ -137,6 +141,7 @@ def _save(engine: Engine, key: str, standing: Standing, now: dt.datetime) -> Sta
         "incarnation": standing.incarnation,
         "position": asdict(standing.position) if standing.position else None,
         "intents": dict(standing.intents),
+        "messages": dict(standing.messages),
         "in_hand": {token: list(outcome) for token, outcome in standing.in_hand.items()},
         "totals": dict(standing.totals),
         "audited_at": standing.audited_at.isoformat() if standing.audited_at else None,
@@ -181,7 +186,7 @@ def run(engine: Engine, settings: Settings, server: ServerInfo, journal: Journal
         with reading(engine) as connection:
             standing = standings(connection).get(server.key, Standing())
         if standing.incarnation != folders.incarnation():
-            standing = replace(standing, incarnation=folders.incarnation(), position=None, intents={}, in_hand={})
+            standing = replace(standing, incarnation=folders.incarnation(), position=None, intents={}, messages={}, in_hand={})
         return _Auditor(engine, settings, server, journal, folders, standing, now).run()
 
 
@@ -229,7 +234,7 @@ class _Auditor:
 
     def __post_init__(self) -> None:
         self.found = Audit(self.server.key)
-        self.intents = dict(self.standing.intents)
+        self.intents, self.messages = dict(self.standing.intents), dict(self.standing.messages)
         self.in_hand: dict[str, Outcome] = {}
         self.totals = Counter(self.standing.totals)
         self.counted: dict[str, int] = {}
@@ -253,39 +258,38 @@ class _Auditor:
 
     def _save(self) -> None:
         if not self.keeps:
-            self.standing = replace(self.standing, intents=self.intents, in_hand=self.in_hand)
+            self.standing = replace(self.standing, intents=self.intents, messages=self.messages, in_hand=self.in_hand)
             return
         numbers = self.found.numbers()
         self.totals.update({name: count - self.counted.get(name, 0) for name, count in numbers.items()})
         alarm = self.now if numbers["alarms"] > self.counted.get("alarms", 0) else self.standing.last_alarm_at
         self.counted = numbers
-        standing = replace(self.standing, intents=self.intents, in_hand=self.in_hand, totals=self.totals, audited_at=self.now, last_alarm_at=alarm)
+        standing = replace(self.standing, intents=self.intents, messages=self.messages, in_hand=self.in_hand)
+        standing = replace(standing, totals=self.totals, audited_at=self.now, last_alarm_at=alarm)
         self.standing = _save(self.engine, self.server.key, standing, self.now)
 
     def _fold(self, block: tail.Block) -> dict[str, Outcome]:
         """The outcomes that stand at the end of the block; what cannot be read, or alarms, is counted and kept aside."""
-        endings: dict[str, Outcome] = {}
-        intents, per_minute, data = self.intents, self.found.per_minute, block.data
+        found = JournalEvidence(intents=self.intents, messages=self.messages)
+        per_minute, data = self.found.per_minute, block.data
         minutes: Counter[tuple[bytes, Kind]] = Counter()
         for start, end, entry, error in self.journal.read(data):
             if entry is None:
                 self._set_aside(block, start, end, error)
-            elif entry.intent_pid is not None:
-                intents[entry.token] = entry.intent_pid
-                endings.pop(entry.token, None)
-            elif entry.outcome is not None:
-                if entry.unless_known and (entry.token not in intents or self.found.bad_lines):
-                    continue
-                intents.pop(entry.token, None)
-                endings[entry.token] = entry.outcome
-                minutes[data[start : start + _MINUTE], entry.outcome.kind] += 1
             elif entry.alarm:
                 self.found.alarms += 1
                 self._keep_aside(block, start, end, "alarm")
+            else:
+                found.bad_lines = self.found.bad_lines
+                if (outcome := found.take(entry)) is not None:
+                    minutes[data[start : start + _MINUTE], outcome.kind] += 1
         for (minute, kind), count in minutes.items():
             per_minute[minute.decode("ascii", "replace"), kind] += count
             self.found.outcomes[kind] += count
-        return endings
+        # Of older ones nothing more is said.
+        for message in list(self.messages)[:-_MESSAGES_KEPT]:
+            del self.messages[message]
+        return found.outcomes
 
     def _set_aside(self, block: tail.Block, start: int, end: int, error: ValueError | None) -> None:
         if isinstance(error, UnknownForm):
@@ -340,7 +344,8 @@ class _Auditor:
                 self._disagree(token, outcome, "no row")
                 continue
             state, same_attempt = State(row.state), row.attempt == token.attempt
-            if state in _IN_HAND:
+            if state is State.CLAIMED:
+                # Somebody else is about to record the outcome.
                 if len(self.in_hand) < _MOST_IN_HAND:
                     self.in_hand[sign_delivery(token, self.token_key)] = outcome
                 continue

@@ -44,6 +44,15 @@ class ServerFolders:
         return self.run / "permit"
 
     @property
+    def gates(self) -> Path:
+        return self.run / "gate"
+
+    @property
+    def runners(self) -> Path:
+        """The socket at which queue runners are to be had."""
+        return self.run / "runners"
+
+    @property
     def pacers(self) -> Path:
         return self.run / "pacer"
 
@@ -60,7 +69,7 @@ class ServerFolders:
         return self.log / "memory.json"
 
     def make(self) -> None:
-        for folder in (self.permits, self.pacers, self.sessions, self.log, self.mail):
+        for folder in (self.permits, self.gates, self.pacers, self.sessions, self.log, self.mail):
             folder.mkdir(parents=True, exist_ok=True)
 
     def incarnation(self) -> str:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from mail_pipelines.dispatch.journal import Evidence, Journal, Position, UnknownForm
+from mail_pipelines.dispatch.journal import Entry, Evidence, Journal, Position, UnknownForm
 
 
 @dataclass(eq=False)
@@ -32,6 +32,7 @@ class Follower:
         self._position: Position | None = None
         self._watches: dict[int, Watch] = {}
         self._of_token: dict[str, Watch] = {}
+        self._of_message: dict[str, Watch] = {}
         # Who was there when the last record came, which is read again as the first of the next reading; and whom it hides something from.
         self._at_end: Collection[Watch] | None = None
         self._bad_end: Collection[Watch] = ()
@@ -59,6 +60,7 @@ class Follower:
             del self._watches[watch.claim_id]
             for token in watch.tokens:
                 del self._of_token[token]
+            self._of_message = {message: other for message, other in self._of_message.items() if other is not watch}
 
     def evidence(self, watch: Watch) -> Evidence:
         """What the journal says now of the claim's messages: `covered`, `intents` and `outcomes` of its evidence."""
@@ -99,5 +101,10 @@ class Follower:
                 claim_id = entry.mark.partition(".")[0].removeprefix("c")
                 if claim_id.isdigit() and (marked := self._watches.get(int(claim_id))) is not None and marked in self._at_end:
                     marked.marked = True
-            elif (of_message := self._of_token.get(entry.token)) is not None and of_message in self._at_end:
-                of_message.found.take(entry)
+            elif (concerned := self._concerned(entry)) is not None and concerned in self._at_end:
+                concerned.found.take(entry)
+                if entry.message:
+                    self._of_message[entry.message] = concerned
+
+    def _concerned(self, entry: Entry) -> Watch | None:
+        return self._of_token.get(entry.token) if entry.token else self._of_message.get(entry.message)

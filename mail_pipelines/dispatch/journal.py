@@ -48,6 +48,8 @@ class Outcome(NamedTuple):
 class Entry(NamedTuple):
     """One line: exactly one of `mark` (a permit's name), `intent_pid`, `outcome` and `alarm` is set; `token` names the message.
 
+    `message`: the mail server's own name of the message. A line may have only that; one with both and nothing else says that they are one.
+
     `unless_known`: the outcome counts only while the message has an INTENT and no other outcome, and no line is damaged that may be one.
     `alarm`: the mail server does what it should never have to do, and somebody should look why.
     """
@@ -58,6 +60,7 @@ class Entry(NamedTuple):
     outcome: Outcome | None = None
     unless_known: bool = False
     alarm: bool = False
+    message: str = ""
 
 
 class UnknownForm(ValueError):
@@ -81,18 +84,41 @@ class Evidence:
     # Offers without an end so far: token → id of the mail server's process.
     intents: dict[str, int] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    # What the mail server calls its messages → token, where it does not name the token on every line.
+    messages: dict[str, str] = field(default_factory=dict)
     bad_lines: int = 0
     unknown_forms: int = 0
     alarms: int = 0
 
-    def take(self, entry: Entry) -> None:
-        """Note an entry about a message, in the order of the journal."""
+    def take(self, entry: Entry) -> Outcome | None:
+        """Note an entry about a message, in the order of the journal; returns the outcome that was noted.
+
+        No answer is weaker than an answer, and after an INTENT it proves nothing: another process may have had the message at its destination.
+        """
+        token = entry.token or self.messages.get(entry.message, "")
         if entry.intent_pid is not None:
-            self.intents[entry.token] = entry.intent_pid
-            self.outcomes.pop(entry.token, None)
-        elif entry.outcome is not None and not (entry.unless_known and (entry.token not in self.intents or self.bad_lines)):
-            self.intents.pop(entry.token, None)
-            self.outcomes[entry.token] = entry.outcome
+            self.intents[token] = entry.intent_pid
+            self.outcomes.pop(token, None)
+        outcome = entry.outcome
+        if outcome is None:
+            if entry.message and entry.token:
+                self.messages[entry.message] = entry.token
+            return None
+        if not token or (entry.unless_known and (token not in self.intents or self.bad_lines)):
+            return None
+        if outcome.kind is Kind.UNREACHABLE:
+            if (known := self.outcomes.get(token)) is not None and known.kind not in (Kind.UNREACHABLE, Kind.VOID):
+                return None
+            if token in self.intents:
+                outcome = Outcome(Kind.UNKNOWN, text=outcome.text)
+        if not entry.token and self.outcomes.get(token) == outcome:
+            # Said once more.
+            return None
+        self.intents.pop(token, None)
+        self.outcomes[token] = outcome
+        if outcome.kind in (Kind.DELIVERED, Kind.BOUNCED):
+            self.messages.pop(entry.message, None)
+        return outcome
 
 
 LineParser = Callable[[bytes], Entry | None]

@@ -11,9 +11,8 @@ import functools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy.engine import Connection as DatabaseConnection
@@ -25,17 +24,15 @@ from mail_pipelines.delivery.domain_health import Lesson
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
+from mail_pipelines.dispatch.batch import Batch, drafted
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Row
-from mail_pipelines.dispatch.composer import Composer
 from mail_pipelines.dispatch.endings import Ending, Next
-from mail_pipelines.dispatch.follower import Watch
 from mail_pipelines.dispatch.journal import Position
-from mail_pipelines.dispatch.meetings import Meetings, Turns
+from mail_pipelines.dispatch.meetings import Meetings
 from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
 from mail_pipelines.dispatch.smtp import Connection, Offer, ServerUnreachable
-from mail_pipelines.messages.compiled import CompiledMessage
-from mail_pipelines.messages.composing import Draft, Message, Recipient, SenderIdentity, draft
+from mail_pipelines.messages.composing import Message
 
 if TYPE_CHECKING:
     from mail_pipelines.dispatch.session import Session
@@ -49,8 +46,6 @@ OFFER_SECONDS = 4.0
 EARLY_SECONDS = 0.25
 # A claim is recorded so long before its lease ends.
 LEASE_MARGIN_SECONDS = 3.0
-# A domain that answers does so within this: longer than that, the rows held for its answer do not hold up the next claim.
-MEETING_SECONDS = 1.0
 # Claims of one lane that are open at once: the one being sent, the next, and those whose last replies are still awaited.
 CLAIMS_AT_ONCE = 16
 # A connection on which a message takes no longer than this gets the next envelope with each body.
@@ -72,154 +67,19 @@ class Limits:
     connections: int
     per_second: float
     messages_per_connection: int
+    mode: str = "cutthrough"
 
 
 class SessionOver(Exception):
     """Ends all lanes; the message is the reason shown to the operator."""
 
 
-@dataclass(eq=False)
-class Batch:
-    """A claim on its way: the rows that are still to be handed out, and how the offers of the others ended."""
-
-    claimed: OpenClaim
-    granted: permit.Permit
-    watch: Watch
-    # The token of each row's message, by contact.
-    tokens: Mapping[int, str]
-    draft: Callable[[Row], Draft]
-    # Threads.
-    signing: Executor
-    # Monotonic second after which nothing more is offered.
-    deadline: float
-    # The next claim is opened when no more rows than this wait for their turn.
-    low_water: int
-    meetings: Meetings
-    # Told of each row whose offer will not be made: (batch, row, None).
-    end_offer: Callable[[Batch, Row, bool | None], None]
-    offers: dict[int, Offer] = field(default_factory=dict)
-    # Contacts whose offer took long enough to be called silence, if it was not answered.
-    slow: set[int] = field(default_factory=set)
-    stopped: str = ""
-
-    def __post_init__(self) -> None:
-        self.turns = Turns(self.claimed.rows, self.meetings)
-        self.composer = Composer(self._draw, self.draft, self.signing, self.drop)
-        # Rows that have had their turn here, have a message or get one, and wait for the pacer.
-        self._drawn = 0
-        self._connections = 0
-        self._low, self._met, self._over, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._left.set()
-        self._look()
-
-    @property
-    def has_next(self) -> bool:
-        """Whether `composed` may have a row now."""
-        return self.turns.has_next or self.composer.busy
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it will not have one any more."""
-        return self.turns.is_empty and not self.composer.busy
-
-    def waits_no_more(self) -> None:
-        """One row more is being offered, or will not be any more."""
-        self._drawn -= 1
-        self._look()
-
-    def settle(self, domain: str, answered: bool | None) -> None:
-        """A meeting is over, whichever claim it was in: rows that were held for it have their turn, or are left out."""
-        self.turns.settle(domain, answered)
-        self._look()
-
-    def end(self) -> None:
-        """Hand out no more rows."""
-        self.turns.clear()
-        self.composer.end()
-        self._look()
-
-    def stop(self, reason: str) -> None:
-        """Hand out no more rows, and let the lane wait: the server is the reason."""
-        self.stopped = self.stopped or reason
-        self.end()
-
-    def _look(self) -> None:
-        _set(self._low, self.turns.quick + self._drawn <= self.low_water)
-        _set(self._met, self.turns.held <= self.low_water)
-        if self.turns.is_empty and self._drawn <= 0:
-            self._over.set()
-
-    def enter(self) -> None:
-        """A connection takes rows of this claim."""
-        self._connections += 1
-        self._left.clear()
-
-    def leave(self) -> None:
-        self._connections -= 1
-        if not self._connections:
-            self._left.set()
-
-    async def nearly_over(self) -> None:
-        """Wait until it is time for the next claim. Rows that are held come soon, or not at all."""
-        await _until(self._low, self.deadline)
-        if not self._met.is_set():
-            await _until(self._met, min(self.deadline, time.monotonic() + MEETING_SECONDS))
-            if self._met.is_set():
-                await _until(self._low, self.deadline)
-
-    async def over(self) -> None:
-        """Wait until no row is handed out any more and no connection has one."""
-        await _until(self._over, self.deadline)
-        self.turns.clear()
-        self.composer.end()
-        await self._left.wait()
-
-    def _draw(self) -> Row | None:
-        row = self.turns.next()
-        if row is not None:
-            self._drawn += 1
-        self._look()
-        return row
-
-    def drop(self, row: Row) -> None:
-        """A row that was drawn is not offered."""
-        self.end_offer(self, row, None)
-        self.waits_no_more()
-
-    async def composed(self) -> tuple[Row, Message] | None:
-        """The next row that a message can be made for."""
-        while (made := await self.composer.next()) is not None:
-            row, message = made
-            if isinstance(message, Message):
-                return row, message
-            # One bad value must not stop the others, and trying it again would not mend it.
-            self.offers[row.contact_id] = Offer(Next.GO_ON, Ending.NOT_ATTEMPTED, unusable=str(message))
-            self.drop(row)
-        return None
-
-
-def _draft(campaign_id: int, compiled: CompiledMessage, identity: SenderIdentity, row: Row) -> Draft:
-    return draft(compiled, Recipient(campaign_id, row.contact_id, row.attempt, row.email, row.values), identity)
-
-
-def _set(event: asyncio.Event, value: bool) -> None:
-    if value:
-        event.set()
-    else:
-        event.clear()
-
-
-async def _until(event: asyncio.Event, moment: float) -> None:
-    """Wait for the event, but not beyond a moment (monotonic seconds)."""
-    try:
-        async with asyncio.timeout(max(0.0, moment - time.monotonic())):
-            await event.wait()
-    except TimeoutError:
-        pass
-
-
 class Lane:
-    """The sending of one provider's rows: its pacer, its connections and its open claims."""
+    """The sending of one provider's rows: its pacer, its connections and its open claims. This one is in cutthrough mode (`burst` has the other)."""
+
+    claim_seconds = CLAIM_SECONDS
+    offer_seconds = OFFER_SECONDS
+    early_seconds = EARLY_SECONDS
 
     def __init__(self, session: Session, provider: str, limits: Limits) -> None:
         self.session = session
@@ -302,12 +162,11 @@ class Lane:
         try:
             if not await self._heralded(granted.name):
                 return None
-            self._staff()
-            if not self._links:
+            if not self._staff():
                 self._wait("all connection slots are taken", _NO_SERVER_SECONDS)
                 return None
             pace = self._pace()
-            answer = await in_thread(self._open, claim_id, position, min(CLAIM_ROWS, max(1, math.ceil(pace * CLAIM_SECONDS))))
+            answer = await in_thread(self._open, claim_id, position, min(CLAIM_ROWS, max(1, math.ceil(pace * self.claim_seconds))))
             if isinstance(answer, NothingClaimed):
                 if answer.ends_session:
                     raise SessionOver(answer.reason)
@@ -315,8 +174,8 @@ class Lane:
                 return None
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
-            drafts = functools.partial(_draft, answer.ref.campaign_id, compiled, session.identity(sending_as))
-            times = asked + OFFER_SECONDS, int(pace * EARLY_SECONDS)
+            drafts = functools.partial(drafted, answer.ref.campaign_id, compiled, session.identity(sending_as))
+            times = asked + self.offer_seconds, int(pace * self.early_seconds)
             batch = Batch(answer, granted, watch, tokens, drafts, session.signing, *times, self._meetings, self._end_offer)
         finally:
             if batch is None:
@@ -328,9 +187,17 @@ class Lane:
         self.reason = ""
         self._concluding.add(asyncio.create_task(self._conclude(batch)))
         if not batch.is_over:
-            self._batches.append(batch)
-            self._news.set()
+            await self._begin(batch)
         return batch
+
+    async def _begin(self, batch: Batch) -> None:
+        """Give the rows of a claim to the connections."""
+        self._batches.append(batch)
+        self._news.set()
+
+    def _greeting(self, batch: Batch) -> str:
+        """What a connection says before it offers rows of a claim."""
+        return batch.granted.name
 
     async def _heralded(self, permit_name: str) -> bool:
         """Have the mail server write the claim's marker."""
@@ -354,7 +221,10 @@ class Lane:
         if now - begin >= _PACE_SECONDS:
             self._rows_per_second = (self._offered - offered) / (now - begin)
             self._pace_from = now, self._offered
-        return min(self._rows_per_second or len(self._links) * 4 / CLAIM_SECONDS, self.limits.per_second)
+        return min(self._rows_per_second or self._first_pace(), self.limits.per_second)
+
+    def _first_pace(self) -> float:
+        return len(self._links) * 4 / CLAIM_SECONDS
 
     def _open(self, claim_id: int, position: Position, limit: int) -> OpenClaim | NothingClaimed:
         session = self.session
@@ -377,12 +247,17 @@ class Lane:
 
     # --- connections ------------------------------------------------------------------------------------------------
 
-    def _staff(self) -> None:
-        """Have as many connections as this session's share of the slots allows."""
+    def _staff(self) -> bool:
+        """Have as many connections as this session's share of the slots allows; returns whether there are any."""
         while len(self._links) < self._share and (slot := self.pacer.slot()) is not None:
-            link = Link(slot, self._connection)
-            self._links[link] = task = asyncio.create_task(self._work(link))
-            task.add_done_callback(self._worked)
+            self._hire(slot)
+        return bool(self._links)
+
+    def _hire(self, slot: Slot | None) -> None:
+        """Put a new connection to work."""
+        link = Link(slot, self._connection)
+        self._links[link] = task = asyncio.create_task(self._work(link))
+        task.add_done_callback(self._worked)
 
     async def _work(self, link: Link) -> None:
         """Offer rows over one connection, claim after claim, until the lane closes or the mail server cannot be reached."""
@@ -390,7 +265,7 @@ class Lane:
             while (batch := await self._batch_with_rows(link.cut)) is not None:
                 batch.enter()
                 try:
-                    await link.greet(batch.granted.name)
+                    await link.greet(self._greeting(batch))
                     ending = await self._offer_rows(link, batch)
                 finally:
                     batch.leave()
@@ -410,7 +285,8 @@ class Lane:
             await link.close()
 
     def _worked(self, task: asyncio.Task[None]) -> None:
-        self._failure = self._failure or task.exception()
+        if not task.cancelled():
+            self._failure = self._failure or task.exception()
 
     async def _batch_with_rows(self, cut: Batch | None) -> Batch | None:
         """The oldest claim but `cut` with rows to hand out, as soon as there is one; None when the lane closes."""
@@ -536,9 +412,9 @@ def _lesson(batch: Batch, results: Sequence[Result]) -> Lesson:
 
 
 class Link:
-    """One connection with the slot that allows it; `renew` replaces the connection and keeps the slot."""
+    """One connection with the slot that allows it, if it needs one; `renew` replaces the connection and keeps the slot."""
 
-    def __init__(self, slot: Slot, connect: Callable[[], Connection]) -> None:
+    def __init__(self, slot: Slot | None, connect: Callable[[], Connection]) -> None:
         self._slot = slot
         self._connect = connect
         self.connection = connect()
@@ -566,7 +442,8 @@ class Link:
 
     async def close(self) -> None:
         await self.connection.close()
-        self._slot.free()
+        if self._slot is not None:
+            self._slot.free()
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:

@@ -90,8 +90,12 @@ class Turns:
         return len(self._rows)
 
     @property
+    def waiting(self) -> int:
+        return len(self._rows) + len(self._asking) + self.held
+
+    @property
     def is_empty(self) -> bool:
-        return not self._rows and not self._asking and not self._held
+        return not self.waiting
 
     @property
     def has_next(self) -> bool:

@@ -29,6 +29,8 @@ from mail_pipelines.keys import check_key
 # A server whose heartbeat is older than so many intervals is silent.
 SILENT_BEATS = 3
 STATES = ("active", "paused", "draining", "retired", "lost")
+# How Exim hands messages of a provider on (docs/exim.md).
+MODES = ("cutthrough", "burst")
 
 
 class NameTaken(DispatchError):
@@ -96,6 +98,8 @@ def set_limits(engine: Engine, key: str | None, provider: str, limits: Mapping[s
 
     Raises `DispatchError` for a limit that nothing could be sent under, or that is no limit.
     """
+    if (mode := limits.get("mode", "cutthrough")) not in MODES:
+        raise DispatchError(f"no mode is called {mode!r}; expected one of {', '.join(MODES)}")
     for name, value in limits.items():
         if value is not None and isinstance(value, int | float) and value <= 0:
             raise DispatchError(f"{name} is {value}; expected more than 0 (to stop a server, `mail-pipelines server state NAME paused`)")

@@ -22,6 +22,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
 from mail_pipelines.dispatch import composer, servers, settlement
+from mail_pipelines.dispatch.burst import BurstLane
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
@@ -113,7 +114,7 @@ class Session:
                 if time.monotonic() >= until:
                     raise SessionOver("the session's time is up")
                 for provider in await in_thread(self._due_providers):
-                    lane = lanes.get(provider) or lanes.setdefault(provider, Lane(self, provider, await in_thread(self.limits, provider)))
+                    lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
                     if provider not in running and lane.wait_until <= time.time():
                         running[provider] = asyncio.create_task(lane.run(until))
                 claims_before = self.report.claims
@@ -141,6 +142,10 @@ class Session:
             for lane in lanes.values():
                 await lane.close()
 
+    def _lane(self, provider: str, limits: Limits) -> Lane:
+        """A catcher delivers nothing onward, so it knows only one mode."""
+        return BurstLane(self, provider, limits) if limits.mode == "burst" and self.server.kind == "exim" else Lane(self, provider, limits)
+
     def _due_providers(self) -> list[str]:
         with reading(self.engine) as connection:
             return [provider for (_, provider), due in due_times(connection, self.campaign_id, self.shard).items() if due <= time.time()]
@@ -166,7 +171,7 @@ class Session:
     def limits(self, provider: str) -> Limits:
         with reading(self.engine) as connection:
             row = connection.execute(
-                sa.select(ProviderLimit.connections, ProviderLimit.per_second, ProviderLimit.messages_per_connection)
+                sa.select(ProviderLimit.connections, ProviderLimit.per_second, ProviderLimit.messages_per_connection, ProviderLimit.mode)
                 .where(ProviderLimit.server_id.in_((0, self.server.id)), ProviderLimit.provider.in_((provider, "*")))
                 .order_by(ProviderLimit.server_id.desc(), ProviderLimit.provider.desc())
                 .limit(1)

@@ -78,12 +78,12 @@ def test_many_rows_move_in_bounded_transactions(engine: sa.Engine, monkeypatch: 
 
 def test_cancel_ends_waiting_rows_and_leaves_those_in_hand(engine: sa.Engine) -> None:
     campaign = make_campaign(engine, state="sending")
-    fill_ledger(engine, campaign.id, {State.PENDING: 30, State.DEFERRED: 5, State.CLAIMED: 4, State.QUEUED: 3, State.UNKNOWN: 2, State.BOUNCED: 6})
+    fill_ledger(engine, campaign.id, {State.PENDING: 30, State.DEFERRED: 5, State.CLAIMED: 4, State.UNKNOWN: 2, State.BOUNCED: 6})
     assert lifecycle.cancel(engine, campaign.key, NOW) == 35
     cancelled = load(engine)
     assert cancelled.state is CampaignState.CANCELLED
     assert cancelled.finished_at == NOW
-    assert ledger_states(engine, campaign.id) == {State.CANCELLED: 35, State.CLAIMED: 4, State.QUEUED: 3, State.UNKNOWN: 2, State.BOUNCED: 6}
+    assert ledger_states(engine, campaign.id) == {State.CANCELLED: 35, State.CLAIMED: 4, State.UNKNOWN: 2, State.BOUNCED: 6}
     assert counters_equal_ledger(engine, campaign.id)
 
 
@@ -209,7 +209,7 @@ def test_totals_add_up_to_the_audience(engine: sa.Engine) -> None:
         assert progress.by_state(connection, campaign.id) == counts
         assert sum(progress.by_provider(connection, campaign.id).values()) == totals.audience
     assert totals.audience == sum(counts.values())
-    assert totals.pending == counts[State.PENDING] + counts[State.CLAIMED] + counts[State.QUEUED]
+    assert totals.pending == counts[State.PENDING] + counts[State.CLAIMED]
     assert totals.open == sum(counts[state] for state in OPEN_STATES)
 
 

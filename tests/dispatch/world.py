@@ -84,7 +84,7 @@ class World:
     settings: Settings
     campaign_id: int = 1
     campaign_key: str = "spring"
-    # Of which kind the servers are: catcher or exim.
+    # Of which kind the servers are: catcher, exim, or burst, which is Exim in that mode.
     kind: str = "catcher"
 
     def folders(self, key: str) -> ServerFolders:
@@ -93,8 +93,9 @@ class World:
     def server(self, key: str = "s1", **limits: Any) -> servers.ServerInfo:
         """Register a server with its incarnation, as its process would."""
         port = free_port()
-        servers.register(self.engine, key, kind=self.kind, host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
-        servers.set_limits(self.engine, None, "*", {"connections": 4, "per_second": 500.0} | limits)
+        kind, mode = ("exim", "burst") if self.kind == "burst" else (self.kind, "cutthrough")
+        servers.register(self.engine, key, kind=kind, host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
+        servers.set_limits(self.engine, None, "*", {"connections": 4, "per_second": 500.0, "mode": mode} | limits)
         folders = self.folders(key)
         folders.make()
         incarnation = folders.incarnation()
@@ -184,12 +185,14 @@ class World:
         return Counter(token.contact_id for token in tokens if token.campaign_id == self.campaign_id)
 
 
-def make_world(engine: sa.Engine, home: Path, *, recipients: int = 100, shards: int = 1, kind: str = "catcher", **sending: Any) -> World:
+def make_world(
+    engine: sa.Engine, home: Path, *, recipients: int = 100, shards: int = 1, kind: str = "catcher", domains: tuple[str, ...] = PROVIDERS, **sending: Any
+) -> World:
     """A campaign `spring` in state sending with so many pending rows."""
-    world = World(engine, settings_for(engine, home, folders=_open_folders() if kind == "exim" else None, **sending), kind=kind)
+    world = World(engine, settings_for(engine, home, folders=None if kind == "catcher" else _open_folders(), **sending), kind=kind)
     now = dt.datetime.now(dt.UTC)
     compiled = compile_content(CONTENT, {"first_name": "text"}, lambda urls: list(range(1, len(urls) + 1)))
-    addresses = [parse(f"person{number}@{PROVIDERS[(number - 1) % len(PROVIDERS)]}") for number in range(1, recipients + 1)]
+    addresses = [parse(f"person{number}@{domains[(number - 1) % len(domains)]}") for number in range(1, recipients + 1)]
 
     def work(connection: sa.Connection) -> None:
         connection.execute(
@@ -335,6 +338,10 @@ class RunningExim(Running):
             return False
         return parent == process.pid and listens(port)
 
+    def at_destinations(self) -> int:
+        """How many connections the destinations have had."""
+        return self.world.folders(f"far-{self.server.key}").journal.read_bytes().count(b" MARK ")
+
     def daemon(self) -> int:
         return int((self.folders.run / "exim.group").read_text())
 
@@ -372,14 +379,14 @@ class Servers:
 
     def start(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str) -> Any:
         """Start the server `server` of the world's kind, with destinations that behave as `play` says; `destinations` of some domains are elsewhere."""
-        running = {"catcher": Running, "exim": RunningExim}[world.kind](world, server, play, *destinations)
+        running = (Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations)
         self._running.append(running)
         return running
 
     def stop(self) -> None:
         for running in self._running:
             running.stop()
-        for folder in {Path(running.world.settings.server.run_folder).parent for running in self._running if running.world.kind == "exim"}:
+        for folder in {Path(running.world.settings.server.run_folder).parent for running in self._running if running.world.kind != "catcher"}:
             shutil.rmtree(folder)
 
 

@@ -8,6 +8,7 @@ Started by root, Exim runs as the user it was built for; started by any other us
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -89,7 +90,7 @@ class Exim(Protocol):
 
 @dataclass(frozen=True)
 class Instance:
-    """What one Exim needs to know: the macros of `infra/exim/cutthrough.conf`.
+    """What one Exim needs to know: the macros of `infra/exim/dispatch.conf`.
 
     `destinations` are (address, port) in place of mail exchangers, and `routes` others for the mail of some domains: (domain, (address, port)).
     """
@@ -121,7 +122,7 @@ class Instance:
 
     @property
     def template(self) -> str:
-        return "cutthrough.conf"
+        return "dispatch.conf"
 
     @property
     def macros(self) -> dict[str, str]:
@@ -134,16 +135,18 @@ class Instance:
             "MP_SPOOL": str(self.spool),
             "MP_LOGS": str(self.folders.log),
             "MP_PERMITS": str(self.folders.permits),
+            "MP_GATES": str(self.folders.gates),
         }
         if self.destinations:
-            values["MP_DESTINATIONS"] = " : ".join(f"{address}::{port}" for address, port in self.destinations)
+            values["MP_DESTINATIONS"] = ":".join(f"{address}::{port}" for address, port in self.destinations)
         if self.routes:
             values["MP_ROUTES"] = " ".join(f"{domain} {address}::{port} ;" for domain, (address, port) in self.routes)
         return values
 
     @property
     def needs(self) -> dict[Path, int]:
-        return {self.folders.permits: os.R_OK | os.X_OK, self.folders.log: os.W_OK | os.X_OK, self.spool: os.W_OK | os.X_OK}
+        read, write = os.R_OK | os.X_OK, os.W_OK | os.X_OK
+        return {self.folders.permits: read, self.folders.gates: read, self.folders.log: write, self.spool: write}
 
     @property
     def remedy(self) -> str:
@@ -152,7 +155,8 @@ class Instance:
     def make(self) -> None:
         self.folders.make()
         self.spool.mkdir(exist_ok=True)
-        _clean(self.spool / "input")
+        for folder in (self.spool / "input", *self.spool.glob("*/input")):
+            _clean(folder)
 
 
 def find_binary() -> str:
@@ -205,6 +209,8 @@ def prepare(exim: Exim) -> None:
                     "may pass (on a real host /run, /var/log, /var/lib), or start this as an ordinary user"
                 )
     replace_file(exim.configuration, configure(exim))
+    # Processes of the account read it again.
+    exim.configuration.chmod(0o644)
     checked = subprocess.run([exim.binary, "-C", str(exim.configuration), "-bV"], capture_output=True, text=True, check=False)
     if checked.returncode:
         raise EximError(f"Exim does not take {exim.configuration}: {(checked.stderr or checked.stdout).strip()[-500:]}")
@@ -228,11 +234,11 @@ def _clean(folder: Path) -> None:
 
 
 def start(exim: Exim, output: Path) -> subprocess.Popen[bytes]:
-    """Start the daemon in the foreground, in a process group of its own that its children share. An earlier daemon of this server is ended first."""
+    """Start the daemon in the foreground, in a process group that its children and queue runners share. An earlier daemon of this server is ended first."""
     end_earlier(exim)
     with output.open("ab") as file:
         daemon = subprocess.Popen(
-            [exim.binary, "-C", str(exim.configuration), "-bdf", *exim.options], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            [exim.binary, "-C", str(exim.configuration), "-bdf", *exim.options], stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
         )
     replace_file(_group_file(exim), str(daemon.pid), durable=False)
     return daemon
@@ -242,15 +248,25 @@ def stop(group: int, seconds: float = STOP_SECONDS) -> None:
     """End the daemon and its children. One with a message at a destination ends after it has written what became of it; one that takes longer is killed.
 
     Exim heeds SIGTERM while it waits for a command or reads a body, and not between a body and its outcome: so it is asked again and again.
+    Not so in a delivery from the queue, which it would end at any moment. Those end by themselves when their senders' gates close.
     """
     end = time.monotonic() + seconds
-    while living(group):
-        number = signal.SIGTERM if time.monotonic() < end else signal.SIGKILL
-        try:
-            os.killpg(group, number)
-        except ProcessLookupError:
-            return
+    while pids := living(group):
+        over = time.monotonic() > end
+        for pid in pids:
+            if over or not _delivers_from_queue(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if over else signal.SIGTERM)
         time.sleep(_POLL_SECONDS)
+
+
+def _delivers_from_queue(pid: int) -> bool:
+    """Whether this is a queue runner's delivery, or one that a delivery has passed its connection on to."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return any(word.startswith((b"-qG", b"-MC")) for word in words)
 
 
 def end_earlier(exim: Exim) -> None:

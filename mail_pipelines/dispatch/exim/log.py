@@ -1,4 +1,4 @@
-"""How Exim words the journal: its main log, as `infra/exim/cutthrough.conf` has it written. Read in Exim 4.96 and checked against 4.98.
+"""How Exim words the journal: its main log, as `infra/exim/dispatch.conf` has it written. Read in Exim 4.96 and checked against 4.98.
 
 A line is `<date> <time> [<pid>] [<message id>] …`, the date in UTC. What follows, and what it says of a message (the token in the
 envelope sender names it):
@@ -11,8 +11,18 @@ envelope sender names it):
   … F=<…> temporarily rejected after DATA: …      void: our ACL found no permit
   … F=<…> rejected RCPT <…>: …                    bounced by the reply quoted in it, or because no such domain takes mail
   … F=<…> temporarily rejected RCPT <…>: …        deferred by the reply quoted in it; without one unreachable; void: no permit
-  <= <…>                                          taken by Exim; after an INTENT without `>>` this means: not delivered meanwhile
-  =>, ->, **                                      the queue had to do with a message: counted as an alarm, since nothing should get there
+  <= <…> H=(<permit>)                             taken by Exim; after an INTENT without `>>` this means: not delivered meanwhile
+  =>, ->, ** (but for those below)                the queue had to do with a message: counted as an alarm, since nothing should get there
+
+In burst mode, where a message is in the queue before its INTENT (some lines name only Exim's own id of it):
+
+  <= <…> H=(<permit>.<provider>)                  taken into the queue: from here on the id stands for the token
+  => … F=<…> … T=burst … C="250 …"                delivered
+  ** … F=<…> Q=… : …                              bounced by the reply quoted in it, or because no such domain takes mail
+  == … Q=… defer (…) … : …                        deferred by the reply quoted in it; unknown after the body without one; else unreachable
+  H=… […]: … end of data …                        the same, of a host behind which Exim looks at others
+  VOID <token>                                    our ACL found no permit
+  => :blackhole: … R=withdrawn                    thrown away, since its permit is gone
 
 An answer of several lines is one record with line breaks in it. A destination cannot forge an entry that way: each of its lines
 begins with three digits and a space or hyphen, a record with a year.
@@ -34,7 +44,7 @@ _HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )
 _SECOND = re.compile(_STAMP + rb"(?: [+-]\d{4})? \[\d{1,10}\] ")
 # Octets of a stamp up to the month.
 _YEAR = 5
-_RECORD = re.compile(_HEAD + rb"(.*)", re.DOTALL)
+_RECORD = re.compile(_STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:(" + _MESSAGE_ID + rb") )?(.*)", re.DOTALL)
 _MARK = re.compile(rb"MARK (c\d+\.\d+)")
 _INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})")
 _TOKEN = rb"[a-z]\+([a-z2-7]{48})@[^> \n]*"
@@ -53,7 +63,7 @@ _ORDINARY = re.compile(
     + _TOKEN
     + rb'> [^"\n]* C="(2\d\d) ([^"\\\n]*)"[^"\n]*|<= '
     + _TOKEN
-    + rb" [^\n]*|(Completed))"
+    + rb" H=\(c\d+\.\d+\) [^\n]*|(Completed))"
 )
 _LAST_OF_INTENT, _LAST_OF_DELIVERY, _LAST_OF_ARRIVAL, _LAST_OF_COMPLETED = 2, 5, 6, 7
 # Nothing in them comes from elsewhere, so they cannot hide the torn beginning of another line.
@@ -61,13 +71,30 @@ _CANNOT_QUOTE = (_LAST_OF_INTENT, _LAST_OF_COMPLETED)
 # The same in a block. A line that the next one continues is a longer record, and not ordinary.
 _ORDINARY_LINES = re.compile(rb"^" + _ORDINARY.pattern + rb"\n(?!\d\d\d[ -])", re.MULTILINE)
 _START = re.compile(rb"exim \S+ daemon started: pid=")
+# Behind these the words of a destination may follow.
+_MAY_QUOTE = (b'"', b"reject", b"SMTP error", b"response to")
 _CONFIRMATION = re.compile(rb' C="((?:[^"\\]|\\.)*)', re.DOTALL)
 # The same to its end. In a torn record the next quotation mark is that of the record behind it, with an answer after it.
 _QUOTED = re.compile(_CONFIRMATION.pattern + rb'"(?= |$)', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
 # What Exim says of a callout that got an answer. Up to MAIL it is an answer to us, not to the message.
 _ANSWER = re.compile(rb'(?:SMTP error from remote mail server after (.*?)|response to "(.*?)" was): (\d{3}[ -].*)', re.DOTALL)
-_OF_THE_MESSAGE = (b"MAIL FROM", b"RCPT TO", b"pipelined MAIL FROM", b"pipelined RCPT TO")
+_OF_THE_MESSAGE = (b"MAIL FROM", b"RCPT TO", b"pipelined MAIL FROM", b"pipelined RCPT TO", b"DATA", b"pipelined DATA", b"end of data")
+# What Exim says of a connection that broke after the body.
+_NO_ANSWER = re.compile(rb"(?:SMTP timeout after|Remote host closed connection in response to|Malformed SMTP reply in response to) end of data")
+_END_OF_DATA = re.compile(rb"SMTP error from remote mail server after end of data: ")
+_VOID = re.compile(rb"VOID ([a-z2-7]{48})")
+_QUEUED = re.compile(rb"<= " + _TOKEN + rb" H=\(c\d+\.\d+\.[a-z0-9_-]+\) ")
+_SENT = re.compile(rb"=> .*? F=<" + _TOKEN + rb"> Q=\S+ R=\S+ T=burst H=", re.DOTALL)
+_TRIED = rb"(?: [RT]=\S+)*(?: H=\S+ \[[^\]]*\](?::\d+)?\*?(?: (?:X|CV|I)=\S+)*)?"
+_FAILED = re.compile(rb"\*\* .*? F=<" + _TOKEN + rb"> Q=\S+" + _TRIED + rb": (.*)", re.DOTALL)
+_DEFERRED = re.compile(rb"== \S+ Q=\S+(?: [RT]=\S+)*(?: routing)? defer \(-?\d+\)" + _TRIED + rb": (.*)", re.DOTALL)
+# Of a host that was tried. Whoever sends to us is named in brackets.
+_HOST = re.compile(rb"H=[^\s()]+ \[[^\]]*\](?::\d+)?\*?:? (?!F=<)(.*)", re.DOTALL)
+# Lines of the queue that say nothing: looked up only, the gate said no, what follows `==`, what the first two routers throw away.
+_NOT_TRIED = (b"SMTP delivery explicitly queued", b"first-pass only routing", b"failed to expand ")
+_AFTER_DEFERRAL = re.compile(rb"\*\* \S+: retry timeout exceeded|\S+: error ignored")
+_THROWN_AWAY = re.compile(rb"=> :blackhole: .* R=(?:withdrawn|notices)(?: .*)?")
 _LINE_BREAK = re.compile(r"(?:\n|\\n)(?=\d{3}[ -])")
 _ALARMS = (b"=> ", b"-> ", b"** ")
 # What Exim says of a domain whose DNS leads to no host that takes mail, and what that is called (RFC 3463, RFC 7505).
@@ -101,8 +128,8 @@ def parse(record: bytes) -> Entry | None:
     found = _RECORD.fullmatch(record)
     if found is None:
         raise ValueError(f"not a record of Exim's log: {record[:40]!r}")
-    rest: bytes = found[1]
-    if rest.startswith((b"INTENT ", b"MARK ")):
+    rest: bytes = found[2]
+    if rest.startswith((b"INTENT ", b"MARK ", b"VOID ")):
         return _own(rest)
     if b"INTENT " in rest:
         # A line torn by a full disk, with another behind it. Whatever else it says, an INTENT must not be overlooked.
@@ -110,13 +137,30 @@ def parse(record: bytes) -> Entry | None:
     flag = rest[:3]
     if flag == b">> ":
         return Entry(_sender(rest), outcome=_confirmed(rest))
-    if flag in (b"<= ", b"== ") or _START.match(rest):
-        return None
+    of_queue, entry = _of_the_queue((found[1] or b"").decode(), rest)
+    if of_queue or flag in (b"<= ", b"== ") or _START.match(rest):
+        return entry
     if flag in _ALARMS:
         return Entry(alarm=True)
     if (refusal := _REFUSAL.search(rest)) is not None:
         return Entry(refusal[1].decode(), outcome=_refused(refusal[2], refusal[3]))
     raise UnknownForm
+
+
+def _of_the_queue(message: str, rest: bytes) -> tuple[bool, Entry | None]:
+    """Whether a line is one of burst mode, and what it says, if it says something; `message` is Exim's id."""
+    if (queued := _QUEUED.match(rest)) is not None:
+        return True, Entry(queued[1].decode(), message=message)
+    if (sent := _SENT.match(rest)) is not None:
+        return True, Entry(sent[1].decode(), outcome=_confirmed(rest), message=message)
+    if (failed := _FAILED.match(rest)) is not None:
+        return True, Entry(failed[1].decode(), outcome=_ended(failed[2]), message=message)
+    if (deferred := _DEFERRED.match(rest)) is not None:
+        return True, None if deferred[1].startswith(_NOT_TRIED) else Entry(outcome=_ended(deferred[1]), message=message)
+    if (host := _HOST.fullmatch(rest)) is not None:
+        told = message and (_NO_ANSWER.match(host[1]) or _END_OF_DATA.match(host[1]))
+        return True, Entry(outcome=_ended(host[1]), message=message) if told else None
+    return _AFTER_DEFERRAL.fullmatch(rest) is not None or _THROWN_AWAY.fullmatch(rest) is not None, None
 
 
 def _may_hide_another(record: bytes) -> bool:
@@ -133,7 +177,7 @@ def _behind_torn(record: bytes, start: int) -> bytes:
     Raises `ValueError` where the torn part may be the words of a destination, which could forge what stands behind it.
     """
     torn = record[:start]
-    if b'"' in torn or b"reject" in torn:
+    if any(sign in torn for sign in _MAY_QUOTE):
         raise ValueError("a record inside another one")
     return record[start:]
 
@@ -162,7 +206,9 @@ def _own(rest: bytes) -> Entry:
         return Entry(intent[1].decode(), intent_pid=int(intent[2]))
     if (mark := _MARK.fullmatch(rest)) is not None:
         return Entry(mark=mark[1].decode())
-    raise ValueError(f"neither MARK nor INTENT: {rest[:40]!r}")
+    if (void := _VOID.fullmatch(rest)) is not None:
+        return Entry(void[1].decode(), outcome=_NO_PERMIT)
+    raise ValueError(f"neither MARK nor INTENT nor VOID: {rest[:40]!r}")
 
 
 def _sender(rest: bytes) -> str:
@@ -187,20 +233,39 @@ def _refused(stage: bytes, reason: bytes) -> Outcome:
         # Our own server's words: the destination was not asked for this message, or has not got its final dot.
         return _NO_PERMIT
     if (quoted := _ANSWER.search(reason)) is not None:
-        answer = _answer(quoted[3])
-        if (quoted[1] or quoted[2]).startswith(_OF_THE_MESSAGE) or answer.kind is Kind.DEFERRED:
-            return answer
-        # A host that talks to none of us now: a matter of this server, not of the recipient.
-        return Outcome(Kind.DEFERRED, answer.code, answer.enhanced, answer.text)
+        return _quoted(quoted)
     text = reason.decode("utf-8", "replace")
     if stage == b"temporarily rejected RCPT":
         return Outcome(Kind.UNREACHABLE, text=text)
+    # Otherwise maybe a fault of ours, which must not bounce everybody: the sender stops and shows the words.
+    return _no_such_domain(text) or Outcome(Kind.VOID, 550, text=text)
+
+
+def _ended(reason: bytes) -> Outcome:
+    """The outcome of a delivery from the queue that did not succeed."""
+    if (quoted := _ANSWER.match(reason)) is not None:
+        return _quoted(quoted)
+    text = reason.decode("utf-8", "replace")
+    if _NO_ANSWER.match(reason) is not None:
+        return Outcome(Kind.UNKNOWN, text=text)
+    # Otherwise no destination was asked, unless there is an INTENT: that is for `Evidence.take` to see.
+    return _no_such_domain(text) or Outcome(Kind.UNREACHABLE, text=text)
+
+
+def _quoted(found: re.Match[bytes]) -> Outcome:
+    """The outcome by a match of `_ANSWER`."""
+    answer = _answer(found[3])
+    if (found[1] or found[2]).startswith(_OF_THE_MESSAGE) or answer.kind is Kind.DEFERRED:
+        return answer
+    # A host that talks to none of us now: a matter of this server, not of the recipient.
+    return Outcome(Kind.DEFERRED, answer.code, answer.enhanced, answer.text)
+
+
+def _no_such_domain(text: str) -> Outcome | None:
+    """The bounce of a domain whose DNS says that it takes no mail."""
     if text.startswith("5.1.2 "):
         return outcome_of(550, text)
-    if text in _NO_ROUTE:
-        return Outcome(Kind.BOUNCED, 550, _NO_ROUTE[text], text)
-    # Maybe a fault of ours, which must not bounce everybody: the sender stops and shows the words.
-    return Outcome(Kind.VOID, 550, text=text)
+    return Outcome(Kind.BOUNCED, 550, _NO_ROUTE[text], text) if text in _NO_ROUTE else None
 
 
 def _answer(quoted: bytes) -> Outcome:

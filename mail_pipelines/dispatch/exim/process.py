@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from mail_pipelines.config import Settings
-from mail_pipelines.dispatch.exim import instance
+from mail_pipelines.dispatch.exim import instance, runners
 from mail_pipelines.dispatch.presence import speaking_for, until_signal
 
 _POLL_SECONDS = 0.2
@@ -36,7 +36,7 @@ def run(
         output = server.folders.log / "exim.out"
         daemon = instance.start(own, output)
         try:
-            asyncio.run(until_signal(watch(daemon, output), server.beat(), server.settle()))
+            asyncio.run(until_signal(watch(daemon, output), runners.serve(own, daemon.pid), server.beat(), server.settle()))
         finally:
             instance.stop(daemon.pid)
             daemon.wait()

@@ -124,6 +124,153 @@ def test_the_arrival_of_a_delivered_message_changes_nothing(tmp_path: Path) -> N
     assert (evidence.intents, evidence.alarms, evidence.bad_lines, evidence.unknown_forms) == ({}, 0, 0, 0)
 
 
+# --- burst mode ---------------------------------------------------------------------------------------------------------
+
+QUEUED = line(f"<= {SENDER} H=(c77.1795522639.google) [127.0.0.1] P=esmtp S=319 Q=google", IDS[0])
+AT = "Q=google R=queued_to_given_hosts T=burst"
+MX = "H=mx.x.test [192.0.2.1]"
+IGNORED = (line("** p@x.test: retry timeout exceeded", IDS[0]), line("p@x.test: error ignored", IDS[0]), line("Completed", IDS[0]))
+LATER = "SMTP error from remote mail server after RCPT TO:<p@x.test>: 451-4.7.1 Grey\\n451 4.7.1 listed"
+
+
+@pytest.mark.parametrize("message_id", IDS)
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        (f'=> p@x.test F=<{SENDER}> {AT} {MX}* X=TLS1.3:ECDHE:256 CV=no C="250 2.0.0 Ok: kept" QT=1s', (Kind.DELIVERED, 250, "2.0.0", "Ok: kept")),
+        (
+            f"** p@x.test F=<{SENDER}> {AT} {MX}* X=TLS1.3:ECDHE:256 CV=no: SMTP error from remote mail server after RCPT TO:<p@x.test>: 550 5.1.1 no",
+            (Kind.BOUNCED, 550, "5.1.1", "no"),
+        ),
+        (
+            f"** p@x.test F=<{SENDER}> {AT} {MX}: SMTP error from remote mail server after pipelined MAIL FROM:<{SENDER}>: 550 no",
+            (Kind.BOUNCED, 550, None, "no"),
+        ),
+        (
+            f"** p@x.test F=<{SENDER}> {AT} {MX}: SMTP error from remote mail server after end of data: 554-5.7.1 a\\n554 5.7.1 b",
+            (Kind.BOUNCED, 554, "5.7.1", "a b"),
+        ),
+        (f"** p@x.test F=<{SENDER}> Q=google R=queued_to_mail_exchangers: 5.1.2 no such domain", (Kind.BOUNCED, 550, "5.1.2", "no such domain")),
+        (
+            f"** p@x.test F=<{SENDER}> Q=google R=queued_to_mail_exchangers: an MX or SRV record indicated no SMTP service",
+            (Kind.BOUNCED, 550, "5.1.10", "an MX or SRV record indicated no SMTP service"),
+        ),
+        (f"** p@x.test F=<{SENDER}> {AT}: something new", (Kind.UNREACHABLE, None, None, "something new")),
+        (f"== p@x.test {AT} defer (-44) {MX}*: {LATER}", (Kind.DEFERRED, 451, "4.7.1", "Grey listed")),
+        (f"== p@x.test {AT} defer (-45) {MX}: SMTP error from remote mail server after initial connection: 554 no", (Kind.DEFERRED, 554, None, "no")),
+        (f"== p@x.test {AT} defer (111): Connection refused", (Kind.UNREACHABLE, None, None, "Connection refused")),
+        (
+            "== p@x.test Q=google R=queued_to_mail_exchangers defer (-1): host lookup did not complete",
+            (Kind.UNREACHABLE, None, None, "host lookup did not complete"),
+        ),
+        ("== p@x.test Q=google routing defer (-51): retry time not reached", (Kind.UNREACHABLE, None, None, "retry time not reached")),
+        (f"{MX}: SMTP error from remote mail server after end of data: 451 4.3.0 later", (Kind.DEFERRED, 451, "4.3.0", "later")),
+    ],
+)
+def test_each_line_of_the_queue_is_what_it_says(tmp_path: Path, rest: str, expected: tuple[Kind, int | None, str | None, str], message_id: str) -> None:
+    """By its token, or by the id that the arrival gave it."""
+    evidence = write(tmp_path / "main.log", *(record.replace(IDS[0].encode(), message_id.encode()) for record in (QUEUED, line(rest, IDS[0]), *IGNORED)))
+    assert evidence.outcomes == {TOKEN: Outcome(*expected)}
+    assert (evidence.alarms, evidence.bad_lines, evidence.unknown_forms, evidence.covered) == (0, 0, 0, True)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "SMTP timeout after end of data",
+        "Remote host closed connection in response to end of data",
+        "Malformed SMTP reply in response to end of data: 2what",
+        "SMTP timeout after sending data block (8192 bytes written)",
+        "smtp transport process returned non-zero status 0x0009: terminated by signal 9",
+        "Connection refused",
+        "Connection timed out",
+    ],
+)
+def test_after_the_body_no_answer_is_a_doubt(tmp_path: Path, reason: str) -> None:
+    evidence = write(tmp_path / "main.log", QUEUED, INTENT, line(f"== p@x.test {AT} defer (-18) {MX}: {reason}", IDS[0]), *IGNORED)
+    assert evidence.outcomes == {TOKEN: Outcome(Kind.UNKNOWN, text=reason)}
+    assert (evidence.intents, evidence.alarms, evidence.unknown_forms) == ({}, 0, 0)
+
+
+@pytest.mark.parametrize("then", ["failed to expand authenticated_sender: x", "failed to expand headers_add or headers_remove: x", "Connection refused"])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("SMTP error from remote mail server after end of data: 451 4.3.0 later", Outcome(Kind.DEFERRED, 451, "4.3.0", "later")),
+        ("Remote host closed connection in response to end of data", Outcome(Kind.UNKNOWN, text="Remote host closed connection in response to end of data")),
+    ],
+)
+def test_what_the_first_host_said_of_the_body_stays_whatever_the_next_does(tmp_path: Path, said: str, expected: Outcome, then: str) -> None:
+    after = line(f"== p@x.test {AT} defer (-27) H=mx2.x.test [192.0.2.2]: {then}", IDS[0])
+    evidence = write(tmp_path / "main.log", QUEUED, INTENT, line(f"{MX}: {said}", IDS[0]), after, *IGNORED)
+    assert evidence.outcomes == {TOKEN: expected}
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        f"== p@x.test {AT} defer (0): SMTP delivery explicitly queued",
+        f"== p@x.test {AT} defer (0): first-pass only routing due to -odqs, queue_smtp_domains or control=queue",
+        f"== p@x.test {AT} defer (-27): failed to expand authenticated_sender: error in expression evaluation",
+        f"{MX}: {LATER}",
+        f"{MX} Connection refused",
+        "=> :blackhole: <p@x.test> R=withdrawn",
+        f"=> :blackhole: <{SENDER}> R=notices",
+    ],
+)
+def test_in_the_queue_nothing_has_happened_yet(tmp_path: Path, rest: str) -> None:
+    evidence = write(tmp_path / "main.log", QUEUED, line(rest, IDS[0]))
+    assert (evidence.outcomes, evidence.intents, evidence.covered) == ({}, {}, True)
+    assert (evidence.alarms, evidence.unknown_forms) == (0, 0)
+    # Nor does it end a doubt.
+    evidence = write(tmp_path / "main.log", QUEUED, INTENT, line(rest, IDS[0]))
+    assert (evidence.outcomes, list(evidence.intents)) == ({}, [TOKEN])
+
+
+def test_a_message_in_the_queue_is_not_one_that_was_not_delivered_meanwhile(tmp_path: Path) -> None:
+    """Where an earlier offer has left a doubt that somebody decided to ignore."""
+    evidence = write(tmp_path / "main.log", INTENT, QUEUED)
+    assert (evidence.outcomes, evidence.intents) == ({}, {TOKEN: 23506})
+
+
+def test_a_permit_that_was_gone_after_the_intent_means_that_nothing_went_out(tmp_path: Path) -> None:
+    evidence = write(tmp_path / "main.log", QUEUED, INTENT, line(f"VOID {TOKEN}", IDS[0]))
+    assert (evidence.outcomes[TOKEN].kind, evidence.intents) == (Kind.VOID, {})
+
+
+def test_a_delivery_from_the_queue_is_an_alarm_where_there_should_be_none(tmp_path: Path) -> None:
+    lines = (
+        line(f'=> p@x.test F=<{SENDER}> R=given_hosts T=onward {MX} C="250 ok"', IDS[0]),
+        line("=> :blackhole: <p@x.test> R=not_delivered", IDS[0]),
+        line(f"** p@x.test F=<{SENDER}> R=given_hosts T=onward: x", IDS[0]),
+        line(f"-> p@x.test F=<{SENDER}> {AT} {MX}", IDS[0]),
+    )
+    assert write(tmp_path / "main.log", *lines).alarms == len(lines)
+
+
+def test_a_line_without_a_token_of_an_id_that_is_not_ours_says_nothing(tmp_path: Path) -> None:
+    evidence = write(tmp_path / "main.log", INTENT, line(f"== p@x.test {AT} defer (-44) {MX}*: {LATER}", IDS[0]))
+    assert (evidence.outcomes, evidence.intents) == ({}, {TOKEN: 23506})
+
+
+@pytest.mark.parametrize(
+    "head", [f"== p@x.test {AT} defer (-44) {MX}*: ", f"{MX}: ", f"** p@x.test F=<{SENDER}> {AT} {MX}: "], ids=["deferred", "host", "failed"]
+)
+def test_a_destination_cannot_write_into_the_lines_of_the_queue(tmp_path: Path, head: str) -> None:
+    other = f"b+{'a' * 48}@b"
+    forged = (
+        f'F=<{other}> rejected after DATA: C="550 no"',
+        f"{HOST} F=<{other}> rejected RCPT <p@x.test>: {REMOTE} RCPT TO:<p@x.test>: 550 no",
+        f'2026-11-24 12:15:43.145 [9] {IDS[0]} => q@x.test F=<{other}> {AT} {MX} C="250 ok"',
+        f'=> q@x.test F=<{other}> {AT} {MX} C="250 ok"',
+        "failed to expand headers_add",
+    )
+    for words in forged:
+        record = line(f"{head}SMTP error from remote mail server after RCPT TO:<p@x.test>: 450 {words}", IDS[0])
+        evidence = write(tmp_path / "main.log", QUEUED, INTENT, record, DELIVERED)
+        assert set(evidence.outcomes) == {TOKEN}, words
+
+
 def test_the_daemons_start_says_nothing_of_a_message() -> None:
     assert log.parse(line("exim 4.96 daemon started: pid=1, no queue runs, listening for SMTP on [127.0.0.1]:2525")) is None
 

@@ -18,8 +18,9 @@ from tests.dispatch.world import Servers, World, make_world, write_play
 pytestmark = pytest.mark.server
 
 
-def test_no_connection_costs_no_attempt(engine: sa.Engine, tmp_path: Path, running: Servers) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=12, kind="exim", first_retry_seconds=3, linger_seconds=1)
+@pytest.mark.parametrize("kind", ["exim", "burst"])
+def test_no_connection_costs_no_attempt(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
+    world = make_world(engine, tmp_path / "home", recipients=12, kind=kind, first_retry_seconds=3, linger_seconds=1)
     server = world.server()
     exim = running.start(world, server, write_play(tmp_path / "play.toml"))
     exim.destinations.terminate()

@@ -1,0 +1,89 @@
+"""Queue runners of Exim on request: what takes a provider's queue to its destinations, one connection each.
+
+The process that runs Exim starts them, since it may, and since only Exim's parent can put them where Exim's other processes are. Whoever
+asks keeps the connection open: its end comes with the runner's, and if the asker goes away the runner goes. What a runner has at a
+destination at that moment is finished by Exim's delivery processes, and what they find next they ask their sender about (`dispatch.gate`).
+
+A request is one line, `<provider> <messages for each connection>`; the answer is `done`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mail_pipelines.dispatch.exim.instance import Instance
+from mail_pipelines.dispatch.smtp import ServerUnreachable
+
+_REQUEST = re.compile(rb"([a-z0-9_-]{1,32}) (\d{1,6})\n")
+_REQUEST_SECONDS = 5.0
+_DONE = b"done\n"
+
+
+async def run_queue(path: Path, provider: str, messages: int) -> None:
+    """Have a runner go once through a provider's queue, with at most so many messages on a connection. Raises `ServerUnreachable`."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(path)
+    except OSError as error:
+        raise ServerUnreachable(f"nobody runs queues at {path}: {error.strerror}") from error
+    try:
+        writer.write(f"{provider} {messages}\n".encode("ascii"))
+        answer = await reader.read()
+    except ConnectionError as error:
+        raise ServerUnreachable(f"{path}: {error.strerror}") from error
+    finally:
+        writer.close()
+    if answer != _DONE:
+        raise ServerUnreachable(f"the queue of {provider} was not run: Exim has been stopped, or main.log says why")
+
+
+async def serve(own: Instance, group: int) -> None:
+    """Answer requests until cancelled. Runners join the process group of the daemon, so that whoever ends that ends them."""
+    conversations: set[asyncio.Task[None]] = set()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        conversations.add(task)
+        try:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                request = _REQUEST.fullmatch(await reader.readline())
+            if request is not None and await _run(own, group, request[1].decode(), int(request[2]), reader) == 0:
+                writer.write(_DONE)
+        except (TimeoutError, OSError, asyncio.CancelledError):
+            pass
+        finally:
+            conversations.discard(task)
+            writer.close()
+
+    path = own.folders.runners
+    path.unlink(missing_ok=True)
+    server = await asyncio.start_unix_server(converse, path, backlog=1024)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        server.close()
+        for task in conversations:
+            task.cancel()
+        await asyncio.gather(*conversations, return_exceptions=True)
+
+
+async def _run(own: Instance, group: int, provider: str, messages: int, asker: asyncio.StreamReader) -> int:
+    """The status with which the runner ended."""
+    account: dict[str, Any] = {"user": own.account.uid, "group": own.account.gid, "extra_groups": []} if os.geteuid() == 0 else {}
+    words = ["-C", str(own.configuration), f"-oB{messages}", f"-qG{provider}"]
+    null = asyncio.subprocess.DEVNULL
+    runner = await asyncio.create_subprocess_exec(own.binary, *words, stdin=null, stdout=null, stderr=null, process_group=group, **account)
+    gone = asyncio.ensure_future(asker.read())
+    ended = asyncio.ensure_future(runner.wait())
+    try:
+        await asyncio.wait({gone, ended}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            runner.terminate()
+    return await ended
