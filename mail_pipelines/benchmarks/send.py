@@ -39,7 +39,7 @@ FAR_TARGET = 0.85
 BURST_CONNECTIONS = 4
 BURST_TARGET = 3.0
 # A send run finds the pace of a burst from the bursts before.
-BURST_SECONDS = 12.0
+BURST_SECONDS = 6.0
 _SIGNED_OCTETS = 1200
 
 
