@@ -46,7 +46,7 @@ SILENT_TARGET = 0.95
 BURST_CONNECTIONS = 4
 BURST_TARGET = 3.0
 # A send run finds the pace of a burst from the bursts before.
-BURST_SECONDS = 12.0
+BURST_SECONDS = 6.0
 _SIGNED_OCTETS = 1200
 
 

@@ -91,10 +91,12 @@ _FAILED = re.compile(rb"\*\* .*? F=<" + _TOKEN + rb"> Q=\S+" + _TRIED + rb": (.*
 _DEFERRED = re.compile(rb"== \S+ Q=\S+(?: [RT]=\S+)*(?: routing)? defer \(-?\d+\)" + _TRIED + rb": (.*)", re.DOTALL)
 # Of a host that was tried. Whoever sends to us is named in brackets.
 _HOST = re.compile(rb"H=[^\s()]+ \[[^\]]*\](?::\d+)?\*?:? (?!F=<)(.*)", re.DOTALL)
-# Lines of the queue that say nothing: looked up only, the gate said no, what follows `==`, what the first two routers throw away.
+# Lines of the queue that say nothing: looked up only, the gate said no, what follows `==`, what the first two routers throw away; and what a
+# delivery says that wanted to go on with a message when another one had just ended it.
 _NOT_TRIED = (b"SMTP delivery explicitly queued", b"first-pass only routing", b"failed to expand ")
-_AFTER_DEFERRAL = re.compile(rb"\*\* \S+: retry timeout exceeded|\S+: error ignored")
-_THROWN_AWAY = re.compile(rb"=> :blackhole: .* R=(?:withdrawn|notices)(?: .*)?")
+_NOTHING = re.compile(
+    rb"\*\* \S+: retry timeout exceeded|\S+: error ignored|=> :blackhole: .* R=(?:withdrawn|notices)(?: .*)?|Spool(?: Q=\S+)? file \S+-[DH] not found"
+)
 _LINE_BREAK = re.compile(r"(?:\n|\\n)(?=\d{3}[ -])")
 _ALARMS = (b"=> ", b"-> ", b"** ")
 # What Exim says of a domain whose DNS leads to no host that takes mail, and what that is called (RFC 3463, RFC 7505).
@@ -160,7 +162,7 @@ def _of_the_queue(message: str, rest: bytes) -> tuple[bool, Entry | None]:
     if (host := _HOST.fullmatch(rest)) is not None:
         told = message and (_NO_ANSWER.match(host[1]) or _END_OF_DATA.match(host[1]))
         return True, Entry(outcome=_ended(host[1]), message=message) if told else None
-    return _AFTER_DEFERRAL.fullmatch(rest) is not None or _THROWN_AWAY.fullmatch(rest) is not None, None
+    return _NOTHING.fullmatch(rest) is not None, None
 
 
 def _may_hide_another(record: bytes) -> bool:

@@ -216,6 +216,7 @@ def test_what_the_first_host_said_of_the_body_stays_whatever_the_next_does(tmp_p
         f"{MX} Connection refused",
         "=> :blackhole: <p@x.test> R=withdrawn",
         f"=> :blackhole: <{SENDER}> R=notices",
+        f"Spool Q=google file {IDS[0]}-D not found",
     ],
 )
 def test_in_the_queue_nothing_has_happened_yet(tmp_path: Path, rest: str) -> None:

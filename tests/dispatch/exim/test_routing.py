@@ -21,9 +21,15 @@ pytestmark = pytest.mark.server
 Seen = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def seen() -> Iterator[Seen]:
+@pytest.fixture(params=["cutthrough", "burst"])
+def seen(request: pytest.FixtureRequest, both: Seen) -> Seen:
     """What became of a message to each domain: kind, enhanced code, text, and at which exchangers it arrived."""
+    return both[request.param]
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[Seen]:
+    """The same for each mode."""
     name = f"mail-pipelines-{os.getpid()}"
     resolver = Path("/etc/netns") / name / "resolv.conf"
     folder = Path(tempfile.mkdtemp(prefix="mail-pipelines-"))
