@@ -85,9 +85,10 @@ class Batch:
         self._look()
 
     def end(self) -> None:
-        """Hand out no more rows."""
+        """Hand out no more rows, and count none any more: one that is on its way ends with its connection."""
         self.turns.clear()
         self.composer.end()
+        self._drawn = 0
         self._look()
 
     def stop(self, reason: str) -> None:

@@ -223,8 +223,8 @@ def test_a_killed_exim_neither_loses_nor_repeats(engine: sa.Engine, tmp_path: Pa
 
 
 def test_a_stop_of_the_server_lets_what_is_at_destinations_end(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=80, kind=kind, domains=ONE)
-    server = world.server(connections=8, per_second=100.0)
+    world = make_world(engine, tmp_path / "home", recipients=200, kind=kind, domains=ONE)
+    server = world.server(connections=8, per_second=60.0)
     exim = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "run")
     wait_for(lambda: len(world.kept()) > 20, what="sending")
@@ -234,4 +234,4 @@ def test_a_stop_of_the_server_lets_what_is_at_destinations_end(engine: sa.Engine
     assert set(world.states()) == {State.DELIVERED, State.PENDING}
     exim.start()
     finish(world, exim)
-    check_promise(world, 80)
+    check_promise(world, 200)
