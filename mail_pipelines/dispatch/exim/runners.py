@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mail_pipelines.dispatch.exim.instance import Instance
+from mail_pipelines.dispatch.exim.instance import EximError, Instance
 from mail_pipelines.dispatch.smtp import ServerUnreachable
 
 _REQUEST = re.compile(rb"([a-z0-9_-]{1,32}) (\d{1,6})\n")
@@ -50,7 +50,10 @@ async def run_queue(path: Path, provider: str, messages: int) -> None:
 
 
 async def serve(own: Instance, group: int) -> None:
-    """Answer requests until cancelled. Runners join the process group of the daemon, so that whoever ends that ends them."""
+    """Answer requests until cancelled. Runners join the process group of the daemon, so that whoever ends that ends them.
+
+    Raises `EximError` if it cannot listen.
+    """
     conversations: set[asyncio.Task[None]] = set()
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -70,7 +73,10 @@ async def serve(own: Instance, group: int) -> None:
 
     path = own.folders.runners
     path.unlink(missing_ok=True)
-    server = await asyncio.start_unix_server(converse, path, backlog=1024)
+    try:
+        server = await asyncio.start_unix_server(converse, path, backlog=1024)
+    except OSError as error:
+        raise EximError(f"cannot listen at {path}: {error} (a socket's path has at most 107 bytes; it is below server.run_folder)") from error
     try:
         await asyncio.Event().wait()
     finally:
