@@ -136,7 +136,7 @@ def test_stop_and_late_suppression_act_within_a_burst(engine: sa.Engine, tmp_pat
 
 
 def test_withdrawn_permits_stop_a_sender_that_nobody_could_kill(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=80, kind=kind, domains=ONE)
+    world = make_world(engine, tmp_path / "home", recipients=80, kind=kind, domains=ONE, linger_seconds=1)
     server = world.server(connections=8, per_second=60.0)
     exim = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "sleeper")
@@ -153,7 +153,7 @@ def test_withdrawn_permits_stop_a_sender_that_nobody_could_kill(engine: sa.Engin
 def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """What a dead sender has left in the queue goes nowhere, and is in nobody's way."""
     recipients, kills, connections = 150, 3, 8
-    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, domains=ONE)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, domains=ONE, linger_seconds=1)
     server = world.server(connections=connections, per_second=150.0)
     exim = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2], refuse_percent=3))
     draw = random.Random(1)
@@ -176,8 +176,8 @@ def test_killed_senders_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Pat
 
 def test_killed_processes_of_exim_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Any of them, at any moment: runners, deliveries, the processes that talk to destinations, receivers."""
-    recipients, kills = 120, 20
-    world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, domains=ONE, reply_timeout_seconds=3)
+    recipients, kills = 100, 15
+    world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, domains=ONE, linger_seconds=1, reply_timeout_seconds=3)
     server = world.server(connections=8, per_second=60.0)
     exim = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     draw = random.Random(11)
@@ -198,7 +198,7 @@ def test_killed_processes_of_exim_neither_lose_nor_repeat(engine: sa.Engine, tmp
 
 def test_a_killed_exim_neither_loses_nor_repeats(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     recipients, kills, connections = 100, 2, 8
-    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, domains=ONE)
+    world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, domains=ONE, linger_seconds=1)
     server = world.server(connections=connections, per_second=120.0)
     exim = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.5]))
     draw = random.Random(3)
@@ -223,7 +223,7 @@ def test_a_killed_exim_neither_loses_nor_repeats(engine: sa.Engine, tmp_path: Pa
 
 
 def test_a_stop_of_the_server_lets_what_is_at_destinations_end(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=200, kind=kind, domains=ONE)
+    world = make_world(engine, tmp_path / "home", recipients=200, kind=kind, domains=ONE, linger_seconds=1)
     server = world.server(connections=8, per_second=60.0)
     exim = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "run")
