@@ -283,6 +283,9 @@ class _Auditor:
                 found.bad_lines = self.found.bad_lines
                 if (outcome := found.take(entry)) is not None:
                     minutes[data[start : start + _MINUTE], outcome.kind] += 1
+                    if entry.early and outcome.kind is Kind.DEFERRED:
+                        # Where the body went out before this reading began, it would end a doubt that stands.
+                        found.outcomes.pop(entry.token or self.messages[entry.message])
         for (minute, kind), count in minutes.items():
             per_minute[minute.decode("ascii", "replace"), kind] += count
             self.found.outcomes[kind] += count

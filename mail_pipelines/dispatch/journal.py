@@ -51,6 +51,7 @@ class Entry(NamedTuple):
     `message`: the mail server's own name of the message. A line may have only that; one with both and nothing else says that they are one.
 
     `unless_known`: the outcome counts only while the message has an INTENT and no other outcome, and no line is damaged that may be one.
+    `early`: it was said before the body, so it says nothing of a message whose body has gone out.
     `alarm`: the mail server does what it should never have to do, and somebody should look why.
     """
 
@@ -59,6 +60,7 @@ class Entry(NamedTuple):
     intent_pid: int | None = None
     outcome: Outcome | None = None
     unless_known: bool = False
+    early: bool = False
     alarm: bool = False
     message: str = ""
 
@@ -93,7 +95,8 @@ class Evidence:
     def take(self, entry: Entry) -> Outcome | None:
         """Note an entry about a message, in the order of the journal; returns the outcome that was noted.
 
-        No answer is weaker than an answer, and after an INTENT it proves nothing: another process may have had the message at its destination.
+        After an INTENT only words about the body end the doubt: without any, or with those of another host that was asked next (in the queue,
+        Exim goes on to it), a destination may have the message. There a doubt keeps its INTENT, so that it is known to what comes later.
         """
         token = entry.token or self.messages.get(entry.message, "")
         if entry.intent_pid is not None:
@@ -104,17 +107,19 @@ class Evidence:
             if entry.message and entry.token:
                 self.messages[entry.message] = entry.token
             return None
-        if not token or (entry.unless_known and (token not in self.intents or self.bad_lines)):
+        known = self.outcomes.get(token)
+        if not token or (entry.unless_known and (token not in self.intents or known is not None or self.bad_lines)):
             return None
-        if outcome.kind is Kind.UNREACHABLE:
-            if (known := self.outcomes.get(token)) is not None and known.kind not in (Kind.UNREACHABLE, Kind.VOID):
+        if entry.early or outcome.kind is Kind.UNREACHABLE:
+            if known is not None and known.kind not in (Kind.UNREACHABLE, Kind.VOID):
                 return None
             if token in self.intents:
                 outcome = Outcome(Kind.UNKNOWN, text=outcome.text)
-        if not entry.token and self.outcomes.get(token) == outcome:
+        if not entry.token and known == outcome:
             # Said once more.
             return None
-        self.intents.pop(token, None)
+        if outcome.kind is not Kind.UNKNOWN or not entry.message:
+            self.intents.pop(token, None)
         self.outcomes[token] = outcome
         if outcome.kind in (Kind.DELIVERED, Kind.BOUNCED):
             self.messages.pop(entry.message, None)

@@ -131,6 +131,25 @@ def test_late_lines_end_the_doubt_and_reading_them_twice_changes_nothing(world: 
     world.check_counters()
 
 
+def test_what_another_host_said_after_a_silence_ends_no_doubt(world: World, server: servers.ServerInfo) -> None:
+    """In burst mode, where Exim goes on to the next mail exchanger; with all of it in one reading, and with the silence before it."""
+    for contact_id in (1, 2):
+        log = Log(world, server)
+        set_rows(world, [contact_id], State.UNKNOWN, claim_id=7, server_id=server.id)
+        log.write(f"<= b+{log.token(contact_id)}@b.test H=(c1.2.google) [127.0.0.1] P=esmtp S=319")
+        log.intent(contact_id)
+        log.write("H=mx1.x.test [192.0.2.1]: SMTP timeout after end of data")
+        if contact_id == 1:
+            run(world, server)
+        log.write(
+            "== p@x.test Q=google R=queued_to_mail_exchangers T=burst defer (-46) H=mx2.x.test [192.0.2.2]: "
+            "SMTP error from remote mail server after initial connection: 421 4.7.0 busy"
+        )
+        found = run(world, server)
+        assert (found.resolved.total(), found.unknown_forms, found.disagreeing.total()) == (0, 0, 0)
+        assert row(world, contact_id).state == State.UNKNOWN
+
+
 def test_an_older_attempt_changes_nothing_newer(world: World, server: servers.ServerInfo) -> None:
     log = Log(world, server)
     set_rows(world, [1, 2], State.UNKNOWN, attempt=1)

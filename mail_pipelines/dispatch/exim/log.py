@@ -156,12 +156,12 @@ def _of_the_queue(message: str, rest: bytes) -> tuple[bool, Entry | None]:
     if (sent := _SENT.match(rest)) is not None:
         return True, Entry(sent[1].decode(), outcome=_confirmed(rest), message=message)
     if (failed := _FAILED.match(rest)) is not None:
-        return True, Entry(failed[1].decode(), outcome=_ended(failed[2]), message=message)
+        return True, _ended(failed[2], message)._replace(token=failed[1].decode())
     if (deferred := _DEFERRED.match(rest)) is not None:
-        return True, None if deferred[1].startswith(_NOT_TRIED) else Entry(outcome=_ended(deferred[1]), message=message)
+        return True, None if deferred[1].startswith(_NOT_TRIED) else _ended(deferred[1], message)
     if (host := _HOST.fullmatch(rest)) is not None:
         told = message and (_NO_ANSWER.match(host[1]) or _END_OF_DATA.match(host[1]))
-        return True, Entry(outcome=_ended(host[1]), message=message) if told else None
+        return True, _ended(host[1], message) if told else None
     return _NOTHING.fullmatch(rest) is not None, None
 
 
@@ -243,15 +243,15 @@ def _refused(stage: bytes, reason: bytes) -> Outcome:
     return _no_such_domain(text) or Outcome(Kind.VOID, 550, text=text)
 
 
-def _ended(reason: bytes) -> Outcome:
-    """The outcome of a delivery from the queue that did not succeed."""
-    if (quoted := _ANSWER.match(reason)) is not None:
-        return _quoted(quoted)
-    text = reason.decode("utf-8", "replace")
+def _ended(reason: bytes, message: str) -> Entry:
+    """A delivery from the queue that did not succeed, of the message that Exim calls `message`."""
     if _NO_ANSWER.match(reason) is not None:
-        return Outcome(Kind.UNKNOWN, text=text)
+        return Entry(outcome=Outcome(Kind.UNKNOWN, text=reason.decode("utf-8", "replace")), message=message)
+    if (quoted := _ANSWER.match(reason)) is not None:
+        return Entry(outcome=_quoted(quoted), message=message, early=not (quoted[1] or quoted[2]).startswith(b"end of data"))
     # Otherwise no destination was asked, unless there is an INTENT: that is for `Evidence.take` to see.
-    return _no_such_domain(text) or Outcome(Kind.UNREACHABLE, text=text)
+    text = reason.decode("utf-8", "replace")
+    return Entry(outcome=_no_such_domain(text) or Outcome(Kind.UNREACHABLE, text=text), message=message, early=True)
 
 
 def _quoted(found: re.Match[bytes]) -> Outcome:
