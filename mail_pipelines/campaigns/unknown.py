@@ -193,7 +193,7 @@ def evidence(engine: Engine, settings: Settings, campaign: str, contact_id: int,
     if folders.journal.exists():
         token = sign_delivery(DeliveryToken(scope.campaign_id, contact_id, doubt.attempt), settings.token_key())
         start = Position(claim.journal_inode, claim.journal_offset)
-        found = tail.lines_naming(journal_of(folders, claim.kind), start, token.encode(), now.timestamp())
+        found = tail.lines_about(journal_of(folders, claim.kind), start, token, now.timestamp())
         lines = tuple(mask_addresses(line.decode("utf-8", "backslashreplace")) for line in found)
     return Evidence(doubt, claim.opened_at, claim.closed_at, claim.run_id, events, lines)
 

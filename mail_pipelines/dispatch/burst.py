@@ -13,8 +13,10 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from mail_pipelines.delivery.domain_health import NO_CONNECTION
 from mail_pipelines.dispatch import permit
 from mail_pipelines.dispatch.batch import Batch
+from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.exim import runners
 from mail_pipelines.dispatch.gate import Gate
@@ -23,13 +25,14 @@ from mail_pipelines.dispatch.pacer import Slot
 from mail_pipelines.dispatch.smtp import ServerUnreachable
 
 if TYPE_CHECKING:
+    from mail_pipelines.delivery.recording import Result
     from mail_pipelines.dispatch.claims import Row
     from mail_pipelines.dispatch.session import Session
     from mail_pipelines.messages.composing import Message
 
 # A claim holds what can be sent in this time, at the pace of the claims before.
 BURST_SECONDS = 10.0
-# No body is begun later than this after its claim was asked for: it bounds how long a pause or a suppression takes to act.
+# No body is begun later than this after its claim was asked for: it bounds how long a suppression takes to act. (A pause acts sooner.)
 OFFER_SECONDS = 14.0
 EARLY_SECONDS = 1.0
 # What a connection is expected to send at first.
@@ -37,7 +40,11 @@ _FIRST_PER_SECOND = 2.0
 # Exim only receives, so a few connections hand over more than any number can deliver.
 _HAND_OVER_CONNECTIONS = 4
 _TAKEN = Ending.DELIVERED
+# What Exim says of a host that did not answer.
+_SILENCE = "timed out"
 _WATCH_SECONDS = 0.1
+# So often a burst asks whether its campaign is still to be sent.
+_ASK_AGAIN_SECONDS = 2.0
 # A runner that found nothing to do is started again after this, doubled each time.
 _IDLE_SECONDS = 0.1
 _LONGEST_IDLE_SECONDS = 1.0
@@ -93,6 +100,7 @@ class BurstLane(Lane):
         """See by the journal which rows have begun, until all have, or the time is over."""
         seen: set[str] = set()
         told: set[str] = set()
+        asked_again = time.monotonic()
         try:
             while batch.waiting and time.monotonic() < batch.deadline:
                 await asyncio.sleep(_WATCH_SECONDS)
@@ -101,6 +109,11 @@ class BurstLane(Lane):
                     batch.waits_no_more()
                 self._offered += len(told - seen)
                 seen = told
+                if time.monotonic() > asked_again + _ASK_AGAIN_SECONDS:
+                    asked_again = time.monotonic()
+                    if not await in_thread(self._look_up, wanted.campaign, batch.claimed.ref.campaign_id):
+                        # The next claim will say why.
+                        batch.end()
                 if not permit.is_valid(batch.granted.path.parent, batch.granted.name):
                     batch.stop("the permit has been withdrawn")
                 evidence = await in_thread(self.session.follower.evidence, batch.watch)
@@ -135,6 +148,12 @@ class BurstLane(Lane):
         if ahead is not None:
             batch.drop(ahead[0])
         return ending
+
+    async def _results(self, batch: Batch) -> list[Result]:
+        """As in cutthrough mode. How long a connection was waited for only Exim knows, and says."""
+        results = await super()._results(batch)
+        batch.slow.update(result.contact_id for result in results if result.reason == NO_CONNECTION and _SILENCE in result.text)
+        return results
 
     # --- connections ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy.engine import Connection as DatabaseConnection
 
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import State
 from mail_pipelines.delivery import domain_health
 from mail_pipelines.delivery.domain_health import Lesson
@@ -25,6 +25,7 @@ from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import claims, permit, servers, settlement
 from mail_pipelines.dispatch.batch import Batch, drafted
+from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Row
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.journal import Position
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CLAIM_SECONDS = 2.0
 CLAIM_ROWS = 500
-# Nothing of a claim is offered later than this after it was asked for: it bounds how long a pause or a suppression takes to act.
+# Nothing of a claim is offered later than this after it was asked for, and no body sent without asking again: it bounds how long a pause or a
+# suppression takes to act.
 OFFER_SECONDS = 4.0
 # The next claim is opened when the rows that are left are sent in this time.
 EARLY_SECONDS = 0.25
@@ -318,7 +320,7 @@ class Lane:
             ahead = await batch.composed() if not last and link.connection.seconds < QUICK_SECONDS and self.pacer.is_free() else None
             link.offered += 1
             begin = time.monotonic()
-            offer = await link.connection.offer(message, ahead[1] if ahead else None)
+            offer = await link.connection.offer(message, ahead[1] if ahead else None, functools.partial(self._is_wanted, batch, row))
             slow = time.monotonic() - begin >= domain_health.rules().silent_seconds
             if slow:
                 batch.slow.add(row.contact_id)
@@ -333,6 +335,16 @@ class Lane:
         if ahead is not None:
             batch.drop(ahead[0])
         return ending
+
+    async def _is_wanted(self, batch: Batch, row: Row) -> bool:
+        """Whether the message may still be sent, now that its destination has taken the recipient. Late ones ask what was decided meanwhile."""
+        if time.monotonic() <= batch.deadline:
+            return True
+        return await in_thread(self._look_up, wanted.message, batch.claimed.ref.campaign_id, row.contact_id)
+
+    def _look_up(self, question: Callable[..., bool], *arguments: int) -> bool:
+        with reading(self.session.engine) as connection:
+            return question(connection, *arguments)
 
     def _end_offer(self, batch: Batch, row: Row, answered: bool | None) -> None:
         """The offer of a row has been answered or not (None: it was not made)."""

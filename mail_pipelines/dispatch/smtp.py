@@ -11,6 +11,7 @@ import asyncio
 import math
 import ssl
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -124,8 +125,11 @@ class Connection:
         self._permit = permit
         self._transaction_open = False
 
-    async def offer(self, message: Message, following: Message | None = None) -> Offer:
-        """Offer one message, all within the time-out. `following` is the next one of the same claim: its envelope goes with this body."""
+    async def offer(self, message: Message, following: Message | None = None, wanted: Callable[[], Awaitable[bool]] | None = None) -> Offer:
+        """Offer one message, all within the time-out. `following` is the next one of the same claim: its envelope goes with this body.
+
+        `wanted` is asked when everything before the body has been taken; if it says no, the body is not sent and the connection cut.
+        """
         wire, stage = self._wire, Stage.MAIL
         begin = wire.give(self._timeout)
         try:
@@ -144,6 +148,10 @@ class Connection:
                 if reply.code != usual and (answer := answer_of(stage, reply, self._permit)) is not Answer.TAKEN:
                     return await self._refused(stage, answer, reply)
             self._transaction_open = False
+            if wanted is not None and not await wanted():
+                # After a 354 there is no other way to take a message back.
+                wire.abandon()
+                return Offer(Next.RECONNECT, Ending.NOT_ATTEMPTED)
             if following is None or not self._pipelining:
                 wire.write(_body(message.data), 1)
             else:
@@ -287,6 +295,10 @@ class _Wire(asyncio.Protocol):
         if self._replies:
             return self._replies.popleft()
         raise self._broken or BadReply("no reply is here")
+
+    def abandon(self) -> None:
+        """Say nothing more, not even good-bye."""
+        self._break(ConnectionAbortedError("given up"))
 
     def end(self) -> None:
         if self._timer is not None:

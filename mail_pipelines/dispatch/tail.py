@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from mail_pipelines.dispatch.journal import Journal, Position
+from mail_pipelines.dispatch.journal import Entry, Journal, Position
 
 BLOCK_BYTES = 1 << 20
 # The last record of a log that is being written may go on: it is read once nothing has been added for so long.
@@ -68,8 +68,22 @@ def blocks(journal: Journal, start: Position | None, now: float) -> Iterator[Blo
         offset = 0
 
 
-def lines_naming(journal: Journal, start: Position, word: bytes, now: float) -> list[bytes]:
-    """The records from `start` on that name `word`, each without its last line break. A gap is passed over."""
+def lines_about(journal: Journal, start: Position, token: str, now: float) -> list[bytes]:
+    """The records from `start` on about the message of `token`, each without its last line break. A gap is passed over."""
+    found = _lines_naming(journal, start, token.encode(), now)
+    # In a queue it has another name, and some lines have only that.
+    names = {entry.message for line in found if (entry := _entry(journal, line)) is not None and entry.message}
+    return _lines_naming(journal, start, names.pop().encode(), now) if len(names) == 1 else found
+
+
+def _entry(journal: Journal, line: bytes) -> Entry | None:
+    try:
+        return journal.parse(line)
+    except ValueError:
+        return None
+
+
+def _lines_naming(journal: Journal, start: Position, word: bytes, now: float) -> list[bytes]:
     found = []
     for block in blocks(journal, start, now):
         at = block.data.find(word)

@@ -1,0 +1,55 @@
+"""What a late message asks again, on both databases."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from mail_pipelines.contacts import consent
+from mail_pipelines.contacts.consent import Scope
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import Campaign, Contact
+from mail_pipelines.dispatch.claiming import wanted
+from tests.dispatch.world import World, make_world
+
+NOW = dt.datetime(2026, 11, 24, tzinfo=dt.UTC)
+
+
+def unsubscribe(scope: Scope) -> Callable[[World], None]:
+    def work(world: World) -> None:
+        transact(world.engine, lambda connection: consent.unsubscribe(connection, [1], scope=scope.kind, scope_id=scope.id, now=NOW))
+
+    return work
+
+
+def erase(world: World) -> None:
+    transact(world.engine, lambda connection: connection.execute(sa.delete(Contact).where(Contact.id == 1)))
+
+
+@pytest.mark.parametrize(
+    ("decide", "campaign", "first"),
+    [
+        (lambda _: None, True, True),
+        (lambda world: world.set_campaign(state="paused"), False, False),
+        (lambda world: world.set_campaign(held_reason="an operator"), False, False),
+        (lambda world: world.set_campaign(held_reason=""), True, True),
+        (unsubscribe(Scope()), True, False),
+        (unsubscribe(Scope("brand", 1)), True, False),
+        (unsubscribe(Scope("brand", 2)), True, True),
+        (erase, True, False),
+    ],
+    ids=["nothing", "pause", "hold", "release", "all", "brand", "another brand", "erasure"],
+)
+def test_what_was_decided_meanwhile(engine: sa.Engine, tmp_path: Path, decide: Callable[[World], None], campaign: bool, first: bool) -> None:
+    world = make_world(engine, tmp_path / "home", recipients=2)
+    with reading(engine) as connection:
+        assert connection.execute(sa.select(Campaign.brand_id)).scalars().all() == [1]
+    decide(world)
+    with reading(engine) as connection:
+        assert wanted.campaign(connection, world.campaign_id) is campaign
+        assert wanted.message(connection, world.campaign_id, 1) is first
+        assert wanted.message(connection, world.campaign_id, 2) is campaign
