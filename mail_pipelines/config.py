@@ -83,12 +83,16 @@ class DnsSettings(Section):
 
 class ServerSettings(Section):
     run_folder: str = pydantic.Field(
-        default="{home}/run", description="permits and pacers, one folder a server; on a real host below /run, so that a reboot clears it"
+        default="{home}/run",
+        description="permits, pacers, gates, sockets, and Exim's spool and configuration, one folder a server; on a real host below /run, so that a reboot "
+        "clears it; a short path, since that of a socket in it may have at most 107 bytes",
     )
     log_folder: str = pydantic.Field(default="{home}/log", description="journals, one folder a server; on a real disk")
     mail_folder: str = pydantic.Field(default="{home}/mail", description="what the built-in mail catchers keep, one folder a server")
     catchers: list[str] = pydantic.Field(default=["catcher-1", "catcher-2"], description="built-in mail catchers that `up` starts when no server is registered")
-    slots: int = pydantic.Field(default=2, ge=1, description="send runs at once on one server")
+    slots: int = pydantic.Field(
+        default=2, ge=1, description="send runs at once on one server; above 2, raise the limits in `dagster/dagster.yaml` as well: `doctor` compares them"
+    )
     heartbeat_seconds: float = pydantic.Field(default=10, gt=0, description="interval of a server's heartbeat (s)")
 
 

@@ -134,6 +134,7 @@ def check_dagster(settings: config.Settings) -> Iterator[Finding]:
         with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
             yield from check_daemon(instance)
             yield from check_instigators(instance)
+            yield from check_slots(instance, settings)
     except (dg.DagsterError, sa.exc.SQLAlchemyError) as error:
         first_line = str(error).partition("\n")[0]
         yield Finding("Dagster", f"Dagster's storage cannot be used: {first_line}", f"check {settings.dagster_home / 'dagster.yaml'}")
@@ -153,6 +154,30 @@ def check_instigators(instance: DagsterInstance) -> Iterator[Finding]:
         if not state.is_running:
             kind = state.instigator_type.value.lower()
             yield Finding(kind, f"the {kind} {state.name} is stopped", f"turn it on in the UI, or run `dagster {kind} start {state.name}`")
+
+
+def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterator[Finding]:
+    """`server.slots` is one of three limits on send runs: the other two are Dagster's, on runs of one server and on all runs."""
+    from mail_pipelines.resources.server import QUEUE_TAG
+    from mail_pipelines.sensors.servers import SEND_POOL
+
+    queue = instance.get_concurrency_config().run_queue_config
+    if queue is None:
+        return
+    place = settings.dagster_home / "dagster.yaml"
+    slots, most = settings.server.slots, queue.max_concurrent_runs
+    for limit in queue.tag_concurrency_limits:
+        # With a mapping as its value it holds for each server; else for the one that it names.
+        if limit["key"] == QUEUE_TAG and isinstance(limit.get("value"), dict) and limit["limit"] < slots:
+            yield Finding(
+                "slots",
+                f"server.slots is {slots}, but Dagster has at most {limit['limit']} runs at once on one server",
+                f"raise the limit of {QUEUE_TAG} in {place}",
+            )
+    # What `server_health` has counted; a negative number of runs means no limit.
+    total = next((pool.limit for pool in instance.event_log_storage.get_pool_limits() if pool.name == SEND_POOL), 0)
+    if 0 <= most < total:
+        yield Finding("slots", f"the servers have {total} send slots, but Dagster has at most {most} runs at once", f"raise max_concurrent_runs in {place}")
 
 
 def _names(names: list[str]) -> str:

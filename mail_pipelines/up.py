@@ -28,9 +28,9 @@ class UpError(MailPipelinesError):
     """The web server cannot be started, or the definitions do not load."""
 
 
-def lock(settings: Settings) -> Path:
+def lock(home: Path) -> Path:
     """Two daemons on one Dagster home would launch everything twice: this file says that one runs."""
-    return settings.home / "up.lock"
+    return home / "up.lock"
 
 
 def start_dagster(processes: Processes, settings: Settings) -> str:

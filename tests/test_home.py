@@ -188,6 +188,22 @@ def test_doctor_names_dagster_settings_it_cannot_use(made: config.Settings) -> N
     assert problem.startswith("Dagster's storage cannot be used")
 
 
+def test_doctor_names_slots_that_dagster_does_not_fill(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dagster as dg
+
+    from mail_pipelines.sensors.servers import SEND_POOL
+
+    assert _findings("slots") == []
+    monkeypatch.setenv("MAIL_PIPELINES_SERVER__SLOTS", "3")
+    assert _findings("slots") == ["server.slots is 3, but Dagster has at most 2 runs at once on one server"]
+    with dg.DagsterInstance.from_config(str(made.dagster_home)) as instance:
+        instance.event_log_storage.set_concurrency_slots(SEND_POOL, 12)
+    assert _findings("slots")[1:] == ["the servers have 12 send slots, but Dagster has at most 10 runs at once"]
+    file = made.dagster_home / "dagster.yaml"
+    file.write_text(file.read_text().replace("limit: 2", "limit: 3").replace("max_concurrent_runs: 10", "max_concurrent_runs: 12"))
+    assert _findings("slots") == []
+
+
 def _register(url: str, key: str, state: str, heartbeat_at: dt.datetime | None) -> None:
     engine = create_engine(url)
     servers.register(engine, key, kind="catcher", host="127.0.0.1", port=25, now=dt.datetime.now(dt.UTC))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mail_pipelines.commands.context import console, open_engine
@@ -40,7 +41,7 @@ def import_(
     mapping = dict(_pair("--map", "column=field", text) for text in map_ or [])
     types = {key: check_type(type_) for key, type_ in (_pair("--field", "field=type", text) for text in field or [])}
     engine, now = open_engine(), dt.datetime.now(dt.UTC)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rows]:,} rows"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(file.name, total=1.0, rows=0)
         report = import_file(
@@ -63,13 +64,13 @@ def show(email: Address) -> None:
 
     with reading(open_engine()) as connection:
         found = lookup.profile(connection, email)
-    table = Table(title=found.address, show_header=False)
+    table = Table(title=escape(found.address), show_header=False)
     if found.contact_id is None:
         table.add_row("contact", "none (erased, or never imported)")
     else:
         table.add_row("contact", f"{found.contact_id}, since {found.created_at:%Y-%m-%d}, provider {found.provider}")
     for key, value in found.attributes.items():
-        table.add_row(key, str(value))
+        table.add_row(key, escape(str(value)))
     console.print(table)
     _print("lists", [(row.list_key, "subscribed" if row.subscribed else "ended", row.source, f"{row.changed_at:%Y-%m-%d %H:%M}") for row in found.lists])
     _print("suppressed", [(row.of, row.where, row.reason, f"{row.created_at:%Y-%m-%d %H:%M}") for row in found.suppressions])
@@ -80,7 +81,7 @@ def _print(title: str, rows: list[tuple[str, ...]]) -> None:
     if rows:
         table = Table(title=title, show_header=False)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
 
 

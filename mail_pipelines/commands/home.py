@@ -85,7 +85,7 @@ def up() -> None:
 
     engine = open_engine()
     try:
-        with Processes(lock=up.lock(settings())) as processes:
+        with Processes(lock=up.lock(settings().home)) as processes:
             for name in up.catchers(engine, settings()):
                 up.start_catcher(processes, engine, settings(), name)
             address = up.start_dagster(processes, settings())

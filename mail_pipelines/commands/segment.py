@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mail_pipelines.commands.context import console, open_engine, settings
@@ -33,7 +34,7 @@ def list_() -> None:
 
     table = Table("key", "name")
     for segment in saved.list_segments(open_engine()):
-        table.add_row(segment.key, segment.name)
+        table.add_row(segment.key, escape(segment.name))
     console.print(table)
 
 
@@ -57,7 +58,7 @@ def count(key: Key) -> None:
     with open_snapshots(engine, settings().snapshot_folder) as snapshots:
         found = evaluation.count(parse(segment.criteria, snapshots.catalogue), snapshots, now=dt.datetime.now(dt.UTC))
         read_at = snapshots.contacts.made_at
-    table = Table("provider", "contacts", "share", title=f"{segment.name}: {found.members:,} contacts")
+    table = Table("provider", "contacts", "share", title=escape(f"{segment.name}: {found.members:,} contacts"))
     table.columns[1].justify = table.columns[2].justify = "right"
     for provider, members in found.by_provider.items():
         table.add_row(provider, f"{members:,}", f"{members / found.members:.1%}")

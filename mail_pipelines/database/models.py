@@ -552,7 +552,7 @@ class SyncState(Base):
 
 
 class LedgerGeneration(Base):
-    """One row: which life of the ledger this is. `recover` after a restore makes a new one; servers that know another one stop."""
+    """One row: which life of the ledger this is. Servers that know another one stop."""
 
     __tablename__ = "ledger_generation"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)

@@ -6,9 +6,10 @@ import argparse
 import datetime as dt
 import json
 import os
-import shutil
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -21,7 +22,7 @@ from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
 from mail_pipelines.database.engine import open_engine, reading, transact
-from mail_pipelines.demo import campaign, data
+from mail_pipelines.demo import campaign, data, own_home
 from mail_pipelines.demo.summary import Summary, summarise
 from mail_pipelines.dispatch import servers
 from mail_pipelines.domains import store as domains
@@ -30,49 +31,44 @@ from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.segments import saved, snapshots
 from mail_pipelines.supervision import Processes, Stopped
 
-HOME = ".mail_pipelines_demo"
 SEND_SECONDS = 300
 REPORT_SECONDS = 90
-# Greylisted recipients are tried again after seconds, not after the quarter of an hour that real destinations want.
-SETTINGS = {
-    "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "6",
-    "MAIL_PIPELINES_SENDING__LAST_RETRY_SECONDS": "6",
-    "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
-    "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
-}
 LIMITS = {"connections": 24, "per_second": 80.0, "messages_per_connection": 500}
 
 console = Console(stderr=True)
 
 
-def prepare(environ: dict[str, str], contacts: int) -> tuple[Settings, Engine]:
-    """A fresh home with contacts, two lists, earlier engagement and three segments."""
-    folder = config.home_folder(environ)
-    if folder.exists():
-        shutil.rmtree(folder)
-    home.make(environ)
-    settings = config.load(environ)
+def prepare(folder: Path, contacts: int, check: Callable[[], None]) -> tuple[Settings, Engine]:
+    """A fresh home with contacts, two lists, earlier engagement and three segments. `check` is called between the steps and may raise."""
+    own_home.empty(folder)
+    home.make()
+    settings = config.load()
     engine = open_engine(settings.database)
     now = dt.datetime.now(dt.UTC)
     with console.status(f"writing {contacts:,} contacts"):
         files = data.write(folder / "files", contacts=contacts)
+    check()
     for path, list_name in files.imports:
-        with Progress(SpinnerColumn(), TextColumn("import {task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
+        columns = (SpinnerColumn(), TextColumn("import {task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as bar:
             task = bar.add_task(path.name, total=1.0)
 
             def advance(_rows: int, share: float, bar: Progress = bar, task: TaskID = task) -> None:
                 bar.update(task, completed=share)
+                check()
 
             report = importing.import_file(engine, path, list_name=list_name, now=now, progress=advance)
-        console.print(f"  {report.inserted:,} new, {report.updated:,} changed, {report.rejected:,} rejected ({report.reject_file})")
+        console.print(f"  {report.inserted:,} new, {report.updated:,} changed, {report.rejected:,} rejected ({report.reject_file})", markup=False)
     domains.add(engine, Names.of(campaign.FROM_DOMAIN), settings.token_key(), now)
     with console.status("earlier campaigns and what became of them"):
         data.engagement(engine, now)
+    check()
     for text in campaign.SEGMENTS:
         saved.save(engine, saved.from_yaml(text), now=now)
     with console.status("snapshots"):
         snapshots.refresh_contacts(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
         snapshots.refresh_engagement(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
+    check()
     return settings, engine
 
 
@@ -90,7 +86,7 @@ def schedule(engine: Engine, settings: Settings) -> None:
 def follow(engine: Engine, processes: Processes) -> None:
     """Show how far the campaign is until it has finished. Raises `MailPipelinesError` if it does not."""
     end = time.monotonic() + SEND_SECONDS
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("waiting for the daemon", total=None)
 
@@ -140,13 +136,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="end standard output with one line of JSON")
     parser.add_argument("--contacts", type=int, default=100_000, help="how many contacts (default 100,000)")
     options = parser.parse_args()
-    os.environ.setdefault("MAIL_PIPELINES_HOME", str(home.checkout() / HOME))
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
     os.umask(0o077)
     try:
-        settings, engine = prepare(dict(os.environ), options.contacts)
-        with Processes(up.lock(settings)) as processes:
+        environ = own_home.environment(os.environ)
+        os.environ.clear()
+        os.environ.update(environ)
+        folder = config.home_folder()
+        own_home.claim(folder)
+        with Processes(up.lock(folder)) as processes:
+            settings, engine = prepare(folder, options.contacts, processes.check)
             for name in up.catchers(engine, settings):
                 up.start_catcher(processes, engine, settings, name)
                 servers.set_limits(engine, name, "*", LIMITS)

@@ -98,6 +98,12 @@ def test_a_contact_from_import_to_erasure(engine: sa.Engine, people: Path) -> No
     assert "1 unchanged" in says("import", str(people), "--list", "Garden news", "--map", "Vorname=first_name")
 
 
+def test_values_are_shown_as_they_are(people: Path) -> None:
+    people.write_text("email,nick\nann@example.test,Ann [/red]\n")
+    says("import", str(people), "--list", "News", "--field", "nick=text")
+    assert "nick │ Ann [/red]" in says("show", "ann@example.test")
+
+
 def test_mistakes_end_with_the_projects_errors(people: Path) -> None:
     fails(ContactFileError, "absent.csv cannot be read", "import", "absent.csv", "--list", "News")
     fails(ContactFileError, "did you mean 'Vorname'", "import", str(people), "--list", "News", "--map", "Vornam=first_name")

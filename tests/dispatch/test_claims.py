@@ -164,6 +164,34 @@ def test_a_changed_address_goes_back_to_the_queue_of_its_new_provider(world: Wor
     world.check_counters()
 
 
+def test_many_changed_addresses_go_to_their_own_queues_by_one_statement(world: World, server: servers.ServerInfo) -> None:
+    new = {1: parse("a@yahoo.test"), 5: parse("b@microsoft.test"), 9: parse("c@yahoo.test")}
+
+    def work(connection: sa.Connection) -> None:
+        for number, moved in new.items():
+            values = {"email": moved.email, "address": moved.address, "address_hash": moved.hash, "domain": moved.domain}
+            connection.execute(sa.update(Contact).where(Contact.id == number).values(values | {"provider": moved.domain.removesuffix(".test")}))
+
+    transact(world.engine, work)
+    updates: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("UPDATE deliveries SET address_hash"):
+            updates.append(statement)
+
+    sa.event.listen(world.engine, "before_cursor_execute", note)
+    assert sorted(row.contact_id for row in claim(world, server).rows) == [13, 17, 21, 25, 29, 33, 37]
+    assert len(updates) == 1
+    with reading(world.engine) as connection:
+        rows = connection.execute(sa.select(Delivery.contact_id, Delivery.address_hash, Delivery.provider).where(Delivery.contact_id.in_(new))).all()
+    assert {row.contact_id: (row.address_hash, row.provider) for row in rows} == {
+        1: (new[1].hash, "yahoo"),
+        5: (new[5].hash, "microsoft"),
+        9: (new[9].hash, "yahoo"),
+    }
+    world.check_counters()
+
+
 def test_grants_and_limits_bound_what_is_handed_out(world: World) -> None:
     server = world.server(per_hour=7)
     assert claim(world, server).reason.startswith("no grant before")

@@ -46,6 +46,14 @@ def test_a_segment_is_saved_listed_shown_and_counted(command: CliRunner, tmp_pat
     assert "contacts version 1 of" in counted
 
 
+def test_a_name_is_shown_as_it_is(command: CliRunner, tmp_path: Path) -> None:
+    (tmp_path / "berlin.yaml").write_text(CRITERIA.replace("Berliners", "Old [/red] list"))
+    command.invoke(app, ["save", str(tmp_path / "berlin.yaml")])
+    assert "Old [/red] list" in command.invoke(app, ["list"]).stdout
+    command.invoke(app, ["refresh"])
+    assert "Old [/red] list: 3 contacts" in command.invoke(app, ["count", "berlin"]).stdout
+
+
 def test_a_mistake_ends_with_the_projects_error(command: CliRunner, tmp_path: Path) -> None:
     assert isinstance(command.invoke(app, ["show", "bonn"]).exception, SegmentError)
     assert isinstance(command.invoke(app, ["save", str(tmp_path / "none.yaml")]).exception, SegmentError)

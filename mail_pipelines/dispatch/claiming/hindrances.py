@@ -50,15 +50,18 @@ def _readdress(connection: Connection, request: Request, rows: Sequence[Hindered
         return []
     present = sa.select(Delivery.address_hash).where(Delivery.campaign_id == request.campaign_id, Delivery.address_hash.in_([row.address_hash for row in rows]))
     used: set[bytes | None] = set(connection.execute(present).scalars())
-    duplicates = []
+    duplicates: list[Hindered] = []
+    ours: list[Hindered] = []
     for row in rows:
-        if row.address_hash in used:
-            duplicates.append(row)
-            continue
+        (duplicates if row.address_hash in used else ours).append(row)
         used.add(row.address_hash)
+    for row in ours:
         moves[request.shard, request.provider, row.source, ""] -= 1
         moves[request.shard, str(row.provider), row.source, ""] += 1
-        _update(connection, request, [row.contact_id], address_hash=row.address_hash, provider=row.provider)
+    if ours:
+        hashes = sa.case({row.contact_id: row.address_hash for row in ours}, value=Delivery.contact_id)
+        providers = sa.case({row.contact_id: row.provider for row in ours}, value=Delivery.contact_id)
+        _update(connection, request, [row.contact_id for row in ours], address_hash=hashes, provider=providers)
     return duplicates
 
 
