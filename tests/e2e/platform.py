@@ -34,6 +34,7 @@ from mail_pipelines.supervision import Processes
 from tests.parts.processes import wait_for
 
 CONTACTS = 3_000
+PER_SECOND = 200.0
 SETTINGS = {
     "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
     "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
@@ -127,6 +128,11 @@ class Platform:
             tagged = "SELECT COUNT(*) FROM runs JOIN run_tags USING (run_id) WHERE status = 'SUCCESS' AND key = 'dagster/run_key' AND value = ?"
             return bool(connection.execute(tagged, (f"{key}:finished",)).fetchone()[0])
 
+    def limit(self, per_second: float = PER_SECOND) -> None:
+        """Let each server send so many messages a second to each provider."""
+        for name in self.settings.server.catchers:
+            servers.set_limits(self.engine, name, "*", {"connections": 24, "per_second": per_second, "messages_per_connection": 500})
+
     def start_dagster(self) -> None:
         self.address = up.start_dagster(self.processes, self.settings)
 
@@ -149,6 +155,6 @@ def make(folder: Path, processes: Processes) -> Platform:
     snapshots.refresh_engagement(engine, settings.snapshot_folder, now=now)
     for name in settings.server.catchers:
         up.start_catcher(processes, engine, settings, name)
-        servers.set_limits(engine, name, "*", {"connections": 24, "per_second": 200.0, "messages_per_connection": 500})
-    environ = {**os.environ, **home.environment(settings)}
-    return Platform(settings, engine, processes, environ)
+    platform = Platform(settings, engine, processes, {**os.environ, **home.environment(settings)})
+    platform.limit()
+    return platform
