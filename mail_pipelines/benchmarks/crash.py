@@ -26,7 +26,6 @@ from mail_pipelines.errors import MailPipelinesError
 # A kill falls at any moment of so many seconds after messages have begun to arrive.
 _ANY_MOMENT_SECONDS = 1.5
 _DISK_FULL_SECONDS = 4.0
-_RECIPIENTS_PER_KILL = 50
 _BEGIN_SECONDS = 240.0
 _FINISH_SECONDS = 900.0
 _POLL_SECONDS = 0.5
@@ -34,7 +33,10 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of kill. `strike` does it and returns how many messages it may make unknown; `share` of all kills; `runs` sessions at once."""
+    """A kind of kill. `strike` does it and returns how many messages it may make unknown; `share` of all kills; `runs` sessions at once.
+
+    The campaign has `recipients_per_kill`, so that it lasts: more where sending goes on while a kill is under way.
+    """
 
     name: str
     share: float
@@ -42,6 +44,7 @@ class Kind:
     runs: int = 1
     # Dagster's sensors start the sessions.
     by_dagster: bool = False
+    recipients_per_kill: int = 50
 
 
 def _kill_run(host: Rig, draw: random.Random) -> int:
@@ -116,14 +119,14 @@ def _lose_power(host: Rig, draw: random.Random) -> int:
 
 KINDS = (
     Kind("send run", 0.25, _kill_run),
-    Kind("send run stopped beyond its lease", 0.03, _stop_run_beyond_its_lease),
+    Kind("send run stopped beyond its lease", 0.03, _stop_run_beyond_its_lease, recipients_per_kill=150),
     Kind("child of Exim", 0.27, _kill_a_child_of_exim),
-    Kind("daemon of Exim", 0.1, _kill_the_daemon_of_exim),
-    Kind("MariaDB", 0.1, _kill_the_database),
-    Kind("log disk full", 0.05, _fill_the_log_disk),
+    Kind("daemon of Exim", 0.1, _kill_the_daemon_of_exim, recipients_per_kill=200),
+    Kind("MariaDB", 0.1, _kill_the_database, recipients_per_kill=200),
+    Kind("log disk full", 0.05, _fill_the_log_disk, recipients_per_kill=200),
     Kind("one of two runs for one shard", 0.1, _kill_run, runs=2),
-    Kind("daemon of Dagster", 0.05, _kill_the_daemon_of_dagster, by_dagster=True),
-    Kind("power loss", 0.05, _lose_power),
+    Kind("daemon of Dagster", 0.05, _kill_the_daemon_of_dagster, by_dagster=True, recipients_per_kill=400),
+    Kind("power loss", 0.05, _lose_power, recipients_per_kill=400),
 )
 
 
@@ -133,6 +136,8 @@ class Verdict:
 
     kind: str
     kills: int
+    # What was asked for: a campaign that ends before it shows less than it says.
+    kills_asked: int
     bound: int
     count: Count
     seconds: float
@@ -162,7 +167,7 @@ def attack(host: Rig, kind: Kind, campaign: int, kills: int, draw: random.Random
             host.send(campaign, 1)
         time.sleep(_POLL_SECONDS)
     host.stop_dagster()
-    return Verdict(kind.name, done, bound, host.count(campaign), time.monotonic() - begin)
+    return Verdict(kind.name, done, kills, bound, host.count(campaign), time.monotonic() - begin)
 
 
 def run(quick: bool, kills: int | None = None, seed: int = 1, only: Collection[str] = (), report: Callable[[Verdict], None] = lambda _: None) -> list[Result]:
@@ -180,7 +185,7 @@ def run(quick: bool, kills: int | None = None, seed: int = 1, only: Collection[s
     with rig(play, connections=20 if quick else 100, lease_seconds=20) as host:
         for number, kind in enumerate((kind for kind in KINDS if not only or kind.name in only), 1):
             of_kind = max(2, round(kills * kind.share))
-            recipients = 400 if quick else max(1000, of_kind * _RECIPIENTS_PER_KILL)
+            recipients = 400 if quick else max(1000, of_kind * kind.recipients_per_kill)
             verdict = attack(host, kind, number, of_kind, random.Random(f"{seed} {kind.name}"), recipients=recipients)
             report(verdict)
             results += _judged(verdict)
@@ -190,7 +195,7 @@ def run(quick: bool, kills: int | None = None, seed: int = 1, only: Collection[s
 def _judged(verdict: Verdict) -> list[Result]:
     count = verdict.count
     return [
-        judge(f"{verdict.kind}: kills", verdict.kills, "kills", max(1, verdict.kills), target=1, better="higher"),
+        judge(f"{verdict.kind}: kills", verdict.kills, "kills", verdict.kills_asked, target=1, better="higher"),
         judge(f"{verdict.kind}: duplicates", count.duplicates, "messages", count.recipients, target=0, better="lower"),
         judge(f"{verdict.kind}: lost", count.lost, "messages", count.recipients, target=0, better="lower"),
         judge(f"{verdict.kind}: unknown", count.unknown, "messages", max(1, verdict.bound + count.unanswered), target=1, better="lower"),

@@ -81,10 +81,10 @@ def audit(quick: Quick = False, as_json: Json = False) -> None:
 
 @app.command("crash")
 def crash(
-    kills: Annotated[int | None, typer.Option(min=1, help="how many in all; without it 1,000, or with --quick two of each kind")] = None,
+    kills: Annotated[int | None, typer.Option(min=1, help="in all; each kind its share, and at least two; 1,000 without it, 18 with --quick")] = None,
     seed: Annotated[int, typer.Option(help="of the schedule")] = 1,
     kind: Annotated[list[str] | None, typer.Option(help="only this kind; may be repeated")] = None,
-    quick: Quick = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer and quicker: half a minute to a minute for each of the nine kinds")] = False,
     as_json: Json = False,
 ) -> None:
     """What kills do to messages on their way through Exim: lost, duplicates and unknown, counted at the destinations. Needs root."""
@@ -93,7 +93,7 @@ def crash(
     def report(verdict: bench.Verdict) -> None:
         count = verdict.count
         console.print(
-            f"{verdict.kind}: {verdict.kills} kills, {count.recipients} recipients, {count.arrived} arrived, {count.lost} lost, "
+            f"{verdict.kind}: {verdict.kills} of {verdict.kills_asked} kills, {count.recipients} recipients, {count.arrived} arrived, {count.lost} lost, "
             f"{count.duplicates} duplicates, {count.unknown} unknown of at most {verdict.bound + count.unanswered}, {verdict.seconds:.0f} s"
         )
 

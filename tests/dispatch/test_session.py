@@ -6,6 +6,7 @@ import datetime as dt
 import email
 import email.policy
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from mail_pipelines.campaigns import lifecycle, scheduling
+from mail_pipelines.campaigns import states as campaign_states
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, State
@@ -22,6 +25,7 @@ from tests.dispatch.world import Running, Servers, World, make_world, write_play
 from tests.parts.processes import wait_for
 
 Start = Callable[..., tuple[World, servers.ServerInfo, Running]]
+Stop = Callable[[World], None]
 
 pytestmark = pytest.mark.server
 
@@ -122,40 +126,74 @@ def test_a_server_that_never_answers_ends_the_session_with_everything_unsent(sta
     assert world.open_claims() == 0
 
 
-def test_pause_acts_within_five_seconds_at_full_speed(start: Start) -> None:
-    world, server, _ = start(recipients=1600, limits={"connections": 16, "per_second": 60.0}, reply_seconds=[0.01, 0.3])
+def pause(world: World) -> None:
+    scheduling.pause(world.engine, world.campaign_key, dt.datetime.now(dt.UTC))
+
+
+def cancel(world: World) -> None:
+    lifecycle.cancel(world.engine, world.campaign_key, dt.datetime.now(dt.UTC))
+
+
+def hold(world: World) -> None:
+    assert transact(world.engine, lambda connection: campaign_states.hold(connection, world.campaign_id, "too many refusals", dt.datetime.now(dt.UTC)))
+
+
+def go_on(world: World) -> None:
+    scheduling.resume(world.engine, world.campaign_key, dt.datetime.now(dt.UTC))
+
+
+# What stops a campaign, what the session says then, and what becomes of the rows that were not sent.
+STOPS = pytest.mark.parametrize(
+    ("stop", "reason", "left"),
+    [
+        (pause, "the campaign is paused", State.PENDING),
+        (cancel, "the campaign is cancelled", State.CANCELLED),
+        (hold, "the campaign is held: too many refusals", State.PENDING),
+    ],
+    ids=["pause", "cancel", "hold"],
+)
+
+
+@STOPS
+def test_a_stop_acts_within_five_seconds_at_full_speed(start: Start, kind: str, stop: Stop, reason: str, left: State) -> None:
+    # More than are sent before the stop, and than claims can hold at it.
+    recipients = {"catcher": 3000, "exim": 1000}[kind]
+    world, server, _ = start(recipients=recipients, limits={"connections": 16, "per_second": 250.0})
     reports: list[Report] = []
     thread = threading.Thread(target=lambda: reports.append(session(world, server).run()))
     thread.start()
     wait_for(lambda: len(world.kept()) > 200, what="sending")
-    world.set_campaign(state="paused")
-    paused = dt.datetime.now().timestamp()
+    stopped = time.time()
+    stop(world)
     thread.join(30)
-    assert reports[0].reason == "the campaign is paused"
-    late = [message.at - paused for message in world.kept() if message.at > paused + 5]
-    assert late == []
-    states = world.states()
-    assert states[State.PENDING] > 400
-    assert states[State.CLAIMED] == 0
-    # Going on sends the rest, and nobody twice.
-    world.set_campaign(state="sending")
-    assert session(world, server, "run-2").run().reason == "the shard is final"
-    assert set(world.copies().values()) == {1}
-    assert len(world.copies()) == 1600
+    assert reports[0].reason == reason
+    assert [message.at - stopped for message in world.kept() if message.at > stopped + 5] == []
+    ended = world.states()
+    assert set(ended) == {State.DELIVERED, left}
+    assert ended[left] > 200
+    assert world.copies() == dict.fromkeys(world.copies(), 1)
+    assert len(world.copies()) == ended[State.DELIVERED]
+    assert world.open_claims() == 0
+    world.check_counters()
+    if stop is pause:
+        # Going on sends the rest, and nobody twice.
+        go_on(world)
+        assert session(world, server, "run-2").run().reason == "the shard is final"
+        assert world.copies() == dict.fromkeys(range(1, recipients + 1), 1)
 
 
 def test_an_address_suppressed_while_sending_is_not_mailed(start: Start) -> None:
-    world, server, _ = start(recipients=1200, limits={"connections": 2, "per_second": 60.0})
+    world, server, _ = start(recipients=800, limits={"connections": 2, "per_second": 60.0})
     thread = threading.Thread(target=lambda: session(world, server).run())
     thread.start()
     wait_for(lambda: len(world.kept()) > 50, what="sending")
-    late = list(range(1001, 1201))
+    late = list(range(601, 801))
     transact(world.engine, lambda connection: consent.unsubscribe(connection, late, scope="all", now=dt.datetime.now(dt.UTC)))
     when = dt.datetime.now().timestamp()
     thread.join(60)
-    mailed = {contact for contact in world.copies() if contact > 1000}
+    mailed = {contact for contact in world.copies() if contact > 600}
     assert world.states()[State.SUPPRESSED] == 200 - len(mailed)
-    assert not [m for m in world.kept() if m.at > when + 5 and int(m.recipient.removeprefix("person").partition("@")[0]) > 1000]
+    assert not [m for m in world.kept() if m.at > when + 5 and int(m.recipient.removeprefix("person").partition("@")[0]) > 600]
     assert len(mailed) < 100
 
 

@@ -131,7 +131,7 @@ def _changes(data: bytes) -> Iterator[tuple[str, bytes]]:
             yield f"left out at {place} {around!r}", data[:place] + data[place + 1 :]
 
 
-def _verdict(data: bytes) -> bool:
+def verdict(data: bytes) -> bool:
     """What is no message any more does not verify either."""
     try:
         return verifies(data)
@@ -145,7 +145,7 @@ def test_every_change_of_an_octet_breaks_the_signature() -> None:
     assert verifies(data)
     changes = list(_changes(data))
     assert len(changes) > 1_800
-    unnoticed = [what for what, changed in changes if _verdict(changed)]
+    unnoticed = [what for what, changed in changes if verdict(changed)]
     assert unnoticed == []
 
 
@@ -158,24 +158,24 @@ def test_no_field_can_be_added_taken_away_or_doubled() -> None:
     for field in fields:
         name = field.partition(b":")[0]
         other = name + b": other\r\n"
-        assert not _verdict(signature + header.replace(field, b"") + body), name
-        assert not _verdict(signature + header.replace(field, other) + body), name
+        assert not verdict(signature + header.replace(field, b"") + body), name
+        assert not verdict(signature + header.replace(field, other) + body), name
         for added in (field, other):
-            assert not _verdict(signature + added + header + body), name
-            assert not _verdict(signature + header + added + body), name
+            assert not verdict(signature + added + header + body), name
+            assert not verdict(signature + header + added + body), name
     for absent in (b"Reply-To", b"Cc", b"Content-Transfer-Encoding"):
-        assert not _verdict(signature + header + absent + b": evil@example.test\r\n" + body), absent
-    assert not _verdict(data + b"more\r\n")
-    assert not _verdict(data[: data.index(b"</p>")])
+        assert not verdict(signature + header + absent + b": evil@example.test\r\n" + body), absent
+    assert not verdict(data + b"more\r\n")
+    assert not verdict(data[: data.index(b"</p>")])
 
 
 def test_the_signatures_own_tags_cannot_be_changed() -> None:
     data = _message()
     for old, new in ((b" t=1740906000", b" t=1740906001"), (b"h=From:From:", b"h=From:"), (b"; d=example.test", b"; d=example.tesu"), (b" s=mp1", b" s=mp2")):
         assert old in data
-        assert not _verdict(data.replace(old, new, 1))
+        assert not verdict(data.replace(old, new, 1))
     tags = _tags(data)
-    assert not _verdict(data.replace(tags["bh"].encode(), hashlib.sha256(b"").hexdigest()[:43].encode() + b"=", 1))
+    assert not verdict(data.replace(tags["bh"].encode(), hashlib.sha256(b"").hexdigest()[:43].encode() + b"=", 1))
 
 
 def test_what_mail_servers_do_to_white_space_does_no_harm() -> None:

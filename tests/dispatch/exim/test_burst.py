@@ -19,10 +19,10 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import DeliveryEvent, State
 from mail_pipelines.dispatch import audit, burst, permit, servers
 from mail_pipelines.dispatch.journal import Kind
-from mail_pipelines.dispatch.session import journal_of
+from mail_pipelines.dispatch.session import Report, journal_of
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_crashes import check_promise, finish, settle
-from tests.dispatch.test_session import session
+from tests.dispatch.test_session import STOPS, Stop, go_on, pause, session
 from tests.dispatch.world import Servers, make_world, write_play
 from tests.parts.processes import wait_for
 
@@ -102,35 +102,42 @@ def test_silence_and_drops_after_the_body_are_unknown_and_never_sent_again(engin
     assert states[State.DELIVERED] < len(world.copies()) < 60
 
 
-def test_stop_and_late_suppression_act_within_a_burst(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+@STOPS
+def test_stop_and_late_suppression_act_within_a_burst(
+    engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, monkeypatch: pytest.MonkeyPatch, stop: Stop, reason: str, left: State
+) -> None:
     """At full speed, counted at the destination. A burst of two seconds here, whose claim holds much more."""
     monkeypatch.setattr(burst, "OFFER_SECONDS", 2.0)
     recipients, late = 250, range(151, 201)
     world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, domains=ONE)
     server = world.server(connections=8, per_second=30.0)
     running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.01, 0.1]))
-    thread = threading.Thread(target=session(world, server).run)
+    reports: list[Report] = []
+    thread = threading.Thread(target=lambda: reports.append(session(world, server).run()))
     thread.start()
     wait_for(lambda: len(world.kept()) > 30, what="sending")
     transact(engine, lambda connection: consent.unsubscribe(connection, list(late), scope="all", now=dt.datetime.now(dt.UTC)))
     suppressed_at = time.time()
     wait_for(lambda: len(world.kept()) > 60, what="sending")
-    world.set_campaign(state="paused")
-    paused_at = time.time()
+    stopped_at = time.time()
+    stop(world)
     thread.join(30)
+    assert [report.reason for report in reports] == [reason]
     # The destination's own time, and the last message's way there.
     after = 2 + 0.1 + 0.5
-    assert [message.at - paused_at for message in world.kept() if message.at > paused_at + after] == []
+    assert [message.at - stopped_at for message in world.kept() if message.at > stopped_at + after] == []
     states = world.states()
-    assert states[State.CLAIMED] == states[State.UNKNOWN] == 0
-    assert states[State.PENDING] > 80
-    # Going on sends the rest, and nobody twice.
-    world.set_campaign(state="sending")
-    servers.set_limits(engine, None, "*", {"mode": "burst", "connections": 12, "per_second": 500.0})
-    assert session(world, server, "run-2").run().reason == "the shard is final"
-    copies = world.copies()
-    assert set(copies.values()) == {1}
-    assert set(range(1, recipients + 1)) - set(copies) <= set(late)
+    assert set(states) <= {State.DELIVERED, left, State.SUPPRESSED}
+    assert states[left] > 80
+    assert world.open_claims() == 0
+    if stop is pause:
+        # Going on sends the rest, and nobody twice.
+        go_on(world)
+        servers.set_limits(engine, None, "*", {"mode": "burst", "connections": 12, "per_second": 500.0})
+        assert session(world, server, "run-2").run().reason == "the shard is final"
+        assert set(range(1, recipients + 1)) - set(world.copies()) <= set(late)
+    assert set(world.copies().values()) == {1}
+    assert len(world.copies()) == world.states()[State.DELIVERED]
     assert [m for m in world.kept() if m.at > suppressed_at + after and int(m.recipient.removeprefix("person").partition("@")[0]) in late] == []
     world.check_counters()
 

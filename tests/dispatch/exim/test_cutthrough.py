@@ -135,13 +135,16 @@ def test_a_sender_that_names_no_message_is_refused(exim: Exim) -> None:
 
 @pytest.mark.parametrize("script", [{"DATA": "550 5.7.1 not you"}, {"DATA": "451 4.3.0 later"}, {"DATA": None}])
 def test_a_body_that_the_destination_does_not_take_is_deferred_and_raises_an_alarm(exim: Exim, script: Script) -> None:
-    """Exim falls back to receiving the message. It is thrown away: the platform offers it again."""
+    """Exim falls back to receiving the message. It is thrown away: the platform offers it again. The line about that is the alarm."""
+    position = exim.journal().end()
     reply, received, evidence = exim.send(script)
     assert reply.startswith("250 OK")
     assert evidence.outcomes[TOKEN].kind is Kind.DEFERRED
     assert received == []
     wait_for(lambda: not list((exim.own.spool / "input").glob("*")), what="an empty queue")
-    assert b"=> :blackhole: <someone@small.test>" in exim.own.folders.journal.read_bytes()
+    evidence = exim.journal().evidence(position, 7)
+    assert (evidence.outcomes[TOKEN].kind, evidence.alarms, evidence.unknown_forms) == (Kind.DEFERRED, 1, 0)
+    assert exim.own.folders.journal.read_bytes()[position.offset :].count(b"=> :blackhole: <someone@small.test> R=not_delivered") == 1
 
 
 @pytest.mark.parametrize("script", [{"body": None}, {"body": "nonsense"}, {"body": "354 what?"}])

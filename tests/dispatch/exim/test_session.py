@@ -7,8 +7,9 @@ import pytest
 from tests.dispatch.test_session import (  # noqa: F401 (collected here for the other kind)
     start,
     test_a_server_that_never_answers_ends_the_session_with_everything_unsent,
+    test_a_stop_acts_within_five_seconds_at_full_speed,
+    test_an_address_suppressed_while_sending_is_not_mailed,
     test_everybody_gets_one_message,
-    test_pause_acts_within_five_seconds_at_full_speed,
     test_refusals_end_as_bounced_and_deferrals_come_back,
     test_refusals_keep_the_destinations_code_and_words,
     test_silence_and_drops_after_the_body_are_unknown_and_never_sent_again,
