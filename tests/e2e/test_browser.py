@@ -92,6 +92,7 @@ def test_the_graph_shows_its_groups_with_all_assets(platform: Platform, page: Pa
         "recipient_segments",
         "campaign_audiences",
         "send_batches",
+        "delivery_logs",
         "delivery_results",
         "campai.*_statistics",
     ):
