@@ -26,8 +26,8 @@ from tests.dispatch.test_crashes import (  # noqa: F401 (collected here for the 
 from tests.dispatch.world import Servers, make_world, write_play
 from tests.parts.processes import wait_for
 
-# What is collected here is attacked on MariaDB with the catcher (`crosswise`); what Exim adds is the same on both.
-pytestmark = [pytest.mark.timeout(280), pytest.mark.server, pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)]
+# As in production. What is collected here is attacked on SQLite with the catcher (`crosswise`).
+pytestmark = [pytest.mark.timeout(280), pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
 
 
 def test_killed_children_of_exim_neither_lose_nor_repeat(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
