@@ -409,7 +409,11 @@ class Lane:
         end = min(end, claimed.opened + session.settings.sending.lease_seconds - LEASE_MARGIN_SECONDS)
         while True:
             evidence = await in_thread(session.follower.evidence, batch.watch)
-            if not settlement.in_flight(evidence, tokens) or time.monotonic() > end:
+            over = time.monotonic() > end
+            if not over and not settlement.in_flight(evidence, tokens) and evidence.intents.keys() & tokens:
+                # A process may end between its last line and the look at it: what it wrote is read once more.
+                evidence = await in_thread(session.follower.evidence, batch.watch)
+            if over or not settlement.in_flight(evidence, tokens):
                 return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, time.time())
             await asyncio.sleep(_JOURNAL_POLL_SECONDS)
 
