@@ -170,8 +170,16 @@ def attack(host: Rig, kind: Kind, campaign: int, kills: int, draw: random.Random
     return Verdict(kind.name, done, kills, bound, host.count(campaign), time.monotonic() - begin)
 
 
-def run(quick: bool, kills: int | None = None, seed: int = 1, only: Collection[str] = (), report: Callable[[Verdict], None] = lambda _: None) -> list[Result]:
-    """All kinds or `only` those, one after the other; `report` gets each as soon as it is known.
+def run(
+    quick: bool,
+    kills: int | None = None,
+    seed: int = 1,
+    only: Collection[str] = (),
+    report: Callable[[Verdict], None] = lambda _: None,
+    *,
+    mode: str = "cutthrough",
+) -> list[Result]:
+    """All kinds or `only` those, one after the other, with Exim in `mode`; `report` gets each as soon as it is known.
 
     Each kind gets its share of `kills`, and at least two. Raises `MailPipelinesError` for a name that is no kind.
     """
@@ -182,7 +190,7 @@ def run(quick: bool, kills: int | None = None, seed: int = 1, only: Collection[s
     high = 1.0 if quick else 5.0
     play: dict[str, object] = {"reply_seconds": [0.05, high], "drop_percent": 0.5, "silent_percent": 0.2, "silent_seconds": 10}
     results = []
-    with rig(play, connections=20 if quick else 100, lease_seconds=20) as host:
+    with rig(play, connections=20 if quick else 100, lease_seconds=20, mode=mode) as host:
         for number, kind in enumerate((kind for kind in KINDS if not only or kind.name in only), 1):
             of_kind = max(2, round(kills * kind.share))
             recipients = 400 if quick else max(1000, of_kind * kind.recipients_per_kill)

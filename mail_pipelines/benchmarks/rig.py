@@ -107,6 +107,7 @@ class Rig:
     play: dict[str, object]
     connections: int
     lease_seconds: int
+    mode: str
     sessions: list[Session] = field(default_factory=list)
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _servers: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -140,7 +141,7 @@ class Rig:
         self.folders = ServerFolders.of(self.settings.server, SERVER)
         port = _free_port()
         servers.register(self.engine, SERVER, kind="exim", host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
-        servers.set_limits(self.engine, None, "*", {"connections": self.connections, "per_second": 1e5})
+        servers.set_limits(self.engine, None, "*", {"mode": self.mode, "connections": self.connections, "per_second": 1e5})
         self._far_port = _free_port()
         (self.folder / "play.toml").write_text("[[rule]]\ndomains = ['*']\n" + "".join(f"{name} = {value}\n" for name, value in self.play.items()))
         self._far = self._run("catcher", "destinations", _FAR, "--port", str(self._far_port), "--play", str(self.folder / "play.toml"))
@@ -329,14 +330,14 @@ def _listens(port: int) -> bool:
 
 
 @contextmanager
-def rig(play: dict[str, object], *, connections: int, lease_seconds: int) -> Iterator[Rig]:
+def rig(play: dict[str, object], *, connections: int, lease_seconds: int, mode: str) -> Iterator[Rig]:
     """A running rig. Raises `MailPipelinesError` for a user who may not mount."""
     if os.geteuid() != 0:
         raise MailPipelinesError("this benchmark fills a disk and plays a power loss with mounts of its own: run it as root")
     folder = Path(tempfile.mkdtemp(prefix="mail-pipelines-crash-"))
     # Exim's own user has to pass.
     folder.chmod(0o711)
-    host = Rig(folder, play, connections, lease_seconds)
+    host = Rig(folder, play, connections, lease_seconds, mode)
     try:
         host.start()
         yield host

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mail_pipelines.commands.context import console
+from mail_pipelines.commands.server import Mode
 
 if TYPE_CHECKING:
     from mail_pipelines.benchmarks.contract import Result
@@ -84,6 +85,7 @@ def crash(
     kills: Annotated[int | None, typer.Option(min=1, help="in all; each kind its share, and at least two; 1,000 without it, 18 with --quick")] = None,
     seed: Annotated[int, typer.Option(help="of the schedule")] = 1,
     kind: Annotated[list[str] | None, typer.Option(help="only this kind; may be repeated")] = None,
+    mode: Annotated[Mode, typer.Option(help="in which Exim sends")] = Mode.CUTTHROUGH,
     quick: Annotated[bool, typer.Option("--quick", help="fewer and quicker: half a minute to a minute for each of the nine kinds")] = False,
     as_json: Json = False,
 ) -> None:
@@ -97,7 +99,7 @@ def crash(
             f"{count.duplicates} duplicates, {count.unknown} unknown of at most {verdict.bound + count.unanswered}, {verdict.seconds:.0f} s"
         )
 
-    _show("crash", bench.run(quick, kills, seed, kind or (), report), as_json)
+    _show("crash", bench.run(quick, kills, seed, kind or (), report, mode=mode), as_json)
 
 
 @app.command("send")
