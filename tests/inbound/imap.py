@@ -29,31 +29,26 @@ class Dovecot:
             for path in (self.base, self.base / "home"):
                 os.chown(path, account.pw_uid, account.pw_gid)
         group = account.pw_gid
+        program = shutil.which("dovecot") or "/usr/sbin/dovecot"
+        first, login, mailbox = _words(program, f"{self.base}/home", account.pw_uid, group)
         configuration = self.base / "dovecot.conf"
         configuration.write_text(
             f"""
+            {first}
             base_dir = {self.base}/run
             state_dir = {self.base}/state
             log_path = {self.base}/log
             protocols = imap
             listen = 127.0.0.1
             ssl = no
-            disable_plaintext_auth = no
+            {login}
             default_internal_user = {self.user}
             default_internal_group = {_group(group)}
             default_login_user = {self.user}
             first_valid_uid = {account.pw_uid}
             last_valid_uid = {account.pw_uid}
             first_valid_gid = {group}
-            mail_location = maildir:{self.base}/home/Maildir
-            passdb {{
-              driver = static
-              args = password={PASSWORD}
-            }}
-            userdb {{
-              driver = static
-              args = uid={account.pw_uid} gid={group} home={self.base}/home
-            }}
+            {mailbox}
             service imap-login {{
               chroot =
               inet_listener imap {{
@@ -71,7 +66,7 @@ class Dovecot:
         )
         with (self.base / "output").open("wb") as output:
             self.process = subprocess.Popen(
-                [shutil.which("dovecot") or "/usr/sbin/dovecot", "-F", "-c", configuration],
+                [program, "-F", "-c", configuration],
                 stdout=output,
                 stderr=output,
                 user=account.pw_uid,
@@ -105,6 +100,16 @@ class Dovecot:
     def end(self) -> None:
         stop(self.process)
         shutil.rmtree(self.base)
+
+
+def _words(program: str, home: str, uid: int, gid: int) -> tuple[str, str, str]:
+    """What 2.3 (Debian 12) and 2.4 (Debian 13) say in other words: the first lines, that a login needs no TLS, and whose mailbox is where."""
+    if subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.startswith("2.3"):
+        users = f"passdb {{\n driver = static\n args = password={PASSWORD}\n}}\nuserdb {{\n driver = static\n args = uid={uid} gid={gid} home={home}\n}}"
+        return "", "disable_plaintext_auth = no", f"mail_location = maildir:{home}/Maildir\n{users}"
+    users = f"passdb static {{\n password = {PASSWORD}\n}}\nuserdb static {{\n fields {{\n uid = {uid}\n gid = {gid}\n home = {home}\n }}\n}}"
+    versions = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0"
+    return versions, "auth_allow_cleartext = yes", f"mail_driver = maildir\nmail_path = {home}/Maildir\n{users}"
 
 
 def _group(gid: int) -> str:
