@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,10 +14,13 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from mail_pipelines import config_text
 from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.campaigns import yaml_form
+from mail_pipelines.cli import app
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.segments import criteria
 from mail_pipelines.segments.catalogue import Catalogue, CustomField, KnownList
@@ -54,6 +58,36 @@ def _of_kind(kind: str) -> list[Block]:
 
 def test_every_block_says_what_it_is() -> None:
     assert [str(block) for block in BLOCKS if block.kind not in KINDS] == []
+
+
+COMMANDS = [
+    (block, line)
+    for block in _of_kind("text")
+    for line in block.text.splitlines()
+    if line.startswith("mail-pipelines ") and not line.startswith("mail-pipelines --")
+]
+
+
+@pytest.mark.parametrize(("block", "line"), COMMANDS, ids=str)
+def test_a_command_that_is_only_to_be_read_exists_and_takes_what_it_is_given(block: Block, line: str) -> None:
+    """These need a server, a DNS or an hour, so they are not run here; `click` reads their words as it would before running them."""
+    words = shlex.split(line, comments=True)[1:]
+    command = get_command(app)
+    while isinstance(command, TyperGroup):
+        name = words.pop(0)
+        assert name in command.commands, f"{block}: there is no command {name} in {line!r}"
+        command = command.commands[name]
+    command.make_context(command.name, words).close()
+
+
+def test_a_command_with_a_wrong_option_would_be_found() -> None:
+    assert len(COMMANDS) > 10
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)
+    servers = commands.commands["server"]
+    assert isinstance(servers, TyperGroup)
+    with pytest.raises(Exception, match="No such option"):
+        servers.commands["limits"].make_context("limits", ["google", "--fashion", "burst"])
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
