@@ -104,6 +104,7 @@ def test_up_starts_the_web_server() -> None:
     assert "dagster_webserver" in words
 
 
+@pytest.mark.slow
 def test_loading_the_definitions_stays_light() -> None:
     """Every send run and code server loads them; these libraries cost 0.5 to 1 s and 100 MB a process."""
     heavy = ["css_inline", "dlt", "duckdb", "fastapi", "inscriptis", "matplotlib", "mjml", "pandas", "pyarrow", "selectolax"]

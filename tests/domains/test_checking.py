@@ -48,6 +48,7 @@ def test_with_an_empty_zone_everything_is_missing_and_the_verdict_is_kept(engine
 
 
 @pytest.mark.parametrize("fault", ["silent", "failing"])
+@pytest.mark.slow
 def test_a_dns_that_does_not_answer_is_waited_for_no_longer_than_agreed(
     engine: sa.Engine, settings: Settings, zone: Zone, domain: SendingDomain, fault: str
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_dns_that_does_not_answer_is_waited_for_no_longer_than_agreed(
     assert all(words in finding.advice for finding in verdict.hindrances)
 
 
+@pytest.mark.slow
 def test_no_transaction_is_open_while_the_dns_is_asked(engine: sa.Engine, settings: Settings, zone: Zone, domain: SendingDomain) -> None:
     zone.silent.add(DKIM)
     answer, held = zone.answer, []
@@ -78,6 +80,7 @@ def test_no_transaction_is_open_while_the_dns_is_asked(engine: sa.Engine, settin
     assert max(held) < 5
 
 
+@pytest.mark.slow
 def test_servers_are_addresses(zone: Zone) -> None:
     question = Question("shop.example", "TXT")
     assert ask(DnsSettings(servers=[zone.address]), [question]) == {question: Answer()}

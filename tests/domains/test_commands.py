@@ -96,6 +96,7 @@ def test_a_campaign_from_an_unknown_domain_is_refused_unless_allowed(engine: sa.
 
 
 @pytest.mark.usefixtures("campaign")
+@pytest.mark.slow
 def test_a_campaign_starts_when_key_and_policy_are_published(engine: sa.Engine, settings: Settings, zone: Zone, domain: SendingDomain) -> None:
     problems = check(engine, settings, "spring-sale", NOW)
     assert [problem.part for problem in problems] == ["content.from_address"] * 2

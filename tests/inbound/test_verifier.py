@@ -62,6 +62,7 @@ def ask(path: Path, question: bytes) -> bytes:
     return b""
 
 
+@pytest.mark.slow
 def test_who_says_nothing_or_too_much_gets_no_answer_and_holds_up_nobody_for_long(path: Path) -> None:
     good = f"b+{sign_delivery(DeliveryToken(1, 2, 3), KEY.encode())}\n".encode()
     path.write_text("left by an earlier process")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mail_pipelines.benchmarks import compose, sign
 from mail_pipelines.messages.compiled import Pieces
 from mail_pipelines.messages.composing import compose as compose_one
@@ -22,6 +24,7 @@ def test_composing_is_compared_with_the_standard_library_in_the_same_run() -> No
     assert result.ratio > 15
 
 
+@pytest.mark.slow
 def test_signing_is_compared_with_raw_signatures_and_with_dkimpy_in_the_same_run() -> None:
     message = compose_one(compose.compiled(sign.OFFERS), next(compose.recipients()), compose.SENDER)
     assert 15_000 < len(message.data) < 18_000

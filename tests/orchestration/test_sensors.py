@@ -400,6 +400,7 @@ def held_reason(world: World) -> str | None:
         return connection.execute(sa.select(Campaign.held_reason)).scalar_one()
 
 
+@pytest.mark.slow
 def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_resumed(
     world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
 ) -> None:
@@ -433,6 +434,7 @@ def test_failures_of_other_runs_hold_nothing(world: World, instance: dg.DagsterI
     assert held_reason(world) is None
 
 
+@pytest.mark.slow
 def test_failed_results_of_the_end_are_asked_for_again_but_not_for_ever(world: World, instance: dg.DagsterInstance) -> None:
     assert failures.failed_runs(fail(instance, "report_campaign", **{"dagster/run_key": "spring:2026-03-02T10"}), DATABASE) is None
     start_run(instance, "report_campaign", **{"dagster/partition": "spring"})
