@@ -170,7 +170,7 @@ def test_a_stop_acts_within_five_seconds_at_full_speed(start: Start, stop: Stop,
     assert [message.at - stopped for message in world.kept() if message.at > stopped + 5] == []
     ended = world.states()
     assert set(ended) == {State.DELIVERED, left}
-    assert ended[left] > 200
+    assert ended[left] > 400
     assert world.copies() == dict.fromkeys(world.copies(), 1)
     assert len(world.copies()) == ended[State.DELIVERED]
     assert world.open_claims() == 0
