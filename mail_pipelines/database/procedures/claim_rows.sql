@@ -36,6 +36,8 @@ BEGIN
   DECLARE c_day INT DEFAULT 86400;
   -- Of `delivery/domain_health.toml`: so long the other rows of a domain wait for the one that asks.
   DECLARE c_answer_wait INT DEFAULT 60;
+  -- Of `dispatch.greylisting`: so long after it fell due, a greylisted row waits for the server that was greylisted.
+  DECLARE c_greylist_wait INT DEFAULT 14400;
   -- The sort key of a deferred row is the second in which it is due; that of a pending row is a rank, and each will do.
   DECLARE c_any_rank INT DEFAULT 2147483647;
 
@@ -196,6 +198,8 @@ BEGIN
                  FROM deliveries
                 WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = v_state AND sort_key <= v_latest
                   AND (v_state = c_deferred OR not_before IS NULL OR not_before <= v_second)
+                  AND (v_state = c_pending OR reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
+                       OR server_id NOT IN (SELECT id FROM servers WHERE state = 'active'))
                 ORDER BY sort_key
                 LIMIT v_room
                   FOR UPDATE SKIP LOCKED
