@@ -499,6 +499,6 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     assert numbers["answer_wait"] == domain_health.rules().first_wait.total_seconds()
     assert re.findall(r"v_refusal = '(\w+)'", text) == list(Verdict)
     assert numbers["greylist_wait"] == greylisting.WAIT_SECONDS
-    assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON]
+    assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON] * 2
     # States are never written as bare numbers.
     assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []
