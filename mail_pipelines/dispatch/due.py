@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from math import inf
+
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.database.models import OPEN_STATES, CampaignCounter, Delivery, State
+from mail_pipelines.dispatch import greylisting
+
+# Shard and provider: where rows of a campaign wait.
+Place = tuple[int, str]
 
 
-def due_times(connection: Connection, campaign_id: int, shard: int | None = None) -> dict[tuple[int, str], float]:
-    """When each (shard, provider) of a campaign, or of one shard, next has a row to send (epoch seconds; 0: now).
+def due_times(connection: Connection, campaign_id: int, shard: int | None = None, *, server_id: int | None = None) -> dict[Place, float]:
+    """When each place of a campaign, or of one shard, next has a row to send (epoch seconds; 0: now): by this server, or by whichever."""
+    firsts = _firsts(connection, campaign_id, shard, server_id)
+    return {place: min(own, first + greylisting.WAIT_SECONDS) for place, (first, own) in firsts.items()}
 
-    One statement: the counters say where rows wait, the ledger's index gives the first of each deferred range.
+
+def next_due(connection: Connection, campaign_id: int, shard: int) -> float | None:
+    """When a shard next has a row to send, by whichever server; None if never by time alone."""
+    return min(due_times(connection, campaign_id, shard).values(), default=None)
+
+
+def senders(connection: Connection, campaign_id: int, second: float) -> dict[Place, set[int] | None]:
+    """Where a campaign has rows to send at `second`, and the ids of the servers that may send them (None: each)."""
+    found: dict[Place, set[int] | None] = {}
+    held: list[Place] = []
+    for place, (first, free) in _firsts(connection, campaign_id, None, greylisting.NO_SERVER).items():
+        if min(free, first + greylisting.WAIT_SECONDS) <= second:
+            found[place] = None
+        elif first <= second:
+            held.append(place)
+    if held:
+        waiting: defaultdict[Place, set[int]] = defaultdict(set)
+        for shard, provider, server_id in connection.execute(_awaited(campaign_id, held, int(second))):
+            waiting[shard, provider].add(server_id)
+        found |= waiting
+    return found
+
+
+def _firsts(connection: Connection, campaign_id: int, shard: int | None, server_id: int | None) -> dict[Place, tuple[float, float]]:
+    """By place when its first row is due, and when the first that does not wait for another server than this one (infinity: all wait).
+
+    One statement: the counters say where rows wait, the ledger's index gives the first of each deferred range. What is read besides are greylisted
+    rows before the first that waits for nobody.
     """
-    first = (
-        sa.select(Delivery.sort_key)
-        .where(
-            Delivery.campaign_id == campaign_id,
-            Delivery.shard == CampaignCounter.shard,
-            Delivery.provider == CampaignCounter.provider,
-            Delivery.state == int(State.DEFERRED),
-        )
-        .order_by(Delivery.sort_key)
-        .limit(1)
-        .correlate(CampaignCounter)
-        .scalar_subquery()
+    deferred = (
+        Delivery.campaign_id == campaign_id,
+        Delivery.shard == CampaignCounter.shard,
+        Delivery.provider == CampaignCounter.provider,
+        Delivery.state == int(State.DEFERRED),
     )
+    first = sa.select(Delivery.sort_key).where(*deferred).order_by(Delivery.sort_key).limit(1).correlate(CampaignCounter)
+    own = first if server_id is None else first.where(~greylisting.waits_for_another(server_id))
+    pending = CampaignCounter.state == int(State.PENDING)
     waiting = (
         sa.select(
             CampaignCounter.shard,
             CampaignCounter.provider,
-            sa.case((CampaignCounter.state == int(State.PENDING), 0), else_=first).label("due"),
+            sa.case((pending, 0), else_=first.scalar_subquery()).label("first"),
+            sa.case((pending, 0), else_=own.scalar_subquery()).label("own"),
         )
         .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_([int(State.PENDING), int(State.DEFERRED)]))
         .group_by(CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state)
@@ -38,18 +72,28 @@ def due_times(connection: Connection, campaign_id: int, shard: int | None = None
     )
     if shard is not None:
         waiting = waiting.where(CampaignCounter.shard == shard)
-    found: dict[tuple[int, str], float] = {}
+    found: dict[Place, tuple[float, float]] = {}
     for row in connection.execute(waiting):
         # A deferred row may have been claimed since the counter was read.
-        if row.due is not None:
-            place = (row.shard, row.provider)
-            found[place] = min(float(row.due), found.get(place, float(row.due)))
+        if row.first is not None:
+            before = found.get((row.shard, row.provider), (inf, inf))
+            found[row.shard, row.provider] = min(before[0], float(row.first)), min(before[1], inf if row.own is None else float(row.own))
     return found
 
 
-def next_due(connection: Connection, campaign_id: int, shard: int) -> float | None:
-    """When a shard next has a row to send; None if never by time alone."""
-    return min(due_times(connection, campaign_id, shard).values(), default=None)
+def _awaited(campaign_id: int, places: Sequence[Place], second: int) -> sa.Select[int, str, int]:
+    """The servers that due rows of these places wait for. Of places without other due rows, so that no others are read."""
+    return (
+        sa.select(Delivery.shard, Delivery.provider, sa.type_coerce(Delivery.server_id, sa.Integer))
+        .where(
+            Delivery.campaign_id == campaign_id,
+            sa.or_(*(sa.and_(Delivery.shard == shard, Delivery.provider == provider) for shard, provider in places)),
+            Delivery.state == int(State.DEFERRED),
+            Delivery.sort_key <= second,
+            greylisting.waits_for_another(greylisting.NO_SERVER),
+        )
+        .distinct()
+    )
 
 
 def open_rows(connection: Connection, campaign_id: int, shard: int) -> int:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import inf
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -18,7 +17,7 @@ from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, Server, State
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import servers
-from mail_pipelines.dispatch.due import due_times
+from mail_pipelines.dispatch.due import senders
 
 # A tick looks at no more campaigns and asks for no more runs than this.
 CAMPAIGNS_A_TICK = 50
@@ -62,19 +61,24 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
             break
         unspent = _unspent(connection, campaign.id, slot_at(now))
         waiting = _waiting(connection, campaign.id)
-        due: dict[int, float] = {}
-        for (shard, _), moment in due_times(connection, campaign.id).items():
-            due[shard] = min(moment, due.get(shard, inf))
+        due: defaultdict[int, dict[str, set[int] | None]] = defaultdict(dict)
+        for (shard, provider), may_send in senders(connection, campaign.id, now.timestamp() + START_SECONDS).items():
+            due[shard][provider] = may_send
         worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
         # Shards that nobody works on first, the fullest before the others; a second server joins a shard only after that.
         for shard in sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values()))):
-            able = [server for server in free if free[server] > 0 and any(provider in unspent[server] for provider in waiting[shard])]
+            able = [server for server in free if free[server] > 0 and _has_work(server, due[shard], unspent[server])]
             able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
-            if able and due.get(shard, inf) <= now.timestamp() + START_SECONDS:
+            if able:
                 start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
             if len(found) >= RUNS_A_TICK:
                 break
     return found
+
+
+def _has_work(server_id: int, due: Mapping[str, Collection[int] | None], unspent: Collection[str]) -> bool:
+    """Whether a server has a grant for rows of a shard that are due and wait for no other. `due`: provider to the servers that may send (None: each)."""
+    return any(provider in unspent and (may_send is None or server_id in may_send) for provider, may_send in due.items())
 
 
 def _sending(connection: Connection) -> list[sa.Row[int, str]]:

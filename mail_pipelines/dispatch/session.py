@@ -148,12 +148,13 @@ class Session:
 
     def _due_providers(self) -> list[str]:
         with reading(self.engine) as connection:
-            return [provider for (_, provider), due in due_times(connection, self.campaign_id, self.shard).items() if due <= time.time()]
+            due = due_times(connection, self.campaign_id, self.shard, server_id=self.server.id)
+        return [provider for (_, provider), moment in due.items() if moment <= time.time()]
 
     def _idle_reason(self, lanes: Mapping[str, Lane], waited: float) -> str | None:
         """Why to end now that no lane has anything to do and none has had for `waited` seconds; None if it is worth waiting."""
         with reading(self.engine) as connection:
-            due = due_times(connection, self.campaign_id, self.shard)
+            due = due_times(connection, self.campaign_id, self.shard, server_id=self.server.id)
             left = open_rows(connection, self.campaign_id, self.shard)
             elsewhere = pending_elsewhere(connection, self.campaign_id, self.shard)
         if not left:

@@ -115,7 +115,7 @@ def test_late_lines_end_the_doubt_and_reading_them_twice_changes_nothing(world: 
     assert found.outcomes == {Kind.DELIVERED: 1, Kind.BOUNCED: 1, Kind.DEFERRED: 2}
     assert row(world, 1) == (State.DELIVERED, 0, 250, "2.0.0", None)
     assert row(world, 2) == (State.BOUNCED, 0, 550, "5.1.1", "invalid_recipient")
-    assert row(world, 3) == (State.DEFERRED, 1, 451, "4.7.1", "transient")
+    assert row(world, 3) == (State.DEFERRED, 1, 451, "4.7.1", "greylisted")
     assert row(world, 5).state == State.UNKNOWN
     assert events(world, 1) == {("late_delivery", None, None)}
     assert events(world, 2) == {("late_refusal", "invalid_recipient", "no such user ***@microsoft.test")}

@@ -38,7 +38,7 @@ from mail_pipelines.database.procedures import installation
 from mail_pipelines.delivery import domain_health
 from mail_pipelines.delivery.events import RESENT
 from mail_pipelines.delivery.recording import SLOT_SECONDS, USAGE_WINDOWS, slot_at, windows_at
-from mail_pipelines.dispatch import claims
+from mail_pipelines.dispatch import claims, greylisting
 from mail_pipelines.dispatch.claiming import hindrances, procedure
 from mail_pipelines.dispatch.claiming.refusals import Verdict
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, Sender, WrongServer
@@ -47,6 +47,8 @@ from mail_pipelines.dispatch.journal import Position
 PROVIDERS = ("google", "yahoo")
 SCOPES = (("all", 0), ("brand", 1), ("brand", 2), ("list", 1), ("list", 2))
 KNOWN_CLAIM = 77
+# Numbers of the servers that greylisted rows wait for; all but the last are registered.
+SERVERS = {"ours": 1, "active": 2, "retired": 3, "paused": 4, "removed": 5}
 FILLED = (
     Allotment,
     CampaignCounter,
@@ -71,7 +73,7 @@ FILLED = (
 
 @dataclass(frozen=True)
 class Recipient:
-    """One row of the ledger and its contact. `due`: seconds from now, of a deferred row; `not_before` likewise, of a pending one."""
+    """One row of the ledger and its contact. `due`: tens of seconds from now, of a deferred row; `not_before`: seconds, of a pending one."""
 
     provider: str
     state: State
@@ -88,6 +90,8 @@ class Recipient:
     new_provider: str
     # Of a domain that does not answer: due (to be tried again) or dead
     silent: str | None
+    # Of a deferred row: the server that was greylisted
+    greylisted: str | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ RECIPIENTS = st.builds(
     provider=rarely("google", "yahoo"),
     state=st.sampled_from([State.PENDING, State.DEFERRED, State.PENDING, State.DEFERRED, State.PENDING, State.CLAIMED, State.DELIVERED]),
     attempt=st.integers(0, 2),
-    due=st.sampled_from([-3600, -1, 3600]),
+    # Shortly before and after the four hours for which a greylisted row waits for its server.
+    due=st.sampled_from([-3600, -1500, -1400, -1, 3600]),
     not_before=rarely(None, -60, 3600),
     resent=st.booleans(),
     subscribed=rarely(None, False, True),
@@ -126,6 +131,7 @@ RECIPIENTS = st.builds(
     fate=st.sampled_from(["stays"] * 6 + ["erased", "moved", "taken"]),
     new_provider=st.sampled_from(PROVIDERS),
     silent=st.sampled_from([None] * 6 + ["due", "due", "dead"]),
+    greylisted=st.sampled_from([None, None, None, None, *SERVERS]),
 )
 GRANTS = st.sampled_from([(1000, 0), (2, 0), (5, 4), (5, 5), (3, 9)])
 CAPS = st.tuples(st.sampled_from([None, 4, 1, 0]), st.sampled_from([None, 50, 3, 0]))
@@ -149,7 +155,9 @@ def situations(draw: st.DrawFn) -> Situation:
 
 def recipient(**values: Any) -> Recipient:
     usual = {"provider": "google", "state": State.PENDING, "attempt": 0, "due": 0, "not_before": None, "resent": False, "subscribed": None}
-    return Recipient(**usual | {"suppressed": None, "suppressed_domain": None, "fate": "stays", "new_provider": "google", "silent": None} | values)
+    return Recipient(
+        **usual | {"suppressed": None, "suppressed_domain": None, "fate": "stays", "new_provider": "google", "silent": None, "greylisted": None} | values
+    )
 
 
 # One of each kind.
@@ -178,6 +186,9 @@ PLAIN = Situation(
         recipient(silent="dead", state=State.DEFERRED, attempt=2, due=-40),
         recipient(silent="dead", fate="moved", new_provider="yahoo"),
         recipient(),
+        *(recipient(state=State.DEFERRED, attempt=1, due=due, greylisted=name) for name in SERVERS for due in (-1500, -1400, -50, 3600)),
+        recipient(state=State.DEFERRED, attempt=1, due=-70, greylisted="ours", fate="moved", new_provider="yahoo"),
+        recipient(state=State.DEFERRED, attempt=1, due=-70, greylisted="active", suppressed=("brand", 1)),
     ),
     campaign=SENDING,
     grants=dict.fromkeys(PROVIDERS, (1000, 0)),
@@ -245,6 +256,10 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
                 "created_at": now,
             }
         ]
+    rows[Server] += [
+        {"id": SERVERS[state], "key": state, "kind": "catcher", "state": state, "host": "h", "port": 1, "incarnation": None, "created_at": now}
+        for state in ("active", "retired", "paused")
+    ]
     rows[Allotment] = [
         {"campaign_id": 1, "server_id": 1, "provider": provider, "slot_start": slot, "granted": granted, "used": used}
         for provider, (granted, used) in situation.grants.items()
@@ -323,7 +338,11 @@ def _add_recipient(rows: dict[type, list[dict[str, Any]]], number: int, recipien
         "server_id": 3 if recipient.attempt else None,
         "version_id": 4 if recipient.attempt else None,
         "variant": 0,
+        "code": None,
+        "reason": None,
     }
+    if recipient.greylisted and recipient.state is State.DEFERRED:
+        ledger |= {"server_id": SERVERS[recipient.greylisted], "code": 451, "reason": greylisting.REASON}
     rows[Delivery].append(ledger)
     if recipient.fate == "taken":
         # Somebody else was frozen under the address that is now this contact's.
@@ -479,5 +498,7 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     assert (numbers["slot"], numbers["hour"], numbers["day"]) == USAGE_WINDOWS
     assert numbers["answer_wait"] == domain_health.rules().first_wait.total_seconds()
     assert re.findall(r"v_refusal = '(\w+)'", text) == list(Verdict)
+    assert numbers["greylist_wait"] == greylisting.WAIT_SECONDS
+    assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON] * 2
     # States are never written as bare numbers.
     assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []

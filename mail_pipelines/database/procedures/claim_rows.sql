@@ -36,8 +36,11 @@ BEGIN
   DECLARE c_day INT DEFAULT 86400;
   -- Of `delivery/domain_health.toml`: so long the other rows of a domain wait for the one that asks.
   DECLARE c_answer_wait INT DEFAULT 60;
+  -- Of `dispatch.greylisting`: so long after it fell due, a greylisted row waits for the server that was greylisted.
+  DECLARE c_greylist_wait INT DEFAULT 14400;
   -- The sort key of a deferred row is the second in which it is due; that of a pending row is a rank, and each will do.
-  DECLARE c_any_rank INT DEFAULT 2147483647;
+  DECLARE c_first_rank INT DEFAULT -2147483648;
+  DECLARE c_last_rank INT DEFAULT 2147483647;
 
   DECLARE v_now DATETIME(6) DEFAULT UTC_TIMESTAMP(6);
   -- Not UNIX_TIMESTAMP, which follows the caller's time zone.
@@ -58,7 +61,7 @@ BEGIN
   DECLARE v_limits_of VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin;
 
   DECLARE v_state TINYINT;
-  DECLARE v_first_due, v_latest BIGINT;
+  DECLARE v_earliest, v_latest BIGINT;
   DECLARE v_found, v_from_pending, v_from_deferred, v_size INT;
   DECLARE v_asking INT;
   DECLARE v_domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin;
@@ -164,14 +167,19 @@ BEGIN
     DELETE FROM claim_rows_found;
 
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
-    -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts.
-    SELECT MIN(sort_key) INTO v_first_due
+    -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts. Where they
+    -- begin is asked without locks: to pass over rows that wait for another server takes twice as long with them, and would hide them from it.
+    SELECT sort_key INTO v_earliest
       FROM deliveries
-     WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred;
-    IF v_first_due <= v_second THEN
+     WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred AND sort_key <= v_second
+       AND (reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
+            OR server_id NOT IN (SELECT id FROM servers WHERE state = 'active'))
+     ORDER BY sort_key
+     LIMIT 1;
+    IF v_earliest IS NOT NULL THEN
       SET v_state = c_deferred, v_latest = v_second;
     ELSE
-      SET v_state = c_pending, v_latest = c_any_rank;
+      SET v_state = c_pending, v_earliest = c_first_rank, v_latest = c_last_rank;
     END IF;
     queues: LOOP
       INSERT INTO claim_rows_found (contact_id, state, attempt, hindrance, email, address_hash, provider, domain, dead_until)
@@ -194,8 +202,11 @@ BEGIN
         FROM (
                SELECT contact_id, attempt, address_hash
                  FROM deliveries
-                WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = v_state AND sort_key <= v_latest
+                WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = v_state
+                  AND sort_key BETWEEN v_earliest AND v_latest
                   AND (v_state = c_deferred OR not_before IS NULL OR not_before <= v_second)
+                  AND (v_state = c_pending OR reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
+                       OR server_id NOT IN (SELECT id FROM servers WHERE state = 'active'))
                 ORDER BY sort_key
                 LIMIT v_room
                   FOR UPDATE SKIP LOCKED
@@ -206,7 +217,7 @@ BEGIN
       IF v_state = c_pending OR v_room = 0 THEN
         LEAVE queues;
       END IF;
-      SET v_state = c_pending, v_latest = c_any_rank;
+      SET v_state = c_pending, v_earliest = c_first_rank, v_latest = c_last_rank;
     END LOOP;
     IF v_unsubscribe = 'list' THEN
       UPDATE claim_rows_found AS q

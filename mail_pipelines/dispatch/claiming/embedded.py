@@ -33,6 +33,7 @@ from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import rules
 from mail_pipelines.delivery.recording import slot_at, windows_at
+from mail_pipelines.dispatch import greylisting
 from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
 from mail_pipelines.dispatch.claiming.terms import Hindered, Request, Row, Taken
@@ -95,10 +96,12 @@ def _due(state: State, condition: sa.ColumnElement[bool]) -> sa.Select[int]:
     )
 
 
+_SECOND = sa.bindparam("second", type_=sa.BigInteger)
+_OURS = sa.or_(~greylisting.waits_for_another(sa.bindparam("server_id", type_=sa.Integer)), Delivery.sort_key <= _SECOND - greylisting.WAIT_SECONDS)
 # Deferred rows that are due first, then pending ones.
 _ROWS = {
-    State.DEFERRED: _due(State.DEFERRED, Delivery.sort_key <= sa.bindparam("second")),
-    State.PENDING: _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= sa.bindparam("second"))),
+    State.DEFERRED: _due(State.DEFERRED, sa.and_(Delivery.sort_key <= _SECOND, _OURS)),
+    State.PENDING: _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= _SECOND)),
 }
 _TAKE = (
     sa.update(Delivery)
@@ -202,7 +205,8 @@ def _room(connection: Connection, request: Request, now: dt.datetime) -> int | R
 def _due_rows(connection: Connection, request: Request, most: int, now: dt.datetime) -> dict[int, State]:
     """The next rows in the order in which they are to be sent, most engaged first among the pending, with the state of each."""
     sources: dict[int, State] = {}
-    queue = {"campaign_id": request.campaign_id, "shard": request.shard, "provider": request.provider, "second": int(now.timestamp())}
+    queue = {"campaign_id": request.campaign_id, "shard": request.shard, "provider": request.provider}
+    queue |= {"server_id": request.sender.server_id, "second": int(now.timestamp())}
     for state, statement in _ROWS.items():
         if len(sources) < most:
             found = connection.execute(statement, queue | {"most": most - len(sources)}).scalars()

@@ -61,7 +61,9 @@ def _readdress(connection: Connection, request: Request, rows: Sequence[Hindered
     if ours:
         hashes = sa.case({row.contact_id: row.address_hash for row in ours}, value=Delivery.contact_id)
         providers = sa.case({row.contact_id: row.provider for row in ours}, value=Delivery.contact_id)
-        _update(connection, request, [row.contact_id for row in ours], address_hash=hashes, provider=providers)
+        # What the old address was answered says nothing about the new one, above all not that it is greylisted.
+        answer = {"code": None, "enhanced": None, "reason": None}
+        _update(connection, request, [row.contact_id for row in ours], address_hash=hashes, provider=providers, **answer)
     return duplicates
 
 

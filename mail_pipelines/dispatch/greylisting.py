@@ -1,0 +1,23 @@
+"""Greylisted rows are offered again by the server that was greylisted: to the destination another one is a stranger, and the wait starts over.
+
+Such a row waits for the server of its last claim, as long as that server is active, until `WAIT_SECONDS` after it fell due. From then on any
+server may offer it. The stored procedure `claim_rows` states the same rule.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from mail_pipelines.database.models import Delivery, Server
+
+# The class of `delivery/replies.toml`.
+REASON = "greylisted"
+WAIT_SECONDS = 4 * 3600
+# Of no server: every row that waits for one waits for another.
+NO_SERVER = 0
+
+
+def waits_for_another(server_id: int | sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
+    """Whether a deferred row waits for another server than this one, if `WAIT_SECONDS` have not passed since it fell due."""
+    active = sa.select(Server.id).where(Server.state == "active")
+    return sa.and_(Delivery.reason.is_not(None), Delivery.reason == REASON, Delivery.server_id != server_id, Delivery.server_id.in_(active))
