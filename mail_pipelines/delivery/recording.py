@@ -57,7 +57,7 @@ class LedgerConflict(MailPipelinesError):
 class Result:
     """The end of one row of a claim. `due` (epoch seconds) belongs to a deferral; a released row is PENDING and keeps its place.
 
-    `asked` is false for a deferral without an answer of the destination: it is no attempt, and the next one carries the same Message-ID.
+    `asked` is false for a deferral that is no attempt (no answer of the destination, or greylisting): the next offer is the same message.
     """
 
     contact_id: int
@@ -235,8 +235,8 @@ def write_events(connection: Connection, campaign_id: int, server_id: int, resul
             "text": mask_addresses(result.text)[:500] or None,
         }
         for result in results
-        # Without an answer the attempt is still to come, and may end in a deferral.
-        if (kind := kinds.get(result.state) if result.asked else "unreachable") is not None
+        # What was no attempt comes again under the same number, and may end in a deferral.
+        if (kind := kinds.get(result.state) if result.asked else "unreachable" if result.code is None else result.reason) is not None
     ]
     if rows:
         connection.execute(insert_if_absent(DeliveryEvent), rows)

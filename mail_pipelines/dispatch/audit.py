@@ -27,9 +27,10 @@ from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, CampaignCounter, Delivery, State, SyncState
 from mail_pipelines.delivery import evidence, resolving
+from mail_pipelines.delivery.classes import classify
 from mail_pipelines.delivery.evidence import Effect, Evidence
 from mail_pipelines.delivery.recording import Result
-from mail_pipelines.dispatch import tail
+from mail_pipelines.dispatch import greylisting, tail
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
 from mail_pipelines.dispatch.journal import Evidence as JournalEvidence
 from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, UnknownForm, process_alive
@@ -345,6 +346,9 @@ class _Auditor:
             row = rows.get(token.contact_id)
             if row is None:
                 self._disagree(token, outcome, "no row")
+                continue
+            if outcome.kind is Kind.DEFERRED and classify(row.provider, outcome.code, outcome.enhanced, outcome.text).reason == greylisting.REASON:
+                # Later offers carry the same token: of these it says nothing.
                 continue
             state, same_attempt = State(row.state), row.attempt == token.attempt
             if state is State.CLAIMED:

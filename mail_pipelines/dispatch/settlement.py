@@ -26,7 +26,7 @@ from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.delivery.classes import classify
 from mail_pipelines.delivery.recording import ClaimRef, LedgerConflict, Result, record
 from mail_pipelines.delivery.suppression import is_at_once
-from mail_pipelines.dispatch import permit
+from mail_pipelines.dispatch import greylisting, permit
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders
 from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, Position, process_alive
@@ -92,7 +92,9 @@ def result_of(row: Offered | DeliveryToken, outcome: Outcome, provider: str, set
             suppress=is_at_once(meaning.action),
         )
     due = int(now) + retry_seconds(row.attempt, settings)
-    return Result(row.contact_id, row.attempt, State.DEFERRED, outcome.code, outcome.enhanced, meaning.reason, due=due, text=outcome.text)
+    # Under the next attempt the message would come from another envelope sender, and many greylist whoever is new by that, too.
+    asked = meaning.reason != greylisting.REASON
+    return Result(row.contact_id, row.attempt, State.DEFERRED, outcome.code, outcome.enhanced, meaning.reason, due=due, text=outcome.text, asked=asked)
 
 
 def retry_seconds(attempt: int, settings: SendingSettings) -> int:

@@ -99,6 +99,16 @@ def server(world: World) -> servers.ServerInfo:
     return world.server()
 
 
+def test_a_greylisting_ends_no_doubt(world: World, server: servers.ServerInfo) -> None:
+    """It is no attempt, so an older one is about the same token as the offer that is in doubt."""
+    log = Log(world, server)
+    set_rows(world, [1], State.UNKNOWN, claim_id=7, server_id=server.id)
+    log.refused(1, "451 4.7.1 Greylisting in action, please come back later")
+    found = run(world, server)
+    assert (found.resolved.total(), found.disagreeing.total()) == (0, 0)
+    assert row(world, 1).state == State.UNKNOWN
+
+
 def test_late_lines_end_the_doubt_and_reading_them_twice_changes_nothing(world: World, server: servers.ServerInfo) -> None:
     log = Log(world, server)
     set_rows(world, [1, 2, 3, 4, 5], State.UNKNOWN, claim_id=7, server_id=server.id)
@@ -108,14 +118,14 @@ def test_late_lines_end_the_doubt_and_reading_them_twice_changes_nothing(world: 
     assert (first.lines, first.resolved.total(), first.disagreeing.total()) == (5, 0, 0)
     log.delivered(1)
     log.refused(2, "550 5.1.1 no such user person2@microsoft.test")
-    log.refused(3, "451 4.7.1 greylisted")
+    log.refused(3, "451 4.3.0 out of resources")
     log.arrived(4)
     found = run(world, server)
     assert found.resolved == {State.DELIVERED: 1, State.BOUNCED: 1, State.DEFERRED: 2}
     assert found.outcomes == {Kind.DELIVERED: 1, Kind.BOUNCED: 1, Kind.DEFERRED: 2}
     assert row(world, 1) == (State.DELIVERED, 0, 250, "2.0.0", None)
     assert row(world, 2) == (State.BOUNCED, 0, 550, "5.1.1", "invalid_recipient")
-    assert row(world, 3) == (State.DEFERRED, 1, 451, "4.7.1", "greylisted")
+    assert row(world, 3) == (State.DEFERRED, 1, 451, "4.3.0", "transient")
     assert row(world, 5).state == State.UNKNOWN
     assert events(world, 1) == {("late_delivery", None, None)}
     assert events(world, 2) == {("late_refusal", "invalid_recipient", "no such user ***@microsoft.test")}
@@ -153,7 +163,7 @@ def test_what_another_host_said_after_a_silence_ends_no_doubt(world: World, serv
 def test_an_older_attempt_changes_nothing_newer(world: World, server: servers.ServerInfo) -> None:
     log = Log(world, server)
     set_rows(world, [1, 2], State.UNKNOWN, attempt=1)
-    log.refused(1, "451 4.7.1 greylisted")
+    log.refused(1, "451 4.3.0 out of resources")
     log.refused(2, "550 5.1.1 no such user")
     found = run(world, server)
     assert row(world, 1).state == row(world, 2).state == State.UNKNOWN
@@ -169,8 +179,8 @@ def test_each_disagreement_is_named_by_ids(world: World, server: servers.ServerI
     for contact_id in (1, 3, 4, 6, 999):
         log.delivered(contact_id)
     log.refused(2, "550 5.1.1 no such user")
-    log.refused(5, "451 4.7.1 greylisted")
-    log.refused(7, "451 4.7.1 greylisted")
+    log.refused(5, "451 4.3.0 out of resources")
+    log.refused(7, "451 4.3.0 out of resources")
     found = run(world, server)
     assert found.disagreements == {
         "delivered in the log, bounced in the ledger": ["1/3/0"],
