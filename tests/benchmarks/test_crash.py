@@ -8,7 +8,7 @@ from mail_pipelines.benchmarks import crash
 from mail_pipelines.errors import MailPipelinesError
 
 # The others are attacked, with tighter bounds for each, in tests/dispatch and tests/e2e.
-KINDS = ["MariaDB", "log disk full", "log disk fills up", "power loss"]
+KINDS = ["MariaDB", "log disk full", "power loss"]
 
 
 @pytest.mark.server
