@@ -78,7 +78,10 @@ def settings_for(engine: sa.Engine, home: Path, *, folders: Path | None = None, 
 
 @dataclass(frozen=True)
 class Attack:
-    """How large an attack is: where a mode takes seconds for what another does in a moment, the same attack is a smaller one."""
+    """How large an attack is: where a mode takes seconds for what another does in a moment, the same attack is a smaller one.
+
+    `connections` are those to each provider, and each of `domains` is one.
+    """
 
     recipients: int
     kills: int
@@ -86,6 +89,11 @@ class Attack:
     per_second: float
     domains: tuple[str, ...] = PROVIDERS
     linger_seconds: int = 3
+
+    @property
+    def most_connections(self) -> int:
+        """At once. In a burst each has more than one process of Exim."""
+        return self.connections * len(self.domains)
 
 
 @dataclass
