@@ -121,6 +121,8 @@ def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]
             f"{len(silent)} of {len(active)} active servers are silent: {_names(silent)}",
             "start them (`mail-pipelines up` starts built-in catchers), or look into their logs",
         )
+    for server in [server for server in active if server.shortage and server.key not in silent][:SHOWN]:
+        yield Finding("servers", server.shortage, "make room on that disk; sending goes on by itself")
 
 
 def check_dagster(settings: config.Settings) -> Iterator[Finding]:

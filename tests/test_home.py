@@ -223,6 +223,16 @@ def test_doctor_names_silent_servers_and_their_absence(made: config.Settings, da
     assert _findings("servers") == ["2 of 3 active servers are silent: late, never"]
 
 
+def test_doctor_names_servers_without_room_for_their_log(made: config.Settings, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their heartbeats: the disk may be another host's."""
+    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", database_url)
+    for key, free_mb in (("mx1", 99), ("mx2", 100)):
+        _register(database_url, key, "active", dt.datetime.now(dt.UTC))
+        with create_engine(database_url).begin() as connection:
+            connection.execute(sa.update(Server).where(Server.key == key).values(health={"free_mb": free_mb}))
+    assert _findings("servers") == ["the log disk of mx1 has 99 MB free, fewer than 100: it sends nothing until there is room"]
+
+
 @pytest.mark.server
 def test_doctor_names_a_database_that_may_lose_commits(made: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = MariaDB(tmp_path / "mariadb", options=("--log-bin=binary", "--sync-binlog=0")).start()

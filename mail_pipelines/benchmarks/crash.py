@@ -21,11 +21,16 @@ from mail_pipelines.benchmarks.contract import Result, judge
 from mail_pipelines.benchmarks.rig import OPEN_STATES, UNSYNCED_SECONDS, Count, Rig, rig, wait_for
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.database.models import State
+from mail_pipelines.dispatch import journal
 from mail_pipelines.errors import MailPipelinesError
 
 # A kill falls at any moment of so many seconds after messages have begun to arrive.
 _ANY_MOMENT_SECONDS = 1.5
 _DISK_FULL_SECONDS = 4.0
+# Less than `check_log_space` in `infra/exim/dispatch.conf`.
+_NO_MAIL_BYTES = 40 << 20
+# From the room that sending needs to none: longer than any answer.
+_DISK_FILLS_SECONDS = 12
 _BEGIN_SECONDS = 240.0
 _FINISH_SECONDS = 900.0
 _POLL_SECONDS = 0.5
@@ -98,10 +103,22 @@ def _kill_the_database(host: Rig, _draw: random.Random) -> int:
 
 
 def _fill_the_log_disk(host: Rig, _draw: random.Random) -> int:
-    bound = len(host.children())
-    with host.full_log_disk():
+    with host.crowded_log_disk() as leave:
+        # From here on Exim takes no message, so whose end finds no room has its connection now.
+        leave(_NO_MAIL_BYTES)
+        bound = host.open_connections()
+        leave(0)
         time.sleep(_DISK_FULL_SECONDS)
     return bound
+
+
+def _fill_the_log_disk_slowly(host: Rig, _draw: random.Random) -> int:
+    with host.crowded_log_disk() as leave:
+        for second in range(_DISK_FILLS_SECONDS, -1, -1):
+            leave((journal.MIN_FREE_MB << 20) * second // _DISK_FILLS_SECONDS)
+            time.sleep(1)
+    # What is under way when sending stops has time to end, and room to say so.
+    return 0
 
 
 def _kill_the_daemon_of_dagster(host: Rig, _draw: random.Random) -> int:
@@ -120,10 +137,11 @@ def _lose_power(host: Rig, draw: random.Random) -> int:
 KINDS = (
     Kind("send run", 0.25, _kill_run),
     Kind("send run stopped beyond its lease", 0.03, _stop_run_beyond_its_lease, recipients_per_kill=150),
-    Kind("child of Exim", 0.27, _kill_a_child_of_exim),
+    Kind("child of Exim", 0.25, _kill_a_child_of_exim),
     Kind("daemon of Exim", 0.1, _kill_the_daemon_of_exim, recipients_per_kill=200),
     Kind("MariaDB", 0.1, _kill_the_database, recipients_per_kill=200),
     Kind("log disk full", 0.05, _fill_the_log_disk, recipients_per_kill=200),
+    Kind("log disk fills up", 0.02, _fill_the_log_disk_slowly, recipients_per_kill=400),
     Kind("one of two runs for one shard", 0.1, _kill_run, runs=2),
     Kind("daemon of Dagster", 0.05, _kill_the_daemon_of_dagster, by_dagster=True, recipients_per_kill=400),
     Kind("power loss", 0.05, _lose_power, recipients_per_kill=400),

@@ -197,6 +197,10 @@ class Rig:
         """Exim's processes beside the daemon, one for each connection."""
         return [pid for pid in instance.living(self.daemon()) if pid != self.daemon()]
 
+    def open_connections(self) -> int:
+        """How many messages may be at destinations: each of Exim's processes has one at most, and so has each connection of a session."""
+        return min(len(self.children()), self.connections * max(1, len(self.sessions)))
+
     def send(self, campaign: int, runs: int) -> None:
         """Have so many sessions of the campaign's only shard at work, and Exim."""
         if self.exim.poll() is not None:
@@ -243,19 +247,22 @@ class Rig:
         self.start_exim()
 
     @contextmanager
-    def full_log_disk(self) -> Iterator[None]:
-        """Leave no byte free on the log disk for as long as the block runs."""
+    def crowded_log_disk(self) -> Iterator[Callable[[int], None]]:
+        """Yields what leaves no more than so many bytes free on the log disk. They are free again when the block ends."""
         ballast = self._log_disk / "ballast"
-        # Others write at the same time, so what is free has to be taken piece by piece.
         with ballast.open("wb", buffering=0) as file:
-            for size in (_LOG_DISK_BYTES // 64, 4096):
-                with contextlib.suppress(OSError):
-                    while file.write(bytes(size)) == size:
-                        pass
-        try:
-            yield
-        finally:
-            ballast.unlink()
+
+            def leave(size: int) -> None:
+                # Others write at the same time, so what is free has to be taken piece by piece.
+                for piece in (_LOG_DISK_BYTES // 64, 4096):
+                    with contextlib.suppress(OSError):
+                        while shutil.disk_usage(ballast).free >= max(size + piece, 1) and file.write(bytes(piece)) == piece:
+                            pass
+
+            try:
+                yield leave
+            finally:
+                ballast.unlink()
 
     # --- the far end and the ledger ---
 

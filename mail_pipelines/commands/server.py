@@ -31,7 +31,12 @@ def list_servers() -> None:
             silent = server.is_silent(now, settings().server.heartbeat_seconds)
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
             table.add_row(
-                server.key, server.kind, f"{server.host}:{server.port}", server.state, f"{beat}{' (silent)' if silent else ''}", _alarms(audits.get(server.key))
+                server.key,
+                server.kind,
+                f"{server.host}:{server.port}",
+                server.state,
+                f"{beat}{' (silent)' if silent else ' (log disk full)' if server.shortage else ''}",
+                _alarms(audits.get(server.key)),
             )
     console.print(table)
 
@@ -63,6 +68,8 @@ def show(name: str) -> None:
     table.add_row("address", f"{server.host}:{server.port}")
     table.add_row("state", server.state)
     table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC" if server.heartbeat_at else "never")
+    if server.shortage:
+        table.add_row("sends nothing", server.shortage)
     for breaker in stopped:
         until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
         table.add_row(f"to {breaker.provider}", f"{'stopped' if breaker.state == breakers.OPEN else 'on trial'}{until}, {breaker.reason}")

@@ -33,7 +33,7 @@ from mail_pipelines.delivery.recording import Result
 from mail_pipelines.dispatch import greylisting, tail
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
 from mail_pipelines.dispatch.journal import Evidence as JournalEvidence
-from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, UnknownForm, process_alive
+from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, Torn, UnknownForm, process_alive
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.settlement import result_of
 from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery, sign_delivery
@@ -236,6 +236,9 @@ class _Auditor:
     def __post_init__(self) -> None:
         self.found = Audit(self.server.key)
         self.intents, self.messages = dict(self.standing.intents), dict(self.standing.messages)
+        self.torn: set[str] = set()
+        # Of `found.bad_lines`, those that may hide anything.
+        self.hiding = 0
         self.in_hand: dict[str, Outcome] = {}
         self.totals = Counter(self.standing.totals)
         self.counted: dict[str, int] = {}
@@ -271,17 +274,22 @@ class _Auditor:
 
     def _fold(self, block: tail.Block) -> dict[str, Outcome]:
         """The outcomes that stand at the end of the block; what cannot be read, or alarms, is counted and kept aside."""
-        found = JournalEvidence(intents=self.intents, messages=self.messages)
+        found = JournalEvidence(intents=self.intents, messages=self.messages, torn=self.torn)
         per_minute, data = self.found.per_minute, block.data
         minutes: Counter[tuple[bytes, Kind]] = Counter()
         for start, end, entry, error in self.journal.read(data):
             if entry is None:
                 self._set_aside(block, start, end, error)
+                if isinstance(error, Torn):
+                    self.torn |= error.tokens
+                    for own in error.entries:
+                        if own.token:
+                            found.take(own)
             elif entry.alarm:
                 self.found.alarms += 1
                 self._keep_aside(block, start, end, "alarm")
             else:
-                found.bad_lines = self.found.bad_lines
+                found.bad_lines = self.hiding
                 if (outcome := found.take(entry)) is not None:
                     minutes[data[start : start + _MINUTE], outcome.kind] += 1
                     if entry.early and outcome.kind is Kind.DEFERRED:
@@ -301,6 +309,7 @@ class _Auditor:
             self._keep_aside(block, start, end, "unknown form")
         else:
             self.found.bad_lines += 1
+            self.hiding += not isinstance(error, Torn)
             self._keep_aside(block, start, end, "bad")
 
     def _keep_aside(self, block: tail.Block, start: int, end: int, why: str) -> None:

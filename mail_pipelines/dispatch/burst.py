@@ -116,6 +116,9 @@ class BurstLane(Lane):
                         batch.end()
                 if not permit.is_valid(batch.granted.path.parent, batch.granted.name):
                     batch.stop("the permit has been withdrawn")
+                # What is in the queue already Exim would deliver down to the last byte.
+                if shortage := self._shortage():
+                    batch.stop(shortage)
                 evidence = await in_thread(self.session.follower.evidence, batch.watch)
                 refused = {batch.tokens[contact_id] for contact_id, offer in batch.offers.items() if not offer.unusable and offer.ending is not _TAKEN}
                 told = seen | evidence.intents.keys() | evidence.outcomes.keys() | refused

@@ -90,8 +90,9 @@ def boot_id() -> str:
 
 def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a small file so that a reader sees either the old or the new content; `durable`: after a power loss, too."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    temporary = ""
     try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -99,7 +100,8 @@ def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
                 os.fsync(file.fileno())
         Path(temporary).replace(path)
     except OSError as error:
-        Path(temporary).unlink()
+        if temporary:
+            Path(temporary).unlink()
         raise DispatchError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from mail_pipelines.dispatch.journal import Entry, Evidence, Journal, Position, UnknownForm
+from mail_pipelines.dispatch.journal import Entry, Evidence, Journal, Position, Torn, UnknownForm
 
 
 @dataclass(eq=False)
@@ -87,6 +87,14 @@ class Follower:
                 entry = self._journal.parse(record)
             except UnknownForm:
                 continue
+            except Torn as torn:
+                # The last record is read again, and says the same again.
+                for token in torn.tokens:
+                    if (concerned := self._of_token.get(token)) is not None and concerned in self._at_end:
+                        concerned.found.torn.add(token)
+                for entry in torn.entries:
+                    self._take(entry, self._at_end)
+                continue
             except ValueError:
                 if number == len(records):
                     # It may go on. It counts for good once another record follows.
@@ -95,16 +103,19 @@ class Follower:
                 for watch in self._at_end:
                     watch.found.bad_lines += 1
                 continue
-            if entry is None or entry.alarm:
-                continue
-            if entry.mark is not None:
-                claim_id = entry.mark.partition(".")[0].removeprefix("c")
-                if claim_id.isdigit() and (marked := self._watches.get(int(claim_id))) is not None and marked in self._at_end:
-                    marked.marked = True
-            elif (concerned := self._concerned(entry)) is not None and concerned in self._at_end:
-                concerned.found.take(entry)
-                if entry.message:
-                    self._of_message[entry.message] = concerned
+            if entry is not None and not entry.alarm:
+                self._take(entry, self._at_end)
+
+    def _take(self, entry: Entry, present: Collection[Watch]) -> None:
+        """Tell the watch that an entry concerns, if it is among those that were there when it came."""
+        if entry.mark is not None:
+            claim_id = entry.mark.partition(".")[0].removeprefix("c")
+            if claim_id.isdigit() and (marked := self._watches.get(int(claim_id))) is not None and marked in present:
+                marked.marked = True
+        elif (concerned := self._concerned(entry)) is not None and concerned in present:
+            concerned.found.take(entry)
+            if entry.message:
+                self._of_message[entry.message] = concerned
 
     def _concerned(self, entry: Entry) -> Watch | None:
         return self._of_token.get(entry.token) if entry.token else self._of_message.get(entry.message)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from typing import NamedTuple
 from mail_pipelines.dispatch.files import DispatchError
 
 _BLOCK = 1 << 20
+# With less than so much (MB) free on the journal's disk nothing is claimed, and no burst goes on: what is under way by then still finds room for
+# its lines. Exim's own limit (`check_log_space`) is half of it.
+MIN_FREE_MB = 100
 
 
 class Kind(enum.StrEnum):
@@ -50,7 +54,7 @@ class Entry(NamedTuple):
 
     `message`: the mail server's own name of the message. A line may have only that; one with both and nothing else says that they are one.
 
-    `unless_known`: the outcome counts only while the message has an INTENT and no other outcome, and no line is damaged that may be one.
+    `unless_known`: the outcome counts only while the message has an INTENT and no other outcome, and no line is damaged or torn that may be one.
     `early`: it was said before the body, so it says nothing of a message whose body has gone out.
     `alarm`: the mail server does what it should never have to do, and somebody should look why.
     """
@@ -69,6 +73,19 @@ class UnknownForm(ValueError):
     """A whole line of a form that nobody has foreseen. It is counted and left out; unlike a damaged line it hides nothing."""
 
 
+class Torn(ValueError):
+    """A record that holds the beginnings of lines that nobody could end, since the disk was full, and perhaps a whole line behind them.
+
+    Who could not end a line has ended there and then, so the beginning of an INTENT is none. Unlike another damaged record this one hides no
+    INTENT: those that are whole are among its `entries`, and so is a MARK. What it may hide is an outcome of `tokens`.
+    """
+
+    def __init__(self, message: str, tokens: Iterable[str] = (), entries: Iterable[Entry] = ()) -> None:
+        super().__init__(message)
+        self.tokens = frozenset(tokens)
+        self.entries = tuple(entries)
+
+
 @dataclass(frozen=True)
 class Position:
     """A place in the log: the file's inode, and the offset of the first byte not yet read."""
@@ -81,13 +98,16 @@ class Position:
 class Evidence:
     """What the journal says from a claim's position to its end."""
 
-    # The claim's marker line was found, and every line between it and the end could be read.
+    # The claim's marker line was found, and no line between it and the end can hide an INTENT.
     covered: bool = False
     # Offers without an end so far: token → id of the mail server's process.
     intents: dict[str, int] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     # What the mail server calls its messages → token, where it does not name the token on every line.
     messages: dict[str, str] = field(default_factory=dict)
+    # Messages of which a torn record may hide an outcome.
+    torn: set[str] = field(default_factory=set)
+    # Damaged lines that may hide anything.
     bad_lines: int = 0
     unknown_forms: int = 0
     alarms: int = 0
@@ -108,7 +128,7 @@ class Evidence:
                 self.messages[entry.message] = entry.token
             return None
         known = self.outcomes.get(token)
-        if not token or (entry.unless_known and (token not in self.intents or known is not None or self.bad_lines)):
+        if not token or (entry.unless_known and (token not in self.intents or known is not None or self.bad_lines or token in self.torn)):
             return None
         if entry.early or outcome.kind is Kind.UNREACHABLE:
             if known is not None and known.kind not in (Kind.UNREACHABLE, Kind.VOID):
@@ -143,8 +163,8 @@ class Read(NamedTuple):
 class Journal:
     """The log at `path` and its rotated predecessors in the same folder (`main.log.1`, …), told apart by inode.
 
-    `parse` raises `ValueError` for a line that cannot be read. `continues` says whether a line belongs to the one before. `scan` finds the
-    ordinary records of a block quickly; it says of each what `parse` would say.
+    `parse` raises `ValueError` for a line that cannot be read (`Torn` if that hides no INTENT). `continues` says whether a line belongs to the
+    one before. `scan` finds the ordinary records of a block quickly; it says of each what `parse` would say.
     """
 
     def __init__(self, path: Path, parse: LineParser, continues: Callable[[bytes], bool] | None = None, scan: BlockScanner | None = None) -> None:
@@ -161,6 +181,10 @@ class Journal:
             raise DispatchError(f"there is no journal at {self.path}: does the mail server run, and write there?") from error
         return Position(status.st_ino, status.st_size)
 
+    def free_mb(self) -> int:
+        """How much is free on the disk of the journal for who is not root."""
+        return shutil.disk_usage(self.path.parent).free >> 20
+
     def evidence(self, start: Position, claim_id: int) -> Evidence:
         """Everything from `start` on. `covered` is false if a file of the chain is gone, truncated, or the marker is missing."""
         found = Evidence()
@@ -172,17 +196,21 @@ class Journal:
             except UnknownForm:
                 found.unknown_forms += 1
                 continue
+            except Torn as torn:
+                found.torn |= torn.tokens
+                entries: Iterable[Entry] = torn.entries
             except ValueError:
                 found.bad_lines += 1
                 continue
-            if entry is None:
-                continue
-            if entry.alarm:
-                found.alarms += 1
-            elif entry.mark is not None:
-                marked = marked or entry.mark.startswith(f"c{claim_id}.")
             else:
-                found.take(entry)
+                entries = () if entry is None else (entry,)
+            for entry in entries:
+                if entry.alarm:
+                    found.alarms += 1
+                elif entry.mark is not None:
+                    marked = marked or entry.mark.startswith(f"c{claim_id}.")
+                else:
+                    found.take(entry)
         # An unreadable line may have been an INTENT: it proves that something is missing.
         found.covered = bool(chain) and marked and not found.bad_lines
         return found

@@ -155,6 +155,9 @@ class Lane:
     async def _claim(self) -> Batch | None:
         """Open the next claim; None if there is nothing to claim now."""
         session = self.session
+        if shortage := self._shortage():
+            self._wait(shortage, _NO_SERVER_SECONDS)
+            return None
         claim_id = claims.new_id()
         asked = time.monotonic()
         watch = await in_thread(session.follower.watch, claim_id)
@@ -191,6 +194,10 @@ class Lane:
         if not batch.is_over:
             await self._begin(batch)
         return batch
+
+    def _shortage(self) -> str:
+        """Why nothing may be claimed, nor a burst go on: too little room for the journal. Empty if there is enough."""
+        return servers.short_of_space(self.session.server.key, self.session.journal.free_mb())
 
     async def _begin(self, batch: Batch) -> None:
         """Give the rows of a claim to the connections."""

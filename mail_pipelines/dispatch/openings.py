@@ -39,7 +39,7 @@ class Opening:
 def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
     """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
     active = {server.id: server for server in servers.all_servers(connection) if server.state == "active"}
-    fleet = {number: server for number, server in active.items() if not server.is_silent(now, heartbeat_seconds)}
+    fleet = {number: server for number, server in active.items() if not server.is_silent(now, heartbeat_seconds) and not server.shortage}
     busy = Counter(opening.server for opening in in_flight)
     free = {number: slots - busy[server.key] for number, server in fleet.items()}
     found: list[Opening] = []

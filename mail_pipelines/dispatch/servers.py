@@ -6,6 +6,7 @@ start, or a restored image cannot make the swap; it stops itself and withdraws i
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -24,6 +25,7 @@ from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, P
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
+from mail_pipelines.dispatch.journal import MIN_FREE_MB
 from mail_pipelines.keys import check_key
 
 # A server whose heartbeat is older than so many intervals is silent.
@@ -53,6 +55,16 @@ class ServerInfo:
 
     def is_silent(self, now: dt.datetime, heartbeat_seconds: float) -> bool:
         return self.heartbeat_at is None or now - self.heartbeat_at > dt.timedelta(seconds=SILENT_BEATS * heartbeat_seconds)
+
+    @property
+    def shortage(self) -> str:
+        """Why it claims nothing, by its last heartbeat: there is too little room for its journal. Empty if there is enough."""
+        return short_of_space(self.key, (self.health or {}).get("free_mb", MIN_FREE_MB))
+
+
+def short_of_space(key: str, free_mb: int) -> str:
+    """What to say of a server with so much free on the disk of its journal; empty if it is enough to claim."""
+    return f"the log disk of {key} has {free_mb} MB free, fewer than {MIN_FREE_MB}: it sends nothing until there is room" if free_mb < MIN_FREE_MB else ""
 
 
 def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime) -> ServerInfo:
@@ -177,24 +189,30 @@ class Heartbeat:
 
     def _keep(self, tokens: list[str]) -> None:
         """Written before the database is asked and after it has answered: a kill in between loses no name."""
-        self._possible = tokens
         replace_file(self._token_file, "\n".join(tokens), durable=False)
+        self._possible = tokens
 
     def beat(self) -> None:
-        token = str(uuid.uuid4())
         before = self._possible
-        self._keep([*before, token])
+        change: dict[str, str] = {}
+        # Without room for another token the old one stays: whoever takes the name changes it.
+        with contextlib.suppress(DispatchError):
+            token = str(uuid.uuid4())
+            self._keep([*before, token])
+            change = {"heartbeat_token": token}
 
         def work(connection: Connection) -> int:
             return connection.execute(
                 sa.update(Server)
                 .where(Server.key == self._key, Server.incarnation == self._folders.incarnation(), Server.heartbeat_token.in_(before))
-                .values(heartbeat_token=token, heartbeat_at=database_now(connection), health=self._health())
+                .values(**change, heartbeat_at=database_now(connection), health=self._health())
             ).rowcount
 
         if transact(self._engine, work) != 1:
             raise NameTaken(f"another process has taken over server {self._key}: this one stops and withdraws its permits")
-        self._keep([token])
+        if change:
+            with contextlib.suppress(DispatchError):
+                self._keep([token])
 
     def _health(self) -> dict[str, Any]:
         return {

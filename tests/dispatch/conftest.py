@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.dispatch.world import Servers
+from tests.dispatch.world import Attack, Servers
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -27,3 +27,15 @@ def running() -> Iterator[Servers]:
     started = Servers()
     yield started
     started.stop()
+
+
+@pytest.fixture
+def on_senders() -> Attack:
+    """How much is sent, and how often a sender is killed meanwhile."""
+    return Attack(recipients=1500, kills=16, connections=6, per_second=150.0)
+
+
+@pytest.fixture
+def on_servers() -> Attack:
+    """The same of the mail server."""
+    return Attack(recipients=900, kills=10, connections=6, per_second=120.0)

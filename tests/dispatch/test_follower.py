@@ -32,6 +32,9 @@ def exim_lines(token: str) -> list[str]:
 LINES = st.one_of(
     st.sampled_from([f"{STAMP} MARK c{claim}.99" for claim in (*CLAIMS, 8)]),
     st.sampled_from([line for token in TOKENS for line in exim_lines(token)]),
+    st.sampled_from(
+        [f"{exim_lines(token)[1][:-2]}{STAMP} {last}" for token in TOKENS[1:3] for last in ("MARK c77.99", f"1vNq5r-000AbC-01 INTENT {TOKENS[0]} 23506")]
+    ),
     st.sampled_from(["torn INTENT", f"{STAMP} x INTENT {TOKENS[0]} 1", f"{STAMP} a form that nobody knows", f"{STAMP} 1vNq5r-000AbC-01 Completed"]),
 )
 STEPS = st.lists(st.one_of(LINES, LINES, st.just("look"), st.just("rotate"), st.just("claim")), max_size=40)

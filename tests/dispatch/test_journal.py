@@ -106,18 +106,23 @@ def test_no_journal_is_an_error_that_says_so(path: Path) -> None:
         Journal(path, log.parse).end()
 
 
-def test_a_line_torn_by_a_full_disk_is_ended_before_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = JournalWriter(path)
-    writer.write(log.mark("c1.99"))
+@pytest.mark.parametrize("torn", [log.mark("c9.99"), log.intent("aa", 5), log.done("aa", Outcome(Kind.DELIVERED, 250, "2.0.0", "ok"))])
+def test_a_line_torn_by_a_full_disk_is_ended_before_the_next_and_hides_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes) -> None:
+    """Its writer did not go on with the message."""
     real = os.write
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:10]))
-        with pytest.raises(OSError, match="could not be written whole"):
-            writer.write(log.intent("aa", 5))
-    writer.write(log.intent("bb", 6))
-    evidence = Journal(path, log.parse).evidence(Position(path.stat().st_ino, 0), 1)
-    assert evidence.intents == {"bb": 6}
-    assert not evidence.covered
+    for cut in range(1, torn.rindex(b" ")):
+        path.write_bytes(b"")
+        writer = JournalWriter(path)
+        writer.write(log.mark("c1.99"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda descriptor, data, cut=cut: real(descriptor, data[:cut]))
+            with pytest.raises(OSError, match="could not be written whole"):
+                writer.write(torn)
+        writer.write(log.intent("bb", 6))
+        writer.close()
+        evidence = Journal(path, log.parse).evidence(Position(path.stat().st_ino, 0), 1)
+        assert evidence.intents == {"bb": 6}, cut
+        assert evidence.covered, cut
 
 
 def test_a_full_disk_refuses_the_line() -> None:

@@ -76,6 +76,26 @@ def settings_for(engine: sa.Engine, home: Path, *, folders: Path | None = None, 
     return config.load(environ)
 
 
+@dataclass(frozen=True)
+class Attack:
+    """How large an attack is: where a mode takes seconds for what another does in a moment, the same attack is a smaller one.
+
+    `connections` are those to each provider, and each of `domains` is one.
+    """
+
+    recipients: int
+    kills: int
+    connections: int
+    per_second: float
+    domains: tuple[str, ...] = PROVIDERS
+    linger_seconds: int = 3
+
+    @property
+    def most_connections(self) -> int:
+        """At once. In a burst each has more than one process of Exim."""
+        return self.connections * len(self.domains)
+
+
 @dataclass
 class World:
     """`recipients` rows of one campaign in `shards` shards, on `engine`; servers are added by `server`."""
@@ -399,4 +419,4 @@ def write_play(path: Path, **rule: Any) -> Path:
     return path
 
 
-__all__ = ["DeliveryToken", "Running", "RunningExim", "Servers", "World", "make_world", "settings_for", "windows_at", "write_play"]
+__all__ = ["Attack", "DeliveryToken", "Running", "RunningExim", "Servers", "World", "make_world", "settings_for", "windows_at", "write_play"]

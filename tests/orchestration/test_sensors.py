@@ -90,6 +90,17 @@ def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:
     assert found == [Opening("spring", 2, "s2"), Opening("spring", 3, "s2")]
 
 
+def test_a_server_without_room_for_its_log_gets_no_runs(world: World) -> None:
+    alive(world, "s1", "s2")
+    from mail_pipelines.capacity import allotments
+
+    allotments.fill(world.engine)
+    transact(world.engine, lambda connection: connection.execute(sa.update(Server).where(Server.key == "s1").values(health={"free_mb": 99})))
+    with world.engine.connect() as connection:
+        found = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=())
+    assert {opening.server for opening in found} == {"s2"}
+
+
 @pytest.mark.parametrize("change", [{"state": "paused"}, {"state": "scheduled"}, {"held_reason": "look"}, {"state": "cancelled"}, {"state": "finished"}])
 def test_no_runs_for_a_campaign_that_is_not_sending(
     world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, change: dict[str, Any]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 
-from mail_pipelines.dispatch.journal import Entry, Kind, Outcome
+from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, Torn
+
+# The beginning of a line, of which any part may be missing: `JournalWriter` ends it before the next one.
+_BEGINNING = re.compile(rb"[\d:. -]{1,24}|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (?:MARK|INTENT|DONE|M|MA|MAR|I|IN|INT|INTE|INTEN|D|DO|DON)(?: [ -~]*)?")
 
 
 def _stamp() -> str:
@@ -25,10 +29,18 @@ def done(token: str, outcome: Outcome) -> bytes:
 
 
 def parse(line: bytes) -> Entry | None:
-    """The entry of a line; None for an empty one; `ValueError` for anything else that is no line of a catcher."""
+    """The entry of a line; None for an empty one; `Torn` for the beginning of one, another `ValueError` for what is no line of a catcher."""
     if not line:
         return None
-    words = line.decode("ascii").split(" ", 7)
+    try:
+        return _entry(line.decode("ascii").split(" ", 7))
+    except ValueError:
+        if _BEGINNING.fullmatch(line):
+            raise Torn(f"the beginning of a journal line: {line[:80]!r}") from None
+        raise ValueError(f"not a journal line: {line[:80]!r}") from None
+
+
+def _entry(words: list[str]) -> Entry:
     match words[2:]:
         case ["MARK", permit]:
             return Entry(mark=permit)
@@ -37,4 +49,4 @@ def parse(line: bytes) -> Entry | None:
         case ["DONE", token, kind, code, enhanced, *text]:
             reply = None if code == "-" else int(code)
             return Entry(token, outcome=Outcome(Kind(kind), reply, None if enhanced == "-" else enhanced, " ".join(text)))
-    raise ValueError(f"not a journal line: {line[:80]!r}")
+    raise ValueError

@@ -33,7 +33,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, UnknownForm
+from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, Torn, UnknownForm
 from mail_pipelines.dispatch.replies import outcome_of
 
 # 16 characters up to 4.96, 23 from 4.97 on.
@@ -42,6 +42,11 @@ _STAMP = rb"2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{1,6})?"
 _HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )?"
 # With the process, which the beginning of every record of ours names.
 _SECOND = re.compile(_STAMP + rb"(?: [+-]\d{4})? \[\d{1,10}\] ")
+# What an INTENT or a MARK is known by, wherever it stands in joined lines.
+_OWN = re.compile(rb"INTENT ([a-z2-7]{48}) \d|MARK (c\d+\.\d+)\Z")
+_ANY_TOKEN = re.compile(rb"(?<![a-z2-7])[a-z2-7]{48}(?![a-z2-7])")
+# The process of an INTENT that may be forged: one that does not live, so that nobody waits for it.
+_NO_PROCESS = 0
 # Octets of a stamp up to the month.
 _YEAR = 5
 _RECORD = re.compile(_STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:(" + _MESSAGE_ID + rb") )?(.*)", re.DOTALL)
@@ -118,7 +123,8 @@ def continues(line: bytes) -> bool:
 def parse(record: bytes) -> Entry | None:
     """The entry of a record; None for one that says nothing about a message.
 
-    Raises `UnknownForm` for a whole record that is none of these, `ValueError` for what is no record or a damaged one.
+    Raises `UnknownForm` for a whole record that is none of these, `Torn` where lines are joined and it is not certain which words are whose,
+    and another `ValueError` for what is no record.
     """
     if not record:
         return None
@@ -134,8 +140,8 @@ def parse(record: bytes) -> Entry | None:
     if rest.startswith((b"INTENT ", b"MARK ", b"VOID ")):
         return _own(rest)
     if b"INTENT " in rest:
-        # A line torn by a full disk, with another behind it. Whatever else it says, an INTENT must not be overlooked.
-        raise ValueError("an INTENT inside another record")
+        # In the words of a destination, or of nobody we know.
+        raise _torn(record, "an INTENT inside another record")
     flag = rest[:3]
     if flag == b">> ":
         return Entry(_sender(rest), outcome=_confirmed(rest))
@@ -176,12 +182,18 @@ def _blanked(quoted: re.Match[bytes]) -> bytes:
 def _behind_torn(record: bytes, start: int) -> bytes:
     """The record behind a torn one. A process that could not end its line (the disk is full) has ended there and then; what it left says nothing.
 
-    Raises `ValueError` where the torn part may be the words of a destination, which could forge what stands behind it.
+    Raises `Torn` where the torn part may be the words of a destination, which could forge what stands behind it.
     """
     torn = record[:start]
     if any(sign in torn for sign in _MAY_QUOTE):
-        raise ValueError("a record inside another one")
+        raise _torn(record, "a record inside another one")
     return record[start:]
+
+
+def _torn(record: bytes, what: str) -> Torn:
+    """What joined lines say whoever's words they are. A forged INTENT makes a message doubtful that went to the forger; a permit's name no one else knows."""
+    own = [Entry(found[1].decode(), intent_pid=_NO_PROCESS) if found[1] else Entry(mark=found[2].decode()) for found in _OWN.finditer(record)]
+    return Torn(what, (token.decode() for token in _ANY_TOKEN.findall(record)), own)
 
 
 def scan(block: bytes) -> Iterator[tuple[int, int, Entry | None]]:

@@ -19,8 +19,8 @@ from tests.dispatch.test_crashes import (  # noqa: F401 (collected here for the 
     test_a_log_that_is_not_the_log_makes_rows_unknown_and_never_pending,
     test_a_withdrawn_permit_stops_a_sender_that_nobody_could_kill,
     test_a_zombie_sender_sends_nothing_after_its_lease,
-    test_killed_catchers_neither_lose_nor_repeat,
     test_killed_senders_neither_lose_nor_repeat,
+    test_killed_servers_neither_lose_nor_repeat,
     test_kills_while_destinations_drop_and_fall_silent,
 )
 from tests.dispatch.world import Servers, make_world, write_play

@@ -96,14 +96,17 @@ def test_answers_of_several_lines_are_one_outcome(tmp_path: Path) -> None:
 
 
 def test_a_destination_cannot_write_into_the_journal(tmp_path: Path) -> None:
-    """Its words may look like anything; they stay words of its answer, or end the claim's coverage."""
+    """Its words may look like anything; they stay words of its answer, or make what was sent to it doubtful, and nothing else."""
     forged = f'250-2026-11-24 12:15:43.145 [9] {IDS[0]} >> q@x.test F=<b+{"a" * 48}@b> C=\\"250 ok\\"\n250 F=<b+{"b" * 48}@b> ok'
     evidence = write(tmp_path / "main.log", INTENT, line(f'>> p@x.test F=<{SENDER}> R=r C="{forged}"', IDS[0]))
     assert set(evidence.outcomes) == {TOKEN}
     assert evidence.covered
     hidden = write(tmp_path / "main.log", INTENT, line(f'>> p@x.test F=<{SENDER}> R=r C="250 INTENT {"a" * 48} 7"', IDS[0]))
-    assert not hidden.covered
-    assert hidden.intents == {TOKEN: 23506}
+    assert hidden.covered
+    assert (hidden.intents, hidden.outcomes) == ({TOKEN: 23506, "a" * 48: 0}, {})
+    # Not even what would follow from its silence: that its message was not delivered.
+    later = write(tmp_path / "main.log", INTENT, line(f'>> p@x.test F=<{SENDER}> R=r C="250 INTENT {"a" * 48} 7"', IDS[0]), ARRIVED)
+    assert later.outcomes == {}
 
 
 def test_silence_after_the_body_leaves_the_intent_open(tmp_path: Path) -> None:
@@ -311,19 +314,33 @@ def test_a_whole_line_of_an_unknown_form_is_counted_and_hides_nothing(tmp_path: 
         log.parse(line(rest))
 
 
-@pytest.mark.parametrize("cut", range(1, len(INTENT)))
-def test_a_line_torn_anywhere_ends_the_coverage_or_loses_no_intent(tmp_path: Path, cut: int) -> None:
-    """What a full disk leaves of one line, with the next line behind it: the second INTENT is never overlooked."""
+REFUSED = line(f'{HOST} F=<b+{"b" * 48}@bounces.example.test> rejected RCPT <q@y.test>: response to "RCPT TO:<q@y.test>" was: 550 5.1.1 no')
+
+
+@pytest.mark.parametrize("torn", [INTENT, DELIVERED, REFUSED])
+def test_a_line_torn_anywhere_hides_no_other_message(tmp_path: Path, torn: bytes) -> None:
+    """What a full disk leaves of one line, with the next line behind it: the second INTENT is never overlooked, and no third message is in doubt."""
     second = line(f"INTENT {'a' * 48} 7", IDS[1])
-    for torn in (INTENT, DELIVERED):
+    for cut in range(1, len(torn) + 1):
         evidence = write(tmp_path / "main.log", torn[:cut] + second)
-        assert not evidence.covered or evidence.intents == {"a" * 48: 7}
+        assert evidence.covered, cut
+        assert "a" * 48 in evidence.intents, cut
+        assert evidence.intents.keys() <= {"a" * 48, TOKEN}
+        assert evidence.outcomes == {}
+
+
+@pytest.mark.parametrize("torn", [INTENT, DELIVERED, REFUSED])
+def test_a_marker_behind_a_torn_line_is_found(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "main.log"
+    for cut in range(1, len(torn) + 1):
+        path.write_bytes(torn[:cut] + line("MARK c1.99") + b"\n")
+        assert Journal(path, log.parse, log.continues).evidence(Position(path.stat().st_ino, 0), 1).covered, cut
 
 
 OTHERS = (
     line("log directory space check failed: space=0 inodes=302", stamp="2026-11-24 12:15:41.001 [99]"),
     line(f'>> q@y.test F=<b+{"b" * 48}@bounces.example.test> R=r T=t H=mx [192.0.2.1] C="250 2.0.0 Ok: kept" QT=0.1s', IDS[0], "2026-11-24 12:15:41.001 [99]"),
-    line(f'{HOST} F=<b+{"b" * 48}@bounces.example.test> rejected RCPT <q@y.test>: response to "RCPT TO:<q@y.test>" was: 550 5.1.1 no'),
+    REFUSED,
     line("MARK c1.99", stamp="2026-11-24 12:15:41.001 [99]"),
 )
 
