@@ -9,12 +9,13 @@ import sys
 
 import typer
 
-from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, home, inbound, segment, server, unknown
+from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, home, inbound, recover, segment, server, unknown
 from mail_pipelines.commands.context import errors
 from mail_pipelines.errors import MailPipelinesError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(home.app)
+app.add_typer(recover.app)
 app.add_typer(contact.app, name="contact")
 app.add_typer(segment.app, name="segment")
 app.add_typer(campaign.app, name="campaign")

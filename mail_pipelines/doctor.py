@@ -15,6 +15,7 @@ from mail_pipelines import config
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_now, is_mysql, open_engine, reading
 from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.recovery import standing
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -112,6 +113,9 @@ def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]
     with reading(engine) as connection:
         active = [server for server in servers.all_servers(connection) if server.state == "active"]
         now = database_now(connection)
+        recovery = standing.newest(connection)
+    if recovery is not None and recovery.is_open:
+        yield Finding("recovery", "the database is being recovered: nothing is sent", "run `mail-pipelines recover`; it says which logs it awaits")
     if not active:
         yield Finding("servers", "no dispatch server is active: nothing can be sent", "`mail-pipelines up` starts built-in catchers")
     silent = [server.key for server in active if server.is_silent(now, heartbeat_seconds)]

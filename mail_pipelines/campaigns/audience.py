@@ -27,6 +27,7 @@ from mail_pipelines.campaigns.states import LATE_AFTER, Actor, CampaignState, St
 from mail_pipelines.config import Settings
 from mail_pipelines.database import models, partitions
 from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.dispatch.recovery import applying
 
 # Told of every step: its name, how many rows are done and how many there are (0 if that is not known yet).
 Progress = Callable[[str, int, int], None]
@@ -74,6 +75,7 @@ def build(engine: Engine, settings: Settings, key: str, now: dt.datetime, progre
     # Whoever changes the state meanwhile (cancel, or a second freeze that was faster) ends this one; what is recorded is the answer.
     with contextlib.suppress(StateError):
         _load(engine, settings, _reload(engine, key), now, progress)
+        applying.catch_up(engine, campaign.id, campaign.definition.start_at, settings.sending, now)
         transact(engine, lambda connection: _open(connection, key, now))
         built = True
     campaign = _reload(engine, key)

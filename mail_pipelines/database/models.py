@@ -560,3 +560,49 @@ class LedgerGeneration(Base):
     generation: Mapped[str] = mapped_column(ascii_string(36))
     created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     __table_args__ = (MYSQL,)
+
+
+class Recovery(Base):
+    """The completion of a restored ledger from the servers' logs; `generation` is the life of the ledger that it made."""
+
+    __tablename__ = "recoveries"
+    generation: Mapped[str] = mapped_column(ascii_string(36), primary_key=True)
+    began_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    finished_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class RecoveryServer(Base):
+    """One server's part in a recovery, and what the restored database knew of it: its last heartbeat and life, and the file of its log audited last."""
+
+    __tablename__ = "recovery_servers"
+    generation: Mapped[str] = mapped_column(ascii_string(36), primary_key=True)
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    # Of `dispatch.recovery.standing.Part`.
+    part: Mapped[str] = mapped_column(ascii_string(12))
+    heartbeat_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    incarnation: Mapped[str | None] = mapped_column(ascii_string(36))
+    boot_id: Mapped[str | None] = mapped_column(ascii_string(36))
+    journal_inode: Mapped[int | None] = mapped_column(sa.BigInteger)
+    offers: Mapped[int] = mapped_column(sa.BigInteger)
+    note: Mapped[str | None] = mapped_column(sa.String(200))
+    __table_args__ = (MYSQL,)
+
+
+class RecoveredOffer(Base):
+    """What a server's log says became of one offer: delivered, bounced, deferred or unknown. Kept as long as a campaign may still need it."""
+
+    __tablename__ = "recovered_offers"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    attempt: Mapped[int] = mapped_column(TinyInt, primary_key=True, autoincrement=False)
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    # Of `dispatch.journal.Kind`.
+    kind: Mapped[str] = mapped_column(ascii_string(12))
+    # The second in which it was logged.
+    at: Mapped[int] = mapped_column(sa.Integer)
+    code: Mapped[int | None] = mapped_column(sa.SmallInteger)
+    enhanced: Mapped[str | None] = mapped_column(ascii_string(11))
+    # With every address masked.
+    text: Mapped[str | None] = mapped_column(sa.String(500))
+    __table_args__ = (MYSQL,)

@@ -7,9 +7,10 @@ evidence comes from (`dispatch.audit` reads journals), and who decides (`campaig
 from __future__ import annotations
 
 import datetime as dt
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,27 +42,51 @@ def resolve(connection: Connection, campaign_id: int, server_id: int, results: S
     At most a few thousand results, each of another contact. Rows in another state or of another attempt are left alone, so doing it twice
     changes nothing. A deferral raises the attempt, as it does when it is recorded at once. Everything counts for `server_id`.
     """
+    return _end(connection, campaign_id, server_id, results, source, now, (State.UNKNOWN,), operator.eq)
+
+
+def recover(connection: Connection, campaign_id: int, server_id: int, results: Sequence[Result], source: Source, at: dt.datetime) -> Counter[State]:
+    """The same for a ledger that has forgotten offers: rows that wait or are unknown get the end of an offer of their attempt or a later one.
+
+    `at` is when the offers were made.
+    """
+    return _end(connection, campaign_id, server_id, results, source, at, (State.PENDING, State.DEFERRED, State.UNKNOWN), operator.le)
+
+
+def _end(
+    connection: Connection,
+    campaign_id: int,
+    server_id: int,
+    results: Sequence[Result],
+    source: Source,
+    now: dt.datetime,
+    states: Collection[State],
+    fits: Callable[[int, int], bool],
+) -> Counter[State]:
+    """Give rows in one of `states` their ends, where the row's attempt `fits` that of its result."""
     wanted = {result.contact_id: result for result in results}
-    unknown = sa.select(Delivery.contact_id, Delivery.attempt, Delivery.shard, Delivery.provider, Delivery.address_hash).where(
-        Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(wanted)), Delivery.state == int(State.UNKNOWN)
-    )
-    rows = [row for row in connection.execute(unknown.with_for_update()) if row.attempt == wanted[row.contact_id].attempt]
-    groups: defaultdict[tuple[State, int | None, str | None, str, int | None], list[int]] = defaultdict(list)
+    columns = (Delivery.contact_id, Delivery.state, Delivery.attempt, Delivery.shard, Delivery.provider, Delivery.address_hash)
+    ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(wanted)), Delivery.state.in_(sorted(map(int, states))))
+    found = connection.execute(sa.select(*columns).where(*ours).order_by(Delivery.contact_id).with_for_update())
+    rows = [row for row in found if fits(row.attempt, wanted[row.contact_id].attempt)]
+    groups: defaultdict[tuple[State, Result], list[int]] = defaultdict(list)
     moves: Counter[counters.Place] = Counter()
     for row in rows:
         result = wanted[row.contact_id]
-        groups[result.state, result.code, result.enhanced, result.reason, result.due].append(row.contact_id)
-        moves[row.shard, row.provider, State.UNKNOWN, ""] -= 1
+        groups[State(row.state), replace(result, contact_id=0, text="", suppress=False)].append(row.contact_id)
+        moves[row.shard, row.provider, State(row.state), ""] -= 1
         moves[row.shard, row.provider, result.state, result.reason] += 1
-    for (state, code, enhanced, reason, due), contact_ids in groups.items():
-        if not may_move(State.UNKNOWN, state):
-            raise ValueError(f"an unknown row cannot become {state.name.lower()}")
-        values: dict[str, Any] = {"state": int(state), "code": code, "enhanced": enhanced, "reason": reason or None}
-        if state is State.DEFERRED:
-            values |= {"sort_key": due, "attempt": Delivery.attempt + 1, "claim_id": None}
+    for (before, end), contact_ids in groups.items():
+        if not may_move(before, end.state):
+            raise ValueError(f"a row that is {before.name.lower()} cannot become {end.state.name.lower()}")
+        values: dict[str, Any] = {"state": int(end.state), "code": end.code, "enhanced": end.enhanced, "reason": end.reason or None}
+        if end.state is State.DEFERRED:
+            values |= {"sort_key": end.due, "attempt": end.attempt + end.asked, "claim_id": None}
         else:
-            values |= {"sort_key": int(now.timestamp())}
-        _update(connection, campaign_id, State.UNKNOWN, contact_ids, values)
+            values |= {"sort_key": int(now.timestamp()), "attempt": end.attempt}
+        if before is not State.UNKNOWN:
+            values |= {"server_id": server_id}
+        _update(connection, campaign_id, before, contact_ids, values)
     ended = [wanted[row.contact_id] for row in rows]
     counters.add(connection, campaign_id, server_id, moves, now)
     write_events(connection, campaign_id, server_id, ended, now)

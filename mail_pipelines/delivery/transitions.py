@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from mail_pipelines.database.models import State
 
+_WAITING_BECOMES = frozenset(
+    {
+        State.CLAIMED,
+        State.SUPPRESSED,
+        State.EXPIRED,
+        State.CANCELLED,
+        State.UNRESOLVED,
+        State.DELIVERED,
+        State.BOUNCED,
+        State.DEFERRED,
+        State.UNKNOWN,
+    }
+)
 MOVES: dict[State, frozenset[State]] = {
     # Unresolved instead of expired or cancelled: a row that waits to be sent again, since its first copy may have arrived. Delivered or
-    # bounced: it turned out what became of that copy.
-    State.PENDING: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED, State.DELIVERED, State.BOUNCED}),
-    State.DEFERRED: frozenset({State.CLAIMED, State.SUPPRESSED, State.EXPIRED, State.CANCELLED, State.UNRESOLVED, State.DELIVERED, State.BOUNCED}),
+    # bounced: it turned out what became of that copy. These, deferred and unknown: a restored ledger learns of offers that it had forgotten.
+    State.PENDING: _WAITING_BECOMES,
+    State.DEFERRED: _WAITING_BECOMES,
     State.CLAIMED: frozenset(
         {
             State.DELIVERED,

@@ -65,6 +65,10 @@ class ServerFolders:
         return self.log / "main.log"
 
     @property
+    def heartbeat(self) -> Path:
+        return self.log / "heartbeat"
+
+    @property
     def memory(self) -> Path:
         return self.log / "memory.json"
 

@@ -59,7 +59,9 @@ class Follower:
         with self._lock:
             del self._watches[watch.claim_id]
             for token in watch.tokens:
-                del self._of_token[token]
+                # A row that this claim has released may be in the next one already.
+                if self._of_token.get(token) is watch:
+                    del self._of_token[token]
             self._of_message = {message: other for message, other in self._of_message.items() if other is not watch}
 
     def evidence(self, watch: Watch) -> Evidence:

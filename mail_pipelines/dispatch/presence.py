@@ -33,11 +33,15 @@ class Presence:
         await self.settler.for_ever()
 
     async def beat(self) -> None:
-        """Beat for ever; raises `NameTaken` when another process has taken the name."""
+        """Beat for ever; raises `NameTaken` when another process has taken the name, after withdrawing all permits."""
         while True:
             await asyncio.sleep(self.interval_seconds)
             try:
                 await asyncio.to_thread(self.heartbeat.beat)
+            except servers.NameTaken:
+                # Now, and not when the mail server has ended: it waits for what is at its destinations.
+                permit.revoke_all(self.folders.permits)
+                raise
             except DatabaseUnreachable:
                 # The name is kept: without a beat the others see a silent server, and the next beat tells whether it was taken.
                 continue
@@ -47,7 +51,7 @@ class Presence:
 def speaking_for(settings: Settings, key: str) -> Iterator[Presence]:
     """Take the name of the registered server `key` for as long as the block runs.
 
-    Raises `AlreadyRunning` or `NameTaken` if another process is this server; if its name is taken later, all its permits are withdrawn.
+    Raises `AlreadyRunning` or `NameTaken` if another process is this server, and `WentBack` if the database is older than the server knows it.
     """
     folders = ServerFolders.of(settings.server, key)
     folders.make()
@@ -58,11 +62,7 @@ def speaking_for(settings: Settings, key: str) -> Iterator[Presence]:
     with only_one(folders.log / "lock", f"server {key}"):
         heartbeat = servers.Heartbeat(engine, key, folders, interval)
         heartbeat.start()
-        try:
-            yield Presence(info, folders, heartbeat, interval, Settler(engine, settings, info))
-        except servers.NameTaken:
-            permit.revoke_all(folders.permits)
-            raise
+        yield Presence(info, folders, heartbeat, interval, Settler(engine, settings, info))
 
 
 async def until_signal(*beside: Coroutine[None, None, None]) -> None:

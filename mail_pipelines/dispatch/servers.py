@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Server
+from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Recovery, Server
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
@@ -37,6 +37,10 @@ MODES = ("cutthrough", "burst")
 
 class NameTaken(DispatchError):
     """Another living process speaks for this server."""
+
+
+class WentBack(DispatchError):
+    """The database is older than this server remembers it: a backup was restored."""
 
 
 @dataclass(frozen=True)
@@ -136,61 +140,114 @@ def remember(folders: ServerFolders, memory: Memory) -> None:
 
 
 def recall(engine: Engine, folders: ServerFolders) -> Memory:
-    """What this server remembers; if it remembers nothing, what the database says."""
+    """What this server remembers; on its first day what the database says.
+
+    A life of the database that a recovery has made is not taken over here: the server first has to contribute to it (`dispatch.recovery`).
+    """
+    memory = _memory(folders)
+    if memory is None:
+        with reading(engine) as connection:
+            generation, recovered, finished = _generation(connection)
+        if recovered and (not finished or folders.heartbeat.exists()):
+            return Memory("")
+        memory = Memory(generation)
+        remember(folders, memory)
+    return memory
+
+
+def _memory(folders: ServerFolders) -> Memory | None:
     try:
         return Memory(**json.loads(folders.memory.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         # The first day, or a power loss that left the file empty.
-        with reading(engine) as connection:
-            memory = Memory(connection.execute(sa.select(LedgerGeneration.generation)).scalar_one())
-        remember(folders, memory)
-        return memory
+        return None
+
+
+def _generation(connection: Connection) -> tuple[str, bool, bool]:
+    """The life of the database, and whether a recovery has made it and is finished."""
+    query = sa.select(LedgerGeneration.generation, Recovery.generation, Recovery.finished_at)
+    row = connection.execute(query.outerjoin(Recovery, Recovery.generation == LedgerGeneration.generation)).one()
+    return row[0], row[1] is not None, row[2] is not None
+
+
+def _beats(folders: ServerFolders) -> tuple[list[str], dt.datetime | None]:
+    """The tokens that may be in the database, and the database's time of the last beat."""
+    try:
+        known = json.loads(folders.heartbeat.read_text(encoding="ascii"))
+        return known["tokens"], dt.datetime.fromisoformat(known["at"]) if known["at"] else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        # The first day, or a power loss that left the file empty.
+        return [], None
+
+
+def check_time(connection: Connection, server_id: int, key: str, folders: ServerFolders) -> None:
+    """Raises `WentBack` if the database is older than what this server knows of it, as after a restore, and nobody has begun to recover it."""
+    last = _beats(folders)[1]
+    known = connection.execute(sa.select(Server.heartbeat_at).where(Server.id == server_id)).scalar_one()
+    if last is None or (known is not None and known >= last):
+        return
+    generation, recovered, _ = _generation(connection)
+    memory = _memory(folders)
+    if memory.generation == generation if memory is not None else not recovered:
+        raise WentBack(
+            f"the database went back in time: it does not know the heartbeat of server {key} at {last:%Y-%m-%d %H:%M:%S} UTC, so rows that have been "
+            "mailed may look unsent. It sends nothing until `mail-pipelines recover` has been run"
+        )
 
 
 class Heartbeat:
-    """The beats of one server process. `start` takes the name, `beat` keeps it; either raises `NameTaken` if another has it."""
+    """The beats of one server process. `start` takes the name, `beat` keeps it; either raises `NameTaken` if another has it.
+
+    What the server knows of its beats is on its own disk: the tokens of which one is in the database (two while it is not known whether a
+    beat was committed), and the database's time of the last that was. A database whose last beat is older went back in time.
+    """
 
     def __init__(self, engine: Engine, key: str, folders: ServerFolders, interval_seconds: float) -> None:
         self._engine = engine
         self._key = key
         self._folders = folders
         self._interval = interval_seconds
-        self._token_file = folders.log / "heartbeat"
-        # Tokens of which one is in the database: two while it is not known whether a beat was committed.
         self._possible: list[str] = []
+        self._last: dt.datetime | None = None
 
     def start(self) -> None:
+        """Raises `WentBack` unless a recovery has begun: by what this server knows, rows that look unsent may have been mailed."""
         incarnation = self._folders.incarnation()
         token = str(uuid.uuid4())
-        known = self._token_file.read_text(encoding="ascii").split() if self._token_file.exists() else []
+        known, self._last = _beats(self._folders)
 
-        def work(connection: Connection) -> bool:
+        def work(connection: Connection) -> dt.datetime | None:
             server = connection.execute(
-                sa.select(Server.incarnation, Server.heartbeat_token, Server.heartbeat_at).where(Server.key == self._key).with_for_update()
+                sa.select(Server.id, Server.incarnation, Server.heartbeat_token, Server.heartbeat_at).where(Server.key == self._key).with_for_update()
             ).one_or_none()
             if server is None:
                 raise DispatchError(f"server {self._key} is not registered: run `mail-pipelines server add`")
+            check_time(connection, server.id, self._key, self._folders)
             now = database_now(connection)
             fresh = server.heartbeat_at is not None and now - server.heartbeat_at < dt.timedelta(seconds=SILENT_BEATS * self._interval)
             own = server.heartbeat_token is None or (server.incarnation == incarnation and server.heartbeat_token in known)
             if fresh and not own:
-                return False
+                return None
             connection.execute(
                 sa.update(Server)
                 .where(Server.key == self._key)
                 .values(incarnation=incarnation, boot_id=boot_id(), heartbeat_token=token, heartbeat_at=now, health=self._health())
             )
-            return True
+            return now
 
+        # On the first day, while there is no heartbeat yet to tell it from a later one.
+        recall(self._engine, self._folders)
         self._keep([*known, token])
-        if not transact(self._engine, work):
+        beaten = transact(self._engine, work)
+        if beaten is None:
             raise NameTaken(f"another process speaks for server {self._key}: its last heartbeat is younger than {SILENT_BEATS * self._interval:.0f} s")
-        self._keep([token])
+        self._keep([token], beaten)
 
-    def _keep(self, tokens: list[str]) -> None:
+    def _keep(self, tokens: list[str], beaten: dt.datetime | None = None) -> None:
         """Written before the database is asked and after it has answered: a kill in between loses no name."""
-        replace_file(self._token_file, "\n".join(tokens), durable=False)
-        self._possible = tokens
+        last = beaten or self._last
+        replace_file(self._folders.heartbeat, json.dumps({"tokens": tokens, "at": last.isoformat() if last else None}), durable=False)
+        self._possible, self._last = tokens, last
 
     def beat(self) -> None:
         before = self._possible
@@ -201,18 +258,18 @@ class Heartbeat:
             self._keep([*before, token])
             change = {"heartbeat_token": token}
 
-        def work(connection: Connection) -> int:
-            return connection.execute(
-                sa.update(Server)
-                .where(Server.key == self._key, Server.incarnation == self._folders.incarnation(), Server.heartbeat_token.in_(before))
-                .values(**change, heartbeat_at=database_now(connection), health=self._health())
-            ).rowcount
+        def work(connection: Connection) -> dt.datetime | None:
+            now = database_now(connection)
+            mine = (Server.key == self._key, Server.incarnation == self._folders.incarnation(), Server.heartbeat_token.in_(before))
+            changed = connection.execute(sa.update(Server).where(*mine).values(**change, heartbeat_at=now, health=self._health()))
+            return now if changed.rowcount == 1 else None
 
-        if transact(self._engine, work) != 1:
-            raise NameTaken(f"another process has taken over server {self._key}: this one stops and withdraws its permits")
+        beaten = transact(self._engine, work)
+        if beaten is None:
+            raise NameTaken(f"another process has taken over server {self._key}, or the database went back in time: this one stops and withdraws its permits")
         if change:
             with contextlib.suppress(DispatchError):
-                self._keep([token])
+                self._keep([token], beaten)
 
     def _health(self) -> dict[str, Any]:
         return {

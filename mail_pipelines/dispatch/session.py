@@ -29,6 +29,7 @@ from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id,
 from mail_pipelines.dispatch.follower import Follower
 from mail_pipelines.dispatch.journal import Journal
 from mail_pipelines.dispatch.lane import Lane, Limits, SessionOver, in_thread
+from mail_pipelines.dispatch.recovery.reading import take_part
 from mail_pipelines.domains.signing import SendingAs, sending_as
 from mail_pipelines.messages.compiled import CompiledMessage
 from mail_pipelines.messages.composing import SenderIdentity
@@ -74,6 +75,8 @@ class Session:
         self.report = Report(self.server.key)
         self.sender = Sender(self.server.id, self.server.key, self.folders.incarnation(), boot_id(), self.run_id)
         self.follower = Follower(self.journal)
+        if not take_part(self.engine, self.settings, self.server, self.sender, self.journal):
+            raise DispatchError(f"the database is being recovered: server {self.server.key} sends nothing until `mail-pipelines recover` has finished")
         self.memory = servers.recall(self.engine, self.folders)
         self.token_key = self.settings.token_key()
         with reading(self.engine) as connection:
@@ -148,6 +151,8 @@ class Session:
 
     def _due_providers(self) -> list[str]:
         with reading(self.engine) as connection:
+            # A session that waits has no claim by which it would notice.
+            servers.check_time(connection, self.server.id, self.server.key, self.folders)
             due = due_times(connection, self.campaign_id, self.shard, server_id=self.server.id)
         return [provider for (_, provider), moment in due.items() if moment <= time.time()]
 

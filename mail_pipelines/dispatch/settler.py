@@ -19,6 +19,7 @@ from mail_pipelines.dispatch import settlement
 from mail_pipelines.dispatch.audit import LateLines
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id
+from mail_pipelines.dispatch.recovery.reading import take_part
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.session import journal_of
 
@@ -49,7 +50,9 @@ class Settler:
             await asyncio.sleep(INTERVAL_SECONDS)
 
     def round(self, now: dt.datetime) -> None:
-        """Settle abandoned claims, end doubts by late lines, and judge the breakers."""
+        """Take part in a recovery, settle abandoned claims, end doubts by late lines, and judge the breakers."""
+        if not take_part(self._engine, self._settings, self._server, self._sender, self._journal):
+            return
         done = settlement.settle_all(
             self._engine, self._sender, self._folders, self._journal, self._settings.sending, self._settings.token_key(), wait_seconds=0
         )

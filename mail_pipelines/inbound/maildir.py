@@ -75,6 +75,17 @@ def _arrived(maildir: Path) -> Iterator[Waiting]:
                     yield Waiting(maildir, Path(entry.path), at)
 
 
+def read_again(maildir: Path, since: dt.datetime) -> int:
+    """Put messages that were read after `since` back to those that wait; how many."""
+    count = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(maildir / DONE) as entries:
+        for entry in entries:
+            if entry.stat(follow_symlinks=False).st_mtime >= since.timestamp():
+                Path(entry.path).rename(maildir / _ARRIVED[0] / entry.name)
+                count += 1
+    return count
+
+
 def put(maildir: Path, name: str, data: bytes) -> None:
     """Add a message under a name of one's choice, durably; one of this name that waits is replaced."""
     for folder in ("tmp", *_ARRIVED):

@@ -129,3 +129,17 @@ def test_a_claim_begun_after_the_gap_is_covered(tmp_path: Path) -> None:
     assert follower.evidence(later).covered
     follower.forget(watch)
     assert follower.evidence(later).covered
+
+
+def test_a_row_that_is_claimed_again_before_its_first_claim_is_forgotten_is_still_followed(tmp_path: Path) -> None:
+    """The release is committed, the next claim has the row, and only then the first claim ends."""
+    path = tmp_path / "main.log"
+    path.touch()
+    follower = Follower(Journal(path, exim_log.parse, exim_log.continues))
+    first, second = follower.watch(CLAIMS[0]), follower.watch(CLAIMS[1])
+    follower.expect(first, [TOKENS[0]])
+    follower.expect(second, [TOKENS[0]])
+    follower.forget(first)
+    path.write_text("".join(f"{line}\n" for line in exim_lines(TOKENS[0])[:2]))
+    assert follower.evidence(second).outcomes[TOKENS[0]].kind is Kind.DELIVERED
+    follower.forget(second)

@@ -51,7 +51,7 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
         case Verdict.WENT_BACK:
             raise WrongServer(
                 f"the database went back in time: server {server} remembers a later state of it, so rows it has mailed may look unsent. "
-                'It sends nothing from this database: see "Backup" in docs/operating.md'
+                "It sends nothing until `mail-pipelines recover` has been run"
             )
         case Verdict.NO_CAMPAIGN:
             return NothingClaimed("the campaign does not exist", ends_session=True)

@@ -1,0 +1,178 @@
+"""A server's part of a recovery: what its own log says of every offer since the backup, put into the central database.
+
+What belongs here: reading the log and telling whether it has everything. What does not: what follows for the ledger (`applying`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from sqlalchemy.engine import Engine
+
+from mail_pipelines.config import Settings
+from mail_pipelines.contacts.sets import slices
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import RecoveredOffer
+from mail_pipelines.database.upsert import put
+from mail_pipelines.delivery.events import mask_addresses
+from mail_pipelines.dispatch import permit, servers, settlement, tail
+from mail_pipelines.dispatch.claims import Memory, Sender
+from mail_pipelines.dispatch.files import ServerFolders, boot_id
+from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, UnknownForm, process_alive
+from mail_pipelines.dispatch.recovery import standing
+from mail_pipelines.dispatch.recovery.standing import Part, ServerPart
+from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery
+
+# What a ledger that has forgotten it has to be told. Of the others nothing reached a destination.
+TOLD = frozenset({Kind.DELIVERED, Kind.BOUNCED, Kind.DEFERRED, Kind.UNKNOWN})
+# A log is read from so long before the last heartbeat that the restored database knows: what was logged earlier is in it.
+OVERLAP = dt.timedelta(hours=1)
+# The stamp at the front of every line of either kind of server, in UTC and without parts of seconds.
+_STAMP = 19
+_NO_OUTCOME = Outcome(Kind.UNKNOWN)
+
+
+class Found(NamedTuple):
+    """Damaged lines of a log, and messages that are still at a destination."""
+
+    unreadable: int
+    in_flight: int
+
+
+# Offers by their token: the second in which the end of each was logged, and how it ended.
+Offers = dict[DeliveryToken, tuple[int, Outcome]]
+
+
+def take_part(engine: Engine, settings: Settings, server: servers.ServerInfo, sender: Sender, journal: Journal) -> bool:
+    """Do what a recovery asks of this server; false if it has to be asked again, and may not send until then.
+
+    A server that has contributed takes the new generation over when the recovery is finished. The claims that the restored database still
+    has are settled before, from the same log.
+    """
+    folders = ServerFolders.of(settings.server, server.key)
+    with reading(engine) as connection:
+        found = standing.newest(connection)
+    if found is None or servers.recall(engine, folders).generation == found.generation:
+        return True
+    part = found.of_server(server.id)
+    if found.is_open and part is None:
+        # Registered since the recovery began: what it has mailed is in no other log.
+        transact(engine, lambda connection: standing.await_server(connection, found.generation, server.id))
+    elif found.is_open and part is not None and part.part is Part.AWAITED:
+        _contribute(engine, settings, server, sender, journal, found.generation, part)
+    elif not found.is_open and part is not None and part.part in (Part.READ, Part.INCOMPLETE):
+        servers.remember(folders, Memory(found.generation))
+        return True
+    return False
+
+
+def _contribute(engine: Engine, settings: Settings, server: servers.ServerInfo, sender: Sender, journal: Journal, generation: str, part: ServerPart) -> None:
+    """Read the log and write down what it says, unless a message is still at a destination."""
+    folders = ServerFolders.of(settings.server, server.key)
+    permit.revoke_all(folders.permits)
+    settled = settlement.settle_all(engine, sender, folders, journal, settings.sending, settings.token_key(), wait_seconds=0)
+    end = journal.end()
+    if settled.waiting or time.time() - journal.path.stat().st_mtime < tail.SETTLED_SECONDS:
+        return
+    stored = 0
+
+    def store(offers: Offers) -> None:
+        nonlocal stored
+        for rows in slices(_rows(offers, server.id)):
+            transact(engine, lambda connection, rows=rows: put(connection, RecoveredOffer, rows))  # type: ignore[misc]
+        stored += len(offers)
+
+    since = part.heartbeat_at - OVERLAP if part.heartbeat_at else None
+    found = read(journal, since, settings.token_key(), time.time(), store)
+    if found.in_flight or journal.end() != end:
+        # Whoever ended while the log was read may have written more.
+        return
+    note = missing(journal, part, folders.incarnation(), boot_id())
+    result = Part.INCOMPLETE if note else Part.READ
+    if found.unreadable:
+        note = f"{note}{'; ' if note else ''}{found.unreadable} lines could not be read"
+    transact(engine, lambda connection: standing.set_part(connection, generation, server.id, result, offers=stored, note=note))
+
+
+def missing(journal: Journal, part: ServerPart, incarnation: str, boot_id: str) -> str:
+    """What the log may have lost since the backup; "" if nothing."""
+    if part.incarnation is not None and part.incarnation != incarnation:
+        return "the log folder was replaced"
+    if part.boot_id is not None and part.boot_id != boot_id:
+        return "the host was started again, which may have cost the last lines before"
+    if part.journal_inode is not None and part.journal_inode not in [inode for inode, _ in journal.files()]:
+        return "files of the log are gone"
+    return ""
+
+
+def read(journal: Journal, since: dt.datetime | None, token_key: bytes, now: float, store: Callable[[Offers], None]) -> Found:
+    """Give `store` the ends of all offers that were logged after `since` (None: all), of all files that are left. `now` is epoch seconds.
+
+    A later end of an offer takes the place of an earlier one. A damaged line hides an offer only if both its INTENT and its end are damaged.
+    Tokens under another key are left out.
+    """
+    evidence = Evidence()
+    started: dict[str, int] = {}
+    begin = int(since.timestamp()) if since else 0
+    second = unreadable = damaged_before = 0
+    for block in tail.blocks(journal, None, now):
+        offers: Offers = {}
+        evidence.outcomes.clear()
+        evidence.bad_lines, damaged_before = damaged_before, 0
+        for start, _, entry, error in journal.read(block.data):
+            second = _second(block.data[start : start + _STAMP], second)
+            if entry is None:
+                if not isinstance(error, UnknownForm):
+                    damaged_before += 1
+                    evidence.bad_lines += 1
+                    unreadable += second >= begin
+                continue
+            token = entry.token or evidence.messages.get(entry.message, "")
+            if entry.intent_pid is not None:
+                started[token] = second
+            outcome = evidence.take(entry)
+            if outcome is not None and outcome.kind in TOLD and second >= begin:
+                _note(offers, token, second, outcome, token_key)
+            if token not in evidence.intents:
+                started.pop(token, None)
+        if offers:
+            store(offers)
+    without_end: Offers = {}
+    for token in evidence.intents:
+        if started[token] >= begin:
+            _note(without_end, token, started[token], _NO_OUTCOME, token_key)
+    store(without_end)
+    return Found(unreadable, sum(map(process_alive, evidence.intents.values())))
+
+
+def _note(offers: Offers, text: str, second: int, outcome: Outcome, token_key: bytes) -> None:
+    with contextlib.suppress(TokenError):
+        offers[read_delivery(text, token_key)] = second, outcome
+
+
+def _second(stamp: bytes, before: int) -> int:
+    """The epoch second of a stamp; that of the line before if it is damaged."""
+    try:
+        return int(dt.datetime.fromisoformat(stamp.decode("ascii")).replace(tzinfo=dt.UTC).timestamp())
+    except ValueError:
+        return before
+
+
+def _rows(offers: Offers, server_id: int) -> Iterator[dict[str, Any]]:
+    """In key order, so that two writers wait for each other."""
+    for token, (second, outcome) in sorted(offers.items(), key=lambda item: (item[0].campaign_id, item[0].contact_id, item[0].attempt)):
+        yield {
+            "campaign_id": token.campaign_id,
+            "contact_id": token.contact_id,
+            "attempt": token.attempt,
+            "server_id": server_id,
+            "kind": outcome.kind.value,
+            "at": second,
+            "code": outcome.code,
+            "enhanced": outcome.enhanced,
+            "text": mask_addresses(outcome.text)[:500] or None,
+        }

@@ -1,0 +1,37 @@
+"""A backup of a whole small database, and its restore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from mail_pipelines.database.models import Base
+
+
+class Backup:
+    """All rows of all tables, as they were when it was made."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        # As `mariadb-dump --single-transaction` makes one: all tables at one moment.
+        level = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        with engine.connect().execution_options(**level) as connection:
+            self._rows: dict[sa.Table, list[dict[str, Any]]] = {
+                table: [dict(row._mapping) for row in connection.execute(sa.select(table))] for table in Base.metadata.sorted_tables
+            }
+
+    def restore(self, engine: sa.Engine) -> None:
+        with engine.begin() as connection:
+            if connection.dialect.name != "sqlite":
+                connection.exec_driver_sql("SET SESSION foreign_key_checks = 0")
+            for table in reversed(self._rows):
+                connection.execute(sa.delete(table))
+            for table, rows in self._rows.items():
+                if rows:
+                    connection.execute(sa.insert(table), rows)
+            if connection.dialect.name != "sqlite":
+                connection.exec_driver_sql("SET SESSION foreign_key_checks = 1")
+
+    def restore_table(self, engine: sa.Engine, table: sa.FromClause) -> None:
+        with engine.begin() as connection:
+            connection.execute(sa.insert(Base.metadata.tables[str(table)]), next(rows for known, rows in self._rows.items() if known is table))
