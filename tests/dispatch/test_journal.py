@@ -106,7 +106,12 @@ def test_no_journal_is_an_error_that_says_so(path: Path) -> None:
         Journal(path, log.parse).end()
 
 
-@pytest.mark.parametrize("torn", [log.mark("c9.99"), log.intent("aa", 5), log.done("aa", Outcome(Kind.DELIVERED, 250, "2.0.0", "ok"))])
+@pytest.mark.parametrize(
+    "torn",
+    [log.mark("c9.99"), log.intent("aa", 5), log.done("aa", Outcome(Kind.DELIVERED, 250, "2.0.0", "ok"))],
+    # The lines have the time in them.
+    ids=["mark", "intent", "done"],
+)
 def test_a_line_torn_by_a_full_disk_is_ended_before_the_next_and_hides_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes) -> None:
     """Its writer did not go on with the message."""
     real = os.write
