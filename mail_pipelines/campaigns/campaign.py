@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mail_pipelines.campaigns.states import CampaignState
+from mail_pipelines.dispatch.holds import Hold
 from mail_pipelines.errors import MailPipelinesError
 
 EXPIRES_AFTER = dt.timedelta(hours=48)
@@ -76,7 +77,8 @@ class Campaign:
     id: int
     definition: Definition
     state: CampaignState
-    held_reason: str | None
+    # Its own, or one over everything, its brand or its pool.
+    hold: Hold | None
     brand_id: int
     pool_id: int | None
     list_id: int | None

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Definition, OnUnknown, Priority, Unsubscribe
 from mail_pipelines.campaigns.states import CampaignState, StateError
 from mail_pipelines.database import models
+from mail_pipelines.dispatch import holds
 from mail_pipelines.errors import nearest
 from mail_pipelines.keys import check_key
 
@@ -112,10 +113,11 @@ def select(
     if for_update:
         # The campaign's row first and alone, so that nobody waits for a brand or a list.
         connection.execute(sa.select(models.Campaign.id).where(where).with_for_update()).all()
-    return [_campaign(row) for row in connection.execute(query)]
+    in_force = holds.in_force(connection)
+    return [_campaign(row, in_force) for row in connection.execute(query)]
 
 
-def _campaign(row: sa.Row[Any]) -> Campaign:
+def _campaign(row: sa.Row[Any], in_force: holds.InForce) -> Campaign:
     definition = Definition(
         name=row.name,
         key=row.key,
@@ -135,7 +137,7 @@ def _campaign(row: sa.Row[Any]) -> Campaign:
         id=row.id,
         definition=definition,
         state=CampaignState(row.state),
-        held_reason=row.held_reason,
+        hold=in_force.over_campaign(row.id, row.brand_id, row.pool_id),
         brand_id=row.brand_id,
         pool_id=row.pool_id,
         list_id=row.unsubscribe_list_id,

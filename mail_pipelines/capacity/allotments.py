@@ -18,6 +18,7 @@ from mail_pipelines.database.engine import database_now, is_mysql, transact
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, ProviderLimit, Server, State
 from mail_pipelines.delivery.breakers import provider_rules
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
+from mail_pipelines.dispatch import holds
 
 # Weight of priority low, normal, high, urgent.
 PRIORITY_WEIGHTS = (1, 4, 16, 64)
@@ -45,7 +46,7 @@ def _grants(connection: Connection) -> dict[tuple[int, int, str], int]:
     waiting = connection.execute(
         sa.select(CampaignCounter.campaign_id, CampaignCounter.provider, Campaign.priority)
         .join(Campaign, Campaign.id == CampaignCounter.campaign_id)
-        .where(Campaign.state == "sending", Campaign.held_reason.is_(None), CampaignCounter.state.in_([int(state) for state in _WAITING]))
+        .where(Campaign.state == "sending", ~holds.over_campaigns(), CampaignCounter.state.in_([int(state) for state in _WAITING]))
         .group_by(CampaignCounter.campaign_id, CampaignCounter.provider, Campaign.priority)
         .having(sa.func.sum(CampaignCounter.count) > 0)
     ).all()
@@ -53,7 +54,9 @@ def _grants(connection: Connection) -> dict[tuple[int, int, str], int]:
     for campaign, provider, priority in waiting:
         demand[provider][campaign] = PRIORITY_WEIGHTS[priority]
     stopped = breakers.not_closed(connection)
-    servers = connection.execute(sa.select(Server.id).where(Server.state == "active")).scalars().all()
+    held = holds.in_force(connection)
+    active = connection.execute(sa.select(Server.id, Server.pool_id).where(Server.state == "active"))
+    servers = [server.id for server in active if held.over_server(server.id, server.pool_id) is None]
     limits = {
         (row.server_id, row.provider): _per_slot(row.per_second, row.per_hour, row.per_day)
         for row in connection.execute(
@@ -63,6 +66,8 @@ def _grants(connection: Connection) -> dict[tuple[int, int, str], int]:
     grants = {}
     for server in servers:
         for provider, weights in demand.items():
+            if held.over_provider(provider):
+                continue
             room = next((limits[place] for place in ((server, provider), (server, "*"), (0, provider), (0, "*")) if place in limits), 0)
             total = sum(weights.values())
             state = stopped.get((server, provider), breakers.CLOSED)

@@ -6,6 +6,7 @@ import enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from mail_pipelines.commands.context import console, open_engine, settings
 
@@ -21,17 +22,23 @@ def list_servers() -> None:
     from rich.table import Table
 
     from mail_pipelines.database.engine import database_now, reading
-    from mail_pipelines.dispatch import audit, servers
+    from mail_pipelines.dispatch import audit, holds, servers
 
     table = Table("server", "kind", "address", "state", "heartbeat", "alarms")
     with reading(open_engine()) as connection:
         now = database_now(connection)
         audits = audit.standings(connection)
+        held = holds.in_force(connection)
         for server in servers.all_servers(connection):
             silent = server.is_silent(now, settings().server.heartbeat_seconds)
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
             table.add_row(
-                server.key, server.kind, f"{server.host}:{server.port}", server.state, f"{beat}{' (silent)' if silent else ''}", _alarms(audits.get(server.key))
+                server.key,
+                server.kind,
+                f"{server.host}:{server.port}",
+                f"{server.state} (held)" if held.over_server(server.id, server.pool_id) else server.state,
+                f"{beat}{' (silent)' if silent else ''}",
+                _alarms(audits.get(server.key)),
             )
     console.print(table)
 
@@ -51,17 +58,20 @@ def show(name: str) -> None:
 
     from mail_pipelines.capacity import breakers
     from mail_pipelines.database.engine import reading
-    from mail_pipelines.dispatch import audit, servers
+    from mail_pipelines.dispatch import audit, holds, servers
 
     with reading(open_engine()) as connection:
         server = servers.find(connection, name)
         standing = audit.standings(connection).get(name)
+        hold = holds.in_force(connection).over_server(server.id, server.pool_id)
         stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
     table = Table(show_header=False, box=None)
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
     table.add_row("address", f"{server.host}:{server.port}")
     table.add_row("state", server.state)
+    if hold is not None:
+        table.add_row("held", escape(f"{hold} ({hold.by})"))
     table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC" if server.heartbeat_at else "never")
     for breaker in stopped:
         until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""

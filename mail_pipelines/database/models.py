@@ -174,14 +174,13 @@ class Segment(Base):
 
 
 class Campaign(Base):
-    """One mailing. `campaigns.states` has the moves between states; `held_reason` stops a campaign in any state."""
+    """One mailing. `campaigns.states` has the moves between states; a hold (`holds`) stops a campaign in any state."""
 
     __tablename__ = "campaigns"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
     key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
     name: Mapped[str] = mapped_column(sa.String(200))
     state: Mapped[str] = mapped_column(ascii_string(16))
-    held_reason: Mapped[str | None] = mapped_column(sa.String(500))
     brand_id: Mapped[int] = mapped_column(sa.ForeignKey("brands.id"))
     pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
     # {"include": [segment keys], "exclude": [segment keys]}
@@ -393,6 +392,26 @@ class DomainHealth(Base):
 
 
 # --- sending ----------------------------------------------------------------------------------------------------
+
+
+class Hold(Base):
+    """What is stopped until it is released (`dispatch.holds`). Released holds stay, as the record of who decided what and when.
+
+    `scope_kind` is everything, brand, campaign, pool, server or provider; `scope_id` is 0 for everything and a provider, `provider` empty for all others.
+    """
+
+    __tablename__ = "holds"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    scope_kind: Mapped[str] = mapped_column(ascii_string(10))
+    scope_id: Mapped[int] = mapped_column(sa.Integer)
+    provider: Mapped[str] = mapped_column(ascii_string(32))
+    reason: Mapped[str] = mapped_column(sa.String(500))
+    by_whom: Mapped[str] = mapped_column(sa.String(100))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    released_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    released_by: Mapped[str | None] = mapped_column(sa.String(100))
+    # A claim looks for holds that are not released, of which there is hardly ever one.
+    __table_args__ = (sa.Index(None, "released_at"), MYSQL)
 
 
 class Claim(Base):

@@ -340,9 +340,9 @@ class Lane:
         """Whether the message may still be sent, now that its destination has taken the recipient. Late ones ask what was decided meanwhile."""
         if time.monotonic() <= batch.deadline:
             return True
-        return await in_thread(self._look_up, wanted.message, batch.claimed.ref.campaign_id, row.contact_id)
+        return await in_thread(self._look_up, wanted.message, batch.claimed.ref, row.contact_id)
 
-    def _look_up(self, question: Callable[..., bool], *arguments: int) -> bool:
+    def _look_up(self, question: Callable[..., bool], *arguments: object) -> bool:
         with reading(self.session.engine) as connection:
             return question(connection, *arguments)
 

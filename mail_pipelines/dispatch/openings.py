@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, Server, State
 from mail_pipelines.delivery.recording import slot_at
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.dispatch.due import due_times
 
 # A tick looks at no more campaigns and asks for no more runs than this.
@@ -40,7 +40,10 @@ class Opening:
 def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
     """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
     active = {server.id: server for server in servers.all_servers(connection) if server.state == "active"}
-    fleet = {number: server for number, server in active.items() if not server.is_silent(now, heartbeat_seconds)}
+    held = holds.in_force(connection)
+    fleet = {
+        number: server for number, server in active.items() if not server.is_silent(now, heartbeat_seconds) and not held.over_server(number, server.pool_id)
+    }
     busy = Counter(opening.server for opening in in_flight)
     free = {number: slots - busy[server.key] for number, server in fleet.items()}
     found: list[Opening] = []
@@ -63,12 +66,17 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
         unspent = _unspent(connection, campaign.id, slot_at(now))
         waiting = _waiting(connection, campaign.id)
         due: dict[int, float] = {}
-        for (shard, _), moment in due_times(connection, campaign.id).items():
-            due[shard] = min(moment, due.get(shard, inf))
+        for (shard, provider), moment in due_times(connection, campaign.id).items():
+            if not held.over_provider(provider):
+                due[shard] = min(moment, due.get(shard, inf))
         worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
         # Shards that nobody works on first, the fullest before the others; a second server joins a shard only after that.
         for shard in sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values()))):
-            able = [server for server in free if free[server] > 0 and any(provider in unspent[server] for provider in waiting[shard])]
+            able = [
+                server
+                for server in free
+                if free[server] > 0 and any(provider in unspent[server] for provider in waiting[shard] if not held.over_provider(provider))
+            ]
             able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
             if able and due.get(shard, inf) <= now.timestamp() + START_SECONDS:
                 start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
@@ -78,7 +86,7 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
 
 
 def _sending(connection: Connection) -> list[sa.Row[int, str]]:
-    query = sa.select(Campaign.id, Campaign.key).where(Campaign.state == "sending", Campaign.held_reason.is_(None))
+    query = sa.select(Campaign.id, Campaign.key).where(Campaign.state == "sending", ~holds.over_campaigns())
     return list(connection.execute(query.order_by(Campaign.priority.desc(), Campaign.started_at, Campaign.id).limit(CAMPAIGNS_A_TICK)))
 
 

@@ -22,6 +22,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Server
 from mail_pipelines.delivery.recording import slot_at
+from mail_pipelines.dispatch import holds
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
 from mail_pipelines.keys import check_key
@@ -45,6 +46,7 @@ class ServerInfo:
     key: str
     kind: str
     state: str
+    pool_id: int | None
     host: str
     port: int
     incarnation: str | None
@@ -79,9 +81,18 @@ def find(connection: Connection, key: str) -> ServerInfo:
 
 def all_servers(connection: Connection) -> list[ServerInfo]:
     rows = connection.execute(
-        sa.select(Server.id, Server.key, Server.kind, Server.state, Server.host, Server.port, Server.incarnation, Server.heartbeat_at, Server.health).order_by(
-            Server.key
-        )
+        sa.select(
+            Server.id,
+            Server.key,
+            Server.kind,
+            Server.state,
+            Server.pool_id,
+            Server.host,
+            Server.port,
+            Server.incarnation,
+            Server.heartbeat_at,
+            Server.health,
+        ).order_by(Server.key)
     )
     return [ServerInfo(**row._mapping) for row in rows]
 
@@ -217,15 +228,19 @@ class Heartbeat:
 
 
 def choose(connection: Connection, campaign_id: int, among: Collection[str], heartbeat_seconds: float) -> ServerInfo:
-    """The server for a run that names none: of the active ones that speak, that with most unspent grant for the campaign in this slot, then fewest open claims.
+    """The server for a run that names none: of the active ones that speak and are not held, that with most unspent grant for the campaign in this
+    slot, then fewest open claims.
 
     Raises `DispatchError` if there is no active server.
     """
     now = database_now(connection)
+    held = holds.in_force(connection)
     servers = [server for server in all_servers(connection) if server.state == "active" and server.key in among]
-    servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds)]
+    servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds) and not held.over_server(server.id, server.pool_id)]
     if not servers:
-        raise DispatchError("no dispatch server is active and speaking: start the catchers with `mail-pipelines up`, or see `mail-pipelines server list`")
+        raise DispatchError(
+            "no dispatch server is active, speaking and not held: start the catchers with `mail-pipelines up`, or see `mail-pipelines server list`"
+        )
     unspent = dict(
         connection.execute(
             sa.select(Allotment.server_id, sa.func.sum(Allotment.granted - Allotment.used))

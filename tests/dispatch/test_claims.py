@@ -100,7 +100,6 @@ def test_a_provider_without_rows_does_not_hide_the_rows_of_another(world: World,
         ({"state": "cancelled"}, "the campaign is cancelled"),
         ({"state": "finished"}, "the campaign is finished"),
         ({"state": "draft"}, "the campaign is draft"),
-        ({"held_reason": "too many bounces"}, "the campaign is held: too many bounces"),
         ({"expire_at": dt.datetime(2020, 1, 1, tzinfo=dt.UTC)}, "the campaign has expired"),
     ],
 )

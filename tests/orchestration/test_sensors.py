@@ -23,6 +23,7 @@ from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import openings
 from mail_pipelines.dispatch.files import is_locked, only_one
+from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.server import QUEUE_TAG
@@ -90,14 +91,40 @@ def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:
     assert found == [Opening("spring", 2, "s2"), Opening("spring", 3, "s2")]
 
 
-@pytest.mark.parametrize("change", [{"state": "paused"}, {"state": "scheduled"}, {"held_reason": "look"}, {"state": "cancelled"}, {"state": "finished"}])
-def test_no_runs_for_a_campaign_that_is_not_sending(
-    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, change: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("state", ["paused", "scheduled", "cancelled", "finished"])
+def test_no_runs_for_a_campaign_that_is_not_sending(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, state: str) -> None:
     alive(world, "s1")
     instance.add_dynamic_partitions("campaigns", ["spring"])
-    world.set_campaign(**change)
+    world.set_campaign(state=state)
     assert isinstance(shards.open_shards(context(instance, repository), DATABASE), dg.SkipReason)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "left"),
+    [(kind, None, {}) for kind in (Kind.EVERYTHING, Kind.CAMPAIGN, Kind.BRAND, Kind.POOL)]
+    + [(Kind.SERVER, "s1", {"s2": 2}), (Kind.PROVIDER, "google", {"s1": 2, "s2": 2})],
+)
+def test_no_runs_for_what_is_held_until_it_is_released(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, kind: Kind, key: str | None, left: dict[str, int]
+) -> None:
+    def asked() -> Counter[str]:
+        result = shards.open_shards(context(instance, repository), DATABASE)
+        return Counter(request.tags[QUEUE_TAG] for request in (result.run_requests if isinstance(result, dg.SensorResult) else None) or [])
+
+    alive(world, "s1", "s2")
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    # Grants that were given before a hold are worth nothing under it.
+    assert asked() == {"s1": 2, "s2": 2}
+    world.hold(kind, key)
+    assert asked() == left
+    if kind is Kind.PROVIDER:
+        for provider in {"microsoft", "yahoo", "other"}:
+            world.hold(kind, provider)
+        assert asked() == {}
+        for provider in {"microsoft", "yahoo", "other"}:
+            world.release(kind, provider)
+    world.release(kind, key)
+    assert asked() == {"s1": 2, "s2": 2}
 
 
 def test_a_claim_left_behind_brings_a_run_to_its_own_server(world: World) -> None:
@@ -395,11 +422,6 @@ def fail(instance: dg.DagsterInstance, job_name: str = "build_audience", **tags:
     return dg.build_run_status_sensor_context("failed_runs", dagster_event=event, dagster_instance=instance, dagster_run=failed).for_run_failure()
 
 
-def held_reason(world: World) -> str | None:
-    with world.engine.connect() as connection:
-        return connection.execute(sa.select(Campaign.held_reason)).scalar_one()
-
-
 @pytest.mark.slow
 def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_resumed(
     world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
@@ -414,13 +436,13 @@ def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_re
             assert asked() == 1
             heard = fail(instance)
             failures.failed_runs(heard, DATABASE)
-            assert (held_reason(world) is not None) == (failure == 2)
-        assert heard.dagster_run.run_id in (held_reason(world) or "")
+            assert (world.held() is not None) == (failure == 2)
+        assert heard.dagster_run.run_id in (world.held() or "")
         assert asked() == 0
-        scheduling.resume(world.engine, "spring", dt.datetime.now(dt.UTC))
+        scheduling.resume(world.engine, "spring", dt.datetime.now(dt.UTC), "tester")
         # A failure that is heard of late does not hold it again.
         failures.failed_runs(heard, DATABASE)
-        assert held_reason(world) is None
+        assert world.held() is None
 
 
 @pytest.mark.slow
@@ -431,7 +453,7 @@ def test_failures_of_other_runs_hold_nothing(world: World, instance: dg.DagsterI
             event = instance.report_run_failed(run)
             heard = dg.build_run_status_sensor_context("failed_runs", dagster_event=event, dagster_instance=instance, dagster_run=run)
             failures.failed_runs(heard.for_run_failure(), DATABASE)
-    assert held_reason(world) is None
+    assert world.held() is None
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import rules
 from mail_pipelines.delivery.recording import slot_at, windows_at
+from mail_pipelines.dispatch import holds
 from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
 from mail_pipelines.dispatch.claiming.terms import Hindered, Request, Row, Taken
@@ -50,7 +51,6 @@ _SENDER = (
 )
 _CAMPAIGN = sa.select(
     Campaign.state,
-    Campaign.held_reason,
     Campaign.version_id,
     Campaign.expire_at,
     Campaign.brand_id,
@@ -136,7 +136,7 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     if refusal := _check_sender(connection, request, now):
         return refusal
     campaign: Any = connection.execute(_CAMPAIGN, {"campaign_id": request.campaign_id}).one_or_none()
-    if refusal := _check_campaign(campaign, now):
+    if refusal := _check_campaign(connection, request, campaign, now):
         return refusal
     room = _room(connection, request, now)
     if isinstance(room, Refusal):
@@ -166,13 +166,13 @@ def _check_sender(connection: Connection, request: Request, now: dt.datetime) ->
     return None
 
 
-def _check_campaign(campaign: Any, now: dt.datetime) -> Refusal | None:
+def _check_campaign(connection: Connection, request: Request, campaign: Any, now: dt.datetime) -> Refusal | None:
     if campaign is None:
         return Refusal(Verdict.NO_CAMPAIGN, now)
     if campaign.state != "sending":
         return Refusal(Verdict.NOT_SENDING, now, campaign.state)
-    if campaign.held_reason:
-        return Refusal(Verdict.HELD, now, campaign.held_reason)
+    if hold := holds.over_claim(connection, request.campaign_id, request.sender.server_id, request.provider):
+        return Refusal(Verdict.PROVIDER_HELD if hold.scope.kind is holds.Kind.PROVIDER else Verdict.HELD, now, str(hold))
     if campaign.expire_at is not None and campaign.expire_at <= now:
         return Refusal(Verdict.EXPIRED, now)
     return None

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 from mail_pipelines.dispatch.claiming.terms import NothingClaimed, Request, WrongServer
 
+# So often the claims of a provider that is held ask again, while their session has other work.
+_HELD_AGAIN_SECONDS = 5
+
 
 class Verdict(enum.StrEnum):
     """Why no row may be claimed, in the order in which it is asked. The values are those of the stored procedure."""
@@ -20,6 +23,7 @@ class Verdict(enum.StrEnum):
     NO_CAMPAIGN = "no_campaign"
     NOT_SENDING = "not_sending"
     HELD = "held"
+    PROVIDER_HELD = "provider_held"
     EXPIRED = "expired"
     NO_GRANT = "no_grant"
     NO_LIMITS = "no_limits"
@@ -29,7 +33,10 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A verdict given at `now`. `detail` is the state of server or campaign, or why it is held; `cap` and `window_seconds` are the limit that is used up."""
+    """A verdict given at `now`.
+
+    `detail` is the state of server or campaign, or what is held and why; `cap` and `window_seconds` are the limit that is used up.
+    """
 
     verdict: Verdict
     now: dt.datetime
@@ -58,7 +65,9 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
         case Verdict.NOT_SENDING:
             return NothingClaimed(f"the campaign is {refusal.detail}", ends_session=True)
         case Verdict.HELD:
-            return NothingClaimed(f"the campaign is held: {refusal.detail}", ends_session=True)
+            return NothingClaimed(refusal.detail, ends_session=True)
+        case Verdict.PROVIDER_HELD:
+            return NothingClaimed(refusal.detail, retry_at=second + _HELD_AGAIN_SECONDS)
         case Verdict.EXPIRED:
             return NothingClaimed("the campaign has expired", ends_session=True)
         case Verdict.NO_GRANT:
