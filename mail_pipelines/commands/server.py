@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -43,6 +44,21 @@ def list_servers() -> None:
     console.print(table)
 
 
+def _health(health: Mapping[str, Any]) -> dict[str, str]:
+    """What the last heartbeat told."""
+    found = {}
+    if "version" in health:
+        found["mail server"] = str(health["version"])
+    if "load" in health:
+        found["load"] = f"{health['load']:.2f}"
+        found["disk of its log"] = f"{health['free_mb']:,} MB free"
+    if "queue" in health:
+        found["queue"] = f"{health['queue']:,} messages"
+    if error := health.get("error"):
+        found["last error"] = f"{error['at']} {error['what']}: {error['text']}"
+    return found
+
+
 def _alarms(standing: Standing | None) -> str:
     """How often the mail server did what it should never have to do, as far as its log was audited."""
     if standing is None:
@@ -53,15 +69,20 @@ def _alarms(standing: Standing | None) -> str:
 
 @app.command("show")
 def show(name: str) -> None:
-    """One server: which providers it has stopped sending to, and what the audits of its log have found so far."""
+    """One server: its state and health, which providers it has stopped sending to, and what the audits of its log have found so far."""
     from rich.table import Table
 
     from mail_pipelines.capacity import breakers
-    from mail_pipelines.database.engine import reading
-    from mail_pipelines.dispatch import audit, holds, servers
+    from mail_pipelines.database.engine import database_now, reading
+    from mail_pipelines.dispatch import audit, holds, registry, servers
 
+    interval = settings().server.heartbeat_seconds
     with reading(open_engine()) as connection:
         server = servers.find(connection, name)
+        silent = server.is_silent(database_now(connection), interval)
+        claims = registry.open_claims(connection, server.id)
+        draining = server.state == registry.ServerState.DRAINING
+        left = registry.left(connection, server, interval) if draining else []
         standing = audit.standings(connection).get(name)
         hold = holds.in_force(connection).over_server(server.id, server.pool_id)
         stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
@@ -69,10 +90,15 @@ def show(name: str) -> None:
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
     table.add_row("address", f"{server.host}:{server.port}")
-    table.add_row("state", server.state)
+    table.add_row("state", "drained" if draining and not claims else server.state)
+    for reason in left:
+        table.add_row("before it retires", reason)
     if hold is not None:
         table.add_row("held", escape(f"{hold} ({hold.by})"))
-    table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC" if server.heartbeat_at else "never")
+    table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC{' (silent)' if silent else ''}" if server.heartbeat_at else "never")
+    for what, value in _health(server.health or {}).items():
+        table.add_row(what, escape(value))
+    table.add_row("open claims", f"{claims:,}")
     for breaker in stopped:
         until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
         table.add_row(f"to {breaker.provider}", f"{'stopped' if breaker.state == breakers.OPEN else 'on trial'}{until}, {breaker.reason}")
@@ -106,22 +132,43 @@ def add(
     console.print(f"server {server.key} at {server.host}:{server.port} is {server.state}")
 
 
-@app.command("state")
-def state(name: str, state: str) -> None:
-    """Set the state of a server: active, paused, draining, retired or lost. Sending reacts within seconds.
+@app.command("activate")
+def activate(name: str) -> None:
+    """Let a paused, draining or lost server send again."""
+    _move(name, "activate")
 
-    `lost` is for a server that will not come back: what it had in hand becomes unknown.
-    """
-    from mail_pipelines.database.engine import reading
-    from mail_pipelines.dispatch import servers, settlement
 
-    engine = open_engine()
-    with reading(engine) as connection:
-        found = servers.find(connection, name)
-    servers.set_state(engine, name, state)
+@app.command("pause")
+def pause(name: str) -> None:
+    """Stop a server: it claims nothing more, and what it is late with is not sent."""
+    _move(name, "pause")
+
+
+@app.command("drain")
+def drain(name: str) -> None:
+    """Let a server end what it has in hand and claim nothing more; `server show` says when it is drained."""
+    _move(name, "drain")
+
+
+def _move(name: str, verb: str) -> None:
+    from mail_pipelines.database.engine import transact
+    from mail_pipelines.dispatch import registry
+
+    state = transact(open_engine(), lambda connection: registry.move(connection, name, verb))
     console.print(f"server {name} is {state}")
-    if state == "lost":
-        console.print(f"{settlement.give_up(engine, found.id):,} recipients it had in hand are unknown now")
+
+
+@app.command("retire")
+def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its host will not come back: what it has in hand becomes unknown")] = False) -> None:
+    """Take a paused or drained server out for good, once nothing is in its hands and its log has been read."""
+    from mail_pipelines.dispatch import registry
+
+    if lost:
+        rows = registry.retire_lost(open_engine(), name)
+        console.print(f"server {name} is retired; {rows:,} recipients it had in hand are unknown now")
+    else:
+        registry.retire(open_engine(), name, settings().server.heartbeat_seconds)
+        console.print(f"server {name} is retired")
 
 
 @app.command("retry")

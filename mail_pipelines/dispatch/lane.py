@@ -23,7 +23,7 @@ from mail_pipelines.delivery import domain_health
 from mail_pipelines.delivery.domain_health import Lesson
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import Result, record
-from mail_pipelines.dispatch import claims, permit, servers, settlement
+from mail_pipelines.dispatch import claims, last_error, permit, servers, settlement
 from mail_pipelines.dispatch.batch import Batch, drafted
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Row
@@ -214,6 +214,7 @@ class Lane:
                 self._wait(str(error), _NO_SERVER_SECONDS)
                 await self._herald.close()
                 self._herald = self._connection()
+        last_error.keep(self.session.folders, f"session {self.session.run_id}", self.reason)
         return False
 
     def _pace(self) -> float:
@@ -387,7 +388,9 @@ class Lane:
         refusals = [offer.refusal for contact_id, offer in batch.offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]
         if refusals:
             # The destination was never asked, so trying again would go on for ever.
-            raise SessionOver(f"the mail server {session.server.key} itself refuses messages: {mask_addresses(refusals[0])[:120]}")
+            reason = f"the mail server {session.server.key} itself refuses messages: {mask_addresses(refusals[0])[:120]}"
+            last_error.keep(session.folders, f"session {session.run_id}", reason)
+            raise SessionOver(reason)
 
     async def _results(self, batch: Batch) -> list[Result]:
         """The end of every row: by the journal, or that no message could be made."""

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,13 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Server
 from mail_pipelines.delivery.recording import slot_at
-from mail_pipelines.dispatch import holds
+from mail_pipelines.dispatch import holds, last_error
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
 from mail_pipelines.keys import check_key
 
 # A server whose heartbeat is older than so many intervals is silent.
 SILENT_BEATS = 3
-STATES = ("active", "paused", "draining", "retired", "lost")
 # How Exim hands messages of a provider on (docs/exim.md).
 MODES = ("cutthrough", "burst")
 
@@ -97,13 +96,6 @@ def all_servers(connection: Connection) -> list[ServerInfo]:
     return [ServerInfo(**row._mapping) for row in rows]
 
 
-def set_state(engine: Engine, key: str, state: str) -> None:
-    """Pause, drain, activate … a server; claims look at it, so it acts within seconds."""
-    if state not in STATES:
-        raise DispatchError(f"no server state is called {state!r}; expected one of {', '.join(STATES)}")
-    transact(engine, lambda connection: connection.execute(sa.update(Server).where(Server.key == key).values(state=state)))
-
-
 def set_limits(engine: Engine, key: str | None, provider: str, limits: Mapping[str, Any]) -> None:
     """Limits of a server (or of all that have no own, with `key` None) to a provider, or to all others with `*`.
 
@@ -113,7 +105,7 @@ def set_limits(engine: Engine, key: str | None, provider: str, limits: Mapping[s
         raise DispatchError(f"no mode is called {mode!r}; expected one of {', '.join(MODES)}")
     for name, value in limits.items():
         if value is not None and isinstance(value, int | float) and value <= 0:
-            raise DispatchError(f"{name} is {value}; expected more than 0 (to stop a server, `mail-pipelines server state NAME paused`)")
+            raise DispatchError(f"{name} is {value}; expected more than 0 (to stop a server, `mail-pipelines server pause NAME`)")
 
     def work(connection: Connection) -> None:
         server_id = 0 if key is None else find(connection, key).id
@@ -149,8 +141,10 @@ def recall(engine: Engine, folders: ServerFolders) -> Memory:
 class Heartbeat:
     """The beats of one server process. `start` takes the name, `beat` keeps it; either raises `NameTaken` if another has it."""
 
-    def __init__(self, engine: Engine, key: str, folders: ServerFolders, interval_seconds: float) -> None:
+    def __init__(self, engine: Engine, key: str, folders: ServerFolders, interval_seconds: float, facts: Callable[[], Mapping[str, object]] = dict) -> None:
         self._engine = engine
+        # What this kind of server adds to each beat.
+        self._facts = facts
         self._key = key
         self._folders = folders
         self._interval = interval_seconds
@@ -213,6 +207,8 @@ class Heartbeat:
             "free_mb": shutil.disk_usage(self._folders.log).free >> 20,
             "pid": os.getpid(),
             "journal": self._journal_end(),
+            "error": last_error.read(self._folders),
+            **self._facts(),
         }
 
     def _journal_end(self) -> tuple[int, int] | None:

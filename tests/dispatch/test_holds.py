@@ -48,7 +48,7 @@ def test_a_hold_acts_within_five_seconds_at_full_speed(
     """With two servers. What is not held goes on; what is left goes out after the release, and nothing twice."""
     recipients = 1600
     world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind)
-    fleet = [world.server(key, connections=8, per_second=20.0) for key in ("s1", "s2")]
+    fleet = [world.server(key, connections=3 if kind == "burst" else 8, per_second=20.0) for key in ("s1", "s2")]
     for server in fleet:
         running.start(world, server, write_play(tmp_path / "play.toml"))
     reports: list[Report] = []

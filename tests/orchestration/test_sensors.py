@@ -17,11 +17,13 @@ import sqlalchemy as sa
 
 from mail_pipelines import partitions
 from mail_pipelines.campaigns import lifecycle, scheduling
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Campaign, CampaignCounter, Claim, Delivery, Server, State
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import openings
+from mail_pipelines.dispatch import servers as fleet
+from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.files import is_locked, only_one
 from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.openings import Opening
@@ -102,7 +104,7 @@ def test_no_runs_for_a_campaign_that_is_not_sending(world: World, instance: dg.D
 @pytest.mark.parametrize(
     ("kind", "key", "left"),
     [(kind, None, {}) for kind in (Kind.EVERYTHING, Kind.CAMPAIGN, Kind.BRAND, Kind.POOL)]
-    + [(Kind.SERVER, "s1", {"s2": 2}), (Kind.PROVIDER, "google", {"s1": 2, "s2": 2})],
+    + [(Kind.SERVER, "s1", {"s2": 2}), (Kind.PROVIDER, "google", {"s1": 2, "s2": 1})],
 )
 def test_no_runs_for_what_is_held_until_it_is_released(
     world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, kind: Kind, key: str | None, left: dict[str, int]
@@ -117,6 +119,7 @@ def test_no_runs_for_what_is_held_until_it_is_released(
     assert asked() == {"s1": 2, "s2": 2}
     world.hold(kind, key)
     assert asked() == left
+    # Each shard of this world is to one provider.
     if kind is Kind.PROVIDER:
         for provider in {"microsoft", "yahoo", "other"}:
             world.hold(kind, provider)
@@ -233,6 +236,51 @@ def test_a_run_whose_process_is_gone_is_marked_failed_and_a_living_one_is_not(
         statuses = [instance.get_run_by_id(run.run_id).status for run in runs]  # type: ignore[union-attr]
     assert statuses == [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE]
     assert {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}["dispatch"] == 2
+
+
+def test_a_server_of_another_host_that_is_silent_for_half_an_hour_is_lost(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
+) -> None:
+    """By the database's clock, and only what the centre has watched: not after it was stopped itself, nor when the server speaks again."""
+    alive(world, "near", "paused", "far", "back")
+    world.folders("near").journal.touch()
+    world.server("new")
+    world.set_server("paused", state="paused")
+    with reading(world.engine) as connection:
+        now = database_now(connection)
+        far = fleet.find(connection, "far")
+    old = now - dt.timedelta(hours=1)
+    for key in ("near", "paused", "far", "back"):
+        world.set_server(key, heartbeat_at=old)
+    world.grant(far)
+    opened = world.claim(far, shard=1)
+    assert isinstance(opened, OpenClaim)
+    run = start_run(instance, "send_campaign", **{QUEUE_TAG: "far", "dagster/partition": "spring|00"})
+    audit = start_run(instance, "audit_delivery_logs", **{QUEUE_TAG: "far-ctl", "dagster/partition": "far"})
+
+    def look(cursor: Any = None) -> Any:
+        result = servers.server_health(context(instance, repository, json.dumps(cursor) if cursor else None), DATABASE)
+        return json.loads(result.cursor or "")
+
+    def states() -> dict[str, str]:
+        with reading(world.engine) as connection:
+            return {server.key: server.state for server in fleet.all_servers(connection)}
+
+    before = {"near": "active", "paused": "paused", "far": "active", "new": "active", "back": "active"}
+    first = look()
+    assert sorted(first["since"]) == ["back", "far"]
+    assert [status(instance, one) for one in (run, audit)] == [dg.DagsterRunStatus.FAILURE] * 2
+    watched = now - dt.timedelta(minutes=31)
+    # The centre was stopped between these looks.
+    gone = first | {"since": {"far": watched.isoformat()}, "at": (now - dt.timedelta(minutes=6)).isoformat()}
+    assert dt.datetime.fromisoformat(look(gone)["since"]["far"]) >= now
+    assert states() == before
+    world.set_server("back", heartbeat_at=dt.datetime.now(dt.UTC))
+    look(first | {"since": {key: watched.isoformat() for key in ("far", "back")}})
+    assert states() == before | {"far": "lost"}
+    assert world.states() == {State.PENDING: 120 - len(opened.rows), State.UNKNOWN: len(opened.rows)}
+    assert world.open_claims() == 0
+    world.check_counters()
 
 
 def _started(run: dg.DagsterRun) -> Any:

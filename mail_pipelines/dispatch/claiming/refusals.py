@@ -54,7 +54,7 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
         case Verdict.OTHER_INCARNATION:
             raise WrongServer(f"server {server} is known under another incarnation: a clone, or its log folder was replaced")
         case Verdict.INACTIVE:
-            raise WrongServer(f"server {server} is {refusal.detail}, not active")
+            return NothingClaimed(f"server {server} is {refusal.detail}", ends_session=True)
         case Verdict.WENT_BACK:
             raise WrongServer(
                 f"the database went back in time: server {server} remembers a later state of it, so rows it has mailed may look unsent. "
