@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, hold, home, inbound, segment, server, unknown
+from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, hold, home, inbound, pool, segment, server, unknown
 from mail_pipelines.commands.context import errors
 from mail_pipelines.errors import MailPipelinesError
 
@@ -23,6 +23,7 @@ app.command("release")(hold.release)
 app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
 app.add_typer(server.app, name="server")
+app.add_typer(pool.app, name="pool")
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")

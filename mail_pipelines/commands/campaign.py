@@ -117,7 +117,7 @@ def show(key: Key) -> None:
         "held": f"{campaign.hold} ({campaign.hold.by})" if campaign.hold else None,
         "segments": ", ".join(definition.include) + (f" without {', '.join(definition.exclude)}" if definition.exclude else ""),
         "brand": definition.brand,
-        "pool": definition.pool,
+        "pool": definition.pool + (f", overflow {definition.overflow_pool}" if definition.overflow_pool else ""),
         "unsubscribe": f"list {definition.list}" if definition.list else definition.unsubscribe,
         "on unknown": definition.on_unknown,
         "priority": definition.priority.name.lower(),

@@ -23,19 +23,21 @@ def list_servers() -> None:
     from rich.table import Table
 
     from mail_pipelines.database.engine import database_now, reading
-    from mail_pipelines.dispatch import audit, holds, servers
+    from mail_pipelines.dispatch import audit, holds, pools, servers
 
-    table = Table("server", "kind", "address", "state", "heartbeat", "alarms")
+    table = Table("server", "kind", "pool", "address", "state", "heartbeat", "alarms")
     with reading(open_engine()) as connection:
         now = database_now(connection)
         audits = audit.standings(connection)
         held = holds.in_force(connection)
+        keys = pools.keys(connection)
         for server in servers.all_servers(connection):
             silent = server.is_silent(now, settings().server.heartbeat_seconds)
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
             table.add_row(
                 server.key,
                 server.kind,
+                keys[server.pool_id],
                 f"{server.host}:{server.port}",
                 f"{server.state} (held)" if held.over_server(server.id, server.pool_id) else server.state,
                 f"{beat}{' (silent)' if silent else ''}",
@@ -74,13 +76,14 @@ def show(name: str) -> None:
 
     from mail_pipelines.capacity import breakers
     from mail_pipelines.database.engine import database_now, reading
-    from mail_pipelines.dispatch import audit, holds, registry, servers
+    from mail_pipelines.dispatch import audit, holds, pools, registry, servers
 
     interval = settings().server.heartbeat_seconds
     with reading(open_engine()) as connection:
         server = servers.find(connection, name)
         silent = server.is_silent(database_now(connection), interval)
         claims = registry.open_claims(connection, server.id)
+        pool = pools.keys(connection)[server.pool_id]
         draining = server.state == registry.ServerState.DRAINING
         left = registry.left(connection, server, interval) if draining else []
         standing = audit.standings(connection).get(name)
@@ -89,6 +92,7 @@ def show(name: str) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
+    table.add_row("pool", pool)
     table.add_row("address", f"{server.host}:{server.port}")
     table.add_row("state", "drained" if draining and not claims else server.state)
     for reason in left:
@@ -122,13 +126,14 @@ def add(
     port: Annotated[int, typer.Option(help="port it listens on")],
     host: str = "127.0.0.1",
     kind: Annotated[Kind, typer.Option(help="what serves there")] = Kind.CATCHER,
+    pool: Annotated[str | None, typer.Option(help="its pool; without it the default one")] = None,
 ) -> None:
     """Register the server NAME (started by `mail-pipelines catcher run NAME` or `mail-pipelines exim run NAME`)."""
     import datetime as dt
 
     from mail_pipelines.dispatch import servers
 
-    server = servers.register(open_engine(), name, kind=kind.value, host=host, port=port, now=dt.datetime.now(dt.UTC))
+    server = servers.register(open_engine(), name, kind=kind.value, host=host, port=port, now=dt.datetime.now(dt.UTC), pool=pool)
     console.print(f"server {server.key} at {server.host}:{server.port} is {server.state}")
 
 

@@ -17,6 +17,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from mail_pipelines.database.types import BigId, Blob, EnhancedCode, Hash16, LongText, OrZero, TinyInt, UtcDateTime, ascii_string
 
 KEY_LENGTH = 64
+# The row of the pool `default`, which every installation has.
+DEFAULT_POOL = 1
 MYSQL = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mariadb_engine": "InnoDB", "mariadb_charset": "utf8mb4"}
 
 
@@ -182,7 +184,9 @@ class Campaign(Base):
     name: Mapped[str] = mapped_column(sa.String(200))
     state: Mapped[str] = mapped_column(ascii_string(16))
     brand_id: Mapped[int] = mapped_column(sa.ForeignKey("brands.id"))
-    pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
+    pool_id: Mapped[int] = mapped_column(sa.ForeignKey("pools.id"), nullable=True, default=DEFAULT_POOL)
+    # Not a foreign key, which SQLite cannot add to a table.
+    overflow_pool_id: Mapped[int | None] = mapped_column(sa.Integer)
     # {"include": [segment keys], "exclude": [segment keys]}
     segments: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
     # all, brand, or list (then `unsubscribe_list_id`): what the unsubscribe link ends, and which suppressions count.
@@ -287,11 +291,12 @@ class DkimKey(Base):
 
 
 class Pool(Base):
-    """A group of servers; a campaign sends only through its pool, or that pool's overflow."""
+    """A group of servers; a campaign sends only through its pool, or its overflow pool (`capacity.pools`)."""
 
     __tablename__ = "pools"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
     key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    # Not used: campaigns name their own. SQLite could drop it only with the whole table.
     overflow_pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
     __table_args__ = (MYSQL,)
 
@@ -304,7 +309,7 @@ class Server(Base):
     key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
     # catcher or exim: which journal its log is.
     kind: Mapped[str] = mapped_column(ascii_string(16))
-    pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
+    pool_id: Mapped[int] = mapped_column(sa.ForeignKey("pools.id"), nullable=True, default=DEFAULT_POOL)
     # active, paused, draining, retired, lost; provisioning adds its own
     state: Mapped[str] = mapped_column(ascii_string(16))
     host: Mapped[str] = mapped_column(sa.String(253))

@@ -131,13 +131,13 @@ class InForce:
 
     holds: tuple[Hold, ...]
 
-    def over_campaign(self, campaign_id: int, brand_id: int, pool_id: int | None) -> Hold | None:
+    def over_campaign(self, campaign_id: int, brand_id: int, pool_id: int) -> Hold | None:
         """A hold that keeps a campaign from being sent by any server."""
-        return self._first(Scope(Kind.CAMPAIGN, campaign_id), Scope(Kind.BRAND, brand_id), Scope(Kind.POOL, pool_id or 0), Scope())
+        return self._first(Scope(Kind.CAMPAIGN, campaign_id), Scope(Kind.BRAND, brand_id), Scope(Kind.POOL, pool_id), Scope())
 
-    def over_server(self, server_id: int, pool_id: int | None) -> Hold | None:
+    def over_server(self, server_id: int, pool_id: int) -> Hold | None:
         """A hold that keeps a server from sending anything."""
-        return self._first(Scope(Kind.SERVER, server_id), Scope(Kind.POOL, pool_id or 0), Scope())
+        return self._first(Scope(Kind.SERVER, server_id), Scope(Kind.POOL, pool_id), Scope())
 
     def over_provider(self, provider: str) -> Hold | None:
         return self._first(Scope(Kind.PROVIDER, provider=provider), Scope())

@@ -77,6 +77,8 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
                 for server in free
                 if free[server] > 0 and any(provider in unspent[server] for provider in waiting[shard] if not held.over_provider(provider))
             ]
+            # A grant may be of a time before the server or the campaign changed its pool.
+            able = [server for server in able if fleet[server].pool_id in (campaign.pool_id, campaign.overflow_pool_id)]
             able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
             if able and due.get(shard, inf) <= now.timestamp() + START_SECONDS:
                 start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
@@ -85,8 +87,8 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
     return found
 
 
-def _sending(connection: Connection) -> list[sa.Row[int, str]]:
-    query = sa.select(Campaign.id, Campaign.key).where(Campaign.state == "sending", ~holds.over_campaigns())
+def _sending(connection: Connection) -> list[sa.Row[int, str, int, int | None]]:
+    query = sa.select(Campaign.id, Campaign.key, Campaign.pool_id, Campaign.overflow_pool_id).where(Campaign.state == "sending", ~holds.over_campaigns())
     return list(connection.execute(query.order_by(Campaign.priority.desc(), Campaign.started_at, Campaign.id).limit(CAMPAIGNS_A_TICK)))
 
 

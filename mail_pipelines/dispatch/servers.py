@@ -22,7 +22,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Server
 from mail_pipelines.delivery.recording import slot_at
-from mail_pipelines.dispatch import holds, last_error
+from mail_pipelines.dispatch import holds, last_error, pools
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
 from mail_pipelines.keys import check_key
@@ -45,7 +45,7 @@ class ServerInfo:
     key: str
     kind: str
     state: str
-    pool_id: int | None
+    pool_id: int
     host: str
     port: int
     incarnation: str | None
@@ -56,14 +56,16 @@ class ServerInfo:
         return self.heartbeat_at is None or now - self.heartbeat_at > dt.timedelta(seconds=SILENT_BEATS * heartbeat_seconds)
 
 
-def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime) -> ServerInfo:
-    """Add a server, or set host and port of the one that has this key. It is active, in the default pool."""
+def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None) -> ServerInfo:
+    """Add a server, or set host, port and `pool` of the one that has this key. It is active, without `pool` in the default one."""
     check_key(key, "server name")
 
     def work(connection: Connection) -> None:
-        changed = connection.execute(sa.update(Server).where(Server.key == key).values(kind=kind, host=host, port=port))
-        if not changed.rowcount:
-            connection.execute(sa.insert(Server).values(key=key, kind=kind, pool_id=1, state="active", host=host, port=port, created_at=now))
+        values: dict[str, Any] = {"kind": kind, "host": host, "port": port}
+        if pool is not None:
+            values["pool_id"] = pools.find(connection, pool)
+        if not connection.execute(sa.update(Server).where(Server.key == key).values(**values)).rowcount:
+            connection.execute(sa.insert(Server).values(key=key, state="active", created_at=now, **values))
 
     transact(engine, work)
     with reading(engine) as connection:
@@ -233,9 +235,12 @@ def choose(connection: Connection, campaign_id: int, among: Collection[str], hea
     held = holds.in_force(connection)
     servers = [server for server in all_servers(connection) if server.state == "active" and server.key in among]
     servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds) and not held.over_server(server.id, server.pool_id)]
+    allowed = pools.of_campaign(connection, campaign_id)
+    servers = [server for server in servers if server.pool_id in allowed]
     if not servers:
         raise DispatchError(
-            "no dispatch server is active, speaking and not held: start the catchers with `mail-pipelines up`, or see `mail-pipelines server list`"
+            "no dispatch server of the campaign's pools is active, speaking and not held: start the catchers with `mail-pipelines up`, "
+            "or see `mail-pipelines server list`"
         )
     unspent = dict(
         connection.execute(

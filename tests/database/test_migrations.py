@@ -79,12 +79,15 @@ def test_reasons_of_held_campaigns_become_holds(old: sa.Engine) -> None:
     table = sa.table("campaigns", sa.column("id"), *(sa.column(name, UtcDateTime() if name.endswith("_at") else None) for name in columns))
     with old.begin() as connection:
         connection.exec_driver_sql("INSERT INTO brands (id, `key`, name, postal_address, created_at) VALUES (1, 'b', 'B', '', '2026-01-01')")
+        connection.exec_driver_sql("INSERT INTO pools (id, `key`) VALUES (1, 'default')")
         for number, (key, (state, reason)) in enumerate(campaigns.items(), 1):
             values = (key, key, state, reason, 1, "{}", "all", "hold", 1, changed, changed)
             connection.execute(sa.insert(table).values(id=number, **dict(zip(columns, values, strict=True))))
     command.upgrade(config, "head")
     with old.connect() as connection:
         found = holds.recorded(connection, 10)
+        # They had no pool, and with it all servers, which were all in the default one.
+        assert set(connection.execute(sa.select(Campaign.pool_id, Campaign.overflow_pool_id)).tuples()) == {(1, None)}
     assert [(hold.what, hold.reason, hold.created_at, hold.released_at) for hold in found] == [
         ("campaign over", "zu spät", changed, changed),
         ("campaign held", "100 % bad", changed, None),

@@ -135,7 +135,8 @@ RECIPIENTS = st.builds(
 )
 GRANTS = st.sampled_from([(1000, 0), (2, 0), (5, 4), (5, 5), (3, 9)])
 CAPS = st.tuples(st.sampled_from([None, 4, 1, 0]), st.sampled_from([None, 50, 3, 0]))
-SENDING = {"state": "sending", "pool_id": 1, "expire_at": None, "unsubscribe": "all", "version_id": 1}
+# The server is in pool 2.
+SENDING = {"state": "sending", "pool_id": 1, "overflow_pool_id": 2, "expire_at": None, "unsubscribe": "all", "version_id": 1}
 
 
 @st.composite
@@ -212,6 +213,12 @@ ODD = {
     "held in a state that sends nothing": replace(PLAIN, campaign=SENDING | {"state": "paused"}, holds=(("everything", 0, "", "look"),)),
     "held and expired": replace(PLAIN, campaign=SENDING | {"expire_at": dt.timedelta(hours=-1)}, holds=(("everything", 0, "", "look"),)),
     **{f"expires in {hours} h": replace(PLAIN, campaign=SENDING | {"expire_at": dt.timedelta(hours=hours)}) for hours in (-1, 1)},
+    "its own pool": replace(PLAIN, campaign=SENDING | {"pool_id": 2, "overflow_pool_id": None}),
+    "its own pool, with another for overflow": replace(PLAIN, campaign=SENDING | {"pool_id": 2, "overflow_pool_id": 3}),
+    "another pool": replace(PLAIN, campaign=SENDING | {"pool_id": 3, "overflow_pool_id": None}),
+    "two other pools": replace(PLAIN, campaign=SENDING | {"pool_id": 1, "overflow_pool_id": 3}),
+    "another pool, held": replace(PLAIN, campaign=SENDING | {"pool_id": 3, "overflow_pool_id": None}, holds=(("pool", 3, "", "look"),)),
+    "another pool, expired": replace(PLAIN, campaign=SENDING | {"pool_id": 3, "overflow_pool_id": None, "expire_at": dt.timedelta(hours=-1)}),
     "no campaign": replace(PLAIN, campaign=None),
     "no server": replace(PLAIN, server_state=None),
     **{f"server {state}": replace(PLAIN, server_state=state) for state in ("paused", "lost")},

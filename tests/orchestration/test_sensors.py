@@ -86,7 +86,7 @@ def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:
     alive(world, "s1", "s2")
     from mail_pipelines.capacity import allotments
 
-    allotments.fill(world.engine)
+    allotments.fill(world.engine, 10)
     busy = {Opening("spring", shard, "s1") for shard in (0, 1)}
     with world.engine.connect() as connection:
         found = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=busy)

@@ -51,7 +51,7 @@ BEGIN
   DECLARE v_remembered BOOLEAN;
   DECLARE v_held VARCHAR(10) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_expire_at DATETIME(6);
-  DECLARE v_version_id, v_brand_id, v_list_id, v_pool_id, v_server_pool_id INT;
+  DECLARE v_version_id, v_brand_id, v_list_id, v_pool_id, v_overflow_pool_id, v_server_pool_id INT;
   DECLARE v_unsubscribe VARCHAR(8) CHARACTER SET ascii COLLATE ascii_bin;
 
   DECLARE v_room, v_left, v_cap, v_window, v_per_hour, v_per_day INT;
@@ -85,8 +85,8 @@ BEGIN
     END IF;
 
     -- Is the campaign sending? Whoever pauses or cancels it waits until this claim is written.
-    SELECT state, expire_at, version_id, brand_id, pool_id, unsubscribe, unsubscribe_list_id
-      INTO v_campaign_state, v_expire_at, v_version_id, v_brand_id, v_pool_id, v_unsubscribe, v_list_id
+    SELECT state, expire_at, version_id, brand_id, pool_id, overflow_pool_id, unsubscribe, unsubscribe_list_id
+      INTO v_campaign_state, v_expire_at, v_version_id, v_brand_id, v_pool_id, v_overflow_pool_id, v_unsubscribe, v_list_id
       FROM campaigns
      WHERE id = p_campaign_id
       LOCK IN SHARE MODE;
@@ -115,7 +115,10 @@ BEGIN
       SET v_refusal = 'provider_held';
       LEAVE decision;
     END IF;
-    IF v_expire_at <= v_now THEN
+    IF v_server_pool_id NOT IN (v_pool_id, COALESCE(v_overflow_pool_id, v_pool_id)) THEN
+      SET v_refusal = 'wrong_pool';
+      LEAVE decision;
+    ELSEIF v_expire_at <= v_now THEN
       SET v_refusal = 'expired';
       LEAVE decision;
     END IF;

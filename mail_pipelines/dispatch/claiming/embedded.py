@@ -52,11 +52,12 @@ _SENDER = (
 _CAMPAIGN = sa.select(
     Campaign.state,
     Campaign.version_id,
+    sa.or_(Campaign.pool_id == Server.pool_id, Campaign.overflow_pool_id == Server.pool_id).label("our_pool"),
     Campaign.expire_at,
     Campaign.brand_id,
     Campaign.unsubscribe,
     Campaign.unsubscribe_list_id,
-).where(Campaign.id == sa.bindparam("campaign_id"))
+).where(Campaign.id == sa.bindparam("campaign_id"), Server.id == sa.bindparam("server_id"))
 _OUR_GRANT = (
     Allotment.campaign_id == sa.bindparam("campaign"),
     Allotment.server_id == sa.bindparam("server"),
@@ -135,7 +136,7 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     now: dt.datetime = connection.execute(sa.select(utc_now())).scalar_one()
     if refusal := _check_sender(connection, request, now):
         return refusal
-    campaign: Any = connection.execute(_CAMPAIGN, {"campaign_id": request.campaign_id}).one_or_none()
+    campaign: Any = connection.execute(_CAMPAIGN, {"campaign_id": request.campaign_id, "server_id": request.sender.server_id}).one_or_none()
     if refusal := _check_campaign(connection, request, campaign, now):
         return refusal
     room = _room(connection, request, now)
@@ -173,6 +174,8 @@ def _check_campaign(connection: Connection, request: Request, campaign: Any, now
         return Refusal(Verdict.NOT_SENDING, now, campaign.state)
     if hold := holds.over_claim(connection, request.campaign_id, request.sender.server_id, request.provider):
         return Refusal(Verdict.PROVIDER_HELD if hold.scope.kind is holds.Kind.PROVIDER else Verdict.HELD, now, str(hold))
+    if not campaign.our_pool:
+        return Refusal(Verdict.WRONG_POOL, now)
     if campaign.expire_at is not None and campaign.expire_at <= now:
         return Refusal(Verdict.EXPIRED, now)
     return None

@@ -24,6 +24,7 @@ class Verdict(enum.StrEnum):
     NOT_SENDING = "not_sending"
     HELD = "held"
     PROVIDER_HELD = "provider_held"
+    WRONG_POOL = "wrong_pool"
     EXPIRED = "expired"
     NO_GRANT = "no_grant"
     NO_LIMITS = "no_limits"
@@ -68,6 +69,8 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
             return NothingClaimed(refusal.detail, ends_session=True)
         case Verdict.PROVIDER_HELD:
             return NothingClaimed(refusal.detail, retry_at=second + _HELD_AGAIN_SECONDS)
+        case Verdict.WRONG_POOL:
+            return NothingClaimed(f"server {server} is in none of the campaign's pools", ends_session=True)
         case Verdict.EXPIRED:
             return NothingClaimed("the campaign has expired", ends_session=True)
         case Verdict.NO_GRANT:
