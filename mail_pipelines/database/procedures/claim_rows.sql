@@ -48,7 +48,7 @@ BEGIN
 
   DECLARE v_server_state, v_campaign_state VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_incarnation, v_generation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin;
-  DECLARE v_remembered BOOLEAN;
+  DECLARE v_remembered, v_any_held BOOLEAN;
   DECLARE v_held VARCHAR(10) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_expire_at DATETIME(6);
   DECLARE v_version_id, v_brand_id, v_list_id, v_pool_id, v_overflow_pool_id, v_server_pool_id INT;
@@ -65,8 +65,9 @@ BEGIN
 
   decision: BEGIN
     -- May this process speak for the server?
-    SELECT s.state, s.incarnation, s.pool_id, g.generation, p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim)
-      INTO v_server_state, v_incarnation, v_server_pool_id, v_generation, v_remembered
+    SELECT s.state, s.incarnation, s.pool_id, g.generation, p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim),
+           EXISTS (SELECT 1 FROM holds WHERE released_at IS NULL)
+      INTO v_server_state, v_incarnation, v_server_pool_id, v_generation, v_remembered, v_any_held
       FROM servers AS s
       JOIN ledger_generation AS g ON g.id = 1
      WHERE s.id = p_server_id;
@@ -97,17 +98,19 @@ BEGIN
       SET v_refusal = 'not_sending', v_detail = v_campaign_state;
       LEAVE decision;
     END IF;
-    -- Is anything of it held? A hold over the provider comes last, since it alone leaves the session something to do.
-    SELECT scope_kind, CONCAT(CASE scope_kind WHEN 'everything' THEN scope_kind WHEN 'provider' THEN provider ELSE CONCAT('the ', scope_kind) END,
-                              ' is held: ', reason)
-      INTO v_held, v_detail
-      FROM holds
-     WHERE released_at IS NULL
-       AND (scope_kind = 'everything' OR scope_kind = 'campaign' AND scope_id = p_campaign_id OR scope_kind = 'brand' AND scope_id = v_brand_id
-            OR scope_kind = 'pool' AND scope_id IN (v_pool_id, v_server_pool_id) OR scope_kind = 'server' AND scope_id = p_server_id
-            OR scope_kind = 'provider' AND provider = p_provider)
-     ORDER BY scope_kind = 'provider', id
-     LIMIT 1;
+    -- If anything is held at all: is anything of this? A hold over the provider comes last, since it alone leaves the session something to do.
+    IF v_any_held THEN
+      SELECT scope_kind, CONCAT(CASE scope_kind WHEN 'everything' THEN scope_kind WHEN 'provider' THEN provider ELSE CONCAT('the ', scope_kind) END,
+                                ' is held: ', reason)
+        INTO v_held, v_detail
+        FROM holds
+       WHERE released_at IS NULL
+         AND (scope_kind = 'everything' OR scope_kind = 'campaign' AND scope_id = p_campaign_id OR scope_kind = 'brand' AND scope_id = v_brand_id
+              OR scope_kind = 'pool' AND scope_id IN (v_pool_id, v_server_pool_id) OR scope_kind = 'server' AND scope_id = p_server_id
+              OR scope_kind = 'provider' AND provider = p_provider)
+       ORDER BY scope_kind = 'provider', id
+       LIMIT 1;
+    END IF;
     IF v_held <> 'provider' THEN
       SET v_refusal = 'held';
       LEAVE decision;

@@ -21,6 +21,7 @@ from mail_pipelines.database.models import (
     Contact,
     Delivery,
     DomainHealth,
+    Hold,
     LedgerGeneration,
     ProviderLimit,
     ProviderUsage,
@@ -52,6 +53,7 @@ _SENDER = (
 _CAMPAIGN = sa.select(
     Campaign.state,
     Campaign.version_id,
+    sa.exists().where(Hold.released_at.is_(None)).label("any_held"),
     sa.or_(Campaign.pool_id == Server.pool_id, Campaign.overflow_pool_id == Server.pool_id).label("our_pool"),
     Campaign.expire_at,
     Campaign.brand_id,
@@ -172,7 +174,7 @@ def _check_campaign(connection: Connection, request: Request, campaign: Any, now
         return Refusal(Verdict.NO_CAMPAIGN, now)
     if campaign.state != "sending":
         return Refusal(Verdict.NOT_SENDING, now, campaign.state)
-    if hold := holds.over_claim(connection, request.campaign_id, request.sender.server_id, request.provider):
+    if campaign.any_held and (hold := holds.over_claim(connection, request.campaign_id, request.sender.server_id, request.provider)):
         return Refusal(Verdict.PROVIDER_HELD if hold.scope.kind is holds.Kind.PROVIDER else Verdict.HELD, now, str(hold))
     if not campaign.our_pool:
         return Refusal(Verdict.WRONG_POOL, now)
