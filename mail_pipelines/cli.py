@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, home, inbound, recover, segment, server, unknown
+from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, hold, home, inbound, pool, recover, segment, server, unknown
 from mail_pipelines.commands.context import errors
 from mail_pipelines.errors import MailPipelinesError
 
@@ -19,9 +19,12 @@ app.add_typer(recover.app)
 app.add_typer(contact.app, name="contact")
 app.add_typer(segment.app, name="segment")
 app.add_typer(campaign.app, name="campaign")
+app.add_typer(hold.app, name="hold")
+app.command("release")(hold.release)
 app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
 app.add_typer(server.app, name="server")
+app.add_typer(pool.app, name="pool")
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from mail_pipelines import config
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_now, is_mysql, open_engine, reading
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.dispatch.recovery import standing
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def check_central_database(settings: config.Settings) -> Iterator[Finding]:
         migrate.require_schema(engine)
         with reading(engine) as connection:
             yield from check_durability(connection)
+            yield from check_holds(connection)
         yield from check_servers(engine, settings.server.heartbeat_seconds)
     except migrate.SchemaOutdated as error:
         yield Finding("schema", str(error), "run `mail-pipelines init`")
@@ -107,6 +108,13 @@ def check_durability(connection: sa.Connection) -> Iterator[Finding]:
         yield Finding("durability", f"innodb_flush_log_at_trx_commit is {flush}: a power failure loses commits", "set it to 1 in the database's configuration")
     if binary_log and sync != 1:
         yield Finding("durability", f"sync_binlog is {sync}: a power failure loses binary log", "set it to 1 in the database's configuration")
+
+
+def check_holds(connection: sa.Connection) -> Iterator[Finding]:
+    """Held on purpose, and easily forgotten."""
+    for hold in holds.in_force(connection).holds:
+        option = "" if hold.scope.kind is holds.Kind.EVERYTHING else f" --{hold.scope.kind} {hold.name}"
+        yield Finding("holds", f"{hold.what} is held by {hold.by}: {hold.reason}", f"`mail-pipelines release{option}` when that is over")
 
 
 def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]:

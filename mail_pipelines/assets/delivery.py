@@ -42,7 +42,7 @@ def delivery_results(context: dg.AssetExecutionContext, database: CentralDatabas
         metadata={
             "dagster/partition_row_count": found.totals.audience,
             "state": campaign.state.value,
-            **({"held": campaign.held_reason} if campaign.held_reason else {}),
+            **({"held": str(campaign.hold)} if campaign.hold else {}),
             **found.numbers(),
             "excluded_by_reason": found.excluded,
             "states": markdown.picture(plots.states(found.by_state), "Recipients by state"),

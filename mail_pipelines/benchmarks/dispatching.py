@@ -27,7 +27,7 @@ from mail_pipelines.benchmarks.sign import OFFERS
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine, transact
 from mail_pipelines.database.models import Contact, DomainHealth
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.domains import store
@@ -193,7 +193,7 @@ class Dispatching:
         try:
             yield Server(key, self.settings, self.environ, self.database, group, sinks)
         finally:
-            servers.set_state(engine, key, "paused")
+            transact(engine, lambda connection: registry.move(connection, key, "pause"))
             engine.dispose()
 
 

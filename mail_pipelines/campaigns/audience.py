@@ -93,8 +93,8 @@ def _not_now(campaign: Campaign, now: dt.datetime) -> str | None:
     """Why this campaign is not to be frozen now; None if it is."""
     if campaign.state not in (CampaignState.SCHEDULED, CampaignState.BUILDING):
         return f"it is {campaign.state}"
-    if campaign.held_reason is not None:
-        return f"it is held: {campaign.held_reason}"
+    if campaign.hold is not None:
+        return str(campaign.hold)
     start = campaign.definition.start_at
     if campaign.state is CampaignState.SCHEDULED and (start is None or start > now):
         return f"it starts at {start.isoformat()}" if start else "it has no start"
@@ -154,7 +154,7 @@ def _open(connection: Connection, key: str, now: dt.datetime) -> None:
     start = campaign.definition.start_at
     # Claims ask the row whether the campaign has expired.
     values: dict[str, Any] = {"expire_at": campaign.expires_at}
-    if start is not None and now - start > LATE_AFTER and campaign.held_reason is None:
+    if start is not None and now - start > LATE_AFTER:
         hours = (now - start).total_seconds() / 3600
-        values["held_reason"] = f"ready {hours:.1f} h after its start: check that it is still wanted, then resume it"
+        states.hold(connection, campaign.id, f"ready {hours:.1f} h after its start: check that it is still wanted, then resume it", now)
     states.move(connection, campaign.id, CampaignState.BUILDING, CampaignState.SENDING, actor=Actor.CENTRE, now=now, **values)

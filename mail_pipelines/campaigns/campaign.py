@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mail_pipelines.campaigns.states import CampaignState
+from mail_pipelines.dispatch.holds import Hold
 from mail_pipelines.errors import MailPipelinesError
 
+DEFAULT_POOL = "default"
 EXPIRES_AFTER = dt.timedelta(hours=48)
 
 
@@ -41,7 +43,7 @@ class OnUnknown(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Definition:
-    """What the author decides, the content excepted. Brand, pool, list and segments are named by their keys; times are aware.
+    """What the author decides, the content excepted. Brand, pools, list and segments are named by their keys; times are aware.
 
     `list` is set exactly when `unsubscribe` is list (else `CampaignError`). Without `start_at` the campaign starts when it is scheduled "now".
     """
@@ -51,7 +53,8 @@ class Definition:
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     brand: str = "default"
-    pool: str | None = None
+    pool: str = DEFAULT_POOL
+    overflow_pool: str | None = None
     unsubscribe: Unsubscribe = Unsubscribe.BRAND
     list: str | None = None
     on_unknown: OnUnknown = OnUnknown.HOLD
@@ -76,9 +79,10 @@ class Campaign:
     id: int
     definition: Definition
     state: CampaignState
-    held_reason: str | None
+    # Its own, or one over everything, its brand or its pool.
+    hold: Hold | None
     brand_id: int
-    pool_id: int | None
+    pool_id: int
     list_id: int | None
     version_id: int | None
     shards: int | None

@@ -19,6 +19,7 @@ from mail_pipelines.campaigns.states import Actor, CampaignState
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import State
+from mail_pipelines.dispatch import holds
 
 _RUNNING = (CampaignState.SENDING, CampaignState.PAUSED)
 # A tick looks at no more campaigns than these, the oldest first: they come to an end, and make room for the others.
@@ -32,7 +33,7 @@ def due(connection: Connection, now: dt.datetime) -> list[Campaign]:
     row = models.Campaign
     return store.select(
         connection,
-        sa.and_(row.state == CampaignState.SCHEDULED.value, row.start_at <= now, row.held_reason.is_(None)),
+        sa.and_(row.state == CampaignState.SCHEDULED.value, row.start_at <= now, ~holds.over_campaigns()),
         order_by=(row.priority.desc(), row.start_at, row.id),
         limit=DUE_A_TICK,
     )
@@ -41,7 +42,7 @@ def due(connection: Connection, now: dt.datetime) -> list[Campaign]:
 def building(connection: Connection) -> list[Campaign]:
     """Campaigns whose freeze has begun and not ended, not held: it runs now, or was killed and is to be run again."""
     row = models.Campaign
-    return store.select(connection, sa.and_(row.state == CampaignState.BUILDING.value, row.held_reason.is_(None)), limit=DUE_A_TICK)
+    return store.select(connection, sa.and_(row.state == CampaignState.BUILDING.value, ~holds.over_campaigns()), limit=DUE_A_TICK)
 
 
 def running(connection: Connection) -> list[Campaign]:

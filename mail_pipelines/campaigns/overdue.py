@@ -69,7 +69,7 @@ def resend_unknown(engine: Engine, campaign: Campaign, now: dt.datetime) -> int:
 
     A row is sent again once, and not when the campaign is held or about to expire.
     """
-    if campaign.definition.on_unknown is not OnUnknown.RESEND or campaign.state is not CampaignState.SENDING or campaign.held_reason is not None:
+    if campaign.definition.on_unknown is not OnUnknown.RESEND or campaign.state is not CampaignState.SENDING or campaign.hold is not None:
         return 0
     if campaign.expires_at is not None and now >= campaign.expires_at - RESEND_UNTIL_EXPIRY:
         return 0

@@ -80,12 +80,12 @@ def pause(engine: Engine, key: str, now: dt.datetime) -> Campaign:
     return _move(engine, campaign, CampaignState.SENDING, CampaignState.PAUSED, now)
 
 
-def resume(engine: Engine, key: str, now: dt.datetime) -> Campaign:
-    """Let a paused campaign send again, and end a hold in whatever state. Raises `StateError` if it is neither paused nor held."""
+def resume(engine: Engine, key: str, now: dt.datetime, by_whom: str) -> Campaign:
+    """Let a paused campaign send again, and end its own hold in whatever state. Raises `StateError` if it is neither paused nor held."""
 
     def work(connection: Connection) -> Campaign:
         campaign = store.load(connection, key, for_update=True)
-        released = states.release(connection, campaign.id, now)
+        released = states.release(connection, campaign.id, by_whom, now)
         if campaign.state is CampaignState.PAUSED or not released:
             states.move(connection, campaign.id, CampaignState.PAUSED, CampaignState.SENDING, actor=Actor.OPERATOR, now=now)
         return store.load(connection, key)

@@ -1,7 +1,7 @@
 """The states of a campaign and the moves between them, as one table.
 
 What belongs here: which move exists, who may make it, and the guarded statement that makes it; the hold, which stops a
-campaign in any state without being one. What does not: the work a move entails (`audience`, `lifecycle`, `store`).
+campaign in any state without being one (`dispatch.holds`). What does not: the work a move entails (`audience`, `lifecycle`, `store`).
 
 ```
 draft ⇄ scheduled → building → sending ⇄ paused → finished
@@ -20,6 +20,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.database.models import Campaign
+from mail_pipelines.dispatch import holds
+from mail_pipelines.dispatch.holds import Kind, Scope
 from mail_pipelines.errors import MailPipelinesError
 
 # A campaign that becomes ready this long after its start is held: mail for the morning may be wrong in the evening.
@@ -97,19 +99,27 @@ def move(connection: Connection, campaign_id: int, source: CampaignState, target
     if connection.execute(swap).rowcount != 1:
         key, found = _current(connection, campaign_id)
         raise StateError(f"campaign {key} is {found}, not {source}, so it cannot become {target}; from {found} {_possible(found)}")
+    if target.is_terminal:
+        # What is over is held no more.
+        holds.release(connection, Scope(Kind.CAMPAIGN, campaign_id), holds.CENTRE, now)
 
 
-def hold(connection: Connection, campaign_id: int, reason: str, now: dt.datetime) -> bool:
+def hold(connection: Connection, campaign_id: int, reason: str, now: dt.datetime, by_whom: str = holds.CENTRE) -> bool:
     """Stop the campaign, whatever its state, until it is released; false if it is held already (the first reason stays) or over."""
     open_states = [state.value for state in CampaignState if not state.is_terminal]
-    stop = sa.update(Campaign).where(Campaign.id == campaign_id, Campaign.held_reason.is_(None), Campaign.state.in_(open_states))
-    return connection.execute(stop.values(held_reason=reason[:500], updated_at=now)).rowcount == 1
+    state = connection.execute(sa.select(Campaign.state).where(Campaign.id == campaign_id).with_for_update()).scalar_one_or_none()
+    if state not in open_states or not holds.place(connection, Scope(Kind.CAMPAIGN, campaign_id), reason, by_whom, now):
+        return False
+    connection.execute(sa.update(Campaign).where(Campaign.id == campaign_id).values(updated_at=now))
+    return True
 
 
-def release(connection: Connection, campaign_id: int, now: dt.datetime) -> bool:
-    """End a hold; false if there was none."""
-    go_on = sa.update(Campaign).where(Campaign.id == campaign_id, Campaign.held_reason.is_not(None)).values(held_reason=None, updated_at=now)
-    return connection.execute(go_on).rowcount == 1
+def release(connection: Connection, campaign_id: int, by_whom: str, now: dt.datetime) -> bool:
+    """End the campaign's own hold; false if there was none. What went wrong before now counts no more."""
+    if not holds.release(connection, Scope(Kind.CAMPAIGN, campaign_id), by_whom, now):
+        return False
+    connection.execute(sa.update(Campaign).where(Campaign.id == campaign_id).values(updated_at=now))
+    return True
 
 
 def _current(connection: Connection, campaign_id: int) -> tuple[str, CampaignState]:

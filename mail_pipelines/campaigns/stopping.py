@@ -17,6 +17,7 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, CampaignCounter, CampaignMinute, EngagementEvent, State
 from mail_pipelines.delivery.breakers import CampaignRules, Counts, campaign_rules
 from mail_pipelines.delivery.classes import Action, classes_of
+from mail_pipelines.dispatch import holds
 
 _ANSWERS = (State.DELIVERED, State.BOUNCED, State.DEFERRED)
 _REASONS = {
@@ -29,7 +30,7 @@ def stop_bad(engine: Engine, now: dt.datetime, rules: CampaignRules | None = Non
     """Hold sending campaigns whose answers pass a limit; returns the reason of each that was held now, by key."""
     rules = rules or campaign_rules()
     with reading(engine) as connection:
-        query = sa.select(Campaign.id, Campaign.key, Campaign.updated_at).where(Campaign.state == "sending", Campaign.held_reason.is_(None))
+        query = sa.select(Campaign.id, Campaign.key, Campaign.updated_at).where(Campaign.state == "sending", ~holds.over_campaigns())
         reasons = {row.id: (row.key, _reason(connection, row.id, row.updated_at, now, rules)) for row in connection.execute(query).all()}
     held = {}
     for campaign_id, (key, reason) in reasons.items():

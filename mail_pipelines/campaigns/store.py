@@ -16,8 +16,11 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Definition, OnUnknown, Priority, Unsubscribe
 from mail_pipelines.campaigns.states import CampaignState, StateError
 from mail_pipelines.database import models
+from mail_pipelines.dispatch import holds
 from mail_pipelines.errors import nearest
 from mail_pipelines.keys import check_key
+
+_OVERFLOW = sa.orm.aliased(models.Pool)
 
 
 def create(connection: Connection, definition: Definition, now: dt.datetime) -> Campaign:
@@ -58,7 +61,8 @@ def _columns(connection: Connection, definition: Definition, now: dt.datetime) -
     return {
         "name": definition.name,
         "brand_id": _id_of(connection, models.Brand, definition.brand, "brand"),
-        "pool_id": None if definition.pool is None else _id_of(connection, models.Pool, definition.pool, "pool"),
+        "pool_id": _id_of(connection, models.Pool, definition.pool, "pool"),
+        "overflow_pool_id": None if definition.overflow_pool is None else _id_of(connection, models.Pool, definition.overflow_pool, "pool"),
         "segments": {"include": list(definition.include), "exclude": list(definition.exclude)},
         "unsubscribe": definition.unsubscribe.value,
         "unsubscribe_list_id": None if definition.list is None else _id_of(connection, models.ContactList, definition.list, "list"),
@@ -100,10 +104,12 @@ def select(
             models.Campaign.__table__,
             models.Brand.key.label("brand_key"),
             models.Pool.key.label("pool_key"),
+            _OVERFLOW.key.label("overflow_pool_key"),
             models.ContactList.key.label("list_key"),
         )
         .join(models.Brand, models.Brand.id == models.Campaign.brand_id)
-        .outerjoin(models.Pool, models.Pool.id == models.Campaign.pool_id)
+        .join(models.Pool, models.Pool.id == models.Campaign.pool_id)
+        .outerjoin(_OVERFLOW, _OVERFLOW.id == models.Campaign.overflow_pool_id)
         .outerjoin(models.ContactList, models.ContactList.id == models.Campaign.unsubscribe_list_id)
         .where(where)
         .order_by(*order_by)
@@ -112,10 +118,11 @@ def select(
     if for_update:
         # The campaign's row first and alone, so that nobody waits for a brand or a list.
         connection.execute(sa.select(models.Campaign.id).where(where).with_for_update()).all()
-    return [_campaign(row) for row in connection.execute(query)]
+    in_force = holds.in_force(connection)
+    return [_campaign(row, in_force) for row in connection.execute(query)]
 
 
-def _campaign(row: sa.Row[Any]) -> Campaign:
+def _campaign(row: sa.Row[Any], in_force: holds.InForce) -> Campaign:
     definition = Definition(
         name=row.name,
         key=row.key,
@@ -123,6 +130,7 @@ def _campaign(row: sa.Row[Any]) -> Campaign:
         exclude=tuple(row.segments["exclude"]),
         brand=row.brand_key,
         pool=row.pool_key,
+        overflow_pool=row.overflow_pool_key,
         unsubscribe=Unsubscribe(row.unsubscribe),
         list=row.list_key,
         on_unknown=OnUnknown(row.on_unknown),
@@ -135,7 +143,7 @@ def _campaign(row: sa.Row[Any]) -> Campaign:
         id=row.id,
         definition=definition,
         state=CampaignState(row.state),
-        held_reason=row.held_reason,
+        hold=in_force.over_campaign(row.id, row.brand_id, row.pool_id),
         brand_id=row.brand_id,
         pool_id=row.pool_id,
         list_id=row.unsubscribe_list_id,

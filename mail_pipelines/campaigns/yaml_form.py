@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from mail_pipelines.campaigns.campaign import CampaignError, Definition, OnUnknown, Priority, Unsubscribe
+from mail_pipelines.campaigns.campaign import DEFAULT_POOL, CampaignError, Definition, OnUnknown, Priority, Unsubscribe
 from mail_pipelines.errors import nearest
 from mail_pipelines.keys import InvalidKey, check_key, slug
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mail_pipelines.messages.content import Content
 
 T = TypeVar("T")
-_KEYS = ("name", "key", "brand", "pool", "segments", "unsubscribe", "on_unknown", "priority", "start_at", "finish_by", "expire_at", "content")
+_KEYS = ("name", "key", "brand", "pool", "overflow_pool", "segments", "unsubscribe", "on_unknown", "priority", "start_at", "finish_by", "expire_at", "content")
 
 
 class FormError(CampaignError):
@@ -70,7 +70,8 @@ def from_tree(tree: object) -> Document:
         include=_segment_keys(_given(segments, "include", "segments."), "segments.include"),
         exclude=_segment_keys(segments.get("exclude", []), "segments.exclude"),
         brand=_key(document.get("brand", "default"), "brand"),
-        pool=None if document.get("pool") is None else _key(document["pool"], "pool"),
+        pool=_key(document.get("pool", DEFAULT_POOL), "pool"),
+        overflow_pool=None if document.get("overflow_pool") is None else _key(document["overflow_pool"], "overflow_pool"),
         unsubscribe=unsubscribe,
         list=list_key,
         on_unknown=_choice(document.get("on_unknown", OnUnknown.HOLD.value), "on_unknown", {choice.value: choice for choice in OnUnknown}),
@@ -194,6 +195,7 @@ def to_tree(document: Document) -> dict[str, Any]:
         "key": definition.key,
         "brand": definition.brand,
         "pool": definition.pool,
+        "overflow_pool": definition.overflow_pool,
         "segments": {"include": list(definition.include), "exclude": list(definition.exclude)},
         "unsubscribe": f"list {definition.list}" if definition.unsubscribe is Unsubscribe.LIST else definition.unsubscribe.value,
         "on_unknown": definition.on_unknown.value,

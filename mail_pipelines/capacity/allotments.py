@@ -3,36 +3,65 @@
 A slot is 15 minutes. A server's room for a provider in a slot is the least its limits allow; it is shared among the
 campaigns by the weight of their priority. Grants only ever rise within a slot here, so no session is cut short; only a breaker that opens
 takes them away, and gets no new ones.
+
+Servers of a campaign's overflow pool are granted a provider only where no server of its own pool can send to it: is active, speaking and not held,
+with its breaker not open, and has limits left in this slot, hour and day.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.capacity import breakers
 from mail_pipelines.database.engine import database_now, is_mysql, transact
-from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, ProviderLimit, Server, State
+from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, ProviderLimit, ProviderUsage, State
 from mail_pipelines.delivery.breakers import provider_rules
-from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
+from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at, windows_at
+from mail_pipelines.dispatch import holds, servers
 
 # Weight of priority low, normal, high, urgent.
 PRIORITY_WEIGHTS = (1, 4, 16, 64)
 _WAITING = (State.PENDING, State.DEFERRED)
+_LIMITS = (ProviderLimit.server_id, ProviderLimit.provider, ProviderLimit.per_second, ProviderLimit.per_hour, ProviderLimit.per_day)
 
 
-def fill(engine: Engine, now: dt.datetime | None = None) -> int:
+@dataclass(frozen=True)
+class _Server:
+    """An active server that is not held. `speaks`: its heartbeat is young."""
+
+    id: int
+    pool_id: int
+    speaks: bool
+
+
+@dataclass(frozen=True)
+class _Campaign:
+    """A campaign with rows waiting for a provider: its weight, and the pools that may send it."""
+
+    id: int
+    weight: int
+    pool_id: int
+    overflow_pool_id: int | None
+
+
+def fill(engine: Engine, heartbeat_seconds: float, now: dt.datetime | None = None) -> int:
     """Grant the current and the next slot to all sending campaigns; returns how many grants were made or raised."""
 
     def work(connection: Connection) -> int:
         moment = now or database_now(connection)
-        grants = _grants(connection)
+        own, overflow = _grants(connection, moment, heartbeat_seconds)
+        # Whether the next slot needs the overflow pools will be seen when it comes.
+        slots = {slot_at(moment): own | overflow, slot_at(moment) + SLOT_SECONDS: own}
         rows = [
             {"campaign_id": campaign, "server_id": server, "provider": provider, "slot_start": start, "granted": granted, "used": 0}
-            for start in (slot_at(moment), slot_at(moment) + SLOT_SECONDS)
+            for start, grants in slots.items()
             for (campaign, server, provider), granted in sorted(grants.items())
         ]
         return _raise(connection, rows)
@@ -40,37 +69,77 @@ def fill(engine: Engine, now: dt.datetime | None = None) -> int:
     return transact(engine, work)
 
 
-def _grants(connection: Connection) -> dict[tuple[int, int, str], int]:
-    """Messages a slot: (campaign, server, provider) → grant."""
-    waiting = connection.execute(
-        sa.select(CampaignCounter.campaign_id, CampaignCounter.provider, Campaign.priority)
-        .join(Campaign, Campaign.id == CampaignCounter.campaign_id)
-        .where(Campaign.state == "sending", Campaign.held_reason.is_(None), CampaignCounter.state.in_([int(state) for state in _WAITING]))
-        .group_by(CampaignCounter.campaign_id, CampaignCounter.provider, Campaign.priority)
-        .having(sa.func.sum(CampaignCounter.count) > 0)
-    ).all()
-    demand: defaultdict[str, dict[int, int]] = defaultdict(dict)
-    for campaign, provider, priority in waiting:
-        demand[provider][campaign] = PRIORITY_WEIGHTS[priority]
+_Grants = dict[tuple[int, int, str], int]
+
+
+def _grants(connection: Connection, now: dt.datetime, heartbeat_seconds: float) -> tuple[_Grants, _Grants]:
+    """Messages a slot, (campaign, server, provider) → grant: of the campaigns' own pools, and of their overflow pools."""
+    held = holds.in_force(connection)
+    fleet = [
+        _Server(server.id, server.pool_id, not server.is_silent(now, heartbeat_seconds))
+        for server in servers.all_servers(connection)
+        if server.state == "active" and held.over_server(server.id, server.pool_id) is None
+    ]
     stopped = breakers.not_closed(connection)
-    servers = connection.execute(sa.select(Server.id).where(Server.state == "active")).scalars().all()
-    limits = {
-        (row.server_id, row.provider): _per_slot(row.per_second, row.per_hour, row.per_day)
-        for row in connection.execute(
-            sa.select(ProviderLimit.server_id, ProviderLimit.provider, ProviderLimit.per_second, ProviderLimit.per_hour, ProviderLimit.per_day)
-        )
-    }
-    grants = {}
-    for server in servers:
-        for provider, weights in demand.items():
-            room = next((limits[place] for place in ((server, provider), (server, "*"), (0, provider), (0, "*")) if place in limits), 0)
-            total = sum(weights.values())
-            state = stopped.get((server, provider), breakers.CLOSED)
-            for campaign, weight in weights.items():
-                share = max(1, room * weight // total) if room else 0
-                if state != breakers.OPEN:
-                    grants[campaign, server, provider] = share if state == breakers.CLOSED else min(share, provider_rules().trial_messages)
-    return grants
+    caps = {(row.server_id, row.provider): row for row in connection.execute(sa.select(*_LIMITS))}
+    used = _used(connection, now)
+    own: _Grants = {}
+    overflow: _Grants = {}
+    for provider, campaigns in _demand(connection).items():
+        if held.over_provider(provider):
+            continue
+        # The limits that fit best: as in a claim.
+        limits = {
+            server.id: next((caps[place] for place in ((server.id, provider), (server.id, "*"), (0, provider), (0, "*")) if place in caps), None)
+            for server in fleet
+        }
+        open_to = [server for server in fleet if stopped.get((server.id, provider)) != breakers.OPEN]
+        able = {server.pool_id for server in open_to if server.speaks and _has_room(limits[server.id], used[server.id, provider])}
+        for server in open_to:
+            row = limits[server.id]
+            room = 0 if row is None else _per_slot(row.per_second, row.per_hour, row.per_day)
+            ours = [campaign for campaign in campaigns if campaign.pool_id == server.pool_id]
+            theirs = [campaign for campaign in campaigns if campaign.overflow_pool_id == server.pool_id and campaign.pool_id not in able | {server.pool_id}]
+            total = sum(campaign.weight for campaign in (*ours, *theirs))
+            for grants, campaigns_of in ((own, ours), (overflow, theirs)):
+                for campaign in campaigns_of:
+                    share = max(1, room * campaign.weight // total) if room else 0
+                    trial = (server.id, provider) in stopped
+                    grants[campaign.id, server.id, provider] = min(share, provider_rules().trial_messages) if trial else share
+    return own, overflow
+
+
+def _demand(connection: Connection) -> dict[str, list[_Campaign]]:
+    """Campaigns with rows waiting, by provider."""
+    columns = (Campaign.id, CampaignCounter.provider, Campaign.priority, Campaign.pool_id, Campaign.overflow_pool_id)
+    waiting = connection.execute(
+        sa.select(*columns)
+        .join_from(CampaignCounter, Campaign, Campaign.id == CampaignCounter.campaign_id)
+        .where(Campaign.state == "sending", ~holds.over_campaigns(), CampaignCounter.state.in_([int(state) for state in _WAITING]))
+        .group_by(*columns)
+        .having(sa.func.sum(CampaignCounter.count) > 0)
+    )
+    demand: defaultdict[str, list[_Campaign]] = defaultdict(list)
+    for row in waiting:
+        demand[row.provider].append(_Campaign(row.id, PRIORITY_WEIGHTS[row.priority], row.pool_id, row.overflow_pool_id))
+    return demand
+
+
+def _used(connection: Connection, now: dt.datetime) -> defaultdict[tuple[int, str], dict[int, int]]:
+    """Messages debited in the windows of this moment: (server, provider) → length of the window → messages."""
+    used: defaultdict[tuple[int, str], dict[int, int]] = defaultdict(dict)
+    windows = sa.or_(*(sa.and_(ProviderUsage.window_seconds == length, ProviderUsage.window_start == start) for length, start in windows_at(now)))
+    for row in connection.execute(sa.select(ProviderUsage.server_id, ProviderUsage.provider, ProviderUsage.window_seconds, ProviderUsage.used).where(windows)):
+        used[row.server_id, row.provider][row.window_seconds] = row.used
+    return used
+
+
+def _has_room(limits: Any, used: Mapping[int, int]) -> bool:
+    """Whether a server may send another message to a provider in this slot, hour and day; `limits` as in `provider_limits`."""
+    if limits is None:
+        return False
+    caps = {SLOT_SECONDS: int(limits.per_second * SLOT_SECONDS), 3600: limits.per_hour, 86400: limits.per_day}
+    return all(cap is None or used.get(length, 0) < cap for length, cap in caps.items())
 
 
 def _per_slot(per_second: float, per_hour: int | None, per_day: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import getpass
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,11 @@ def _time(moment: dt.datetime | None) -> str:
 
 
 def _say(campaign: Campaign) -> None:
-    held = f", held: {campaign.held_reason}" if campaign.held_reason else ""
-    console.print(f"campaign {campaign.key} is {campaign.state}{held}", markup=False)
+    console.print(f"campaign {campaign.key} is {campaign.state}{_held(campaign)}", markup=False)
+
+
+def _held(campaign: Campaign) -> str:
+    return f"; {campaign.hold} ({campaign.hold.by})" if campaign.hold else ""
 
 
 @app.command("import")
@@ -89,7 +93,7 @@ def list_() -> None:
     table.columns[4].justify = "right"
     for campaign in campaigns:
         counts = campaign.audience_counts
-        state = f"{campaign.state} (held)" if campaign.held_reason else str(campaign.state)
+        state = f"{campaign.state} (held)" if campaign.hold else str(campaign.state)
         table.add_row(campaign.key, escape(campaign.definition.name), state, _time(campaign.definition.start_at), f"{counts['audience']:,}" if counts else "")
     console.print(table)
 
@@ -110,10 +114,10 @@ def show(key: Key) -> None:
         "key": campaign.key,
         "name": definition.name,
         "state": campaign.state,
-        "held": campaign.held_reason,
+        "held": f"{campaign.hold} ({campaign.hold.by})" if campaign.hold else None,
         "segments": ", ".join(definition.include) + (f" without {', '.join(definition.exclude)}" if definition.exclude else ""),
         "brand": definition.brand,
-        "pool": definition.pool,
+        "pool": definition.pool + (f", overflow {definition.overflow_pool}" if definition.overflow_pool else ""),
         "unsubscribe": f"list {definition.list}" if definition.list else definition.unsubscribe,
         "on unknown": definition.on_unknown,
         "priority": definition.priority.name.lower(),
@@ -189,7 +193,7 @@ def resume(key: Key) -> None:
     """Let a paused campaign send again; release a held one."""
     from mail_pipelines.campaigns import scheduling
 
-    _say(scheduling.resume(open_engine(), key, _now()))
+    _say(scheduling.resume(open_engine(), key, _now(), getpass.getuser()))
 
 
 @app.command()
@@ -261,8 +265,7 @@ def _status(engine: sa.Engine, key: str) -> tuple[Table, bool]:
         rates = {
             state.name.lower(): progress.per_minute(connection, campaign.id, state, _now()) for state in State if state.is_final or state is State.DEFERRED
         }
-    held = f", held: {campaign.held_reason}" if campaign.held_reason else ""
-    table = Table("state", "recipients", "share", "a minute", title=escape(f"{campaign.key} is {campaign.state}{held}"), title_justify="left")
+    table = Table("state", "recipients", "share", "a minute", title=escape(f"{campaign.key} is {campaign.state}{_held(campaign)}"), title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, count in totals.parts().items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from mail_pipelines.commands.context import console, open_engine, settings
 
@@ -21,24 +23,42 @@ def list_servers() -> None:
     from rich.table import Table
 
     from mail_pipelines.database.engine import database_now, reading
-    from mail_pipelines.dispatch import audit, servers
+    from mail_pipelines.dispatch import audit, holds, pools, servers
 
-    table = Table("server", "kind", "address", "state", "heartbeat", "alarms")
+    table = Table("server", "kind", "pool", "address", "state", "heartbeat", "alarms")
     with reading(open_engine()) as connection:
         now = database_now(connection)
         audits = audit.standings(connection)
+        held = holds.in_force(connection)
+        keys = pools.keys(connection)
         for server in servers.all_servers(connection):
             silent = server.is_silent(now, settings().server.heartbeat_seconds)
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
             table.add_row(
                 server.key,
                 server.kind,
+                keys[server.pool_id],
                 f"{server.host}:{server.port}",
-                server.state,
+                f"{server.state} (held)" if held.over_server(server.id, server.pool_id) else server.state,
                 f"{beat}{' (silent)' if silent else ' (log disk full)' if server.shortage else ''}",
                 _alarms(audits.get(server.key)),
             )
     console.print(table)
+
+
+def _health(health: Mapping[str, Any]) -> dict[str, str]:
+    """What the last heartbeat told."""
+    found = {}
+    if "version" in health:
+        found["mail server"] = str(health["version"])
+    if "load" in health:
+        found["load"] = f"{health['load']:.2f}"
+        found["disk of its log"] = f"{health['free_mb']:,} MB free"
+    if "queue" in health:
+        found["queue"] = f"{health['queue']:,} messages"
+    if error := health.get("error"):
+        found["last error"] = f"{error['at']} {error['what']}: {error['text']}"
+    return found
 
 
 def _alarms(standing: Standing | None) -> str:
@@ -51,25 +71,40 @@ def _alarms(standing: Standing | None) -> str:
 
 @app.command("show")
 def show(name: str) -> None:
-    """One server: which providers it has stopped sending to, and what the audits of its log have found so far."""
+    """One server: its state and health, which providers it has stopped sending to, and what the audits of its log have found so far."""
     from rich.table import Table
 
     from mail_pipelines.capacity import breakers
-    from mail_pipelines.database.engine import reading
-    from mail_pipelines.dispatch import audit, servers
+    from mail_pipelines.database.engine import database_now, reading
+    from mail_pipelines.dispatch import audit, holds, pools, registry, servers
 
+    interval = settings().server.heartbeat_seconds
     with reading(open_engine()) as connection:
         server = servers.find(connection, name)
+        silent = server.is_silent(database_now(connection), interval)
+        claims = registry.open_claims(connection, server.id)
+        pool = pools.keys(connection)[server.pool_id]
+        draining = server.state == registry.ServerState.DRAINING
+        left = registry.left(connection, server, interval) if draining else []
         standing = audit.standings(connection).get(name)
+        hold = holds.in_force(connection).over_server(server.id, server.pool_id)
         stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
     table = Table(show_header=False, box=None)
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
+    table.add_row("pool", pool)
     table.add_row("address", f"{server.host}:{server.port}")
-    table.add_row("state", server.state)
-    table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC" if server.heartbeat_at else "never")
+    table.add_row("state", "drained" if draining and not claims else server.state)
+    for reason in left:
+        table.add_row("before it retires", reason)
+    if hold is not None:
+        table.add_row("held", escape(f"{hold} ({hold.by})"))
+    table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC{' (silent)' if silent else ''}" if server.heartbeat_at else "never")
     if server.shortage:
         table.add_row("sends nothing", server.shortage)
+    for what, value in _health(server.health or {}).items():
+        table.add_row(what, escape(value))
+    table.add_row("open claims", f"{claims:,}")
     for breaker in stopped:
         until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
         table.add_row(f"to {breaker.provider}", f"{'stopped' if breaker.state == breakers.OPEN else 'on trial'}{until}, {breaker.reason}")
@@ -93,32 +128,54 @@ def add(
     port: Annotated[int, typer.Option(help="port it listens on")],
     host: str = "127.0.0.1",
     kind: Annotated[Kind, typer.Option(help="what serves there")] = Kind.CATCHER,
+    pool: Annotated[str | None, typer.Option(help="its pool; without it the default one")] = None,
 ) -> None:
     """Register the server NAME (started by `mail-pipelines catcher run NAME` or `mail-pipelines exim run NAME`)."""
     import datetime as dt
 
     from mail_pipelines.dispatch import servers
 
-    server = servers.register(open_engine(), name, kind=kind.value, host=host, port=port, now=dt.datetime.now(dt.UTC))
+    server = servers.register(open_engine(), name, kind=kind.value, host=host, port=port, now=dt.datetime.now(dt.UTC), pool=pool)
     console.print(f"server {server.key} at {server.host}:{server.port} is {server.state}")
 
 
-@app.command("state")
-def state(name: str, state: str) -> None:
-    """Set the state of a server: active, paused, draining, retired or lost. Sending reacts within seconds.
+@app.command("activate")
+def activate(name: str) -> None:
+    """Let a paused, draining or lost server send again."""
+    _move(name, "activate")
 
-    `lost` is for a server that will not come back: what it had in hand becomes unknown.
-    """
-    from mail_pipelines.database.engine import reading
-    from mail_pipelines.dispatch import servers, settlement
 
-    engine = open_engine()
-    with reading(engine) as connection:
-        found = servers.find(connection, name)
-    servers.set_state(engine, name, state)
+@app.command("pause")
+def pause(name: str) -> None:
+    """Stop a server: it claims nothing more, and what it is late with is not sent."""
+    _move(name, "pause")
+
+
+@app.command("drain")
+def drain(name: str) -> None:
+    """Let a server end what it has in hand and claim nothing more; `server show` says when it is drained."""
+    _move(name, "drain")
+
+
+def _move(name: str, verb: str) -> None:
+    from mail_pipelines.database.engine import transact
+    from mail_pipelines.dispatch import registry
+
+    state = transact(open_engine(), lambda connection: registry.move(connection, name, verb))
     console.print(f"server {name} is {state}")
-    if state == "lost":
-        console.print(f"{settlement.give_up(engine, found.id):,} recipients it had in hand are unknown now")
+
+
+@app.command("retire")
+def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its host will not come back: what it has in hand becomes unknown")] = False) -> None:
+    """Take a paused or drained server out for good, once nothing is in its hands and its log has been read."""
+    from mail_pipelines.dispatch import registry
+
+    if lost:
+        rows = registry.retire_lost(open_engine(), name)
+        console.print(f"server {name} is retired; {rows:,} recipients it had in hand are unknown now")
+    else:
+        registry.retire(open_engine(), name, settings().server.heartbeat_seconds)
+        console.print(f"server {name} is retired")
 
 
 @app.command("retry")

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database.engine import DatabaseError, explained, transact
-from mail_pipelines.database.models import Brand, LedgerGeneration, Pool
+from mail_pipelines.database.models import DEFAULT_POOL, Brand, LedgerGeneration, Pool
 from mail_pipelines.database.procedures import installation
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _seed(connection: Connection) -> None:
     now = dt.datetime.now(dt.UTC)
     for table, row in (
         (Brand, {"id": 1, "key": "default", "name": "Default", "postal_address": "", "created_at": now}),
-        (Pool, {"id": 1, "key": "default", "overflow_pool_id": None}),
+        (Pool, {"id": DEFAULT_POOL, "key": "default", "overflow_pool_id": None}),
         (LedgerGeneration, {"id": 1, "generation": str(uuid.uuid4()), "created_at": now}),
     ):
         if connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one() == 0:

@@ -17,6 +17,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from mail_pipelines.database.types import BigId, Blob, EnhancedCode, Hash16, LongText, OrZero, TinyInt, UtcDateTime, ascii_string
 
 KEY_LENGTH = 64
+# The row of the pool `default`, which every installation has.
+DEFAULT_POOL = 1
 MYSQL = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mariadb_engine": "InnoDB", "mariadb_charset": "utf8mb4"}
 
 
@@ -174,16 +176,17 @@ class Segment(Base):
 
 
 class Campaign(Base):
-    """One mailing. `campaigns.states` has the moves between states; `held_reason` stops a campaign in any state."""
+    """One mailing. `campaigns.states` has the moves between states; a hold (`holds`) stops a campaign in any state."""
 
     __tablename__ = "campaigns"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
     key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
     name: Mapped[str] = mapped_column(sa.String(200))
     state: Mapped[str] = mapped_column(ascii_string(16))
-    held_reason: Mapped[str | None] = mapped_column(sa.String(500))
     brand_id: Mapped[int] = mapped_column(sa.ForeignKey("brands.id"))
-    pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
+    pool_id: Mapped[int] = mapped_column(sa.ForeignKey("pools.id"), nullable=True, default=DEFAULT_POOL)
+    # Not a foreign key, which SQLite cannot add to a table.
+    overflow_pool_id: Mapped[int | None] = mapped_column(sa.Integer)
     # {"include": [segment keys], "exclude": [segment keys]}
     segments: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
     # all, brand, or list (then `unsubscribe_list_id`): what the unsubscribe link ends, and which suppressions count.
@@ -288,11 +291,12 @@ class DkimKey(Base):
 
 
 class Pool(Base):
-    """A group of servers; a campaign sends only through its pool, or that pool's overflow."""
+    """A group of servers; a campaign sends only through its pool, or its overflow pool (`capacity.pools`)."""
 
     __tablename__ = "pools"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
     key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    # Not used: campaigns name their own. SQLite could drop it only with the whole table.
     overflow_pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
     __table_args__ = (MYSQL,)
 
@@ -305,7 +309,7 @@ class Server(Base):
     key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
     # catcher or exim: which journal its log is.
     kind: Mapped[str] = mapped_column(ascii_string(16))
-    pool_id: Mapped[int | None] = mapped_column(sa.ForeignKey("pools.id"))
+    pool_id: Mapped[int] = mapped_column(sa.ForeignKey("pools.id"), nullable=True, default=DEFAULT_POOL)
     # active, paused, draining, retired, lost; provisioning adds its own
     state: Mapped[str] = mapped_column(ascii_string(16))
     host: Mapped[str] = mapped_column(sa.String(253))
@@ -393,6 +397,26 @@ class DomainHealth(Base):
 
 
 # --- sending ----------------------------------------------------------------------------------------------------
+
+
+class Hold(Base):
+    """What is stopped until it is released (`dispatch.holds`). Released holds stay, as the record of who decided what and when.
+
+    `scope_kind` is everything, brand, campaign, pool, server or provider; `scope_id` is 0 for everything and a provider, `provider` empty for all others.
+    """
+
+    __tablename__ = "holds"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    scope_kind: Mapped[str] = mapped_column(ascii_string(10))
+    scope_id: Mapped[int] = mapped_column(sa.Integer)
+    provider: Mapped[str] = mapped_column(ascii_string(32))
+    reason: Mapped[str] = mapped_column(sa.String(500))
+    by_whom: Mapped[str] = mapped_column(sa.String(100))
+    created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    released_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    released_by: Mapped[str | None] = mapped_column(sa.String(100))
+    # A claim looks for holds that are not released, of which there is hardly ever one.
+    __table_args__ = (sa.Index(None, "released_at"), MYSQL)
 
 
 class Claim(Base):

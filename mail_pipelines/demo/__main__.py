@@ -99,8 +99,8 @@ def follow(engine: Engine, processes: Processes) -> None:
                 bar.update(task, description=words, total=totals.audience, completed=totals.audience - totals.open)
             else:
                 bar.update(task, description=str(now.state))
-            if now.held_reason:
-                raise MailPipelinesError(f"the campaign is held: {now.held_reason}")
+            if now.hold:
+                raise MailPipelinesError(str(now.hold))
             return now.state is CampaignState.FINISHED
 
         processes.wait_until_ready(finished, seconds=end - time.monotonic(), what="the campaign")

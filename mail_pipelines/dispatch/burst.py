@@ -43,7 +43,7 @@ _TAKEN = Ending.DELIVERED
 # What Exim says of a host that did not answer.
 _SILENCE = "timed out"
 _WATCH_SECONDS = 0.1
-# So often a burst asks whether its campaign is still to be sent.
+# So often a burst asks whether it is still to be sent.
 _ASK_AGAIN_SECONDS = 2.0
 # A runner that found nothing to do is started again after this, doubled each time.
 _IDLE_SECONDS = 0.1
@@ -111,7 +111,7 @@ class BurstLane(Lane):
                 seen = told
                 if time.monotonic() > asked_again + _ASK_AGAIN_SECONDS:
                     asked_again = time.monotonic()
-                    if not await in_thread(self._look_up, wanted.campaign, batch.claimed.ref.campaign_id):
+                    if not await in_thread(self._look_up, wanted.claim, batch.claimed.ref):
                         # The next claim will say why.
                         batch.end()
                 if not permit.is_valid(batch.granted.path.parent, batch.granted.name):

@@ -72,6 +72,10 @@ class ServerFolders:
     def memory(self) -> Path:
         return self.log / "memory.json"
 
+    @property
+    def last_error(self) -> Path:
+        return self.log / "last-error.json"
+
     def make(self) -> None:
         for folder in (self.permits, self.gates, self.pacers, self.sessions, self.log, self.mail):
             folder.mkdir(parents=True, exist_ok=True)

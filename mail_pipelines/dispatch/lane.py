@@ -23,7 +23,7 @@ from mail_pipelines.delivery import domain_health
 from mail_pipelines.delivery.domain_health import Lesson
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import Result, record
-from mail_pipelines.dispatch import claims, permit, servers, settlement
+from mail_pipelines.dispatch import claims, last_error, permit, servers, settlement
 from mail_pipelines.dispatch.batch import Batch, drafted
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Row
@@ -221,6 +221,7 @@ class Lane:
                 self._wait(str(error), _NO_SERVER_SECONDS)
                 await self._herald.close()
                 self._herald = self._connection()
+        last_error.keep(self.session.folders, f"session {self.session.run_id}", self.reason)
         return False
 
     def _pace(self) -> float:
@@ -347,9 +348,9 @@ class Lane:
         """Whether the message may still be sent, now that its destination has taken the recipient. Late ones ask what was decided meanwhile."""
         if time.monotonic() <= batch.deadline:
             return True
-        return await in_thread(self._look_up, wanted.message, batch.claimed.ref.campaign_id, row.contact_id)
+        return await in_thread(self._look_up, wanted.message, batch.claimed.ref, row.contact_id)
 
-    def _look_up(self, question: Callable[..., bool], *arguments: int) -> bool:
+    def _look_up(self, question: Callable[..., bool], *arguments: object) -> bool:
         with reading(self.session.engine) as connection:
             return question(connection, *arguments)
 
@@ -394,7 +395,9 @@ class Lane:
         refusals = [offer.refusal for contact_id, offer in batch.offers.items() if contact_id in released and offer.refusal and offer.next is Next.GO_ON]
         if refusals:
             # The destination was never asked, so trying again would go on for ever.
-            raise SessionOver(f"the mail server {session.server.key} itself refuses messages: {mask_addresses(refusals[0])[:120]}")
+            reason = f"the mail server {session.server.key} itself refuses messages: {mask_addresses(refusals[0])[:120]}"
+            last_error.keep(session.folders, f"session {session.run_id}", reason)
+            raise SessionOver(reason)
 
     async def _results(self, batch: Batch) -> list[Result]:
         """The end of every row: by the journal, or that no message could be made."""

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, Server, State
 from mail_pipelines.delivery.recording import slot_at
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.dispatch.due import senders
 
 # A tick looks at no more campaigns and asks for no more runs than this.
@@ -39,7 +39,12 @@ class Opening:
 def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
     """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
     active = {server.id: server for server in servers.all_servers(connection) if server.state == "active"}
-    fleet = {number: server for number, server in active.items() if not server.is_silent(now, heartbeat_seconds) and not server.shortage}
+    held = holds.in_force(connection)
+    fleet = {
+        number: server
+        for number, server in active.items()
+        if not server.is_silent(now, heartbeat_seconds) and not server.shortage and not held.over_server(number, server.pool_id)
+    }
     busy = Counter(opening.server for opening in in_flight)
     free = {number: slots - busy[server.key] for number, server in fleet.items()}
     found: list[Opening] = []
@@ -63,11 +68,14 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
         waiting = _waiting(connection, campaign.id)
         due: defaultdict[int, dict[str, set[int] | None]] = defaultdict(dict)
         for (shard, provider), may_send in senders(connection, campaign.id, now.timestamp() + START_SECONDS).items():
-            due[shard][provider] = may_send
+            if not held.over_provider(provider):
+                due[shard][provider] = may_send
         worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
         # Shards that nobody works on first, the fullest before the others; a second server joins a shard only after that.
         for shard in sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values()))):
             able = [server for server in free if free[server] > 0 and _has_work(server, due[shard], unspent[server])]
+            # A grant may be of a time before the server or the campaign changed its pool.
+            able = [server for server in able if fleet[server].pool_id in (campaign.pool_id, campaign.overflow_pool_id)]
             able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
             if able:
                 start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
@@ -81,8 +89,8 @@ def _has_work(server_id: int, due: Mapping[str, Collection[int] | None], unspent
     return any(provider in unspent and (may_send is None or server_id in may_send) for provider, may_send in due.items())
 
 
-def _sending(connection: Connection) -> list[sa.Row[int, str]]:
-    query = sa.select(Campaign.id, Campaign.key).where(Campaign.state == "sending", Campaign.held_reason.is_(None))
+def _sending(connection: Connection) -> list[sa.Row[int, str, int, int | None]]:
+    query = sa.select(Campaign.id, Campaign.key, Campaign.pool_id, Campaign.overflow_pool_id).where(Campaign.state == "sending", ~holds.over_campaigns())
     return list(connection.execute(query.order_by(Campaign.priority.desc(), Campaign.started_at, Campaign.id).limit(CAMPAIGNS_A_TICK)))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,8 +48,8 @@ class Presence:
 
 
 @contextmanager
-def speaking_for(settings: Settings, key: str) -> Iterator[Presence]:
-    """Take the name of the registered server `key` for as long as the block runs.
+def speaking_for(settings: Settings, key: str, facts: Callable[[], Mapping[str, object]] = dict) -> Iterator[Presence]:
+    """Take the name of the registered server `key` for as long as the block runs; each beat tells `facts` too.
 
     Raises `AlreadyRunning` or `NameTaken` if another process is this server, and `WentBack` if the database is older than the server knows it.
     """
@@ -60,7 +60,7 @@ def speaking_for(settings: Settings, key: str) -> Iterator[Presence]:
         info = servers.find(connection, key)
     interval = settings.server.heartbeat_seconds
     with only_one(folders.log / "lock", f"server {key}"):
-        heartbeat = servers.Heartbeat(engine, key, folders, interval)
+        heartbeat = servers.Heartbeat(engine, key, folders, interval, facts)
         heartbeat.start()
         yield Presence(info, folders, heartbeat, interval, Settler(engine, settings, info))
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Engine
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Campaign, Claim
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.dispatch.due import open_rows
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.session import Report, Session, journal_of
@@ -40,9 +40,12 @@ class Plan:
 def plan(engine: Engine, campaign: str, shard: int) -> Plan:
     """Look at the campaign and the shard. Rows move only while the campaign is sending, whatever asks for a run."""
     with reading(engine) as connection:
-        row = connection.execute(sa.select(Campaign.id, Campaign.state, Campaign.held_reason, Campaign.shards).where(Campaign.key == campaign)).one_or_none()
+        row = connection.execute(
+            sa.select(Campaign.id, Campaign.state, Campaign.brand_id, Campaign.pool_id, Campaign.shards).where(Campaign.key == campaign)
+        ).one_or_none()
         if row is None:
             return Plan(campaign, None, False, False, 0, "there is no such campaign")
+        hold = holds.in_force(connection).over_campaign(row.id, row.brand_id, row.pool_id)
         left = open_rows(connection, row.id, shard)
         unsettled = connection.execute(sa.exists().where(Claim.campaign_id == row.id, Claim.shard == shard, Claim.state != "closed").select()).scalar_one()
     final = row.state in _FROZEN and not left
@@ -51,8 +54,8 @@ def plan(engine: Engine, campaign: str, shard: int) -> Plan:
         return Plan(campaign, row.id, True, final, left, "")
     if row.state != "sending":
         return Plan(campaign, row.id, False, final, left, f"the campaign is {row.state}")
-    if row.held_reason:
-        return Plan(campaign, row.id, False, final, left, f"the campaign is held: {row.held_reason}")
+    if hold is not None:
+        return Plan(campaign, row.id, False, final, left, str(hold))
     if not left:
         unused = row.shards is not None and shard >= row.shards
         return Plan(campaign, row.id, False, final, left, "the shard is not used" if unused else "the shard is final")

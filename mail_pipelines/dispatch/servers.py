@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Recovery, Server
 from mail_pipelines.delivery.recording import slot_at
+from mail_pipelines.dispatch import holds, last_error, pools
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
 from mail_pipelines.dispatch.journal import MIN_FREE_MB
@@ -30,7 +31,6 @@ from mail_pipelines.keys import check_key
 
 # A server whose heartbeat is older than so many intervals is silent.
 SILENT_BEATS = 3
-STATES = ("active", "paused", "draining", "retired", "lost")
 # How Exim hands messages of a provider on (docs/exim.md).
 MODES = ("cutthrough", "burst")
 
@@ -51,6 +51,7 @@ class ServerInfo:
     key: str
     kind: str
     state: str
+    pool_id: int
     host: str
     port: int
     incarnation: str | None
@@ -71,14 +72,16 @@ def short_of_space(key: str, free_mb: int) -> str:
     return f"the log disk of {key} has {free_mb} MB free, fewer than {MIN_FREE_MB}: it sends nothing until there is room" if free_mb < MIN_FREE_MB else ""
 
 
-def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime) -> ServerInfo:
-    """Add a server, or set host and port of the one that has this key. It is active, in the default pool."""
+def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None) -> ServerInfo:
+    """Add a server, or set host, port and `pool` of the one that has this key. It is active, without `pool` in the default one."""
     check_key(key, "server name")
 
     def work(connection: Connection) -> None:
-        changed = connection.execute(sa.update(Server).where(Server.key == key).values(kind=kind, host=host, port=port))
-        if not changed.rowcount:
-            connection.execute(sa.insert(Server).values(key=key, kind=kind, pool_id=1, state="active", host=host, port=port, created_at=now))
+        values: dict[str, Any] = {"kind": kind, "host": host, "port": port}
+        if pool is not None:
+            values["pool_id"] = pools.find(connection, pool)
+        if not connection.execute(sa.update(Server).where(Server.key == key).values(**values)).rowcount:
+            connection.execute(sa.insert(Server).values(key=key, state="active", created_at=now, **values))
 
     transact(engine, work)
     with reading(engine) as connection:
@@ -95,18 +98,20 @@ def find(connection: Connection, key: str) -> ServerInfo:
 
 def all_servers(connection: Connection) -> list[ServerInfo]:
     rows = connection.execute(
-        sa.select(Server.id, Server.key, Server.kind, Server.state, Server.host, Server.port, Server.incarnation, Server.heartbeat_at, Server.health).order_by(
-            Server.key
-        )
+        sa.select(
+            Server.id,
+            Server.key,
+            Server.kind,
+            Server.state,
+            Server.pool_id,
+            Server.host,
+            Server.port,
+            Server.incarnation,
+            Server.heartbeat_at,
+            Server.health,
+        ).order_by(Server.key)
     )
     return [ServerInfo(**row._mapping) for row in rows]
-
-
-def set_state(engine: Engine, key: str, state: str) -> None:
-    """Pause, drain, activate … a server; claims look at it, so it acts within seconds."""
-    if state not in STATES:
-        raise DispatchError(f"no server state is called {state!r}; expected one of {', '.join(STATES)}")
-    transact(engine, lambda connection: connection.execute(sa.update(Server).where(Server.key == key).values(state=state)))
 
 
 def set_limits(engine: Engine, key: str | None, provider: str, limits: Mapping[str, Any]) -> None:
@@ -118,7 +123,7 @@ def set_limits(engine: Engine, key: str | None, provider: str, limits: Mapping[s
         raise DispatchError(f"no mode is called {mode!r}; expected one of {', '.join(MODES)}")
     for name, value in limits.items():
         if value is not None and isinstance(value, int | float) and value <= 0:
-            raise DispatchError(f"{name} is {value}; expected more than 0 (to stop a server, `mail-pipelines server state NAME paused`)")
+            raise DispatchError(f"{name} is {value}; expected more than 0 (to stop a server, `mail-pipelines server pause NAME`)")
 
     def work(connection: Connection) -> None:
         server_id = 0 if key is None else find(connection, key).id
@@ -202,8 +207,10 @@ class Heartbeat:
     beat was committed), and the database's time of the last that was. A database whose last beat is older went back in time.
     """
 
-    def __init__(self, engine: Engine, key: str, folders: ServerFolders, interval_seconds: float) -> None:
+    def __init__(self, engine: Engine, key: str, folders: ServerFolders, interval_seconds: float, facts: Callable[[], Mapping[str, object]] = dict) -> None:
         self._engine = engine
+        # What this kind of server adds to each beat.
+        self._facts = facts
         self._key = key
         self._folders = folders
         self._interval = interval_seconds
@@ -277,6 +284,8 @@ class Heartbeat:
             "free_mb": shutil.disk_usage(self._folders.log).free >> 20,
             "pid": os.getpid(),
             "journal": self._journal_end(),
+            "error": last_error.read(self._folders),
+            **self._facts(),
         }
 
     def _journal_end(self) -> tuple[int, int] | None:
@@ -292,15 +301,22 @@ class Heartbeat:
 
 
 def choose(connection: Connection, campaign_id: int, among: Collection[str], heartbeat_seconds: float) -> ServerInfo:
-    """The server for a run that names none: of the active ones that speak, that with most unspent grant for the campaign in this slot, then fewest open claims.
+    """The server for a run that names none: of the active ones that speak and are not held, that with most unspent grant for the campaign in this
+    slot, then fewest open claims.
 
     Raises `DispatchError` if there is no active server.
     """
     now = database_now(connection)
+    held = holds.in_force(connection)
     servers = [server for server in all_servers(connection) if server.state == "active" and server.key in among]
-    servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds)]
+    servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds) and not held.over_server(server.id, server.pool_id)]
+    allowed = pools.of_campaign(connection, campaign_id)
+    servers = [server for server in servers if server.pool_id in allowed]
     if not servers:
-        raise DispatchError("no dispatch server is active and speaking: start the catchers with `mail-pipelines up`, or see `mail-pipelines server list`")
+        raise DispatchError(
+            "no dispatch server of the campaign's pools is active, speaking and not held: start the catchers with `mail-pipelines up`, "
+            "or see `mail-pipelines server list`"
+        )
     unspent = dict(
         connection.execute(
             sa.select(Allotment.server_id, sa.func.sum(Allotment.granted - Allotment.used))

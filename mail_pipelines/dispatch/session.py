@@ -21,7 +21,7 @@ from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
-from mail_pipelines.dispatch import composer, servers, settlement
+from mail_pipelines.dispatch import composer, last_error, servers, settlement
 from mail_pipelines.dispatch.burst import BurstLane
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
@@ -92,11 +92,14 @@ class Session:
             try:
                 done = settlement.settle_all(self.engine, self.sender, self.folders, self.journal, self.settings.sending, self.token_key)
                 self.report.settled.update(done.rows)
-                allotments.fill(self.engine)
+                allotments.fill(self.engine, self.settings.server.heartbeat_seconds)
                 # What is loaded by now stays. Looking through it again and again would take a tenth of a session's time.
                 gc.freeze()
                 with composer.threads() as self.signing:
                     asyncio.run(self._send(begin + self.settings.sending.session_seconds))
+            except Exception as error:
+                last_error.keep(self.folders, f"session {self.run_id}", error)
+                raise
             finally:
                 gc.unfreeze()
                 (self.folders.sessions / self.run_id).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Engine
 from mail_pipelines.capacity import breakers
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import DatabaseUnreachable
-from mail_pipelines.dispatch import settlement
+from mail_pipelines.dispatch import last_error, settlement
 from mail_pipelines.dispatch.audit import LateLines
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id
@@ -47,6 +47,7 @@ class Settler:
                 await asyncio.to_thread(self.round, dt.datetime.now(dt.UTC))
             except (DatabaseUnreachable, DispatchError) as error:
                 _log.warning("settler of %s: %s", self._server.key, error)
+                last_error.keep(self._folders, "settler", error)
             await asyncio.sleep(INTERVAL_SECONDS)
 
     def round(self, now: dt.datetime) -> None:

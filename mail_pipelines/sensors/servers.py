@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Collection
 
 import dagster as dg
 
 from mail_pipelines import partitions
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.server import QUEUE_TAG
+from mail_pipelines.resources.server import QUEUE_TAG, control_queue
 from mail_pipelines.sensors.campaigns import missing_keys
 from mail_pipelines.sensors.runs import PARTITION_TAG, gone, report_gone, started
 
@@ -25,14 +27,23 @@ CENTRE_JOBS = tuple(
 )
 
 
-def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:
-    """Keep the send slots equal to what the active servers offer, and mark runs failed whose process is gone."""
+def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
+    """Keep the send slots equal to what the active servers offer, mark runs failed whose process or server is gone, and give up servers that are lost."""
     settings = database.settings
     with reading(database.engine) as connection:
         fleet = servers.all_servers(connection)
         now = database_now(connection)
     speaking = [server for server in fleet if server.state == "active" and not server.is_silent(now, settings.server.heartbeat_seconds)]
     _set_slots(context.instance, max(1, len(speaking) * settings.server.slots))
+    # What a server of this host left behind its next run settles, whoever is silent.
+    elsewhere = [
+        server
+        for server in fleet
+        if registry.may_be_lost(server)
+        and server.is_silent(now, settings.server.heartbeat_seconds)
+        and not ServerFolders.of(settings.server, server.key).journal.exists()
+    ]
+    _end_runs_of(context.instance, {server.key for server in elsewhere})
     _end_dead_sessions(context.instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
     _end_dead_audits(context.instance, settings)
     _end_dead_centre_runs(context.instance, settings)
@@ -40,9 +51,15 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
     if silent:
         context.log.warning("silent servers: %s", ", ".join(silent))
-    if new:
-        return dg.SensorResult(dynamic_partitions_requests=[partitions.servers.build_add_request(new)])
-    return dg.SkipReason(f"{len(speaking)} of {len(fleet)} servers are active and speaking")
+    watch = registry.Watch.read(json.loads(context.cursor) if context.cursor else None).look([server.key for server in elsewhere], now)
+    for server in elsewhere:
+        if server.key in watch.lost() and (rows := registry.lose(database.engine, server.key, heartbeat_at=server.heartbeat_at)) is not None:
+            context.log.error("server %s is lost: silent for %s; %d recipients it had in hand are unknown", server.key, registry.LOST_AFTER, rows)
+    return dg.SensorResult(
+        dynamic_partitions_requests=[partitions.servers.build_add_request(new)] if new else None,
+        cursor=json.dumps(watch.write()),
+        skip_reason=None if new else dg.SkipReason(f"{len(speaking)} of {len(fleet)} servers are active and speaking"),
+    )
 
 
 def _set_slots(instance: dg.DagsterInstance, slots: int) -> None:
@@ -62,6 +79,14 @@ def _end_dead_sessions(instance: dg.DagsterInstance, settings: Settings, folders
 
     for run in gone(started(instance, [send_campaign.name]), lives, time.time()):
         report_gone(instance, run, "the session's process is gone; its claims are settled by the next run on the same server")
+
+
+def _end_runs_of(instance: dg.DagsterInstance, silent: Collection[str]) -> None:
+    """Mark runs failed that silent servers of other hosts were at. The ledger knows what they have in hand, whatever Dagster says."""
+    for record in started(instance, [send_campaign.name, audit_delivery_logs.name]):
+        key = record.dagster_run.tags.get(QUEUE_TAG, "").removesuffix(control_queue(""))
+        if key in silent:
+            report_gone(instance, record.dagster_run, f"server {key} is silent; its claims are settled when it comes back, or given up when it is lost")
 
 
 def _end_dead_audits(instance: dg.DagsterInstance, settings: Settings) -> None:

@@ -29,7 +29,7 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
         for key, reason in stopping.stop_bad(engine, dt.datetime.now(dt.UTC)).items():
             context.log.warning("campaign %s %s", key, reason)
         # Whoever holds SQLite's write lock for ever is ended by the run that settles its claims, so that run must be asked for.
-        allotments.fill(engine)
+        allotments.fill(engine, settings.server.heartbeat_seconds)
     known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))
     with reading(engine) as connection:
         found = openings.find(

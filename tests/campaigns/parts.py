@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mail_pipelines.campaigns import store
+from mail_pipelines.campaigns import states, store
 from mail_pipelines.campaigns.campaign import Campaign, Definition
 from mail_pipelines.campaigns.shards import shard_of, shards_for
 from mail_pipelines.config import Settings
@@ -27,8 +27,10 @@ NOW = dt.datetime(2026, 3, 2, 9, 0, tzinfo=dt.UTC)
 DOMAINS = ("gmail.com", "outlook.com", "yahoo.com", "web.de", "example.net")
 
 
-def make_campaign(engine: sa.Engine, name: str = "Spring sale", *, state: str = "draft", now: dt.datetime = NOW, **changes: Any) -> Campaign:
-    """A campaign in any state, without the work that leads there. `changes` are fields of the definition, or columns of the row."""
+def make_campaign(
+    engine: sa.Engine, name: str = "Spring sale", *, state: str = "draft", now: dt.datetime = NOW, held: str | None = None, **changes: Any
+) -> Campaign:
+    """A campaign in any state, without the work that leads there. `changes` are fields of the definition, or columns of the row; `held` is why it is."""
     fields = {field: value for field, value in changes.items() if field in Definition.__dataclass_fields__}
     columns = {field: value for field, value in changes.items() if field not in fields}
     definition = replace(Definition(name=name, key=name.lower().replace(" ", "-"), include=("everybody",)), **fields)
@@ -36,6 +38,8 @@ def make_campaign(engine: sa.Engine, name: str = "Spring sale", *, state: str = 
     def work(connection: sa.Connection) -> Campaign:
         store.create(connection, definition, now)
         connection.execute(sa.update(models.Campaign).where(models.Campaign.key == definition.key).values(state=state, **columns))
+        if held is not None:
+            assert states.hold(connection, store.load(connection, definition.key).id, held, now)
         return store.load(connection, definition.key)
 
     return transact(engine, work)

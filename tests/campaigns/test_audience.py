@@ -196,8 +196,8 @@ def test_nothing_is_frozen_before_its_time(engine: sa.Engine, settings: Settings
     make_people(engine, settings, 5)
     make_campaign(engine, "draft", start_at=NOW)
     make_campaign(engine, "early", state="scheduled", start_at=NOW + dt.timedelta(hours=1))
-    make_campaign(engine, "held", state="scheduled", start_at=NOW, held_reason="bounce rate 12 %")
-    for key, reason in [("draft", "it is draft"), ("early", "it starts at 2026-03-02T10:00:00+00:00"), ("held", "it is held: bounce rate 12 %")]:
+    make_campaign(engine, "held", state="scheduled", start_at=NOW, held="bounce rate 12 %")
+    for key, reason in [("draft", "it is draft"), ("early", "it starts at 2026-03-02T10:00:00+00:00"), ("held", "the campaign is held: bounce rate 12 %")]:
         before = load(engine, key)
         result = audience.build(engine, settings, key, NOW)
         assert (result.built, result.reason, result.audience) == (False, reason, 0)
@@ -211,9 +211,9 @@ def test_an_audience_that_is_ready_too_late_is_held_until_it_is_resumed(engine: 
         campaign = scheduled(engine, name)
         built = audience.build(engine, settings, campaign.key, NOW + delay).campaign
         assert built.state is CampaignState.SENDING
-        assert (built.held_reason is not None) == held
-    assert load(engine, "late").held_reason == "ready 6.5 h after its start: check that it is still wanted, then resume it"
-    assert scheduling.resume(engine, "late", NOW).held_reason is None
+        assert (built.hold is not None) == held
+    assert str(load(engine, "late").hold) == "the campaign is held: ready 6.5 h after its start: check that it is still wanted, then resume it"
+    assert scheduling.resume(engine, "late", NOW, "tester").hold is None
 
 
 def test_too_little_disk_is_an_error_and_the_campaign_can_be_built_later(engine: sa.Engine, settings: Settings) -> None:
@@ -331,7 +331,7 @@ def test_a_hold_while_it_is_loaded_keeps_its_reason(engine: sa.Engine, settings:
             transact(engine, lambda connection: states.hold(connection, campaign.id, "bounce rate 12 %", NOW))
 
     built = audience.build(engine, settings, campaign.key, NOW, hold)
-    assert (built.campaign.state, built.campaign.held_reason) == (CampaignState.SENDING, "bounce rate 12 %")
+    assert (built.campaign.state, str(built.campaign.hold)) == (CampaignState.SENDING, "the campaign is held: bounce rate 12 %")
 
 
 def test_two_freezes_at_once_make_one_audience(engine: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

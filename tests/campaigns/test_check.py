@@ -139,16 +139,16 @@ def test_pause_and_resume_are_refused_where_they_mean_nothing(engine: sa.Engine)
     assert scheduling.pause(engine, "spring-sale", NOW).state is CampaignState.PAUSED
     with pytest.raises(StateError, match="is paused, not sending"):
         scheduling.pause(engine, "spring-sale", NOW)
-    assert scheduling.resume(engine, "spring-sale", NOW).state is CampaignState.SENDING
+    assert scheduling.resume(engine, "spring-sale", NOW, "tester").state is CampaignState.SENDING
     with pytest.raises(StateError, match="is sending, not paused"):
-        scheduling.resume(engine, "spring-sale", NOW)
+        scheduling.resume(engine, "spring-sale", NOW, "tester")
 
 
 def test_resume_releases_a_hold_in_any_state(engine: sa.Engine) -> None:
     for state in ("draft", "scheduled", "building", "sending", "paused"):
-        make_campaign(engine, state, state=state, held_reason="bounce rate 12 %")
-        resumed = scheduling.resume(engine, state, NOW)
-        assert (resumed.held_reason, resumed.state) == (None, "sending" if state == "paused" else state)
+        make_campaign(engine, state, state=state, held="bounce rate 12 %")
+        resumed = scheduling.resume(engine, state, NOW, "tester")
+        assert (resumed.hold, resumed.state) == (None, "sending" if state == "paused" else state)
 
 
 @pytest.mark.usefixtures("people")

@@ -16,7 +16,6 @@ from mail_pipelines.campaigns.states import StateError
 from mail_pipelines.campaigns.yaml_form import FormError
 from mail_pipelines.commands import campaign as commands
 from mail_pipelines.commands import context
-from mail_pipelines.database import models
 from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import Delivery, State
 from mail_pipelines.delivery import counters
@@ -153,8 +152,8 @@ def test_following_ends_with_the_campaign(command: Command, engine: sa.Engine, m
 
 
 def test_a_held_campaign_says_why(command: Command, engine: sa.Engine) -> None:
-    make_campaign(engine, "held", state="sending", held_reason="bounce rate 12 %")
-    assert "held is sending, held: bounce rate 12 %" in command.says("status", "held")
+    make_campaign(engine, "held", state="sending", held="bounce rate 12 %")
+    assert "held is sending; the campaign is held: bounce rate 12 % (mail-pipelines, 2026-03-02 09:00 UTC)" in command.says("status", "held")
     assert "sending (held)" in command.says("list")
     assert "held is sending" in command.says("resume", "held")
-    assert transact(engine, lambda connection: connection.execute(sa.select(models.Campaign.held_reason)).scalar_one()) is None
+    assert load(engine, "held").hold is None

@@ -22,7 +22,7 @@ HOUR = dt.timedelta(hours=1)
 
 def test_due_are_scheduled_started_and_not_held_urgent_first(engine: sa.Engine) -> None:
     make_campaign(engine, "later", state="scheduled", start_at=NOW + HOUR)
-    make_campaign(engine, "held", state="scheduled", start_at=NOW - HOUR, held_reason="check")
+    make_campaign(engine, "held", state="scheduled", start_at=NOW - HOUR, held="check")
     make_campaign(engine, "draft", start_at=NOW - HOUR)
     make_campaign(engine, "sending", state="sending", start_at=NOW - HOUR)
     make_campaign(engine, "old", state="scheduled", start_at=NOW - HOUR)

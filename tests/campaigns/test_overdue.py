@@ -63,7 +63,7 @@ def test_a_row_is_sent_again_once(engine: sa.Engine) -> None:
     assert counters_equal_ledger(engine, campaign.id)
 
 
-@pytest.mark.parametrize("change", [{"on_unknown": OnUnknown.HOLD}, {"state": "paused"}, {"state": "cancelled"}, {"held_reason": "look"}])
+@pytest.mark.parametrize("change", [{"on_unknown": OnUnknown.HOLD}, {"state": "paused"}, {"state": "cancelled"}, {"held": "look"}])
 def test_nothing_is_sent_again_unless_the_campaign_says_so_and_sends(engine: sa.Engine, change: dict[str, object]) -> None:
     campaign = resending(engine, {State.UNKNOWN: 5}, **change)
     assert overdue.resend_unknown(engine, load(engine, campaign.key), NOW + 10 * HOUR) == 0

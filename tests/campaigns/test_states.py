@@ -117,6 +117,6 @@ def test_a_hold_stops_any_open_state_keeps_the_first_reason_and_is_released(engi
         assert transact(engine, lambda connection, number=campaign.id: states.hold(connection, number, "second", NOW)) is False
         held = load(engine, state)
         assert held.state is state
-        assert held.held_reason == (None if state.is_terminal else "bounce rate 12 %")
-        assert transact(engine, lambda connection, number=campaign.id: states.release(connection, number, NOW)) is not state.is_terminal
-        assert load(engine, state).held_reason is None
+        assert str(held.hold) == ("None" if state.is_terminal else "the campaign is held: bounce rate 12 %")
+        assert transact(engine, lambda connection, number=campaign.id: states.release(connection, number, "tester", NOW)) is not state.is_terminal
+        assert load(engine, state).hold is None

@@ -75,6 +75,7 @@ def test_what_a_campaign_names_must_exist(engine: sa.Engine) -> None:
     for wrong, error in [
         (replace(base, brand="defualt"), "there is no brand 'defualt'; did you mean 'default'?"),
         (replace(base, pool="cold"), "there is no pool 'cold'"),
+        (replace(base, overflow_pool="cold"), "there is no pool 'cold'"),
         (replace(base, unsubscribe=Unsubscribe.LIST, list="news"), "there is no list 'news'"),
     ]:
         with pytest.raises(CampaignError) as caught:

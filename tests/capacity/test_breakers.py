@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from mail_pipelines.campaigns import scheduling, stopping
 from mail_pipelines.capacity import breakers
 from mail_pipelines.capacity.breakers import CLOSED, OPEN, TRIAL, Answers, Breaker
-from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Campaign, EngagementEvent, State
+from mail_pipelines.database.engine import transact
+from mail_pipelines.database.models import EngagementEvent, State
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.breakers import CampaignRules, campaign_rules, provider_rules
 from mail_pipelines.delivery.classes import classify
@@ -112,11 +112,6 @@ def count(world: World, state: State, reason: str, number: int, now: dt.datetime
     transact(world.engine, lambda connection: counters.add(connection, world.campaign_id, 1, {(0, "google", state, reason): number}, now))
 
 
-def held(world: World) -> str | None:
-    with reading(world.engine) as connection:
-        return connection.execute(sa.select(Campaign.held_reason)).scalar_one()
-
-
 def rules(least: int) -> CampaignRules:
     return replace(campaign_rules(), rules=tuple(replace(rule, least=least) for rule in campaign_rules().rules))
 
@@ -135,12 +130,12 @@ def test_a_campaign_past_its_limit_is_held_with_the_reason(engine: sa.Engine, tm
     count(world, State.BOUNCED, reason, 1, now)
     count(world, State.DELIVERED, "", -1, now)
     assert words in stopping.stop_bad(engine, now, rules(100))["spring"]
-    assert words in str(held(world))
+    assert words in str(world.held())
     assert "held: stopped itself" in str(world.claim(world.server()))
 
-    scheduling.resume(engine, "spring", now)
+    scheduling.resume(engine, "spring", now, "tester")
     assert stopping.stop_bad(engine, now + MINUTE, rules(100)) == {}
-    assert held(world) is None
+    assert world.held() is None
 
 
 def test_complaints_are_counted_by_person_against_what_was_delivered(engine: sa.Engine, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -22,6 +23,8 @@ from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.database import migrate, partitions
 from mail_pipelines.database.engine import DatabaseError, create_engine, is_mysql
 from mail_pipelines.database.models import Base, Campaign
+from mail_pipelines.database.types import UtcDateTime
+from mail_pipelines.dispatch import holds
 
 
 @pytest.fixture
@@ -56,6 +59,42 @@ def test_down_and_up_again_on_mariadb(mariadb: MariaDB) -> None:
     assert set(sa.inspect(engine).get_table_names()) == {"alembic_version"}
     migrate.upgrade(engine)
     migrate.require_schema(engine)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.server)])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> sa.Engine:
+    """An engine on a database without tables."""
+    if request.param == "sqlite":
+        return create_engine(f"sqlite:///{tmp_path / 'old.sqlite3'}")
+    server: MariaDB = request.getfixturevalue("mariadb")
+    return create_engine(server.database())
+
+
+def test_reasons_of_held_campaigns_become_holds(old: sa.Engine) -> None:
+    config = migrate.alembic_config(old)
+    command.upgrade(config, "0006")
+    changed = dt.datetime(2026, 3, 2, 9, 0, 0, 500, tzinfo=dt.UTC)
+    campaigns = {"held": ("sending", "100 % bad"), "free": ("sending", None), "empty": ("paused", ""), "over": ("cancelled", "zu spät")}
+    columns = ["key", "name", "state", "held_reason", "brand_id", "segments", "unsubscribe", "on_unknown", "priority", "created_at", "updated_at"]
+    table = sa.table("campaigns", sa.column("id"), *(sa.column(name, UtcDateTime() if name.endswith("_at") else None) for name in columns))
+    with old.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO brands (id, `key`, name, postal_address, created_at) VALUES (1, 'b', 'B', '', '2026-01-01')")
+        connection.exec_driver_sql("INSERT INTO pools (id, `key`) VALUES (1, 'default')")
+        for number, (key, (state, reason)) in enumerate(campaigns.items(), 1):
+            values = (key, key, state, reason, 1, "{}", "all", "hold", 1, changed, changed)
+            connection.execute(sa.insert(table).values(id=number, **dict(zip(columns, values, strict=True))))
+    command.upgrade(config, "head")
+    with old.connect() as connection:
+        found = holds.recorded(connection, 10)
+        # They had no pool, and with it all servers, which were all in the default one.
+        assert set(connection.execute(sa.select(Campaign.pool_id, Campaign.overflow_pool_id)).tuples()) == {(1, None)}
+    assert [(hold.what, hold.reason, hold.created_at, hold.released_at) for hold in found] == [
+        ("campaign over", "zu spät", changed, changed),
+        ("campaign held", "100 % bad", changed, None),
+    ]
+    command.downgrade(config, "0006")
+    with old.connect() as connection:
+        assert connection.execute(sa.select(table.c.held_reason).order_by(table.c.id)).scalars().all() == ["100 % bad", None, None, None]
 
 
 def test_upgrade_twice_keeps_the_generation(engine: sa.Engine) -> None:

@@ -72,7 +72,7 @@ def test_a_provider_that_blocks_one_server_is_left_alone_and_tried_again(engine:
     assert ends["microsoft"][State.PENDING] == 150 - refused > 0
     assert [ends[name] for name in ("google", "yahoo", "other")] == [{State.DELIVERED: 150}] * 3
     assert grants(world, server, "microsoft") <= 0 < grants(world, other, "microsoft")
-    allotments.fill(engine)
+    allotments.fill(engine, 10)
     assert grants(world, server, "microsoft") <= 0
 
     play.write_text(ACCEPTS)

@@ -26,7 +26,9 @@ from mail_pipelines.database.models import (
     Delivery,
     DeliveryEvent,
     DomainHealth,
+    Hold,
     LedgerGeneration,
+    Pool,
     ProviderLimit,
     ProviderUsage,
     Server,
@@ -57,6 +59,7 @@ FILLED = (
     Delivery,
     DeliveryEvent,
     DomainHealth,
+    Hold,
     Contact,
     ProviderLimit,
     ProviderUsage,
@@ -65,6 +68,7 @@ FILLED = (
     Campaign,
     ContactList,
     Server,
+    Pool,
 )
 
 
@@ -109,6 +113,8 @@ class Situation:
     incarnation: str | None = "i"
     generation_known: bool = True
     newest_claim: int | None = None
+    holds: tuple[tuple[str, int, str, str], ...] = ()
+    released: tuple[tuple[str, int, str, str], ...] = ()
 
 
 def rarely(usual: Any, *others: Any) -> st.SearchStrategy[Any]:
@@ -135,7 +141,8 @@ RECIPIENTS = st.builds(
 )
 GRANTS = st.sampled_from([(1000, 0), (2, 0), (5, 4), (5, 5), (3, 9)])
 CAPS = st.tuples(st.sampled_from([None, 4, 1, 0]), st.sampled_from([None, 50, 3, 0]))
-SENDING = {"state": "sending", "held_reason": None, "expire_at": None, "unsubscribe": "all", "version_id": 1}
+# The server is in pool 2.
+SENDING = {"state": "sending", "pool_id": 1, "overflow_pool_id": 2, "expire_at": None, "unsubscribe": "all", "version_id": 1}
 
 
 @st.composite
@@ -160,6 +167,16 @@ def recipient(**values: Any) -> Recipient:
     )
 
 
+# Scope and reason of a hold: over what is asked for, and over something else of the same kind.
+HOLDS = (
+    ("everything", 0, "", "zu viele Rückläufer"),
+    *(("campaign", number, "", "too many bounces") for number in (1, 2)),
+    *(("brand", number, "", "audit") for number in (1, 2)),
+    *(("pool", number, "", "moving") for number in (1, 2, 3)),
+    *(("server", number, "", "new disk") for number in (1, 2)),
+    *(("provider", 0, provider, "blocked") for provider in ("google", "microsoft")),
+    ("brand", 1, "", "ü" * 500),
+)
 # One of each kind.
 PLAIN = Situation(
     recipients=(
@@ -201,8 +218,18 @@ ODD = {
     "list unsubscribed": replace(PLAIN, campaign=SENDING | {"unsubscribe": "list"}),
     "of another brand": replace(PLAIN, campaign=SENDING | {"unsubscribe": "brand", "version_id": 9}),
     **{f"campaign {state}": replace(PLAIN, campaign=SENDING | {"state": state}) for state in ("paused", "cancelled", "draft", "finished")},
-    **{f"held {reason}": replace(PLAIN, campaign=SENDING | {"held_reason": reason}) for reason in ("", "too many bounces", "zu viele Rückläufer")},
+    **{f"held {words[0]} {words[1:-1]}": replace(PLAIN, holds=(words,)) for words in HOLDS},
+    "held and released": replace(PLAIN, released=(("everything", 0, "", "look"), ("campaign", 1, "", "look"))),
+    "held twice": replace(PLAIN, holds=(("provider", 0, "google", "blocked"), ("server", 1, "", "new disk"), ("brand", 1, "", "audit"))),
+    "held in a state that sends nothing": replace(PLAIN, campaign=SENDING | {"state": "paused"}, holds=(("everything", 0, "", "look"),)),
+    "held and expired": replace(PLAIN, campaign=SENDING | {"expire_at": dt.timedelta(hours=-1)}, holds=(("everything", 0, "", "look"),)),
     **{f"expires in {hours} h": replace(PLAIN, campaign=SENDING | {"expire_at": dt.timedelta(hours=hours)}) for hours in (-1, 1)},
+    "its own pool": replace(PLAIN, campaign=SENDING | {"pool_id": 2, "overflow_pool_id": None}),
+    "its own pool, with another for overflow": replace(PLAIN, campaign=SENDING | {"pool_id": 2, "overflow_pool_id": 3}),
+    "another pool": replace(PLAIN, campaign=SENDING | {"pool_id": 3, "overflow_pool_id": None}),
+    "two other pools": replace(PLAIN, campaign=SENDING | {"pool_id": 1, "overflow_pool_id": 3}),
+    "another pool, held": replace(PLAIN, campaign=SENDING | {"pool_id": 3, "overflow_pool_id": None}, holds=(("pool", 3, "", "look"),)),
+    "another pool, expired": replace(PLAIN, campaign=SENDING | {"pool_id": 3, "overflow_pool_id": None, "expire_at": dt.timedelta(hours=-1)}),
     "no campaign": replace(PLAIN, campaign=None),
     "no server": replace(PLAIN, server_state=None),
     **{f"server {state}": replace(PLAIN, server_state=state) for state in ("paused", "lost")},
@@ -250,6 +277,7 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
                 "key": "s1",
                 "kind": "catcher",
                 "state": situation.server_state,
+                "pool_id": 2,
                 "host": "h",
                 "port": 1,
                 "incarnation": situation.incarnation,
@@ -259,6 +287,12 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
     rows[Server] += [
         {"id": SERVERS[state], "key": state, "kind": "catcher", "state": state, "host": "h", "port": 1, "incarnation": None, "created_at": now}
         for state in ("active", "retired", "paused")
+    ]
+    rows[Pool] = [{"id": number, "key": f"p{number}"} for number in (2, 3)]
+    rows[Hold] = [
+        {"scope_kind": kind, "scope_id": number, "provider": provider, "reason": reason, "by_whom": "t", "created_at": now, "released_at": end}
+        for end, scopes in ((None, situation.holds), (now, situation.released))
+        for kind, number, provider, reason in scopes
     ]
     rows[Allotment] = [
         {"campaign_id": 1, "server_id": 1, "provider": provider, "slot_start": slot, "granted": granted, "used": used}
@@ -311,7 +345,7 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
 
     def work(connection: sa.Connection) -> None:
         for model in FILLED:
-            connection.execute(sa.delete(model))
+            connection.execute(sa.delete(model).where(model.id != 1) if model is Pool else sa.delete(model))
         for model in reversed(FILLED):
             if rows[model]:
                 connection.execute(sa.insert(model), rows[model])

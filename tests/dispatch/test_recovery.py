@@ -56,7 +56,7 @@ def recover(*words: str) -> str:
 
 
 def resume(world: World) -> None:
-    assert transact(world.engine, lambda connection: campaign_states.release(connection, world.campaign_id, NOW))
+    assert transact(world.engine, lambda connection: campaign_states.release(connection, world.campaign_id, "tester", NOW))
 
 
 @pytest.mark.crosswise

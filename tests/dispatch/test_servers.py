@@ -99,7 +99,7 @@ def test_a_run_without_a_server_gets_one_that_speaks_and_has_most_left(world: Wo
             servers.for_run(connection, world.settings, 1, own=None, hint="s2")
     for key in ("s1", "s2"):
         beat_at(world, key, 500)
-    with reading(world.engine) as connection, pytest.raises(DispatchError, match="no dispatch server is active and speaking"):
+    with reading(world.engine) as connection, pytest.raises(DispatchError, match="no dispatch server of the campaign's pools is active, speaking and not held"):
         servers.for_run(connection, world.settings, 1, own=None, hint=None)
 
 

@@ -139,7 +139,7 @@ def hold(world: World) -> None:
 
 
 def go_on(world: World) -> None:
-    scheduling.resume(world.engine, world.campaign_key, dt.datetime.now(dt.UTC))
+    scheduling.resume(world.engine, world.campaign_key, dt.datetime.now(dt.UTC), "tester")
 
 
 # What stops a campaign, what the session says then, and what becomes of the rows that were not sent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.consent import Scope
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, Contact
+from mail_pipelines.delivery.recording import ClaimRef
 from mail_pipelines.dispatch.claiming import wanted
+from mail_pipelines.dispatch.holds import Kind
 from tests.dispatch.world import World, make_world
 
 NOW = dt.datetime(2026, 11, 24, tzinfo=dt.UTC)
@@ -31,25 +34,30 @@ def erase(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decide", "campaign", "first"),
+    ("decide", "claim", "first"),
     [
         (lambda _: None, True, True),
         (lambda world: world.set_campaign(state="paused"), False, False),
-        (lambda world: world.set_campaign(held_reason="an operator"), False, False),
-        (lambda world: world.set_campaign(held_reason=""), True, True),
+        (lambda world: world.set_server("s1", state="paused"), False, False),
+        (lambda world: world.set_server("s1", state="draining"), True, True),
+        *((functools.partial(World.hold, kind=kind), False, False) for kind in Kind),
+        (lambda world: world.hold(Kind.PROVIDER, "yahoo"), True, True),
+        (lambda world: [world.hold(), world.release()], True, True),
         (unsubscribe(Scope()), True, False),
         (unsubscribe(Scope("brand", 1)), True, False),
         (unsubscribe(Scope("brand", 2)), True, True),
         (erase, True, False),
     ],
-    ids=["nothing", "pause", "hold", "release", "all", "brand", "another brand", "erasure"],
+    ids=["nothing", "pause", "server paused", "server draining", *Kind, "another provider", "release", "all", "brand", "another brand", "erasure"],
 )
-def test_what_was_decided_meanwhile(engine: sa.Engine, tmp_path: Path, decide: Callable[[World], None], campaign: bool, first: bool) -> None:
+def test_what_was_decided_meanwhile(engine: sa.Engine, tmp_path: Path, decide: Callable[[World], object], claim: bool, first: bool) -> None:
     world = make_world(engine, tmp_path / "home", recipients=2)
+    server = world.server()
+    ref = ClaimRef(7, world.campaign_id, 0, "google", server.id, NOW)
     with reading(engine) as connection:
         assert connection.execute(sa.select(Campaign.brand_id)).scalars().all() == [1]
     decide(world)
     with reading(engine) as connection:
-        assert wanted.campaign(connection, world.campaign_id) is campaign
-        assert wanted.message(connection, world.campaign_id, 1) is first
-        assert wanted.message(connection, world.campaign_id, 2) is campaign
+        assert wanted.claim(connection, ref) is claim
+        assert wanted.message(connection, ref, 1) is first
+        assert wanted.message(connection, ref, 2) is claim

@@ -36,12 +36,13 @@ from mail_pipelines.database.models import (
 )
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.recording import slot_at, windows_at
-from mail_pipelines.dispatch import claims, servers
+from mail_pipelines.dispatch import claims, holds, servers
 from mail_pipelines.dispatch.catcher.server import open_connections
 from mail_pipelines.dispatch.catcher.store import Kept, kept
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Sender
 from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.dispatch.files import ServerFolders, boot_id
+from mail_pipelines.dispatch.holds import Kind, Scope
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.messages.content import Content
@@ -189,6 +190,29 @@ class World:
     def open_claims(self) -> int:
         with reading(self.engine) as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(Claim).where(Claim.state != "closed")).scalar_one()
+
+    def scope(self, kind: Kind, key: str | None) -> Scope:
+        names = {Kind.CAMPAIGN: self.campaign_key, Kind.BRAND: "default", Kind.POOL: "default", Kind.SERVER: "s1", Kind.PROVIDER: "google"}
+        with reading(self.engine) as connection:
+            return holds.scope_of(connection, kind, key or names.get(kind, ""))
+
+    def hold(self, kind: Kind = Kind.CAMPAIGN, key: str | None = None, reason: str = "look") -> None:
+        """Hold the campaign, or another thing of this world."""
+        scope = self.scope(kind, key)
+        assert transact(self.engine, lambda connection: holds.place(connection, scope, reason, "tester", dt.datetime.now(dt.UTC)))
+
+    def release(self, kind: Kind = Kind.CAMPAIGN, key: str | None = None) -> None:
+        scope = self.scope(kind, key)
+        assert transact(self.engine, lambda connection: holds.release(connection, scope, "tester", dt.datetime.now(dt.UTC)))
+
+    def held(self) -> str | None:
+        """Why the campaign is held, if it is."""
+        with reading(self.engine) as connection:
+            hold = holds.in_force(connection).over_campaign(self.campaign_id, 1, None)
+        return hold.reason if hold else None
+
+    def set_server(self, key: str, **values: Any) -> None:
+        transact(self.engine, lambda connection: connection.execute(sa.update(Server).where(Server.key == key).values(**values)))
 
     def set_campaign(self, **values: Any) -> None:
         transact(self.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == self.campaign_id).values(**values)))

@@ -17,12 +17,15 @@ import sqlalchemy as sa
 
 from mail_pipelines import partitions
 from mail_pipelines.campaigns import lifecycle, scheduling
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Campaign, CampaignCounter, Claim, Delivery, Server, State
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import openings
+from mail_pipelines.dispatch import servers as fleet
+from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.files import is_locked, only_one
+from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.server import QUEUE_TAG
@@ -83,7 +86,7 @@ def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:
     alive(world, "s1", "s2")
     from mail_pipelines.capacity import allotments
 
-    allotments.fill(world.engine)
+    allotments.fill(world.engine, 10)
     busy = {Opening("spring", shard, "s1") for shard in (0, 1)}
     with world.engine.connect() as connection:
         found = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=busy)
@@ -101,14 +104,41 @@ def test_a_server_without_room_for_its_log_gets_no_runs(world: World) -> None:
     assert {opening.server for opening in found} == {"s2"}
 
 
-@pytest.mark.parametrize("change", [{"state": "paused"}, {"state": "scheduled"}, {"held_reason": "look"}, {"state": "cancelled"}, {"state": "finished"}])
-def test_no_runs_for_a_campaign_that_is_not_sending(
-    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, change: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("state", ["paused", "scheduled", "cancelled", "finished"])
+def test_no_runs_for_a_campaign_that_is_not_sending(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, state: str) -> None:
     alive(world, "s1")
     instance.add_dynamic_partitions("campaigns", ["spring"])
-    world.set_campaign(**change)
+    world.set_campaign(state=state)
     assert isinstance(shards.open_shards(context(instance, repository), DATABASE), dg.SkipReason)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "left"),
+    [(kind, None, {}) for kind in (Kind.EVERYTHING, Kind.CAMPAIGN, Kind.BRAND, Kind.POOL)]
+    + [(Kind.SERVER, "s1", {"s2": 2}), (Kind.PROVIDER, "google", {"s1": 2, "s2": 1})],
+)
+def test_no_runs_for_what_is_held_until_it_is_released(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, kind: Kind, key: str | None, left: dict[str, int]
+) -> None:
+    def asked() -> Counter[str]:
+        result = shards.open_shards(context(instance, repository), DATABASE)
+        return Counter(request.tags[QUEUE_TAG] for request in (result.run_requests if isinstance(result, dg.SensorResult) else None) or [])
+
+    alive(world, "s1", "s2")
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    # Grants that were given before a hold are worth nothing under it.
+    assert asked() == {"s1": 2, "s2": 2}
+    world.hold(kind, key)
+    assert asked() == left
+    # Each shard of this world is to one provider.
+    if kind is Kind.PROVIDER:
+        for provider in {"microsoft", "yahoo", "other"}:
+            world.hold(kind, provider)
+        assert asked() == {}
+        for provider in {"microsoft", "yahoo", "other"}:
+            world.release(kind, provider)
+    world.release(kind, key)
+    assert asked() == {"s1": 2, "s2": 2}
 
 
 def test_a_claim_left_behind_brings_a_run_to_its_own_server(world: World) -> None:
@@ -217,6 +247,51 @@ def test_a_run_whose_process_is_gone_is_marked_failed_and_a_living_one_is_not(
         statuses = [instance.get_run_by_id(run.run_id).status for run in runs]  # type: ignore[union-attr]
     assert statuses == [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE]
     assert {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}["dispatch"] == 2
+
+
+def test_a_server_of_another_host_that_is_silent_for_half_an_hour_is_lost(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
+) -> None:
+    """By the database's clock, and only what the centre has watched: not after it was stopped itself, nor when the server speaks again."""
+    alive(world, "near", "paused", "far", "back")
+    world.folders("near").journal.touch()
+    world.server("new")
+    world.set_server("paused", state="paused")
+    with reading(world.engine) as connection:
+        now = database_now(connection)
+        far = fleet.find(connection, "far")
+    old = now - dt.timedelta(hours=1)
+    for key in ("near", "paused", "far", "back"):
+        world.set_server(key, heartbeat_at=old)
+    world.grant(far)
+    opened = world.claim(far, shard=1)
+    assert isinstance(opened, OpenClaim)
+    run = start_run(instance, "send_campaign", **{QUEUE_TAG: "far", "dagster/partition": "spring|00"})
+    audit = start_run(instance, "audit_delivery_logs", **{QUEUE_TAG: "far-ctl", "dagster/partition": "far"})
+
+    def look(cursor: Any = None) -> Any:
+        result = servers.server_health(context(instance, repository, json.dumps(cursor) if cursor else None), DATABASE)
+        return json.loads(result.cursor or "")
+
+    def states() -> dict[str, str]:
+        with reading(world.engine) as connection:
+            return {server.key: server.state for server in fleet.all_servers(connection)}
+
+    before = {"near": "active", "paused": "paused", "far": "active", "new": "active", "back": "active"}
+    first = look()
+    assert sorted(first["since"]) == ["back", "far"]
+    assert [status(instance, one) for one in (run, audit)] == [dg.DagsterRunStatus.FAILURE] * 2
+    watched = now - dt.timedelta(minutes=31)
+    # The centre was stopped between these looks.
+    gone = first | {"since": {"far": watched.isoformat()}, "at": (now - dt.timedelta(minutes=6)).isoformat()}
+    assert dt.datetime.fromisoformat(look(gone)["since"]["far"]) >= now
+    assert states() == before
+    world.set_server("back", heartbeat_at=dt.datetime.now(dt.UTC))
+    look(first | {"since": {key: watched.isoformat() for key in ("far", "back")}})
+    assert states() == before | {"far": "lost"}
+    assert world.states() == {State.PENDING: 120 - len(opened.rows), State.UNKNOWN: len(opened.rows)}
+    assert world.open_claims() == 0
+    world.check_counters()
 
 
 def _started(run: dg.DagsterRun) -> Any:
@@ -406,11 +481,6 @@ def fail(instance: dg.DagsterInstance, job_name: str = "build_audience", **tags:
     return dg.build_run_status_sensor_context("failed_runs", dagster_event=event, dagster_instance=instance, dagster_run=failed).for_run_failure()
 
 
-def held_reason(world: World) -> str | None:
-    with world.engine.connect() as connection:
-        return connection.execute(sa.select(Campaign.held_reason)).scalar_one()
-
-
 @pytest.mark.slow
 def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_resumed(
     world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
@@ -425,13 +495,13 @@ def test_a_campaign_held_after_three_failed_freezes_has_three_more_when_it_is_re
             assert asked() == 1
             heard = fail(instance)
             failures.failed_runs(heard, DATABASE)
-            assert (held_reason(world) is not None) == (failure == 2)
-        assert heard.dagster_run.run_id in (held_reason(world) or "")
+            assert (world.held() is not None) == (failure == 2)
+        assert heard.dagster_run.run_id in (world.held() or "")
         assert asked() == 0
-        scheduling.resume(world.engine, "spring", dt.datetime.now(dt.UTC))
+        scheduling.resume(world.engine, "spring", dt.datetime.now(dt.UTC), "tester")
         # A failure that is heard of late does not hold it again.
         failures.failed_runs(heard, DATABASE)
-        assert held_reason(world) is None
+        assert world.held() is None
 
 
 @pytest.mark.slow
@@ -442,7 +512,7 @@ def test_failures_of_other_runs_hold_nothing(world: World, instance: dg.DagsterI
             event = instance.report_run_failed(run)
             heard = dg.build_run_status_sensor_context("failed_runs", dagster_event=event, dagster_instance=instance, dagster_run=run)
             failures.failed_runs(heard.for_run_failure(), DATABASE)
-    assert held_reason(world) is None
+    assert world.held() is None
 
 
 @pytest.mark.slow

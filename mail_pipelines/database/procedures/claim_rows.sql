@@ -47,14 +47,14 @@ BEGIN
   DECLARE v_second BIGINT DEFAULT TIMESTAMPDIFF(SECOND, '1970-01-01', v_now);
   DECLARE v_slot_start BIGINT DEFAULT v_second - MOD(v_second, c_slot);
   DECLARE v_refusal VARCHAR(20) CHARACTER SET ascii COLLATE ascii_bin;
-  DECLARE v_detail VARCHAR(500) CHARACTER SET utf8mb4;
+  DECLARE v_detail VARCHAR(550) CHARACTER SET utf8mb4;
 
   DECLARE v_server_state, v_campaign_state VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_incarnation, v_generation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin;
-  DECLARE v_remembered BOOLEAN;
-  DECLARE v_held_reason VARCHAR(500) CHARACTER SET utf8mb4;
+  DECLARE v_remembered, v_any_held BOOLEAN;
+  DECLARE v_held VARCHAR(10) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_expire_at DATETIME(6);
-  DECLARE v_version_id, v_brand_id, v_list_id INT;
+  DECLARE v_version_id, v_brand_id, v_list_id, v_pool_id, v_overflow_pool_id, v_server_pool_id INT;
   DECLARE v_unsubscribe VARCHAR(8) CHARACTER SET ascii COLLATE ascii_bin;
 
   DECLARE v_room, v_left, v_cap, v_window, v_per_hour, v_per_day INT;
@@ -68,8 +68,9 @@ BEGIN
 
   decision: BEGIN
     -- May this process speak for the server?
-    SELECT s.state, s.incarnation, g.generation, p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim)
-      INTO v_server_state, v_incarnation, v_generation, v_remembered
+    SELECT s.state, s.incarnation, s.pool_id, g.generation, p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim),
+           EXISTS (SELECT 1 FROM holds WHERE released_at IS NULL)
+      INTO v_server_state, v_incarnation, v_server_pool_id, v_generation, v_remembered, v_any_held
       FROM servers AS s
       JOIN ledger_generation AS g ON g.id = 1
      WHERE s.id = p_server_id;
@@ -88,8 +89,8 @@ BEGIN
     END IF;
 
     -- Is the campaign sending? Whoever pauses or cancels it waits until this claim is written.
-    SELECT state, held_reason, expire_at, version_id, brand_id, unsubscribe, unsubscribe_list_id
-      INTO v_campaign_state, v_held_reason, v_expire_at, v_version_id, v_brand_id, v_unsubscribe, v_list_id
+    SELECT state, expire_at, version_id, brand_id, pool_id, overflow_pool_id, unsubscribe, unsubscribe_list_id
+      INTO v_campaign_state, v_expire_at, v_version_id, v_brand_id, v_pool_id, v_overflow_pool_id, v_unsubscribe, v_list_id
       FROM campaigns
      WHERE id = p_campaign_id
       LOCK IN SHARE MODE;
@@ -99,8 +100,29 @@ BEGIN
     ELSEIF v_campaign_state <> 'sending' THEN
       SET v_refusal = 'not_sending', v_detail = v_campaign_state;
       LEAVE decision;
-    ELSEIF v_held_reason <> '' THEN
-      SET v_refusal = 'held', v_detail = v_held_reason;
+    END IF;
+    -- If anything is held at all: is anything of this? A hold over the provider comes last, since it alone leaves the session something to do.
+    IF v_any_held THEN
+      SELECT scope_kind, CONCAT(CASE scope_kind WHEN 'everything' THEN scope_kind WHEN 'provider' THEN provider ELSE CONCAT('the ', scope_kind) END,
+                                ' is held: ', reason)
+        INTO v_held, v_detail
+        FROM holds
+       WHERE released_at IS NULL
+         AND (scope_kind = 'everything' OR scope_kind = 'campaign' AND scope_id = p_campaign_id OR scope_kind = 'brand' AND scope_id = v_brand_id
+              OR scope_kind = 'pool' AND scope_id IN (v_pool_id, v_server_pool_id) OR scope_kind = 'server' AND scope_id = p_server_id
+              OR scope_kind = 'provider' AND provider = p_provider)
+       ORDER BY scope_kind = 'provider', id
+       LIMIT 1;
+    END IF;
+    IF v_held <> 'provider' THEN
+      SET v_refusal = 'held';
+      LEAVE decision;
+    ELSEIF v_held IS NOT NULL THEN
+      SET v_refusal = 'provider_held';
+      LEAVE decision;
+    END IF;
+    IF v_server_pool_id NOT IN (v_pool_id, COALESCE(v_overflow_pool_id, v_pool_id)) THEN
+      SET v_refusal = 'wrong_pool';
       LEAVE decision;
     ELSEIF v_expire_at <= v_now THEN
       SET v_refusal = 'expired';

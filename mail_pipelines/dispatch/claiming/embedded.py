@@ -21,6 +21,7 @@ from mail_pipelines.database.models import (
     Contact,
     Delivery,
     DomainHealth,
+    Hold,
     LedgerGeneration,
     ProviderLimit,
     ProviderUsage,
@@ -33,7 +34,7 @@ from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import rules
 from mail_pipelines.delivery.recording import slot_at, windows_at
-from mail_pipelines.dispatch import greylisting
+from mail_pipelines.dispatch import greylisting, holds
 from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
 from mail_pipelines.dispatch.claiming.terms import Hindered, Request, Row, Taken
@@ -51,13 +52,14 @@ _SENDER = (
 )
 _CAMPAIGN = sa.select(
     Campaign.state,
-    Campaign.held_reason,
     Campaign.version_id,
+    sa.exists().where(Hold.released_at.is_(None)).label("any_held"),
+    sa.or_(Campaign.pool_id == Server.pool_id, Campaign.overflow_pool_id == Server.pool_id).label("our_pool"),
     Campaign.expire_at,
     Campaign.brand_id,
     Campaign.unsubscribe,
     Campaign.unsubscribe_list_id,
-).where(Campaign.id == sa.bindparam("campaign_id"))
+).where(Campaign.id == sa.bindparam("campaign_id"), Server.id == sa.bindparam("server_id"))
 _OUR_GRANT = (
     Allotment.campaign_id == sa.bindparam("campaign"),
     Allotment.server_id == sa.bindparam("server"),
@@ -138,8 +140,8 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     now: dt.datetime = connection.execute(sa.select(utc_now())).scalar_one()
     if refusal := _check_sender(connection, request, now):
         return refusal
-    campaign: Any = connection.execute(_CAMPAIGN, {"campaign_id": request.campaign_id}).one_or_none()
-    if refusal := _check_campaign(campaign, now):
+    campaign: Any = connection.execute(_CAMPAIGN, {"campaign_id": request.campaign_id, "server_id": request.sender.server_id}).one_or_none()
+    if refusal := _check_campaign(connection, request, campaign, now):
         return refusal
     room = _room(connection, request, now)
     if isinstance(room, Refusal):
@@ -169,13 +171,15 @@ def _check_sender(connection: Connection, request: Request, now: dt.datetime) ->
     return None
 
 
-def _check_campaign(campaign: Any, now: dt.datetime) -> Refusal | None:
+def _check_campaign(connection: Connection, request: Request, campaign: Any, now: dt.datetime) -> Refusal | None:
     if campaign is None:
         return Refusal(Verdict.NO_CAMPAIGN, now)
     if campaign.state != "sending":
         return Refusal(Verdict.NOT_SENDING, now, campaign.state)
-    if campaign.held_reason:
-        return Refusal(Verdict.HELD, now, campaign.held_reason)
+    if campaign.any_held and (hold := holds.over_claim(connection, request.campaign_id, request.sender.server_id, request.provider)):
+        return Refusal(Verdict.PROVIDER_HELD if hold.scope.kind is holds.Kind.PROVIDER else Verdict.HELD, now, str(hold))
+    if not campaign.our_pool:
+        return Refusal(Verdict.WRONG_POOL, now)
     if campaign.expire_at is not None and campaign.expire_at <= now:
         return Refusal(Verdict.EXPIRED, now)
     return None

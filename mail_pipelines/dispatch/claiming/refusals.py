@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 from mail_pipelines.dispatch.claiming.terms import NothingClaimed, Request, WrongServer
 
+# So often the claims of a provider that is held ask again, while their session has other work.
+_HELD_AGAIN_SECONDS = 5
+
 
 class Verdict(enum.StrEnum):
     """Why no row may be claimed, in the order in which it is asked. The values are those of the stored procedure."""
@@ -20,6 +23,8 @@ class Verdict(enum.StrEnum):
     NO_CAMPAIGN = "no_campaign"
     NOT_SENDING = "not_sending"
     HELD = "held"
+    PROVIDER_HELD = "provider_held"
+    WRONG_POOL = "wrong_pool"
     EXPIRED = "expired"
     NO_GRANT = "no_grant"
     NO_LIMITS = "no_limits"
@@ -29,7 +34,10 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A verdict given at `now`. `detail` is the state of server or campaign, or why it is held; `cap` and `window_seconds` are the limit that is used up."""
+    """A verdict given at `now`.
+
+    `detail` is the state of server or campaign, or what is held and why; `cap` and `window_seconds` are the limit that is used up.
+    """
 
     verdict: Verdict
     now: dt.datetime
@@ -47,7 +55,7 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
         case Verdict.OTHER_INCARNATION:
             raise WrongServer(f"server {server} is known under another incarnation: a clone, or its log folder was replaced")
         case Verdict.INACTIVE:
-            raise WrongServer(f"server {server} is {refusal.detail}, not active")
+            return NothingClaimed(f"server {server} is {refusal.detail}", ends_session=True)
         case Verdict.WENT_BACK:
             raise WrongServer(
                 f"the database went back in time: server {server} remembers a later state of it, so rows it has mailed may look unsent. "
@@ -58,7 +66,11 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
         case Verdict.NOT_SENDING:
             return NothingClaimed(f"the campaign is {refusal.detail}", ends_session=True)
         case Verdict.HELD:
-            return NothingClaimed(f"the campaign is held: {refusal.detail}", ends_session=True)
+            return NothingClaimed(refusal.detail, ends_session=True)
+        case Verdict.PROVIDER_HELD:
+            return NothingClaimed(refusal.detail, retry_at=second + _HELD_AGAIN_SECONDS)
+        case Verdict.WRONG_POOL:
+            return NothingClaimed(f"server {server} is in none of the campaign's pools", ends_session=True)
         case Verdict.EXPIRED:
             return NothingClaimed("the campaign has expired", ends_session=True)
         case Verdict.NO_GRANT:

@@ -14,7 +14,7 @@ from mail_pipelines.dispatch.journal import Position
 
 
 class WrongServer(DispatchError):
-    """This process may not speak for the server: other incarnation, not active, or a database of another time."""
+    """This process may not speak for the server: other incarnation, or a database of another time."""
 
 
 @dataclass(frozen=True)

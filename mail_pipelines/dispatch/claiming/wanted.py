@@ -11,21 +11,26 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
-from mail_pipelines.database.models import Campaign, Contact, Subscription
+from mail_pipelines.database.models import Campaign, Contact, Server, Subscription
+from mail_pipelines.delivery.recording import ClaimRef
+from mail_pipelines.dispatch import holds
 
+# A server that is draining ends what it has in hand.
 _SENDING = sa.select(Campaign.brand_id, Campaign.unsubscribe, Campaign.unsubscribe_list_id).where(
-    Campaign.id == sa.bindparam("campaign"), Campaign.state == "sending", sa.func.coalesce(Campaign.held_reason, "") == ""
+    Campaign.id == sa.bindparam("campaign"),
+    Campaign.state == "sending",
+    sa.exists().where(Server.id == sa.bindparam("server"), Server.state.in_(("active", "draining"))),
 )
 
 
-def campaign(connection: Connection, campaign_id: int) -> bool:
-    """Whether the campaign is sending, and not held."""
-    return _sending(connection, campaign_id) is not None
+def claim(connection: Connection, ref: ClaimRef) -> bool:
+    """Whether the campaign of a claim is sending, its server has not been stopped, and nothing of it is held."""
+    return _sending(connection, ref) is not None
 
 
-def message(connection: Connection, campaign_id: int, contact_id: int) -> bool:
-    """Whether the campaign is sending, and its recipient exists and is neither suppressed nor has left its list."""
-    found = _sending(connection, campaign_id)
+def message(connection: Connection, ref: ClaimRef, contact_id: int) -> bool:
+    """Whether all this is so, and the recipient exists and is neither suppressed nor has left the campaign's list."""
+    found = _sending(connection, ref)
     if found is None:
         return False
     scopes = consent.campaign_scopes(found.brand_id, found.unsubscribe_list_id)
@@ -36,5 +41,7 @@ def message(connection: Connection, campaign_id: int, contact_id: int) -> bool:
     return connection.execute(sa.select(Contact.id).where(*wanted)).first() is not None
 
 
-def _sending(connection: Connection, campaign_id: int) -> Any:
-    return connection.execute(_SENDING, {"campaign": campaign_id}).one_or_none()
+def _sending(connection: Connection, ref: ClaimRef) -> Any:
+    if holds.over_claim(connection, ref.campaign_id, ref.server_id, ref.provider):
+        return None
+    return connection.execute(_SENDING, {"campaign": ref.campaign_id, "server": ref.server_id}).one_or_none()

@@ -106,7 +106,7 @@ class Instance:
 
     @property
     def spool(self) -> Path:
-        return self.folders.run / "spool"
+        return spool_of(self.folders)
 
     @property
     def configuration(self) -> Path:
@@ -159,12 +159,27 @@ class Instance:
             _clean(folder)
 
 
+def spool_of(folders: ServerFolders) -> Path:
+    return folders.run / "spool"
+
+
 def find_binary() -> str:
     """The path of Exim's program; raises `EximError` if it is not installed."""
     path = shutil.which("exim4", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or shutil.which("exim", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if path is None:
         raise EximError("Exim is not installed: install the Debian package exim4-daemon-light (its own service is not needed)")
     return path
+
+
+def version(binary: str) -> str:
+    """As in `Exim 4.96`."""
+    words = subprocess.run([binary, "-C", "/dev/null", "-bV"], capture_output=True, text=True, check=False).stdout.split()
+    return f"Exim {words[2]}" if len(words) > 2 else "Exim"
+
+
+def queue_length(spool: Path) -> int:
+    """Messages in the queue, those of each provider's burst with them: one header file each."""
+    return sum(1 for folder in (spool, *spool.glob("*")) for _ in folder.glob("input/*-H"))
 
 
 def account_for(binary: str) -> Account:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mail_pipelines.config import Settings
 from mail_pipelines.dispatch.exim import instance, runners
+from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.presence import speaking_for, until_signal
 
 _POLL_SECONDS = 0.2
@@ -27,8 +28,10 @@ def run(
     Raises `AlreadyRunning` or `NameTaken` if another process is this server, after withdrawing all permits in the second case, and
     `EximError` if Exim cannot be started or ends by itself.
     """
-    with speaking_for(settings, key) as server:
-        binary = instance.find_binary()
+    binary = instance.find_binary()
+    version = instance.version(binary)
+    spool = instance.spool_of(ServerFolders.of(settings.server, key))
+    with speaking_for(settings, key, lambda: {"version": version, "queue": instance.queue_length(spool)}) as server:
         own = instance.Instance(
             binary, instance.account_for(binary), server.folders, server.info.host, server.info.port, hostname or socket.getfqdn(), destinations, routes
         )

@@ -18,7 +18,7 @@ from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Brand, Campaign, Contact, RecoveredOffer, State
-from mail_pipelines.dispatch import servers, settlement
+from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.dispatch.files import DispatchError
 from mail_pipelines.dispatch.recovery import applying, standing
 from mail_pipelines.dispatch.recovery.reading import OVERLAP
@@ -63,8 +63,7 @@ def lose(engine: Engine, key: str) -> int:
     part = found.of_server(server.id) if found is not None else None
     if found is None or not found.is_open or part is None or part.part is not Part.AWAITED:
         raise DispatchError(f"no recovery awaits server {key}")
-    servers.set_state(engine, key, "lost")
-    given_up = settlement.give_up(engine, server.id)
+    given_up = registry.lose(engine, key) or 0
     transact(engine, lambda connection: standing.set_part(connection, found.generation, server.id, Part.LOST))
     return given_up
 

@@ -1,0 +1,174 @@
+"""The states of a server and the moves between them, as one table; leaving for good; and the silence after which a server is lost.
+
+What belongs here: which move exists, and what has to be true of a server that goes. What does not: the heartbeat (`servers`), and what becomes of
+a lost server's rows (`settlement.give_up`).
+
+```
+active ⇄ paused        active, paused → draining → active, paused
+paused, draining → retired (nothing in hand, log read), any → retired with its host lost
+active, draining → lost (by the centre, after half an hour of silence) → active, retired
+```
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.database.engine import database_now, reading, transact
+from mail_pipelines.database.models import Claim, Server
+from mail_pipelines.dispatch import audit, servers, settlement
+from mail_pipelines.dispatch.files import DispatchError
+
+# So long a server may be silent before the centre declares it lost.
+LOST_AFTER = dt.timedelta(minutes=30)
+# Who has not looked for so long has watched no silence: the centre was stopped, or the database away, and all seemed silent afterwards.
+LONGEST_GAP = dt.timedelta(minutes=5)
+
+
+class ServerState(enum.StrEnum):
+    ACTIVE = "active"
+    # Claims nothing, and what is late of a claim is not sent.
+    PAUSED = "paused"
+    # Claims nothing; what it has in hand it ends.
+    DRAINING = "draining"
+    LOST = "lost"
+    RETIRED = "retired"
+
+
+class ServerStateError(DispatchError):
+    """The server is not in a state, or has something left, that lets it go there."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """Of the `sources` a server becomes `target` when somebody says `verb`."""
+
+    verb: str
+    sources: frozenset[ServerState]
+    target: ServerState
+
+
+_S = ServerState
+MOVES = {
+    move.verb: move
+    for move in (
+        Move("activate", frozenset({_S.PAUSED, _S.DRAINING, _S.LOST}), _S.ACTIVE),
+        Move("pause", frozenset({_S.ACTIVE, _S.DRAINING}), _S.PAUSED),
+        Move("drain", frozenset({_S.ACTIVE, _S.PAUSED}), _S.DRAINING),
+        Move("retire", frozenset({_S.PAUSED, _S.DRAINING, _S.LOST}), _S.RETIRED),
+        # What only the centre says, and `retire` of a host that is gone.
+        Move("lose", frozenset({_S.ACTIVE, _S.PAUSED, _S.DRAINING}), _S.LOST),
+    )
+}
+
+
+def move(connection: Connection, key: str, verb: str) -> ServerState:
+    """Move a server by a verb of the table; returns its new state. Raises `ServerStateError`, which names what is possible."""
+    known = MOVES[verb]
+    swap = sa.update(Server).where(Server.key == key, Server.state.in_([source.value for source in known.sources])).values(state=known.target.value)
+    if connection.execute(swap).rowcount != 1:
+        found = ServerState(servers.find(connection, key).state)
+        possible = [f"{one.verb} → {one.target}" for one in MOVES.values() if found in one.sources and one.verb != "lose"]
+        raise ServerStateError(f"server {key} is {found}, so it cannot become {known.target}; possible: {', '.join(possible) or 'nothing'}")
+    return known.target
+
+
+# --- leaving ------------------------------------------------------------------------------------------------------
+
+
+def open_claims(connection: Connection, server_id: int) -> int:
+    return connection.execute(sa.select(sa.func.count()).select_from(Claim).where(Claim.server_id == server_id, Claim.state != "closed")).scalar_one()
+
+
+def left(connection: Connection, server: servers.ServerInfo, heartbeat_seconds: float) -> list[str]:
+    """What has to happen before a server that claims nothing any more can go without a loss; nothing: it is drained."""
+    found = []
+    if count := open_claims(connection, server.id):
+        found.append(f"{count:,} claims are open: they end within minutes, or are settled by the server's own process")
+    if server.heartbeat_at is None:
+        # It never ran.
+        return found
+    if server.is_silent(database_now(connection), heartbeat_seconds):
+        found.append("it is silent, so nobody knows the end of its log: start its process")
+    elif audit.unread(server, audit.standings(connection).get(server.key)):
+        found.append("its log has lines that were not read: the hourly audit reads them, or the job audit_delivery_logs")
+    return found
+
+
+def retire(engine: Engine, key: str, heartbeat_seconds: float) -> None:
+    """Take a drained server out for good. Raises `ServerStateError` with what has to be waited for."""
+
+    def work(connection: Connection) -> None:
+        server = servers.find(connection, key)
+        # The move first: in a state that retires, no claim is opened any more, so that what is counted below cannot grow.
+        move(connection, key, "retire")
+        if waits := left(connection, server, heartbeat_seconds):
+            raise ServerStateError(f"server {key} cannot be retired yet: {'; '.join(waits)}. For a host that will not come back: --lost")
+
+    transact(engine, work)
+
+
+def lose(engine: Engine, key: str, *, heartbeat_at: dt.datetime | None = None) -> int | None:
+    """Declare a server lost: what it had in hand becomes unknown; returns how many rows, or None if it has beaten after `heartbeat_at`."""
+
+    def work(connection: Connection) -> int | None:
+        server = servers.find(connection, key)
+        if heartbeat_at is not None and server.heartbeat_at != heartbeat_at:
+            return None
+        if server.state != _S.LOST:
+            move(connection, key, "lose")
+        return server.id
+
+    server_id = transact(engine, work)
+    return None if server_id is None else settlement.give_up(engine, server_id)
+
+
+def retire_lost(engine: Engine, key: str) -> int:
+    """Take out a server whose host will not come back; returns how many rows are unknown by that."""
+    with reading(engine) as connection:
+        if servers.find(connection, key).state == _S.RETIRED:
+            move(connection, key, "retire")
+    rows = lose(engine, key) or 0
+    transact(engine, lambda connection: move(connection, key, "retire"))
+    return rows
+
+
+# --- silence ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Since when servers have been seen silent, look after look, in the database's time. `at` is the last look."""
+
+    at: dt.datetime | None = None
+    since: Mapping[str, dt.datetime] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, value: Mapping[str, Any] | None) -> Watch:
+        if not value or not value["at"]:
+            return cls()
+        return cls(dt.datetime.fromisoformat(value["at"]), {key: dt.datetime.fromisoformat(moment) for key, moment in value["since"].items()})
+
+    def write(self) -> dict[str, Any]:
+        return {"at": self.at.isoformat() if self.at else None, "since": {key: moment.isoformat() for key, moment in self.since.items()}}
+
+    def look(self, silent: Collection[str], now: dt.datetime) -> Watch:
+        """The watch after another look."""
+        unbroken = self.at is not None and now - self.at <= LONGEST_GAP
+        return Watch(now, {key: self.since.get(key, now) if unbroken else now for key in silent})
+
+    def lost(self) -> list[str]:
+        """Those silent for so long that they are lost."""
+        return [key for key, since in self.since.items() if self.at is not None and self.at - since >= LOST_AFTER]
+
+
+def may_be_lost(server: servers.ServerInfo) -> bool:
+    """Whether silence would mean a loss: not of a server that never ran, nor of one that somebody has paused."""
+    return server.heartbeat_at is not None and server.state in (_S.ACTIVE, _S.DRAINING)
