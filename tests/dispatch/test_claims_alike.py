@@ -285,7 +285,7 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
             }
         ]
     rows[Server] += [
-        {"id": SERVERS[state], "key": state, "kind": "catcher", "state": state, "host": "h", "port": 1, "incarnation": None, "created_at": now}
+        {"id": SERVERS[state], "key": state, "kind": "catcher", "pool_id": 1, "state": state, "host": "h", "port": 1, "incarnation": None, "created_at": now}
         for state in ("active", "retired", "paused")
     ]
     rows[Pool] = [{"id": number, "key": f"p{number}"} for number in (2, 3)]

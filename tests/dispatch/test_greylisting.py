@@ -22,6 +22,7 @@ from mail_pipelines.dispatch.claims import NothingClaimed, OpenClaim
 from mail_pipelines.dispatch.greylisting import REASON, WAIT_SECONDS
 from mail_pipelines.dispatch.journal import Kind
 from mail_pipelines.dispatch.openings import Opening
+from mail_pipelines.dispatch.registry import ServerState
 from mail_pipelines.messages.tokens import read_delivery
 from tests.dispatch.test_session import session
 from tests.dispatch.world import Servers, World, make_world, write_play
@@ -129,11 +130,11 @@ def test_four_hours_after_they_fell_due_any_server_claims_them(world: World, two
     assert taken(world.claim(one)) == 2
 
 
-@pytest.mark.parametrize("state", [state for state in servers.STATES if state != "active"])
+@pytest.mark.parametrize("state", [state for state in ServerState if state is not ServerState.ACTIVE])
 def test_rows_of_a_server_that_may_not_send_wait_for_nobody(world: World, two: Two, state: str) -> None:
     one, other = two
     by_its_sender(world, one)
-    servers.set_state(world.engine, one.key, state)
+    transact(world.engine, lambda connection: connection.execute(sa.update(Server).where(Server.id == one.id).values(state=state)))
     assert due_for(world, other) == due_for(world)
     assert senders(world) == {PLACE: None}
     assert taken(world.claim(other)) == 5

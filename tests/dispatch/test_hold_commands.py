@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sqlalchemy as sa
@@ -29,7 +30,8 @@ def world(engine: sa.Engine, tmp_path: Path) -> World:
 
 def says(*words: str) -> str:
     """What a command prints, with its tables' lines taken out."""
-    result = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, list(words))
+    with mock.patch.object(context.console, "_width", 250):
+        result = CliRunner().invoke(cli.app, list(words))
     if result.exception is not None:
         raise result.exception
     return re.sub(r"[ │┃]+", " ", result.output)

@@ -97,7 +97,7 @@ def test_a_server_without_room_for_its_log_gets_no_runs(world: World) -> None:
     alive(world, "s1", "s2")
     from mail_pipelines.capacity import allotments
 
-    allotments.fill(world.engine)
+    allotments.fill(world.engine, 10)
     transact(world.engine, lambda connection: connection.execute(sa.update(Server).where(Server.key == "s1").values(health={"free_mb": 99})))
     with world.engine.connect() as connection:
         found = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=())
