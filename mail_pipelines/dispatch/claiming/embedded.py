@@ -50,16 +50,20 @@ _SENDER = (
     .join_from(Server, LedgerGeneration, LedgerGeneration.id == 1)
     .where(Server.id == sa.bindparam("server_id"))
 )
-_CAMPAIGN = sa.select(
-    Campaign.state,
-    Campaign.version_id,
-    sa.exists().where(Hold.released_at.is_(None)).label("any_held"),
-    sa.or_(Campaign.pool_id == Server.pool_id, Campaign.overflow_pool_id == Server.pool_id).label("our_pool"),
-    Campaign.expire_at,
-    Campaign.brand_id,
-    Campaign.unsubscribe,
-    Campaign.unsubscribe_list_id,
-).where(Campaign.id == sa.bindparam("campaign_id"), Server.id == sa.bindparam("server_id"))
+_CAMPAIGN = (
+    sa.select(
+        Campaign.state,
+        Campaign.version_id,
+        sa.exists().where(Hold.released_at.is_(None)).label("any_held"),
+        sa.or_(Campaign.pool_id == Server.pool_id, Campaign.overflow_pool_id == Server.pool_id).label("our_pool"),
+        Campaign.expire_at,
+        Campaign.brand_id,
+        Campaign.unsubscribe,
+        Campaign.unsubscribe_list_id,
+    )
+    .join_from(Campaign, Server, Server.id == sa.bindparam("server_id"))
+    .where(Campaign.id == sa.bindparam("campaign_id"))
+)
 _OUR_GRANT = (
     Allotment.campaign_id == sa.bindparam("campaign"),
     Allotment.server_id == sa.bindparam("server"),
