@@ -85,7 +85,7 @@ def _sent(engine: Engine, settings: Settings, messages: int) -> ServerInfo:
 
 def _lines(token: str, address: str) -> Iterator[str]:
     begin, sender = "2026-11-24 12:15:42.927 [23506] 1xVpQB-0005at-08", f"b+{token}@bounces.shop.example.test"
-    yield f"{begin} INTENT {token} 23506\n"
+    yield f"{begin} INTENT {token} 23506 c8101532772921837.1795000000\n"
     yield f'{begin} >> {address} F=<{sender}> R=mail_exchangers T=onward H=mx.other.test [192.0.2.1] C="250 2.0.0 Ok: queued as 4B1D3" QT=0.100s\n'
     yield f"{begin} <= {sender} H=(c8101532772921837.1795907618) [127.0.0.1] P=esmtp S=16911 id={token}@bounces.shop.example.test\n"
     yield f"{begin} Completed\n"

@@ -26,6 +26,9 @@ def list_servers() -> None:
     from mail_pipelines.dispatch import audit, holds, pools, servers
 
     table = Table("server", "kind", "pool", "address", "state", "heartbeat", "alarms")
+    # What an operator copies stays in one piece, however narrow the terminal is.
+    for column in table.columns[:4]:
+        column.no_wrap, column.overflow = True, "fold"
     with reading(open_engine()) as connection:
         now = database_now(connection)
         audits = audit.standings(connection)

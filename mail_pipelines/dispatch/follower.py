@@ -17,11 +17,14 @@ class Watch:
     """What has been read of one claim's messages so far."""
 
     claim_id: int
-    found: Evidence = field(default_factory=Evidence)
+    found: Evidence = field(init=False)
     marked: bool = False
     # Something may have been missed: a gap in the chain of files.
     gap: bool = False
     tokens: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.found = Evidence(claim_id=self.claim_id)
 
 
 class Follower:

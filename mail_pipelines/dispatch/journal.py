@@ -56,6 +56,7 @@ class Entry(NamedTuple):
 
     `unless_known`: the outcome counts only while the message has an INTENT and no other outcome, and no line is damaged or torn that may be one.
     `early`: it was said before the body, so it says nothing of a message whose body has gone out.
+    `permit`: the permit under which the message was offered, where the line names it.
     `alarm`: the mail server does what it should never have to do, and somebody should look why.
     """
 
@@ -67,6 +68,7 @@ class Entry(NamedTuple):
     early: bool = False
     alarm: bool = False
     message: str = ""
+    permit: str = ""
 
 
 class UnknownForm(ValueError):
@@ -96,7 +98,11 @@ class Position:
 
 @dataclass
 class Evidence:
-    """What the journal says from a claim's position to its end."""
+    """What the journal says from a claim's position to its end.
+
+    With a `claim_id` what is known to be about an offer of another claim is left out. A row that was released is offered again under the same token,
+    and what is still said of the first offer, late (it found no permit, its destination refused the recipient), must not end the second.
+    """
 
     # The claim's marker line was found, and no line between it and the end can hide an INTENT.
     covered: bool = False
@@ -111,6 +117,7 @@ class Evidence:
     bad_lines: int = 0
     unknown_forms: int = 0
     alarms: int = 0
+    claim_id: int | None = None
 
     def take(self, entry: Entry) -> Outcome | None:
         """Note an entry about a message, in the order of the journal; returns the outcome that was noted.
@@ -118,6 +125,8 @@ class Evidence:
         After an INTENT only words about the body end the doubt: without any, or with those of another host that was asked next (in the queue,
         Exim goes on to it), a destination may have the message. There a doubt keeps its INTENT, so that it is known to what comes later.
         """
+        if self.claim_id is not None and self._is_foreign(entry):
+            return None
         token = entry.token or self.messages.get(entry.message, "")
         if entry.intent_pid is not None:
             self.intents[token] = entry.intent_pid
@@ -144,6 +153,12 @@ class Evidence:
         if outcome.kind in (Kind.DELIVERED, Kind.BOUNCED):
             self.messages.pop(entry.message, None)
         return outcome
+
+    def _is_foreign(self, entry: Entry) -> bool:
+        """Whether an entry is about an offer of another claim. What is in the mail server's queue by this one has been named to it before."""
+        if entry.permit:
+            return not entry.permit.startswith(f"c{self.claim_id}.")
+        return bool(entry.message) and entry.message not in self.messages
 
 
 LineParser = Callable[[bytes], Entry | None]
@@ -187,7 +202,7 @@ class Journal:
 
     def evidence(self, start: Position, claim_id: int) -> Evidence:
         """Everything from `start` on. `covered` is false if a file of the chain is gone, truncated, or the marker is missing."""
-        found = Evidence()
+        found = Evidence(claim_id=claim_id)
         chain = self._chain(start)
         marked = False
         for line in self._records(chain, start.offset) if chain else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sqlalchemy as sa
@@ -231,7 +232,8 @@ def test_alarms_stay_in_view(world: World, server: servers.ServerInfo) -> None:
     log.write("Completed")
     run(world, server)
     for words in (["list"], ["show", "s1"]):
-        result = CliRunner().invoke(commands.app, words, terminal_width=200)
+        with mock.patch.object(context.console, "_width", 200):
+            result = CliRunner().invoke(commands.app, words)
         assert result.exception is None
         assert "1, last found" in result.output, result.output
     assert "lines" in result.output

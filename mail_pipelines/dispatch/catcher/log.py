@@ -1,4 +1,4 @@
-"""How a catcher words its journal: `<UTC time> MARK|INTENT|DONE …`, one line each, ASCII."""
+"""How a catcher words its journal: `<UTC time> MARK|INTENT|DONE …`, one line each, ASCII. INTENT and DONE name the permit, or `-`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 
 from mail_pipelines.dispatch.journal import Entry, Kind, Outcome, Torn
 
+_PERMIT = re.compile(r"c\d+\.\d+")
 # The beginning of a line, of which any part may be missing: `JournalWriter` ends it before the next one.
 _BEGINNING = re.compile(rb"[\d:. -]{1,24}|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (?:MARK|INTENT|DONE|M|MA|MAR|I|IN|INT|INTE|INTEN|D|DO|DON)(?: [ -~]*)?")
 
@@ -19,13 +20,18 @@ def mark(permit: str) -> bytes:
     return f"{_stamp()} MARK {permit}".encode("ascii", "replace")
 
 
-def intent(token: str, pid: int) -> bytes:
-    return f"{_stamp()} INTENT {token} {pid}".encode("ascii", "replace")
+def intent(token: str, pid: int, permit: str = "") -> bytes:
+    return f"{_stamp()} INTENT {token} {pid} {_named(permit)}".encode("ascii", "replace")
 
 
-def done(token: str, outcome: Outcome) -> bytes:
+def done(token: str, outcome: Outcome, permit: str = "") -> bytes:
     text = outcome.text.replace("\n", " ").replace("\r", " ")
-    return f"{_stamp()} DONE {token} {outcome.kind} {outcome.code or '-'} {outcome.enhanced or '-'} {text}".encode("ascii", "replace")
+    return f"{_stamp()} DONE {token} {_named(permit)} {outcome.kind} {outcome.code or '-'} {outcome.enhanced or '-'} {text}".encode("ascii", "replace")
+
+
+def _named(permit: str) -> str:
+    """A permit's name; what greets with another name has none."""
+    return permit if _PERMIT.fullmatch(permit) else "-"
 
 
 def parse(line: bytes) -> Entry | None:
@@ -33,7 +39,7 @@ def parse(line: bytes) -> Entry | None:
     if not line:
         return None
     try:
-        return _entry(line.decode("ascii").split(" ", 7))
+        return _entry(line.decode("ascii").split(" ", 8))
     except ValueError:
         if _BEGINNING.fullmatch(line):
             raise Torn(f"the beginning of a journal line: {line[:80]!r}") from None
@@ -44,9 +50,10 @@ def _entry(words: list[str]) -> Entry:
     match words[2:]:
         case ["MARK", permit]:
             return Entry(mark=permit)
-        case ["INTENT", token, pid]:
-            return Entry(token, intent_pid=int(pid))
-        case ["DONE", token, kind, code, enhanced, *text]:
+        case ["INTENT", token, pid, permit]:
+            return Entry(token, intent_pid=int(pid), permit=permit.strip("-"))
+        case ["DONE", token, permit, kind, code, enhanced, *text]:
             reply = None if code == "-" else int(code)
-            return Entry(token, outcome=Outcome(Kind(kind), reply, None if enhanced == "-" else enhanced, " ".join(text)))
+            outcome = Outcome(Kind(kind), reply, None if enhanced == "-" else enhanced, " ".join(text))
+            return Entry(token, outcome=outcome, permit=permit.strip("-"))
     raise ValueError

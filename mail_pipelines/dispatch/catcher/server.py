@@ -198,7 +198,7 @@ class Conversation(asyncio.Protocol):
         recipient = path[1].decode("ascii", "replace")
         refusal = self.catcher.play.at_recipient(recipient, time.time())
         if refusal is not None:
-            self.catcher.journal.write(log.done(self.token(), refusal))
+            self.catcher.journal.write(log.done(self.token(), refusal, self.permit))
             self.reply(f"{refusal.code} {refusal.enhanced} {refusal.text}")
             return
         self.recipient = recipient
@@ -221,14 +221,14 @@ class Conversation(asyncio.Protocol):
         self.sender = self.recipient = None
         journal = self.catcher.journal
         try:
-            journal.write(log.intent(token, os.getpid()))
+            journal.write(log.intent(token, os.getpid(), self.permit))
         except OSError:
             # No INTENT on disk, no offer: a full disk refuses mail instead of losing track of it.
             self.reply(f"452 4.3.1 no space for the journal {self.permit}")
             return
         if not self.catcher.has_permit(self.permit):
             try:
-                journal.write(log.done(token, _VOID_NO_PERMIT))
+                journal.write(log.done(token, _VOID_NO_PERMIT, self.permit))
             except OSError:
                 self.catcher.failure.set()
             self.reply(f"451 4.7.0 permit withdrawn {self.permit}")
@@ -240,6 +240,7 @@ class Conversation(asyncio.Protocol):
         task.add_done_callback(self.catcher.destinations.discard)
 
     async def destination(self, ending: Ending, token: str, sender: str, recipient: str, body: bytes) -> None:
+        permit = self.permit
         await asyncio.sleep(ending.seconds)
         outcome = ending.outcome
         try:
@@ -247,9 +248,9 @@ class Conversation(asyncio.Protocol):
                 if body.startswith(b"."):
                     body = body[1:]
                 data = body.replace(b"\r\n..", b"\r\n.")
-                if not self.catcher.store.keep(token=token, permit=self.permit, sender=sender, recipient=recipient, data=data):
+                if not self.catcher.store.keep(token=token, permit=permit, sender=sender, recipient=recipient, data=data):
                     outcome = _NO_SPACE
-            self.catcher.journal.write(log.done(token, outcome))
+            self.catcher.journal.write(log.done(token, outcome, permit))
         except OSError:
             self.transport.abort()
             self.catcher.failure.set()

@@ -4,7 +4,7 @@ A line is `<date> <time> [<pid>] [<message id>] …`, the date in UTC. What foll
 envelope sender names it):
 
   MARK <permit>                                   a sender greeted (our ACL)
-  INTENT <token> <pid>                            the body is here (our ACL)
+  INTENT <token> <pid> <permit>                   the body is here (our ACL)
   >> … F=<…> … C="250 …"                          delivered: the destination's own reply
   … F=<…> rejected after DATA: … C="5…"           bounced
   … F=<…> tmp-reject from cutthrough after DATA: … C="4…"   deferred
@@ -21,7 +21,7 @@ In burst mode, where a message is in the queue before its INTENT (some lines nam
   ** … F=<…> Q=… : …                              bounced by the reply quoted in it, or because no such domain takes mail
   == … Q=… defer (…) … : …                        deferred by the reply quoted in it; unknown after the body without one; else unreachable
   H=… […]: … end of data …                        the same, of a host behind which Exim looks at others
-  VOID <token>                                    our ACL found no permit
+  VOID <token> <permit>                           our ACL found no permit
   => :blackhole: … R=withdrawn                    thrown away, since its permit is gone
 
 An answer of several lines is one record with line breaks in it. A destination cannot forge an entry that way: each of its lines
@@ -51,7 +51,11 @@ _NO_PROCESS = 0
 _YEAR = 5
 _RECORD = re.compile(_STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:(" + _MESSAGE_ID + rb") )?(.*)", re.DOTALL)
 _MARK = re.compile(rb"MARK (c\d+\.\d+)")
-_INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})")
+_PERMIT = rb"c\d+\.\d+"
+# Logs of before it have no permit there.
+_INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})(?: (" + _PERMIT + rb"))?")
+# Whoever sends to us says it as its name.
+_GREETED = re.compile(rb"H=\((" + _PERMIT + rb")[.)]")
 _TOKEN = rb"[a-z]\+([a-z2-7]{48})@[^> \n]*"
 _DELIVERY = re.compile(rb"(?:>>|=>|->|\*\*|==) .*? F=<" + _TOKEN + rb"> ", re.DOTALL)
 _REFUSAL = re.compile(
@@ -64,15 +68,19 @@ _REFUSAL = re.compile(
 # The four lines of a message that is delivered, by one expression: nearly all of a log is made of them.
 _ORDINARY = re.compile(
     _HEAD
-    + rb"(?:INTENT ([a-z2-7]{48}) (\d{1,10})|>> [^<>\"\n]*F=<"
+    + rb"(?:"
+    + _INTENT.pattern
+    + rb"|>> [^<>\"\n]*F=<"
     + _TOKEN
     + rb'> [^"\n]* C="(2\d\d) ([^"\\\n]*)"[^"\n]*|<= '
     + _TOKEN
-    + rb" H=\(c\d+\.\d+\) [^\n]*|(Completed))"
+    + rb" H=\(("
+    + _PERMIT
+    + rb")\) [^\n]*|(Completed))"
 )
-_LAST_OF_INTENT, _LAST_OF_DELIVERY, _LAST_OF_ARRIVAL, _LAST_OF_COMPLETED = 2, 5, 6, 7
+_LAST_OF_INTENT, _LAST_OF_DELIVERY, _LAST_OF_ARRIVAL, _LAST_OF_COMPLETED = (2, 3), 6, 8, 9
 # Nothing in them comes from elsewhere, so they cannot hide the torn beginning of another line.
-_CANNOT_QUOTE = (_LAST_OF_INTENT, _LAST_OF_COMPLETED)
+_CANNOT_QUOTE = (*_LAST_OF_INTENT, _LAST_OF_COMPLETED)
 # The same in a block. A line that the next one continues is a longer record, and not ordinary.
 _ORDINARY_LINES = re.compile(rb"^" + _ORDINARY.pattern + rb"\n(?!\d\d\d[ -])", re.MULTILINE)
 _START = re.compile(rb"exim \S+ daemon started: pid=")
@@ -88,8 +96,8 @@ _OF_THE_MESSAGE = (b"MAIL FROM", b"RCPT TO", b"pipelined MAIL FROM", b"pipelined
 # What Exim says of a connection that broke after the body.
 _NO_ANSWER = re.compile(rb"(?:SMTP timeout after|Remote host closed connection in response to|Malformed SMTP reply in response to) end of data")
 _END_OF_DATA = re.compile(rb"SMTP error from remote mail server after end of data: ")
-_VOID = re.compile(rb"VOID ([a-z2-7]{48})")
-_QUEUED = re.compile(rb"<= " + _TOKEN + rb" H=\(c\d+\.\d+\.[a-z0-9_-]+\) ")
+_VOID = re.compile(rb"VOID ([a-z2-7]{48})(?: (" + _PERMIT + rb"))?")
+_QUEUED = re.compile(rb"<= " + _TOKEN + rb" H=\((" + _PERMIT + rb")\.[a-z0-9_-]+\) ")
 _SENT = re.compile(rb"=> .*? F=<" + _TOKEN + rb"> Q=\S+ R=\S+ T=burst H=", re.DOTALL)
 _TRIED = rb"(?: [RT]=\S+)*(?: H=\S+ \[[^\]]*\](?::\d+)?\*?(?: (?:X|CV|I)=\S+)*)?"
 _FAILED = re.compile(rb"\*\* .*? F=<" + _TOKEN + rb"> Q=\S+" + _TRIED + rb": (.*)", re.DOTALL)
@@ -151,14 +159,15 @@ def parse(record: bytes) -> Entry | None:
     if flag in _ALARMS:
         return Entry(alarm=True)
     if (refusal := _REFUSAL.search(rest)) is not None:
-        return Entry(refusal[1].decode(), outcome=_refused(refusal[2], refusal[3]))
+        greeted = _GREETED.match(rest)
+        return Entry(refusal[1].decode(), outcome=_refused(refusal[2], refusal[3]), permit=greeted[1].decode() if greeted else "")
     raise UnknownForm
 
 
 def _of_the_queue(message: str, rest: bytes) -> tuple[bool, Entry | None]:
     """Whether a line is one of burst mode, and what it says, if it says something; `message` is Exim's id."""
     if (queued := _QUEUED.match(rest)) is not None:
-        return True, Entry(queued[1].decode(), message=message)
+        return True, Entry(queued[1].decode(), message=message, permit=queued[2].decode())
     if (sent := _SENT.match(rest)) is not None:
         return True, Entry(sent[1].decode(), outcome=_confirmed(rest), message=message)
     if (failed := _FAILED.match(rest)) is not None:
@@ -207,21 +216,23 @@ def scan(block: bytes) -> Iterator[tuple[int, int, Entry | None]]:
 def _ordinary(found: re.Match[bytes]) -> Entry | None:
     """The entry of a match of `_ORDINARY`; the last group that took part tells which of the four lines it is."""
     last = found.lastindex
-    if last == _LAST_OF_INTENT:
-        return Entry(found[1].decode(), None, int(found[2]))
+    if last in _LAST_OF_INTENT:
+        return Entry(found[1].decode(), intent_pid=int(found[2]), permit=(found[3] or b"").decode())
     if last == _LAST_OF_DELIVERY:
-        return Entry(found[3].decode(), None, None, outcome_of(int(found[4]), found[5].decode("utf-8", "replace")))
-    return Entry(found[6].decode(), None, None, _NOT_DELIVERED, True) if last == _LAST_OF_ARRIVAL else None
+        return Entry(found[4].decode(), outcome=outcome_of(int(found[5]), found[6].decode("utf-8", "replace")))
+    if last == _LAST_OF_ARRIVAL:
+        return Entry(found[7].decode(), outcome=_NOT_DELIVERED, unless_known=True, permit=found[8].decode())
+    return None
 
 
 def _own(rest: bytes) -> Entry:
     """A line that our ACLs write."""
     if (intent := _INTENT.fullmatch(rest)) is not None:
-        return Entry(intent[1].decode(), intent_pid=int(intent[2]))
+        return Entry(intent[1].decode(), intent_pid=int(intent[2]), permit=(intent[3] or b"").decode())
     if (mark := _MARK.fullmatch(rest)) is not None:
         return Entry(mark=mark[1].decode())
     if (void := _VOID.fullmatch(rest)) is not None:
-        return Entry(void[1].decode(), outcome=_NO_PERMIT)
+        return Entry(void[1].decode(), outcome=_NO_PERMIT, permit=(void[2] or b"").decode())
     raise ValueError(f"neither MARK nor INTENT nor VOID: {rest[:40]!r}")
 
 

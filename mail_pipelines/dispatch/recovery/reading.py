@@ -22,7 +22,7 @@ from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.dispatch import permit, servers, settlement, tail
 from mail_pipelines.dispatch.claims import Memory, Sender
 from mail_pipelines.dispatch.files import ServerFolders, boot_id
-from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, UnknownForm, process_alive
+from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, Torn, UnknownForm, process_alive
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.recovery.standing import Part, ServerPart
 from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery
@@ -125,20 +125,21 @@ def read(journal: Journal, since: dt.datetime | None, token_key: bytes, now: flo
         evidence.bad_lines, damaged_before = damaged_before, 0
         for start, _, entry, error in journal.read(block.data):
             second = _second(block.data[start : start + _STAMP], second)
-            if entry is None:
-                if not isinstance(error, UnknownForm):
-                    damaged_before += 1
-                    evidence.bad_lines += 1
-                    unreadable += second >= begin
-                continue
-            token = entry.token or evidence.messages.get(entry.message, "")
-            if entry.intent_pid is not None:
-                started[token] = second
-            outcome = evidence.take(entry)
-            if outcome is not None and outcome.kind in TOLD and second >= begin:
-                _note(offers, token, second, outcome, token_key)
-            if token not in evidence.intents:
-                started.pop(token, None)
+            if isinstance(error, Torn):
+                evidence.torn |= error.tokens
+            elif error is not None and not isinstance(error, UnknownForm):
+                damaged_before += 1
+                evidence.bad_lines += 1
+                unreadable += second >= begin
+            for said in error.entries if isinstance(error, Torn) else (entry,) if entry is not None else ():
+                token = said.token or evidence.messages.get(said.message, "")
+                if said.intent_pid is not None:
+                    started[token] = second
+                outcome = evidence.take(said)
+                if outcome is not None and outcome.kind in TOLD and second >= begin:
+                    _note(offers, token, second, outcome, token_key)
+                if token not in evidence.intents:
+                    started.pop(token, None)
         if offers:
             store(offers)
     without_end: Offers = {}

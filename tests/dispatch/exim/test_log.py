@@ -36,11 +36,11 @@ def outcome(record: bytes) -> Outcome:
 
 def write(path: Path, *records: bytes) -> Evidence:
     """A claim's evidence in a log of these records, with its marker first."""
-    path.write_bytes(b"".join(record + b"\n" for record in (line("MARK c1.99"), *records)))
-    return Journal(path, log.parse, log.continues).evidence(Position(path.stat().st_ino, 0), 1)
+    path.write_bytes(b"".join(record + b"\n" for record in (line("MARK c77.99"), *records)))
+    return Journal(path, log.parse, log.continues).evidence(Position(path.stat().st_ino, 0), 77)
 
 
-INTENT = line(f"INTENT {TOKEN} 23506", IDS[0])
+INTENT = line(f"INTENT {TOKEN} 23506 c77.1795522639", IDS[0])
 DELIVERED = line(f'>> p@x.test F=<{SENDER}> R=given_hosts T=onward H=mx.x.test [192.0.2.1] C="250 2.0.0 Ok: kept" QT=0.100s', IDS[0])
 ARRIVED = line(f"<= {SENDER} {HOST} P=esmtp S=319", IDS[0])
 
@@ -48,6 +48,8 @@ ARRIVED = line(f"<= {SENDER} {HOST} P=esmtp S=319", IDS[0])
 @pytest.mark.parametrize("message_id", IDS)
 @pytest.mark.parametrize("stamp", ["2026-11-24 12:15:42.927 [23506]", "2026-11-24 12:15:42", "2026-11-24 12:15:42 +0000 [1]"])
 def test_both_lengths_of_ids_and_all_stamps_are_read(message_id: str, stamp: str) -> None:
+    assert log.parse(line(f"INTENT {TOKEN} 23506 c1.99", message_id, stamp)) == Entry(TOKEN, intent_pid=23506, permit="c1.99")
+    # As it was before 2026-12.
     assert log.parse(line(f"INTENT {TOKEN} 23506", message_id, stamp)) == Entry(TOKEN, intent_pid=23506)
     record = line(f'>> p@x.test F=<{SENDER}> R=r T=t H=mx [192.0.2.1] C="250 ok"', message_id, stamp)
     assert outcome(record) == Outcome(Kind.DELIVERED, 250, None, "ok")
@@ -333,8 +335,8 @@ def test_a_line_torn_anywhere_hides_no_other_message(tmp_path: Path, torn: bytes
 def test_a_marker_behind_a_torn_line_is_found(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "main.log"
     for cut in range(1, len(torn) + 1):
-        path.write_bytes(torn[:cut] + line("MARK c1.99") + b"\n")
-        assert Journal(path, log.parse, log.continues).evidence(Position(path.stat().st_ino, 0), 1).covered, cut
+        path.write_bytes(torn[:cut] + line("MARK c77.99") + b"\n")
+        assert Journal(path, log.parse, log.continues).evidence(Position(path.stat().st_ino, 0), 77).covered, cut
 
 
 OTHERS = (
@@ -412,3 +414,39 @@ def test_any_bytes_are_an_entry_or_a_counted_error(record: bytes) -> None:
     except ValueError:
         return
     assert entry is None or isinstance(entry, Entry)
+
+
+# What may still be said of the first offer of a row, late, when it has been released and offered again under the same token.
+OF_THE_FIRST = (
+    f"INTENT {TOKEN} 23999 c7.1795522000",
+    f"VOID {TOKEN} c7.1795522000",
+    f"H=(c7.1795522000) [127.0.0.1] F=<{SENDER}> temporarily rejected RCPT <p@x.test>: no permit",
+    f"H=(c7.1795522000) [127.0.0.1] F=<{SENDER}> temporarily rejected RCPT <p@x.test>: {VERIFY}: {REMOTE} RCPT TO:<p@x.test>: 451 4.7.1 later",
+    f"H=(c7.1795522000) [127.0.0.1] p@x.test F=<{SENDER}> temporarily rejected after DATA: permit withdrawn",
+    f"<= {SENDER} H=(c7.1795522000.google) [127.0.0.1] P=esmtp S=319 Q=google",
+    f"== p@x.test {AT} defer (-44) {MX}: {REMOTE} RCPT TO:<p@x.test>: 451 4.7.1 later",
+    f"** p@x.test F=<{SENDER}> {AT} {MX}: {REMOTE} RCPT TO:<p@x.test>: 550 5.1.1 unknown",
+)
+
+
+@pytest.mark.parametrize("late", OF_THE_FIRST)
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_said_late_of_another_claims_offer_ends_nothing(tmp_path: Path, late: str, place: int) -> None:
+    """A duplicate would follow if a message that was delivered, or whose body is out, were taken for deferred or never offered."""
+    before = line(OF_THE_FIRST[5], IDS[1])
+    for ending in ((DELIVERED, ARRIVED), ()):
+        own = [INTENT, *ending]
+        at = min(place, len(own))
+        evidence = write(tmp_path / "main.log", *own[:at], before, line(late, IDS[1]), *own[at:])
+        assert evidence.outcomes.get(TOKEN) == (Outcome(Kind.DELIVERED, 250, "2.0.0", "Ok: kept") if ending else None)
+        assert (TOKEN in evidence.intents) == (not ending)
+        assert evidence.covered
+
+
+@pytest.mark.parametrize("late", OF_THE_FIRST)
+def test_the_same_in_the_queue(tmp_path: Path, late: str) -> None:
+    sent = line(f'=> p@x.test F=<{SENDER}> {AT} {MX} C="250 2.0.0 Ok: kept" QT=1s', IDS[0])
+    evidence = write(tmp_path / "main.log", QUEUED, INTENT, sent, line(late, IDS[1]))
+    assert evidence.outcomes == {TOKEN: Outcome(Kind.DELIVERED, 250, "2.0.0", "Ok: kept")}
+    evidence = write(tmp_path / "main.log", QUEUED, INTENT, line(late, IDS[1]))
+    assert (evidence.outcomes, list(evidence.intents)) == ({}, [TOKEN])
