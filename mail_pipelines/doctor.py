@@ -158,7 +158,7 @@ def check_instigators(instance: DagsterInstance) -> Iterator[Finding]:
 
 def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterator[Finding]:
     """`server.slots` is one of three limits on send runs: the other two are Dagster's, on runs of one server and on all runs."""
-    from mail_pipelines.resources.server import QUEUE_TAG
+    from mail_pipelines.resources.queues import QUEUE_TAG
     from mail_pipelines.sensors.servers import SEND_POOL
 
     queue = instance.get_concurrency_config().run_queue_config

@@ -15,7 +15,7 @@ from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_sna
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.server import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG
 from mail_pipelines.sensors.campaigns import missing_keys
 from mail_pipelines.sensors.runs import PARTITION_TAG, gone, report_gone, started
 

@@ -137,14 +137,14 @@ class Platform:
         self.address = up.start_dagster(self.processes, self.settings)
 
 
-def make(folder: Path, processes: Processes) -> Platform:
+def make(folder: Path, processes: Processes, *, production: bool = False, contacts: int = CONTACTS) -> Platform:
     """A home with contacts, lists, segments and two catchers; Dagster is not started yet."""
     os.environ.update(SETTINGS | {"MAIL_PIPELINES_HOME": str(folder)})
-    home.make(os.environ)
+    home.make(os.environ, production=production)
     settings = config.load(os.environ)
     engine = open_engine(settings.database)
     now = dt.datetime.now(dt.UTC)
-    files = data.write(folder / "files", contacts=CONTACTS)
+    files = data.write(folder / "files", contacts=contacts)
     for path, list_name in files.imports:
         importing.import_file(engine, path, list_name=list_name, now=now)
     data.engagement(engine, now)

@@ -25,7 +25,7 @@ from mail_pipelines.dispatch import openings
 from mail_pipelines.dispatch.files import is_locked, only_one
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.server import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG
 from mail_pipelines.sensors import campaigns, failures, files, servers, shards
 from mail_pipelines.sensors import runs as runs_of_dagster
 from tests.dispatch.world import World
