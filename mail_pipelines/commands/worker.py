@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mail_pipelines.commands.context import settings
+from mail_pipelines.commands.context import console, open_engine, settings
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -36,3 +36,24 @@ def run(control: Annotated[bool, typer.Option("--control", help="what the server
     options = ["--pool", "prefork", "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
     arguments = ["-A", "mail_pipelines.worker", "worker", "-Q", ",".join(names), "-n", f"{names[-1]}@%h", "-c", str(1 if control else slots), *options]
     os.execve(sys.executable, [sys.executable, "-m", "celery", *arguments], {**os.environ, **home.environment(settings())})
+
+
+@app.command("settle")
+def settle() -> None:
+    """Settle what dead sessions of this dispatch server left, once, and read late outcomes; its mail server's process does so all the time."""
+    import datetime as dt
+
+    from mail_pipelines.config import ConfigError
+    from mail_pipelines.database.engine import reading
+    from mail_pipelines.dispatch import servers
+    from mail_pipelines.dispatch.settler import Settler
+    from mail_pipelines.resources import queues
+
+    server = queues.this_server()
+    if server is None:
+        raise ConfigError("MAIL_PIPELINES_SERVER is not set: only a dispatch server can settle, by its own log")
+    engine = open_engine()
+    with reading(engine) as connection:
+        found = servers.find(connection, server)
+    Settler(engine, settings(), found).round(dt.datetime.now(dt.UTC))
+    console.print(f"what could be settled on {server} is settled")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import sqlalchemy as sa
 import yaml
 from celery import Celery
 
-from mail_pipelines import home, up
+from mail_pipelines import home
 from mail_pipelines.campaigns.progress import Totals
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Claim, Delivery, State
@@ -21,7 +23,10 @@ from mail_pipelines.supervision import Child, Processes
 from tests.e2e.platform import Platform
 from tests.parts.processes import wait_for
 
-CONTACTS = 1_200
+if TYPE_CHECKING:
+    from tests.production.backing import Backing
+
+CONTACTS = 2_000
 SERVERS = ("catcher-1", "catcher-2")
 LAUNCH = """
 mutation($job: String!, $tags: [ExecutionTag!]!) {
@@ -40,6 +45,7 @@ class Fleet:
     platform: Platform
     instance: dg.DagsterInstance
     app: Celery
+    backing: Backing
 
     @property
     def processes(self) -> Processes:
@@ -49,9 +55,16 @@ class Fleet:
 
     def start_worker(self, name: str, server: str | None, *options: str) -> None:
         """A worker as systemd starts it: by the command, with its server's name in the environment."""
-        environ = {**self.platform.environ, **({"MAIL_PIPELINES_SERVER": server} if server else {})}
+        environ = dict(self.platform.environ)
+        if server:
+            environ |= {"MAIL_PIPELINES_SERVER": server, **self.backing.of_server.get(server, {})}
+            # The centre's alone.
+            environ["MAIL_PIPELINES_BROKER__SIGNING_KEY"] = ""
         command = [sys.executable, "-m", "mail_pipelines", "worker", "run", *options]
         self.processes.start(name, command, env=environ, log=self.log(name))
+
+    def wait_for_worker(self, name: str) -> None:
+        wait_for(lambda: " ready." in self.log(name).read_text(), seconds=90, what=f"the {name}")
 
     def log(self, name: str) -> Path:
         return self.platform.settings.home / "log" / f"{name}.log"
@@ -66,9 +79,11 @@ class Fleet:
         child.process.wait(seconds)
         self.processes._children.remove(child)
 
-    def start_daemon(self) -> None:
-        workspace = str(home.checkout() / "workspace.yaml")
-        up._start(self.processes, self.platform.settings, "daemon", ["dagster._daemon", "run", "-w", workspace])
+    def restart_dagster(self) -> None:
+        """Kill daemon and web server, and start them again."""
+        for name in ("daemon", "web"):
+            self.end(name, signal.SIGKILL)
+        self.platform.start_dagster()
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
@@ -102,11 +117,15 @@ class Fleet:
 
     def messages(self, run_id: str) -> str:
         """What Dagster's log of a run says."""
-        return "\n".join(entry.user_message + (entry.dagster_event.message or "" if entry.dagster_event else "") for entry in self.instance.all_logs(run_id))
+        entries = self.instance.all_logs(run_id)
+        return "\n".join(entry.user_message or (entry.dagster_event.message if entry.dagster_event else None) or "" for entry in entries)
 
     def sending(self, campaign: str) -> dg.DagsterRun:
-        """A run that is sending the campaign at this moment."""
-        return wait_for(lambda: next(self._sending(campaign), None), seconds=60, what=f"a session that sends {campaign}")
+        """A run that is sending the campaign at this moment, with messages under way."""
+        run = wait_for(lambda: next(self._sending(campaign), None), seconds=90, what=f"a session that sends {campaign}")
+        before = len(self.platform.copies(campaign))
+        wait_for(lambda: len(self.platform.copies(campaign)) > before + 10, what="messages under way")
+        return run
 
     def _sending(self, campaign: str) -> Iterator[dg.DagsterRun]:
         with reading(self.platform.engine) as connection:
@@ -116,11 +135,18 @@ class Fleet:
             if run.status is dg.DagsterRunStatus.STARTED and run.run_id in busy:
                 yield run
 
+    def quicken(self, campaign: str) -> None:
+        """Send the rest at full speed: sessions that begin from now on do."""
+        self.platform.limit()
+        for record in self.send_runs(campaign):
+            if not record.dagster_run.is_finished:
+                self.terminate(record.dagster_run.run_id)
+
     def process_of(self, run_id: str) -> int:
         """The process that Dagster's log names for a run."""
-        entries = self.instance.all_logs(run_id)
-        text = next(entry.user_message for entry in entries if "Started process for run (pid: " in entry.user_message)
-        return int(text.partition("pid: ")[2].partition(")")[0])
+        found = re.search(r"process \(pid: ([0-9]+)\)", self.messages(run_id))
+        assert found is not None
+        return int(found[1])
 
     # --- ledger -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator
 
 import dagster as dg
 import pytest
@@ -24,12 +23,15 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300), pytest.mark.xdist_gr
 Status = dg.DagsterRunStatus
 
 
-@pytest.fixture
-def slowly(fleet: Fleet) -> Iterator[None]:
-    """Slow enough for something to be under way when the test strikes."""
-    fleet.platform.limit(40.0)
-    yield
-    fleet.platform.limit()
+CAMPAIGN = "steady"
+
+
+@pytest.fixture(scope="module")
+def campaign(fleet: Fleet) -> str:
+    """One campaign for all that strikes, sent slowly enough to be under way when they do."""
+    fleet.platform.limit(20.0)
+    fleet.platform.schedule(CAMPAIGN)
+    return CAMPAIGN
 
 
 def order_for(fleet: Fleet, run_id: str, queue: str, *, signing_key: str | None = None, seconds: float = 60) -> tuple[str, str]:
@@ -38,71 +40,58 @@ def order_for(fleet: Fleet, run_id: str, queue: str, *, signing_key: str | None 
     return orders.sign(orders.Order(run_id, queue, time.time() + seconds), key)
 
 
-def test_a_campaign_is_sent_by_the_workers_of_both_servers(fleet: Fleet, slowly: None) -> None:
-    fleet.platform.schedule("first")
-    fleet.holds_promise("first")
-    with reading(fleet.platform.engine) as connection:
-        used = connection.execute(sa.select(Server.key).join(Claim, Claim.server_id == Server.id).distinct()).scalars().all()
-    assert set(used) == set(SERVERS)
-    assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.send_runs("first")} == set(SERVERS)
+def test_workers_of_both_servers_send_at_once(fleet: Fleet, campaign: str) -> None:
+    def busy() -> set[str]:
+        with reading(fleet.platform.engine) as connection:
+            claimed = sa.select(Server.key).join(Claim, Claim.server_id == Server.id).where(Claim.state == "open").distinct()
+            return set(connection.execute(claimed).scalars())
+
+    wait_for(lambda: busy() == set(SERVERS), seconds=120, what="both servers at work")
+    assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.send_runs(campaign)} == set(SERVERS)
     assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.runs("build_audience")} == {"centre"}
-    for name in SERVERS:
-        wait_for(lambda name=name: "succeeded" in fleet.log(f"worker of {name}").read_text(), what=f"the end of a task of {name}")  # type: ignore[misc]
 
 
-def test_a_backfill_without_a_queue_goes_to_servers_and_sends(fleet: Fleet) -> None:
-    fleet.platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
-    try:
-        fleet.platform.schedule("filled")
-        wait_for(lambda: fleet.platform.campaign("filled").state == "sending", seconds=60, what="the freeze")
-        shards = fleet.platform.campaign("filled").shards or 1
-        last = f"filled|{min(shards, 64) - 1:02d}"
-        fleet.platform.command("dagster", "job", "backfill", "-w", "workspace.yaml", "-j", "send_campaign", "--from", "filled|00", "--to", last, "--noprompt")
-        fleet.holds_promise("filled")
-    finally:
-        fleet.platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
-    wait_for(lambda: all(record.dagster_run.is_finished for record in fleet.send_runs("filled")), seconds=60, what="the end of all runs")
-    assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.send_runs("filled")} <= set(SERVERS)
-
-
-def test_a_terminated_run_is_canceled_and_leaves_nothing_in_doubt(fleet: Fleet, slowly: None) -> None:
-    fleet.platform.schedule("terminated")
-    run = fleet.sending("terminated")
-    wait_for(lambda: len(fleet.platform.copies("terminated")) > 50, what="messages under way")
+def test_a_terminated_run_is_canceled_and_leaves_nothing_in_doubt(fleet: Fleet, campaign: str) -> None:
+    run = fleet.sending(campaign)
     fleet.terminate(run.run_id)
-    fleet.wait_for_status(run.run_id, Status.CANCELED, 30)
+    fleet.wait_for_status(run.run_id, Status.CANCELED)
     assert fleet.open_claims(run.run_id) == 0
     assert fleet.rows_of_run(run.run_id) == {}
     assert "cancelled by the operator" in fleet.messages(run.run_id)
-    fleet.platform.limit()
-    fleet.holds_promise("terminated")
 
 
-def test_a_killed_process_fails_its_run_and_the_next_one_sends_what_was_left(fleet: Fleet, slowly: None) -> None:
-    fleet.platform.schedule("killed")
-    run = fleet.sending("killed")
-    wait_for(lambda: len(fleet.platform.copies("killed")) > 50, what="messages under way")
+def test_a_killed_process_fails_its_run_and_its_claims_are_settled(fleet: Fleet, campaign: str) -> None:
+    run = fleet.sending(campaign)
     os.kill(fleet.process_of(run.run_id), signal.SIGKILL)
-    fleet.wait_for_status(run.run_id, Status.FAILURE, 30)
+    fleet.wait_for_status(run.run_id, Status.FAILURE)
     wait_for(lambda: fleet.open_claims(run.run_id) == 0, what="settlement")
-    fleet.platform.limit()
-    # A message whose final reply nobody recorded.
-    fleet.holds_promise("killed", unknown=48)
 
 
-def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fleet, slowly: None) -> None:
-    fleet.platform.schedule("stopped")
-    run = fleet.sending("stopped")
+def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fleet, campaign: str) -> None:
+    run = fleet.sending(campaign)
     name = f"worker of {run.tags[QUEUE_TAG]}"
-    wait_for(lambda: len(fleet.platform.copies("stopped")) > 50, what="messages under way")
     fleet.end(name)
-    # Its worker would have waited for the end of the session for 45 minutes.
+    # By itself the session would go on for 45 minutes.
     assert fleet.status(run.run_id) is Status.SUCCESS
+    assert fleet.open_claims(run.run_id) == 0
     assert fleet.rows_of_run(run.run_id) == {}
     assert "asked to end" in fleet.messages(run.run_id)
     fleet.start_worker(name, run.tags[QUEUE_TAG])
-    fleet.platform.limit()
-    fleet.holds_promise("stopped")
+
+
+def test_a_send_run_without_a_queue_goes_to_a_server(fleet: Fleet, campaign: str) -> None:
+    tags = {"dagster/partition": f"{campaign}|00", "dagster/partition/campaign": campaign, "dagster/partition/shard": "00"}
+    run_id = fleet.launch("send_campaign", **tags)
+    wait_for(lambda: fleet.status(run_id) in (Status.STARTED, Status.SUCCESS), seconds=60, what="the run's begin")
+    run = fleet.instance.get_run_by_id(run_id)
+    assert run is not None
+    assert run.tags[QUEUE_TAG] in SERVERS
+
+
+def test_after_all_of_it_every_recipient_has_one_copy(fleet: Fleet, campaign: str) -> None:
+    fleet.quicken(campaign)
+    # Doubt may be about the messages that a killed process had at their destinations.
+    fleet.holds_promise(campaign, unknown=48)
 
 
 def test_a_run_of_the_centre_is_refused_by_a_server(fleet: Fleet) -> None:
