@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 
 import dagster as dg
@@ -15,11 +16,13 @@ from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_sna
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.queues import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG, server_of
 from mail_pipelines.sensors.campaigns import missing_keys
 from mail_pipelines.sensors.runs import PARTITION_TAG, gone, report_gone, started
 
 SEND_POOL = "dispatch"
+# A server that has not been heard of for so long is not only slow: its runs are over for Dagster.
+GONE_SECONDS = 300
 CENTRE_JOBS = tuple(
     job.name for job in (build_audience, report_campaign, refresh_snapshots_job, maintenance, close_open_rows, import_contacts, read_inbound_mail)
 )
@@ -34,6 +37,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     speaking = [server for server in fleet if server.state == "active" and not server.is_silent(now, settings.server.heartbeat_seconds)]
     _set_slots(context.instance, max(1, len(speaking) * settings.server.slots))
     _end_dead_sessions(context.instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
+    _end_sessions_of_the_silent(context.instance, settings, {server.key for server in fleet if _is_gone(server, now)})
     _end_dead_audits(context.instance, settings)
     _end_dead_centre_runs(context.instance, settings)
     new = missing_keys([server.key for server in fleet], context.instance.get_dynamic_partitions(partitions.servers.name or ""))
@@ -62,6 +66,24 @@ def _end_dead_sessions(instance: dg.DagsterInstance, settings: Settings, folders
 
     for run in gone(started(instance, [send_campaign.name]), lives, time.time()):
         report_gone(instance, run, "the session's process is gone; its claims are settled by the next run on the same server")
+
+
+def _is_gone(server: servers.ServerInfo, now: dt.datetime) -> bool:
+    return server.heartbeat_at is None or now - server.heartbeat_at > dt.timedelta(seconds=GONE_SECONDS)
+
+
+def _end_sessions_of_the_silent(instance: dg.DagsterInstance, settings: Settings, gone_servers: set[str]) -> None:
+    """Mark runs failed that are on another host that has not been heard of for long: with the host, everything that could say so is gone.
+
+    That only closes Dagster's books. What the ledger has claimed there stays so until the server is back and settles, or is declared lost.
+    """
+
+    def lives(run: dg.DagsterRun) -> bool:
+        server = server_of(run.tags.get(QUEUE_TAG, ""), list(gone_servers))
+        return server is None or ServerFolders.of(settings.server, server).journal.exists()
+
+    for run in gone(started(instance, [send_campaign.name, audit_delivery_logs.name]), lives, time.time()):
+        report_gone(instance, run, "its server has been silent for long; what it had in hand is settled when it is back")
 
 
 def _end_dead_audits(instance: dg.DagsterInstance, settings: Settings) -> None:

@@ -11,7 +11,7 @@ from tests.parts.rabbitmq import RabbitMQ
 from tests.production.fleet import SERVERS, dagster_yaml
 
 _ACCOUNT = "dagster"
-_PASSWORD = "p@ss word/1"
+_PASSWORD = "p@ss/word:1"
 
 
 @dataclass
