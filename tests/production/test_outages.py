@@ -6,7 +6,12 @@ import pytest
 
 from tests.production.fleet import Fleet
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(400), pytest.mark.xdist_group("fleet")]
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.timeout(400),
+    pytest.mark.xdist_group("fleet"),
+    pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),
+]
 
 
 def test_killed_surroundings_neither_lose_nor_repeat(fleet: Fleet) -> None:
@@ -15,13 +20,13 @@ def test_killed_surroundings_neither_lose_nor_repeat(fleet: Fleet) -> None:
     fleet.sending("outages")
     fleet.restart_dagster()
     fleet.sending("outages")
-    if fleet.backing.broker is not None:
-        fleet.backing.broker.restart()
-        # Sessions need no broker, and new runs find the one that came back.
-        fleet.sending("outages")
-    if fleet.backing.database is not None:
-        fleet.backing.database.kill()
-        fleet.backing.database.start()
-        fleet.sending("outages")
+    assert fleet.backing.broker is not None
+    assert fleet.backing.database is not None
+    fleet.backing.broker.restart()
+    # Sessions need no broker, and new runs find the one that came back.
+    fleet.sending("outages")
+    fleet.backing.database.kill()
+    fleet.backing.database.start()
+    fleet.sending("outages")
     fleet.quicken("outages")
     fleet.holds_promise("outages", unknown=48)
