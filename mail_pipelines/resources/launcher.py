@@ -85,11 +85,14 @@ class QueueLauncher(CeleryRunLauncher):
         return False
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """Failed only if the worker said so. What ends without a word is found by its server's silence, or Dagster's time limit."""
-        state = self.celery.AsyncResult(run.run_id).state
-        if state == "FAILURE":
-            return CheckRunHealthResult(WorkerStatus.FAILED, "The process of the run has ended, or has refused it: see the worker's log.")
-        return CheckRunHealthResult(WorkerStatus.SUCCESS if state == "SUCCESS" else WorkerStatus.RUNNING)
+        """Failed only if the worker said that it has ended. What ends without a word is found by its server's silence, or Dagster's time limit.
+
+        Dagster asks about runs that have begun and not ended. One that ended while Dagster's storage was away could not say so there.
+        """
+        result = self.celery.AsyncResult(run.run_id)
+        if result.ready() and result.state != "REVOKED" and result.result != tasks.IGNORED:
+            return CheckRunHealthResult(WorkerStatus.FAILED, "The run's process has ended without a word to Dagster: see the worker's log.")
+        return CheckRunHealthResult(WorkerStatus.RUNNING)
 
     def get_run_worker_debug_info(self, run: dg.DagsterRun, include_container_logs: bool | None = True) -> str | None:
         queue = run.tags.get(queues.QUEUE_TAG, queues.CENTRE)

@@ -6,7 +6,6 @@ what a worker does at its end (`worker`).
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,8 @@ _DEFINITIONS = "mail_pipelines.definitions"
 RESULT_SECONDS = 7 * 24 * 3600
 # Children take new definitions only with a new worker, and memory that grew goes with the child.
 _RUNS_OF_A_CHILD = 50
-_log = logging.getLogger(__name__)
+# The result of a second order for a run. It takes the place of the first one's while that works.
+IGNORED = -1
 
 
 def make_app(settings: Settings, server: str | None = None) -> Celery:
@@ -125,7 +125,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def execute_run(text: object = None, signature: object = None) -> int:
-    """Execute the run of an order; 0 if it ended well. Raises `OrderRefused`."""
+    """Execute the run of an order; 0 if it ended well, 1 if not, `IGNORED` if it has begun before. Raises `OrderRefused`."""
     with _own_signals():
         settings, server = config.load(), queues.this_server()
         if not settings.broker.verify_key:
@@ -138,8 +138,7 @@ def execute_run(text: object = None, signature: object = None) -> int:
             run = record.dagster_run
             if run.is_finished or record.start_time is not None:
                 # The broker delivers twice what it is not sure to have delivered.
-                _log.info("run %s has begun or ended already: the second order is ignored", run.run_id)
-                return 0
+                return IGNORED
             if run.status is dg.DagsterRunStatus.CANCELING:
                 instance.report_run_canceled(run, "Cancelled before it began.")
                 return 0
