@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +22,7 @@ from dagster._utils.interrupts import capture_interrupts
 
 from mail_pipelines import config
 from mail_pipelines.config import ConfigError, Settings
+from mail_pipelines.dispatch.files import AlreadyRunning, only_one
 from mail_pipelines.resources import orders, queues
 from mail_pipelines.resources.orders import OrderRefused
 
@@ -131,12 +132,12 @@ def execute_run(text: object = None, signature: object = None) -> int:
         if not settings.broker.verify_key:
             raise OrderRefused("broker.verify_key is not set, so no order can be verified: it is on the centre's `config show`")
         order = orders.read(text, signature, settings.broker.verify_key)
-        with dg.DagsterInstance.get() as instance:
+        with dg.DagsterInstance.get() as instance, _only_here(settings, order.run_id) as alone:
             record = instance.get_run_record_by_id(order.run_id)
             if record is None:
                 raise OrderRefused(f"there is no run {order.run_id}")
             run = record.dagster_run
-            if run.is_finished or record.start_time is not None:
+            if not alone or run.is_finished or record.start_time is not None:
                 # The broker delivers twice what it is not sure to have delivered.
                 return IGNORED
             if run.status is dg.DagsterRunStatus.CANCELING:
@@ -147,6 +148,20 @@ def execute_run(text: object = None, signature: object = None) -> int:
                 raise OrderRefused(reason)
             # Dagster's own body of a run process, as dagster-celery's task has it.
             return _execute_run_command_body(run.run_id, instance, lambda _event: None, set_exit_code_on_failure=True)
+
+
+@contextmanager
+def _only_here(settings: Settings, run_id: str) -> Iterator[bool]:
+    """Whether no other child has an order for the run at this moment: two that begin at once would both find that it has not begun."""
+    place = Path(settings.server.run_folder) / "orders" / run_id
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_one(place, f"run {run_id}"))
+        except AlreadyRunning:
+            yield False
+            return
+        stack.callback(place.unlink, missing_ok=True)
+        yield True
 
 
 def refusal(run: dg.DagsterRun, queue: str, server: str | None) -> str | None:

@@ -23,7 +23,9 @@ from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.campaigns.progress import Totals
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
+from mail_pipelines.database import models
 from mail_pipelines.database.engine import open_engine, reading, transact
+from mail_pipelines.database.models import Claim
 from mail_pipelines.demo import campaign as demo_campaign
 from mail_pipelines.demo import data
 from mail_pipelines.dispatch import servers
@@ -115,6 +117,13 @@ class Platform:
         with sqlite3.connect(self.settings.dagster_home / "history" / "runs.db") as connection:
             row = connection.execute("SELECT run_id FROM runs WHERE partition = ? ORDER BY id DESC LIMIT 1", (partition,)).fetchone()
         return row[0] if row else None
+
+    def working_runs(self, key: str) -> list[str]:
+        """Send runs of a campaign that have rows in hand."""
+        with reading(self.engine) as connection:
+            claims = sa.select(Claim.run_id).join(models.Campaign, models.Campaign.id == Claim.campaign_id)
+            found = connection.execute(claims.where(Claim.state == "open", models.Campaign.key == key).distinct()).scalars().all()
+        return [run_id for run_id in found if self.status(run_id) == "STARTED"]
 
     def status(self, run_id: str) -> str | None:
         """What Dagster calls the state of a run."""

@@ -135,7 +135,7 @@ def test_an_order_that_comes_twice_is_followed_once(fleet: Fleet) -> None:
     fleet.wait_for_status(run_id, Status.SUCCESS)
     last = fleet.app.send_task(tasks.EXECUTE_RUN, order, queue="centre")
     assert last.get(30) == tasks.IGNORED
-    assert fleet.messages(run_id).count("Started execution of run") == 1
+    assert fleet.messages(run_id).count("Started process for run") == 1
     assert fleet.status(run_id) is Status.SUCCESS
 
 

@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_killed_surroundings_neither_lose_nor_repeat(fleet: Fleet) -> None:
-    fleet.platform.limit(20.0)
+    fleet.platform.limit(6.0)
     fleet.platform.schedule("outages")
     fleet.sending("outages")
     fleet.restart_dagster()
