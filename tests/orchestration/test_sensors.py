@@ -208,6 +208,21 @@ def test_a_run_whose_process_is_gone_is_marked_failed_and_a_living_one_is_not(
     assert {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}["dispatch"] == 2
 
 
+def test_runs_of_a_host_that_has_been_silent_for_long_are_closed(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its journal is not here, so that nothing here can say whether the process lives."""
+    alive(world, "s1")
+    run = instance.create_run_for_job(build_defs().resolve_job_def("send_campaign"), tags={QUEUE_TAG: "s1"}, status=dg.DagsterRunStatus.STARTING)
+    instance.handle_new_event(_started(run))
+    monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 0)
+    for seconds, status in ((servers.GONE_SECONDS - 60, dg.DagsterRunStatus.STARTED), (servers.GONE_SECONDS + 60, dg.DagsterRunStatus.FAILURE)):
+        with world.engine.begin() as connection:
+            connection.execute(sa.update(Server).where(Server.key == "s1").values(heartbeat_at=dt.datetime.now(dt.UTC) - dt.timedelta(seconds=seconds)))
+        servers.server_health(context(instance, repository), DATABASE)
+        assert instance.get_run_by_id(run.run_id).status is status  # type: ignore[union-attr]
+
+
 def _started(run: dg.DagsterRun) -> Any:
     from dagster._core.events import DagsterEvent, DagsterEventType
     from dagster._core.events.log import EventLogEntry

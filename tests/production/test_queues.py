@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import os
 import stat
+from pathlib import Path
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from mail_pipelines import config, home
+from mail_pipelines import config, doctor, home
 from mail_pipelines.campaigns import store, yaml_form
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Allotment, Server
@@ -21,6 +22,7 @@ from mail_pipelines.dispatch import servers
 from mail_pipelines.resources import orders, queues, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.e2e.platform import CAMPAIGN
+from tests.parts.processes import free_port
 
 SEND = {"dagster/partition": "spring|03", "dagster/partition/campaign": "spring"}
 
@@ -134,3 +136,29 @@ def test_dagster_takes_the_settings_that_are_shipped(monkeypatch: pytest.MonkeyP
 def test_an_app_without_a_broker_says_what_to_set() -> None:
     with pytest.raises(config.ConfigError, match=r"broker\.url and broker\.results"):
         tasks.make_app(config.Settings(home=config.home_folder(os.environ)))
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------
+
+
+def broker_findings() -> list[str]:
+    return [finding.problem for finding in doctor.check_broker(config.load())]
+
+
+def test_doctor_names_a_broker_that_is_away_and_keys_that_do_not_match(centre: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert broker_findings() == ["broker.url and broker.results are not set: runs cannot be carried to workers (docs/production.md)"]
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__URL", f"filesystem://{tmp_path}/broker")
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__RESULTS", f"file://{tmp_path}")
+    assert broker_findings() == []
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__VERIFY_KEY", orders.verify_key_of(orders.new_signing_key()))
+    assert broker_findings() == ["broker.verify_key is not that of broker.signing_key: every order is refused"]
+    monkeypatch.delenv("MAIL_PIPELINES_BROKER__VERIFY_KEY")
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__URL", f"amqp://centre:secret@127.0.0.1:{free_port()}/mail")
+    (problem,) = broker_findings()
+    assert problem.startswith("the broker does not answer")
+    assert "secret" not in problem
+
+
+def test_doctor_has_nothing_to_say_of_a_broker_where_there_is_none() -> None:
+    home.make()
+    assert broker_findings() == []
