@@ -27,6 +27,7 @@ def test_systemd_finds_nothing_to_say_about_them(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_a_unit_starts_what_there_is_and_is_restarted(unit: Path) -> None:
     # A key may be given twice in a unit.
