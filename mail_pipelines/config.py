@@ -96,6 +96,17 @@ class ServerSettings(Section):
     heartbeat_seconds: float = pydantic.Field(default=10, gt=0, description="interval of a server's heartbeat (s)")
 
 
+class BrokerSettings(Section):
+    """Only for a centre with workers on other hosts; without, runs are processes of this one."""
+
+    url: str | None = secret("broker that carries runs to workers: amqp://USER:PASSWORD@HOST:5672/VHOST, or filesystem:///FOLDER on one host")
+    results: str | None = secret("where workers say that a run has begun or ended: db+mysql+pymysql://USER:PASSWORD@HOST/SCHEMA, or file:///FOLDER on one host")
+    signing_key: str | None = secret("key by which the centre signs orders to workers; nowhere else; `mail-pipelines init --production` makes one")
+    verify_key: str = pydantic.Field(
+        default="", pattern="^([0-9a-f]{64})?$", description="key by which workers tell the centre's orders from others; the same everywhere, and no secret"
+    )
+
+
 class InboundSettings(Section):
     folder: str = pydantic.Field(default="{home}/inbound", description="mail that came back: maildirs, and spool and log of the Exim that receives it")
     listen: list[str] = pydantic.Field(default=["127.0.0.1"], description="addresses that `inbound run` listens on; 0.0.0.0 and ::0 are all")
@@ -131,6 +142,7 @@ class Settings(Section):
     sending: SendingSettings = SendingSettings()
     dns: DnsSettings = DnsSettings()
     server: ServerSettings = ServerSettings()
+    broker: BrokerSettings = BrokerSettings()
     inbound: InboundSettings = InboundSettings()
     operation: OperationSettings = OperationSettings()
 

@@ -45,6 +45,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         *check_dagster_home(settings, environ),
         *check_disk(settings),
         *check_central_database(settings),
+        *check_broker(settings),
         *check_dagster(settings),
     ]
 
@@ -137,6 +138,33 @@ def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]
         yield Finding("servers", server.shortage, "make room on that disk; sending goes on by itself")
 
 
+def check_broker(settings: config.Settings) -> Iterator[Finding]:
+    """Where runs are carried to workers: broker and results answer, and the two keys belong together."""
+    given = settings.broker
+    if not given.url and not given.signing_key:
+        return
+    from kombu.exceptions import OperationalError
+
+    from mail_pipelines.resources import orders, tasks
+
+    try:
+        app = tasks.make_app(settings)
+        if given.signing_key and orders.verify_key_of(given.signing_key) != given.verify_key:
+            yield Finding("broker", "broker.verify_key is not that of broker.signing_key: every order is refused", "restore both from the backup of the centre")
+        with app.connection_for_read() as connection:
+            connection.ensure_connection(max_retries=1, timeout=5)
+    except config.ConfigError as error:
+        yield Finding("broker", str(error), "set them on every host, each server with its own account")
+        return
+    except OperationalError as error:
+        yield Finding("broker", f"the broker does not answer: {error}", "runs wait until it does; sessions that work go on")
+    try:
+        app.backend.get_task_meta("none")
+    except sa.exc.SQLAlchemyError as error:
+        first_line = str(error).partition("\n")[0]
+        yield Finding("broker", f"the database of results cannot be used: {first_line}", "look at broker.results, and at the rights of its account")
+
+
 def check_dagster(settings: config.Settings) -> Iterator[Finding]:
     """Dagster's daemon, sensors and schedules, as its own storage has them."""
     import dagster as dg
@@ -172,7 +200,7 @@ def check_instigators(instance: DagsterInstance) -> Iterator[Finding]:
 
 def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterator[Finding]:
     """`server.slots` is one of three limits on send runs: the other two are Dagster's, on runs of one server and on all runs."""
-    from mail_pipelines.resources.server import QUEUE_TAG
+    from mail_pipelines.resources.queues import QUEUE_TAG
     from mail_pipelines.sensors.servers import SEND_POOL
 
     queue = instance.get_concurrency_config().run_queue_config

@@ -16,8 +16,10 @@ from mail_pipelines import config, config_text
 from mail_pipelines.capacity import limits
 from mail_pipelines.database import engine, migrate
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.resources import orders, queues
 
 TOKEN_KEY_FILE = "{home}/secrets/token_key"
+SIGNING_KEY_FILE = "{home}/secrets/signing_key"
 
 
 class HomeError(MailPipelinesError):
@@ -37,41 +39,51 @@ def checkout() -> Path:
     return folder
 
 
-def make(environ: Mapping[str, str] = os.environ) -> list[str]:
+def make(environ: Mapping[str, str] = os.environ, *, production: bool = False) -> list[str]:
     """Make the home folder, or bring an older one up to date; returns a line for each thing that was done.
 
     May be repeated at any time: what exists is kept, schemas are upgraded. The folder holds personal data and keys, so only
-    its owner may read it.
+    its owner may read it. `production`: of a centre whose runs go to workers, or (where MAIL_PIPELINES_SERVER is set) of one of its
+    dispatch servers, which makes no key and leaves the databases alone: both are the centre's.
     """
+    server = queues.this_server(environ)
     done = []
     home = config.home_folder(environ)
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _first_configuration(home):
-            done.append(f"wrote {home / config.CONFIG_FILE} and a new token key")
+        if _first_configuration(home, production=production, is_server=server is not None):
+            done.append(f"wrote {home / config.CONFIG_FILE}" + ("" if server else " and new keys" if production else " and a new token key"))
         settings = config.load(environ)
         settings.token_key()
+        if production and not server and not settings.broker.signing_key:
+            raise HomeError(f"{home} was made without --production: make a new home, with the token key of this one in its secrets/token_key")
         for folder in _folders(settings):
             folder.mkdir(parents=True, exist_ok=True)
-        if _write_new(settings.dagster_home / "dagster.yaml", _shipped_dagster_yaml(), 0o644):
+        if _write_new(settings.dagster_home / "dagster.yaml", _shipped_dagster_yaml(production), 0o644):
             done.append(f"wrote {settings.dagster_home / 'dagster.yaml'}")
     except OSError as error:
         raise HomeError(f"{error.filename or home} cannot be made: {error.strerror}; MAIL_PIPELINES_HOME names the folder to use") from error
-    done += _upgrade_central_database(settings)
-    _upgrade_dagster(settings.dagster_home)
+    if server is None:
+        done += _upgrade_central_database(settings)
+        _upgrade_dagster(settings.dagster_home)
     return done
 
 
-def _first_configuration(home: Path) -> bool:
-    """Write `config.toml` and the key it refers to. A key is made only with the file: a new one would void all links ever mailed."""
+def _first_configuration(home: Path, *, production: bool, is_server: bool) -> bool:
+    """Write `config.toml` and the keys it refers to. A key is made only with the file: a new one would void all links ever mailed."""
     if (home / config.CONFIG_FILE).exists():
         return False
-    key_file = Path(TOKEN_KEY_FILE.format(home=home))
-    key_file.parent.mkdir(mode=0o700, exist_ok=True)
-    # The key first: a crash between the two leaves a key that the next `init` uses.
-    _write_new(key_file, secrets.token_hex(32) + "\n", 0o600)
-    text = config_text.template({"sending.token_key": f'token_key_file = "{TOKEN_KEY_FILE}"'})
-    return _write_new(home / config.CONFIG_FILE, text, 0o600)
+    given = {"sending.token_key": f'token_key_file = "{TOKEN_KEY_FILE}"'}
+    (home / "secrets").mkdir(mode=0o700, exist_ok=True)
+    # The keys first: a crash between the two leaves keys that the next `init` uses.
+    if not is_server:
+        _write_new(Path(TOKEN_KEY_FILE.format(home=home)), secrets.token_hex(32) + "\n", 0o600)
+    if production and not is_server:
+        place = Path(SIGNING_KEY_FILE.format(home=home))
+        _write_new(place, orders.new_signing_key() + "\n", 0o600)
+        given["broker.signing_key"] = f'signing_key_file = "{SIGNING_KEY_FILE}"'
+        given["broker.verify_key"] = f'verify_key = "{orders.verify_key_of(place.read_text().strip())}"'
+    return _write_new(home / config.CONFIG_FILE, config_text.template(given), 0o600)
 
 
 def _folders(settings: config.Settings) -> list[Path]:
@@ -86,8 +98,8 @@ def _folders(settings: config.Settings) -> list[Path]:
     ]
 
 
-def _shipped_dagster_yaml() -> str:
-    return (checkout() / "infra/dagster/embedded/dagster.yaml").read_text(encoding="utf-8")
+def _shipped_dagster_yaml(production: bool) -> str:
+    return (checkout() / "infra/dagster" / ("production" if production else "embedded") / "dagster.yaml").read_text(encoding="utf-8")
 
 
 def _write_new(path: Path, text: str, mode: int) -> bool:

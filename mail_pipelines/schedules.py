@@ -11,7 +11,7 @@ from mail_pipelines.dispatch import audit, servers
 from mail_pipelines.jobs import audit_delivery_logs, refresh_snapshots_job
 from mail_pipelines.ops.maintenance import maintenance
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.resources.server import QUEUE_TAG, control_queue
+from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 
 # Past the full hour, when campaigns like to start.
 _AUDIT_CRON = "20 * * * *"

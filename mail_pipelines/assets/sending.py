@@ -11,7 +11,8 @@ from mail_pipelines.assets.audience import campaign_audiences
 from mail_pipelines.dispatch import sending
 from mail_pipelines.dispatch.session import Report
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.resources.server import QUEUE_TAG, DispatchServer
+from mail_pipelines.resources.queues import QUEUE_TAG
+from mail_pipelines.resources.server import DispatchServer
 
 
 @dg.asset(
@@ -36,7 +37,8 @@ def send_batches(context: dg.AssetExecutionContext, database: CentralDatabase, s
         yield from _result(context, plan.is_final, {"sent": 0, "claimed": 0, "open": plan.open_rows, "reason": plan.reason})
         return
     speaks_for = server.of_run(engine, settings, plan.campaign_id, context.run)
-    if QUEUE_TAG not in context.run.tags:
+    if context.run.tags.get(QUEUE_TAG) != speaks_for.key:
+        # Who has taken it, where it named none or the queue of all.
         context.instance.add_run_tags(context.run.run_id, {QUEUE_TAG: speaks_for.key})
     context.log.info("sending shard %02d of %s through %s", shard, campaign, speaks_for.key)
 
@@ -44,7 +46,19 @@ def send_batches(context: dg.AssetExecutionContext, database: CentralDatabase, s
         context.log.info("%d of %d claimed rows delivered, %d claims", report.sent, report.claimed, report.claims)
 
     report = sending.run(engine, settings, speaks_for, plan, shard, context.run.run_id, progress)
+    cancelled = report.interrupted and _is_cancelled(context)
+    if cancelled:
+        report.reason = "cancelled by the operator"
     yield from _result(context, report.open_rows == 0, _metadata(report))
+    if cancelled:
+        # Dagster calls a run cancelled only if it ends by this.
+        raise dg.DagsterExecutionInterruptedError
+
+
+def _is_cancelled(context: dg.AssetExecutionContext) -> bool:
+    """Whether a signal was an operator's wish. A worker that is stopped sends the same one, and its runs end as well as any that leave open rows."""
+    run = context.instance.get_run_by_id(context.run.run_id)
+    return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 def _metadata(report: Report) -> dict[str, Any]:

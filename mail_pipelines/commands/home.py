@@ -18,11 +18,13 @@ app.add_typer(config_app, name="config")
 
 
 @app.command()
-def init() -> None:
+def init(
+    production: Annotated[bool, typer.Option("--production", help="of a centre with workers, or with MAIL_PIPELINES_SERVER of a dispatch server")] = False,
+) -> None:
     """Make the home folder, or bring it and the databases up to date; safe to repeat."""
     from mail_pipelines import home
 
-    for line in home.make():
+    for line in home.make(production=production):
         console.print(line, markup=False, highlight=False)
     console.print(f"{config.home_folder()} is ready", markup=False, highlight=False)
 

@@ -109,6 +109,11 @@ class Lane:
         server = self.session.server
         return Connection(server.host, server.port, self.session.settings.sending.reply_timeout_seconds)
 
+    def offer_no_more(self) -> None:
+        """Hand out no more rows of the claims that are open."""
+        for batch in self._batches:
+            batch.end()
+
     async def close(self) -> None:
         """End the connections. Whoever runs the lane has waited for the end of its claims."""
         self._closing = True
@@ -193,6 +198,8 @@ class Lane:
         self._concluding.add(asyncio.create_task(self._conclude(batch)))
         if not batch.is_over:
             await self._begin(batch)
+        if self.session.report.interrupted:
+            batch.end()
         return batch
 
     def _shortage(self) -> str:

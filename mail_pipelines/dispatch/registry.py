@@ -164,9 +164,9 @@ class Watch:
         unbroken = self.at is not None and now - self.at <= LONGEST_GAP
         return Watch(now, {key: self.since.get(key, now) if unbroken else now for key in silent})
 
-    def lost(self) -> list[str]:
-        """Those silent for so long that they are lost."""
-        return [key for key, since in self.since.items() if self.at is not None and self.at - since >= LOST_AFTER]
+    def silent_for(self, span: dt.timedelta) -> set[str]:
+        """Those whose silence was watched for at least so long."""
+        return {key for key, since in self.since.items() if self.at is not None and self.at - since >= span}
 
 
 def may_be_lost(server: servers.ServerInfo) -> bool:

@@ -300,15 +300,15 @@ class Heartbeat:
 # --- choice -----------------------------------------------------------------------------------------------------
 
 
-def choose(connection: Connection, campaign_id: int, among: Collection[str], heartbeat_seconds: float) -> ServerInfo:
+def choose(connection: Connection, campaign_id: int, among: Collection[str] | None, heartbeat_seconds: float) -> ServerInfo:
     """The server for a run that names none: of the active ones that speak and are not held, that with most unspent grant for the campaign in this
     slot, then fewest open claims.
 
-    Raises `DispatchError` if there is no active server.
+    `among`: only these; None: whatever host they are on. Raises `DispatchError` if there is no active server.
     """
     now = database_now(connection)
     held = holds.in_force(connection)
-    servers = [server for server in all_servers(connection) if server.state == "active" and server.key in among]
+    servers = [server for server in all_servers(connection) if server.state == "active" and (among is None or server.key in among)]
     servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds) and not held.over_server(server.id, server.pool_id)]
     allowed = pools.of_campaign(connection, campaign_id)
     servers = [server for server in servers if server.pool_id in allowed]

@@ -27,6 +27,7 @@ from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
 from mail_pipelines.dispatch.follower import Follower
+from mail_pipelines.dispatch.interruption import on_first_signal
 from mail_pipelines.dispatch.journal import Journal
 from mail_pipelines.dispatch.lane import Lane, Limits, SessionOver, in_thread
 from mail_pipelines.dispatch.recovery.reading import take_part
@@ -39,7 +40,10 @@ _IDLE_POLL_SECONDS = 0.5
 
 @dataclass
 class Report:
-    """What a session did, in counts only. `reason` says why it ended, `next_due` (epoch seconds) when the shard has work again."""
+    """What a session did, in counts only. `reason` says why it ended, `next_due` (epoch seconds) when the shard has work again.
+
+    `interrupted`: a signal asked it to end.
+    """
 
     server: str
     claimed: int = 0
@@ -47,6 +51,7 @@ class Report:
     settled: Counter[State] = field(default_factory=Counter)
     claims: int = 0
     reason: str = ""
+    interrupted: bool = False
     open_rows: int = 0
     next_due: float | None = None
     seconds: float = 0.0
@@ -110,13 +115,27 @@ class Session:
         return self.report
 
     async def _send(self, until: float) -> None:
-        """Run the lanes until nothing is due within `linger_seconds`, or one of them ends the session."""
-        lanes: dict[str, Lane] = {}
-        running: dict[str, asyncio.Task[None]] = {}
+        """Run the lanes until nothing is due within `linger_seconds`, one of them ends the session, or a signal asks for its end."""
         self.stopping = asyncio.Event()
+        lanes: dict[str, Lane] = {}
+        loop = asyncio.get_running_loop()
+        with on_first_signal(lambda: loop.call_soon_threadsafe(self._interrupt, lanes)):
+            await self._run_lanes(lanes, until)
+
+    def _interrupt(self, lanes: Mapping[str, Lane]) -> None:
+        """Offer nothing more: what is on its way is finished and recorded, all other rows are released."""
+        self.report.interrupted = True
+        self.stopping.set()
+        for lane in lanes.values():
+            lane.offer_no_more()
+
+    async def _run_lanes(self, lanes: dict[str, Lane], until: float) -> None:
+        running: dict[str, asyncio.Task[None]] = {}
         last_progress = time.monotonic()
         try:
             while True:
+                if self.report.interrupted:
+                    raise SessionOver("asked to end")
                 if time.monotonic() >= until:
                     raise SessionOver("the session's time is up")
                 for provider in await in_thread(self._due_providers):

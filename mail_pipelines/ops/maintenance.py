@@ -60,7 +60,7 @@ def suppress_addresses(context: dg.OpExecutionContext, database: CentralDatabase
 
 
 @dg.op(out=dg.Out(dg.Nothing))
-def prune_runs(context: dg.OpExecutionContext) -> None:
+def prune_runs(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
     """Delete Dagster runs older than 30 days; what they achieved is in the central database and in runless materializations."""
     before = dt.datetime.now(dt.UTC) - dt.timedelta(days=KEEP_RUNS_DAYS)
     finished = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
@@ -68,6 +68,11 @@ def prune_runs(context: dg.OpExecutionContext) -> None:
     for record in old:
         context.instance.delete_run(record.dagster_run.run_id)
     context.log.info("%d old runs deleted", len(old))
+    if database.settings.broker.results:
+        from mail_pipelines.resources import tasks
+
+        # Celery leaves that to a scheduler of its own, which there is none of here.
+        tasks.make_app(database.settings).backend.cleanup()
 
 
 @dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, old runs.")

@@ -9,7 +9,7 @@ import dagster as dg
 
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.partitions import split_batch_key
-from mail_pipelines.resources.server import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG
 
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import time
 from collections.abc import Collection
@@ -17,7 +18,7 @@ from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_sna
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.server import QUEUE_TAG, control_queue
+from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sensors.campaigns import missing_keys
 from mail_pipelines.sensors.runs import PARTITION_TAG, gone, report_gone, started
 
@@ -43,7 +44,8 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         and server.is_silent(now, settings.server.heartbeat_seconds)
         and not ServerFolders.of(settings.server, server.key).journal.exists()
     ]
-    _end_runs_of(context.instance, {server.key for server in elsewhere})
+    watch = registry.Watch.read(json.loads(context.cursor) if context.cursor else None).look([server.key for server in elsewhere], now)
+    _end_runs_of(context.instance, watch.silent_for(dt.timedelta(seconds=servers.SILENT_BEATS * settings.server.heartbeat_seconds)))
     _end_dead_sessions(context.instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
     _end_dead_audits(context.instance, settings)
     _end_dead_centre_runs(context.instance, settings)
@@ -51,9 +53,9 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
     if silent:
         context.log.warning("silent servers: %s", ", ".join(silent))
-    watch = registry.Watch.read(json.loads(context.cursor) if context.cursor else None).look([server.key for server in elsewhere], now)
+    lost = watch.silent_for(registry.LOST_AFTER)
     for server in elsewhere:
-        if server.key in watch.lost() and (rows := registry.lose(database.engine, server.key, heartbeat_at=server.heartbeat_at)) is not None:
+        if server.key in lost and (rows := registry.lose(database.engine, server.key, heartbeat_at=server.heartbeat_at)) is not None:
             context.log.error("server %s is lost: silent for %s; %d recipients it had in hand are unknown", server.key, registry.LOST_AFTER, rows)
     return dg.SensorResult(
         dynamic_partitions_requests=[partitions.servers.build_add_request(new)] if new else None,

@@ -16,7 +16,7 @@ from mail_pipelines.database.engine import DatabaseUnreachable, database_now, re
 from mail_pipelines.dispatch import final, openings
 from mail_pipelines.jobs import send_campaign
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.resources.server import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG
 from mail_pipelines.sensors.runs import send_runs
 
 

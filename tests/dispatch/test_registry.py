@@ -162,11 +162,11 @@ def test_silence_is_watched_look_after_look() -> None:
     watch = Watch()
     for minute in range(30):
         watch = Watch.read(watch.write()).look(["a", *(["b"] if minute != 10 else [])], NOW + minute * MINUTE)
-        assert watch.lost() == []
+        assert watch.silent_for(LOST_AFTER) == set()
     watch = watch.look(["a", "b"], NOW + 30 * MINUTE)
-    assert watch.lost() == ["a"]
+    assert watch.silent_for(LOST_AFTER) == {"a"}
     # Nobody looked for ten minutes: what was seen before says nothing of them.
-    assert watch.look(["a", "b"], NOW + 40 * MINUTE).lost() == []
+    assert watch.look(["a", "b"], NOW + 40 * MINUTE).silent_for(LOST_AFTER) == set()
 
 
 # --- health -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.campaigns.progress import Totals
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
+from mail_pipelines.database import models
 from mail_pipelines.database.engine import open_engine, reading, transact
+from mail_pipelines.database.models import Claim
 from mail_pipelines.demo import campaign as demo_campaign
 from mail_pipelines.demo import data
 from mail_pipelines.dispatch import servers
@@ -116,6 +118,13 @@ class Platform:
             row = connection.execute("SELECT run_id FROM runs WHERE partition = ? ORDER BY id DESC LIMIT 1", (partition,)).fetchone()
         return row[0] if row else None
 
+    def working_runs(self, key: str) -> list[str]:
+        """Send runs of a campaign that have rows in hand."""
+        with reading(self.engine) as connection:
+            claims = sa.select(Claim.run_id).join(models.Campaign, models.Campaign.id == Claim.campaign_id)
+            found = connection.execute(claims.where(Claim.state == "open", models.Campaign.key == key).distinct()).scalars().all()
+        return [run_id for run_id in found if self.status(run_id) == "STARTED"]
+
     def status(self, run_id: str) -> str | None:
         """What Dagster calls the state of a run."""
         with sqlite3.connect(self.settings.dagster_home / "history" / "runs.db") as connection:
@@ -137,14 +146,14 @@ class Platform:
         self.address = up.start_dagster(self.processes, self.settings)
 
 
-def make(folder: Path, processes: Processes) -> Platform:
+def make(folder: Path, processes: Processes, *, production: bool = False, contacts: int = CONTACTS) -> Platform:
     """A home with contacts, lists, segments and two catchers; Dagster is not started yet."""
     os.environ.update(SETTINGS | {"MAIL_PIPELINES_HOME": str(folder)})
-    home.make(os.environ)
+    home.make(os.environ, production=production)
     settings = config.load(os.environ)
     engine = open_engine(settings.database)
     now = dt.datetime.now(dt.UTC)
-    files = data.write(folder / "files", contacts=CONTACTS)
+    files = data.write(folder / "files", contacts=contacts)
     for path, list_name in files.imports:
         importing.import_file(engine, path, list_name=list_name, now=now)
     data.engagement(engine, now)

@@ -10,13 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import Claim, Server
+from mail_pipelines.database.models import Claim, Delivery, Server, State
 from tests.e2e.platform import Platform
 from tests.e2e.privacy import dagster_files, people_named
 from tests.parts.processes import wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
 
+TERMINATE = "mutation($run: String!) { terminateRun(runId: $run) { __typename } }"
 REEXECUTE = """
 mutation($run: String!) {
   launchRunReexecution(reexecutionParams: {parentRunId: $run, strategy: ALL_STEPS}) { ... on LaunchRunSuccess { run { runId } } }
@@ -94,6 +95,29 @@ def backfill(platform: Platform, first: str, last: str, *, runs: int) -> None:
 
 def send_runs(platform: Platform) -> list[str]:
     return [status for job, status, _ in runs(platform) if job == "send_campaign"]
+
+
+def test_a_run_that_is_terminated_is_canceled_and_leaves_nothing_in_doubt(platform: Platform) -> None:
+    platform.limit(20.0)
+    platform.schedule("terminated")
+    run = wait_for(lambda: next(iter(platform.working_runs("terminated")), None), seconds=120, what="a session")
+    wait_for(lambda: len(platform.copies("terminated")) > 50, what="messages under way")
+    platform.graphql(TERMINATE, {"run": run})
+    wait_for(lambda: platform.status(run) == "CANCELED", seconds=60, what="the end of the run")
+    with reading(platform.engine) as connection:
+        left = (
+            sa.select(Delivery.state).join(Claim, Claim.id == Delivery.claim_id).where(Claim.run_id == run, Delivery.state.in_((State.CLAIMED, State.UNKNOWN)))
+        )
+        assert connection.execute(left).all() == []
+        assert connection.execute(sa.select(Claim.id).where(Claim.run_id == run, Claim.state != "closed")).all() == []
+    platform.limit()
+    # Sessions that began before keep the pace they began with.
+    for other in platform.working_runs("terminated"):
+        platform.graphql(TERMINATE, {"run": other})
+    totals = platform.wait_finished("terminated")
+    copies = platform.copies("terminated")
+    assert set(copies.values()) == {1}
+    assert len(copies) == totals.delivered
 
 
 def test_a_killed_daemon_neither_loses_nor_repeats(platform: Platform) -> None:

@@ -17,7 +17,8 @@ from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import DispatchError
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.resources.server import QUEUE_TAG, DispatchServer
+from mail_pipelines.resources.queues import QUEUE_TAG
+from mail_pipelines.resources.server import DispatchServer
 from mail_pipelines.schedules import due_audits
 from tests.dispatch.world import World
 

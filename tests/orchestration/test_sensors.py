@@ -28,7 +28,7 @@ from mail_pipelines.dispatch.files import is_locked, only_one
 from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.server import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG
 from mail_pipelines.sensors import campaigns, failures, files, servers, shards
 from mail_pipelines.sensors import runs as runs_of_dagster
 from tests.dispatch.world import World
@@ -280,6 +280,8 @@ def test_a_server_of_another_host_that_is_silent_for_half_an_hour_is_lost(
     before = {"near": "active", "paused": "paused", "far": "active", "new": "active", "back": "active"}
     first = look()
     assert sorted(first["since"]) == ["back", "far"]
+    assert [status(instance, one) for one in (run, audit)] == [dg.DagsterRunStatus.STARTED] * 2
+    look(first | {"since": {"far": (now - dt.timedelta(seconds=31)).isoformat()}})
     assert [status(instance, one) for one in (run, audit)] == [dg.DagsterRunStatus.FAILURE] * 2
     watched = now - dt.timedelta(minutes=31)
     # The centre was stopped between these looks.

@@ -1,0 +1,1 @@
+"""A centre with dispatch servers: launcher, workers, broker, orders, units of systemd."""

@@ -1,0 +1,66 @@
+"""What a fleet stands on: a folder and SQLite, or RabbitMQ and MariaDB with an account for each host."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mail_pipelines.benchmarks.mariadb import MariaDB
+from tests.parts.rabbitmq import RabbitMQ
+from tests.production.fleet import SERVERS, dagster_yaml
+
+_ACCOUNT = "dagster"
+_PASSWORD = "p@ss/word:1"
+
+
+@dataclass
+class Backing:
+    """`environ` of the centre, and what differs on each server."""
+
+    environ: dict[str, str]
+    of_server: dict[str, dict[str, str]] = field(default_factory=dict)
+    broker: RabbitMQ | None = None
+    database: MariaDB | None = None
+
+
+def filesystem(folder: Path, stack: ExitStack) -> Backing:
+    """No server at all."""
+    dagster_yaml(folder / "home", embedded=True)
+    results = folder / "results"
+    results.mkdir()
+    return Backing({"MAIL_PIPELINES_BROKER__URL": f"filesystem://{folder}/broker", "MAIL_PIPELINES_BROKER__RESULTS": f"file://{results}"})
+
+
+def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
+    """As in production."""
+    dagster_yaml(folder / "home", embedded=False)
+    database = MariaDB(folder / "mariadb", options=("--max-connections=400",))
+    database.folder.mkdir()
+    database.start()
+    stack.callback(database.stop)
+    with database.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE DATABASE dagster CHARACTER SET utf8mb4")
+        cursor.execute("CREATE USER %s@'127.0.0.1' IDENTIFIED BY %s", (_ACCOUNT, _PASSWORD))
+        cursor.execute("GRANT ALL ON dagster.* TO %s@'127.0.0.1'", (_ACCOUNT,))
+    broker = RabbitMQ(folder, {name: rights(name) for name in SERVERS}).start()
+    stack.callback(broker.stop)
+    environ = {
+        "MAIL_PIPELINES_DATABASE__URL": database.database(),
+        "MAIL_PIPELINES_BROKER__URL": broker.url("centre"),
+        "MAIL_PIPELINES_BROKER__RESULTS": f"db+{database.database()}",
+        "DAGSTER_MYSQL_HOST": "127.0.0.1",
+        "DAGSTER_MYSQL_PORT": str(database.port),
+        "DAGSTER_MYSQL_DB": "dagster",
+        "DAGSTER_MYSQL_USER": _ACCOUNT,
+        "DAGSTER_MYSQL_PASSWORD": _PASSWORD,
+    }
+    return Backing(environ, {name: {"MAIL_PIPELINES_BROKER__URL": broker.url(name)} for name in SERVERS}, broker, database)
+
+
+def rights(server: str) -> str:
+    """What a server's account may touch, as docs/production.md has it."""
+    return rf"^(dispatch|{server}(-ctl)?|{server}\.pidbox|{server}(-ctl)?@.*)$"
+
+
+BACKINGS = {"filesystem": filesystem, "rabbitmq": rabbitmq}

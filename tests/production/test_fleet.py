@@ -1,0 +1,147 @@
+"""Runs carried to workers by a broker: each where it belongs, none that the centre did not order, and none lost or done twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from mail_pipelines.database.engine import reading
+from mail_pipelines.database.models import Claim, Server
+from mail_pipelines.resources import orders, tasks
+from mail_pipelines.resources.queues import QUEUE_TAG
+from tests.parts.processes import wait_for
+from tests.production.fleet import SERVERS, Fleet
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300), pytest.mark.xdist_group("fleet")]
+
+Status = dg.DagsterRunStatus
+
+
+CAMPAIGN = "steady"
+
+
+@pytest.fixture(scope="module")
+def campaign(fleet: Fleet) -> str:
+    """One campaign for all that strikes, sent slowly enough to be under way when they do."""
+    fleet.platform.limit(20.0)
+    fleet.platform.schedule(CAMPAIGN)
+    return CAMPAIGN
+
+
+def order_for(fleet: Fleet, run_id: str, queue: str, *, signing_key: str | None = None, seconds: float = 60) -> tuple[str, str]:
+    key = signing_key or fleet.platform.settings.broker.signing_key
+    assert key
+    return orders.sign(orders.Order(run_id, queue, time.time() + seconds), key)
+
+
+def test_workers_of_both_servers_send_at_once(fleet: Fleet, campaign: str) -> None:
+    def busy() -> set[str]:
+        with reading(fleet.platform.engine) as connection:
+            claimed = sa.select(Server.key).join(Claim, Claim.server_id == Server.id).where(Claim.state == "open").distinct()
+            return set(connection.execute(claimed).scalars())
+
+    wait_for(lambda: busy() == set(SERVERS), seconds=120, what="both servers at work")
+    assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.send_runs(campaign)} == set(SERVERS)
+    assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.runs("build_audience")} == {"centre"}
+
+
+def test_a_terminated_run_is_canceled_and_leaves_nothing_in_doubt(fleet: Fleet, campaign: str) -> None:
+    run = fleet.sending(campaign)
+    fleet.terminate(run.run_id)
+    fleet.wait_for_status(run.run_id, Status.CANCELED)
+    assert fleet.open_claims(run.run_id) == 0
+    assert fleet.rows_of_run(run.run_id) == {}
+    assert "cancelled by the operator" in fleet.messages(run.run_id)
+
+
+def test_a_killed_process_fails_its_run_and_its_claims_are_settled(fleet: Fleet, campaign: str) -> None:
+    run = fleet.sending(campaign)
+    os.kill(fleet.process_of(run.run_id), signal.SIGKILL)
+    fleet.wait_for_status(run.run_id, Status.FAILURE)
+    wait_for(lambda: fleet.open_claims(run.run_id) == 0, what="settlement")
+
+
+def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fleet, campaign: str) -> None:
+    run = fleet.sending(campaign)
+    name = f"worker of {run.tags[QUEUE_TAG]}"
+    fleet.end(name)
+    # By itself the session would go on for 45 minutes.
+    assert fleet.status(run.run_id) is Status.SUCCESS
+    assert fleet.open_claims(run.run_id) == 0
+    assert fleet.rows_of_run(run.run_id) == {}
+    assert "asked to end" in fleet.messages(run.run_id)
+    fleet.start_worker(name, run.tags[QUEUE_TAG])
+
+
+def test_a_send_run_without_a_queue_goes_to_a_server(fleet: Fleet, campaign: str) -> None:
+    tags = {"dagster/partition": f"{campaign}|00", "dagster/partition/campaign": campaign, "dagster/partition/shard": "00"}
+    run_id = fleet.launch("send_campaign", **tags)
+    wait_for(lambda: fleet.status(run_id) in (Status.STARTED, Status.SUCCESS), seconds=60, what="the run's begin")
+    run = fleet.instance.get_run_by_id(run_id)
+    assert run is not None
+    assert run.tags[QUEUE_TAG] in SERVERS
+
+
+def test_after_all_of_it_every_recipient_has_one_copy(fleet: Fleet, campaign: str) -> None:
+    fleet.quicken(campaign)
+    # Doubt may be about the messages that a killed process had at their destinations.
+    fleet.holds_promise(campaign, unknown=48)
+
+
+def test_a_run_of_the_centre_is_refused_by_a_server(fleet: Fleet) -> None:
+    run_id = fleet.launch("refresh_snapshots", **{QUEUE_TAG: SERVERS[0]})
+    fleet.wait_for_status(run_id, Status.FAILURE)
+    assert "executes only at the centre" in fleet.messages(run_id)
+    assert "Started process" not in fleet.messages(run_id)
+
+
+def test_an_order_that_was_moved_to_another_queue_is_refused(fleet: Fleet) -> None:
+    run_id = waiting_run(fleet)
+    moved = order_for(fleet, run_id, SERVERS[0])
+    result = fleet.app.send_task(tasks.EXECUTE_RUN, moved, queue=SERVERS[1])
+    fleet.wait_for_status(run_id, Status.FAILURE)
+    assert f"meant for queue {SERVERS[0]}" in fleet.messages(run_id)
+    wait_for(lambda: result.state == "FAILURE", what="the worker's refusal")
+
+
+def test_what_the_centre_did_not_sign_is_refused_by_the_centre(fleet: Fleet) -> None:
+    run_id = waiting_run(fleet)
+    text, signature = order_for(fleet, run_id, "centre", signing_key=orders.new_signing_key())
+    own, _ = order_for(fleet, run_id, "centre")
+    _, late = order_for(fleet, run_id, "centre", seconds=-1)
+    late_text, late = order_for(fleet, run_id, "centre", seconds=-1)
+    attempts = [(), (own,), (text, signature), (own, signature), (late_text, late), ({"run_id": run_id}, late)]
+    results = [fleet.app.send_task(tasks.EXECUTE_RUN, attempt, queue="centre") for attempt in attempts]
+    for result in results:
+        wait_for(lambda result=result: result.state == "FAILURE", what="the worker's refusal")  # type: ignore[misc]
+    assert fleet.status(run_id) is Status.NOT_STARTED
+    assert "Started process" not in fleet.messages(run_id)
+    # The same run, as the centre orders it.
+    fleet.app.send_task(tasks.EXECUTE_RUN, order_for(fleet, run_id, "centre"), queue="centre")
+    fleet.wait_for_status(run_id, Status.SUCCESS)
+
+
+def test_an_order_that_comes_twice_is_followed_once(fleet: Fleet) -> None:
+    run_id = waiting_run(fleet)
+    order = order_for(fleet, run_id, "centre")
+    for _ in range(3):
+        fleet.app.send_task(tasks.EXECUTE_RUN, order, queue="centre")
+    fleet.wait_for_status(run_id, Status.SUCCESS)
+    last = fleet.app.send_task(tasks.EXECUTE_RUN, order, queue="centre")
+    assert last.get(30) == tasks.IGNORED
+    assert fleet.messages(run_id).count("Started process for run") == 1
+    assert fleet.status(run_id) is Status.SUCCESS
+
+
+def waiting_run(fleet: Fleet) -> str:
+    """A run of the centre that Dagster knows and nobody has ordered."""
+    first = fleet.launch("refresh_snapshots")
+    run = fleet.wait_for_status(first, Status.SUCCESS)
+    assert run.tags[QUEUE_TAG] == "centre"
+    return fleet.instance.add_run(run._replace(run_id=str(uuid.uuid4()), status=Status.NOT_STARTED)).run_id

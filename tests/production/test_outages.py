@@ -1,0 +1,35 @@
+"""A campaign goes on whatever of its surroundings is killed and started again, and at the far end every recipient has one copy."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parts.processes import wait_for
+from tests.production.fleet import Fleet
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.timeout(400),
+    pytest.mark.xdist_group("fleet"),
+    pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),
+]
+
+
+def test_killed_surroundings_neither_lose_nor_repeat(fleet: Fleet) -> None:
+    fleet.platform.limit(6.0)
+    fleet.platform.schedule("outages")
+    fleet.sending("outages")
+    fleet.restart_dagster()
+    fleet.sending("outages")
+    assert fleet.backing.broker is not None
+    assert fleet.backing.database is not None
+    fleet.backing.broker.restart()
+    # Sessions need no broker, and new runs find the one that came back.
+    fleet.sending("outages")
+    fleet.backing.database.kill()
+    fleet.backing.database.start()
+    fleet.sending("outages")
+    fleet.quicken("outages")
+    fleet.holds_promise("outages", unknown=48)
+    # Also those that ended while there was no storage to record it.
+    wait_for(lambda: all(record.dagster_run.is_finished for record in fleet.send_runs("outages")), seconds=90, what="the end of all runs")

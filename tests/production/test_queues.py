@@ -1,0 +1,164 @@
+"""Where a run goes that names no queue, who may execute it, and how a production home is made."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import stat
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from mail_pipelines import config, doctor, home
+from mail_pipelines.campaigns import store, yaml_form
+from mail_pipelines.database.engine import reading
+from mail_pipelines.database.models import Allotment, Server
+from mail_pipelines.definitions import build_defs
+from mail_pipelines.delivery.recording import slot_at
+from mail_pipelines.dispatch import servers
+from mail_pipelines.resources import orders, queues, tasks
+from mail_pipelines.resources.queues import QUEUE_TAG
+from tests.e2e.platform import CAMPAIGN
+from tests.parts.processes import free_port
+
+SEND = {"dagster/partition": "spring|03", "dagster/partition/campaign": "spring"}
+
+
+def run_of(job: str, asset: str | None = None, **tags: str) -> dg.DagsterRun:
+    return dg.DagsterRun(job_name=job, asset_selection=frozenset({dg.AssetKey(asset)}) if asset else None, tags=tags)
+
+
+def queue_of(engine: Engine, run: dg.DagsterRun) -> str:
+    with reading(engine) as connection:
+        return queues.choose(connection, run, 10)
+
+
+@pytest.mark.parametrize(
+    ("run", "queue"),
+    [
+        (run_of("build_audience", **{"dagster/partition": "spring"}), "centre"),
+        (run_of("maintenance"), "centre"),
+        (run_of("__ASSET_JOB", "contact_snapshot"), "centre"),
+        (run_of("maintenance", **{QUEUE_TAG: "s1"}), "s1"),
+        (run_of("audit_delivery_logs", **{"dagster/partition": "s2"}), "s2-ctl"),
+        (run_of("__ASSET_JOB", "delivery_logs", **{"dagster/partition": "s2"}), "s2-ctl"),
+        (run_of("send_campaign", **SEND, **{QUEUE_TAG: "s7"}), "s7"),
+        (run_of("send_campaign", **SEND), "dispatch"),
+        (run_of("__ASSET_JOB", "send_batches", **SEND), "dispatch"),
+    ],
+)
+def test_a_run_goes_where_it_belongs(engine: Engine, run: dg.DagsterRun, queue: str) -> None:
+    """(No server speaks, so that a send run goes to whichever will.)"""
+    assert queue_of(engine, run) == queue
+
+
+def test_a_send_run_goes_to_the_speaking_server_with_most_unspent_grant(engine: Engine) -> None:
+    now = dt.datetime.now(dt.UTC)
+    known = [servers.register(engine, key, kind="catcher", host="127.0.0.1", port=25, now=now).id for key in ("s1", "s2", "s3")]
+    with engine.begin() as connection:
+        campaign_id = store.create(connection, yaml_form.parse(CAMPAIGN.format(name="Spring", key="spring")).definition, now).id
+        connection.execute(sa.update(Server).where(Server.key != "s3").values(heartbeat_at=now))
+        for server_id, granted, used in zip(known, (100, 80, 900), (60, 10, 0), strict=True):
+            row = {"server_id": server_id, "campaign_id": campaign_id, "provider": "google", "slot_start": slot_at(now), "granted": granted, "used": used}
+            connection.execute(sa.insert(Allotment).values(**row))
+    assert queue_of(engine, run_of("send_campaign", **SEND)) == "s2"
+
+
+def test_the_jobs_of_servers_are_those_that_the_queues_know() -> None:
+    repository = build_defs().get_repository_def()
+    for job, asset in (queues.SENDING, queues.AUDIT):
+        assert {key.to_user_string() for key in repository.get_job(job).asset_layer.selected_asset_keys} == {asset}
+
+
+def test_a_worker_executes_only_its_own_queues_and_a_server_nothing_of_the_centre() -> None:
+    assert queues.own_queues(None) == ("centre",)
+    assert queues.own_queues("s1") == ("dispatch", "s1", "s1-ctl")
+    assert "is not of mail_pipelines.definitions" in (tasks.refusal(run_of("maintenance"), "centre", None) or "")
+
+
+# --- the home ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def centre(monkeypatch: pytest.MonkeyPatch) -> config.Settings:
+    """A production home, but for Dagster's storage, which stays embedded here."""
+    shipped = home._shipped_dagster_yaml
+    monkeypatch.setattr(home, "_shipped_dagster_yaml", lambda _production: shipped(False))
+    home.make(production=True)
+    return config.load()
+
+
+def test_the_centre_has_a_key_and_says_how_to_verify_it(centre: config.Settings) -> None:
+    key = centre.home / "secrets/signing_key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert centre.broker.signing_key == key.read_text().strip()
+    assert orders.verify_key_of(centre.broker.signing_key) == centre.broker.verify_key
+    assert home.make(production=True) == []
+    assert config.load() == centre
+
+
+def test_a_server_makes_no_keys_and_touches_no_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAIL_PIPELINES_SERVER", "s1")
+    with pytest.raises(config.ConfigError, match="secrets/token_key, which cannot be read"):
+        home.make(production=True)
+    (config.home_folder() / "secrets/token_key").write_text("the centre's\n")
+    home.make(production=True)
+    settings = config.load()
+    assert settings.broker.signing_key is None
+    assert (settings.dagster_home / "dagster.yaml").read_text() == home._shipped_dagster_yaml(True)
+    assert not (settings.home / "central.sqlite3").exists()
+
+
+def test_an_embedded_home_does_not_become_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    home.make()
+    with pytest.raises(home.HomeError, match="without --production"):
+        home.make(production=True)
+
+
+def test_dagster_takes_the_settings_that_are_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagster._core.instance.config import dagster_instance_config
+
+    for name in ("HOST", "DB", "USER", "PASSWORD"):
+        monkeypatch.setenv(f"DAGSTER_MYSQL_{name}", "x")
+    monkeypatch.setenv("DAGSTER_MYSQL_PORT", "3306")
+    folder = home.checkout() / "infra/dagster/production"
+    settings, _ = dagster_instance_config(str(folder))
+    assert settings["run_launcher"] == {"module": "mail_pipelines.resources.launcher", "class": "QueueLauncher"}
+    # Sessions may last as long as Dagster lets them, and results are kept for longer than any run.
+    assert config.SendingSettings().session_seconds < settings["run_monitoring"]["max_runtime_seconds"] < tasks.RESULT_SECONDS
+    limits = {limit["key"]: limit["limit"] for limit in settings["concurrency"]["runs"]["tag_concurrency_limits"]}
+    assert limits[QUEUE_TAG] == config.ServerSettings().slots
+
+
+def test_an_app_without_a_broker_says_what_to_set() -> None:
+    with pytest.raises(config.ConfigError, match=r"broker\.url and broker\.results"):
+        tasks.make_app(config.Settings(home=config.home_folder(os.environ)))
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------
+
+
+def broker_findings() -> list[str]:
+    return [finding.problem for finding in doctor.check_broker(config.load())]
+
+
+def test_doctor_names_a_broker_that_is_away_and_keys_that_do_not_match(centre: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert broker_findings() == ["broker.url and broker.results are not set: runs cannot be carried to workers (docs/production.md)"]
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__URL", f"filesystem://{tmp_path}/broker")
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__RESULTS", f"file://{tmp_path}")
+    assert broker_findings() == []
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__VERIFY_KEY", orders.verify_key_of(orders.new_signing_key()))
+    assert broker_findings() == ["broker.verify_key is not that of broker.signing_key: every order is refused"]
+    monkeypatch.delenv("MAIL_PIPELINES_BROKER__VERIFY_KEY")
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__URL", f"amqp://centre:secret@127.0.0.1:{free_port()}/mail")
+    (problem,) = broker_findings()
+    assert problem.startswith("the broker does not answer")
+    assert "secret" not in problem
+
+
+def test_doctor_has_nothing_to_say_of_a_broker_where_there_is_none() -> None:
+    home.make()
+    assert broker_findings() == []
