@@ -17,7 +17,7 @@ from mail_pipelines.database.models import State
 from mail_pipelines.dispatch import audit, last_error, registry, servers, settlement
 from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.files import DispatchError
-from mail_pipelines.dispatch.registry import MOVES, ServerState, ServerStateError, Watch
+from mail_pipelines.dispatch.registry import LOST_AFTER, MOVES, ServerState, ServerStateError, Watch
 from mail_pipelines.dispatch.session import Report, journal_of
 from tests.dispatch.test_hold_commands import says
 from tests.dispatch.test_session import session
