@@ -28,7 +28,12 @@ def test_a_changed_order_is_refused(data: st.DataObject) -> None:
         orders.read(changed, signature, VERIFY, now=0)
 
 
-@pytest.mark.parametrize("signature", ["", "00", "no digits", "00" * 64, orders.sign(Order("run", "centre", 1e9), orders.new_signing_key())[1]])
+@pytest.mark.parametrize(
+    "signature",
+    ["", "00", "no digits", "00" * 64, orders.sign(Order("run", "centre", 1e9), orders.new_signing_key())[1]],
+    # The last is another one each time.
+    ids=["none", "short", "no digits", "zeros", "another key"],
+)
 def test_a_signature_of_nobody_or_of_another_is_refused(signature: str) -> None:
     text, _ = orders.sign(Order("run", "centre", 1e9), KEY)
     with pytest.raises(OrderRefused, match="signature is not the centre's"):
