@@ -39,7 +39,9 @@ class MariaDB:
         server = shutil.which("mariadbd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         if server is None:
             raise MailPipelinesError("MariaDB is not installed: run script/test once, or install the package mariadb-server-core")
-        data = self.folder / "data"
+        data, temporary = self.folder / "data", self.folder / "tmp"
+        # Not /tmp: whoever starts there deletes the temporary tables of all that run.
+        temporary.mkdir(exist_ok=True)
         user = getpass.getuser()
         if not data.exists():
             subprocess.run(
@@ -53,6 +55,7 @@ class MariaDB:
                 server,
                 "--no-defaults",
                 f"--datadir={data}",
+                f"--tmpdir={temporary}",
                 f"--port={self.port}",
                 f"--socket={self.folder / 's'}",
                 f"--pid-file={self.folder / 'pid'}",

@@ -37,7 +37,6 @@ def to_provider(message: Kept) -> bool:
     ("scope", "concerns", "reasons"),
     [
         (Kind.EVERYTHING, lambda _: True, {"everything is held: look"}),
-        (Kind.BRAND, lambda _: True, {"the brand is held: look"}),
         (Kind.SERVER, by_server, {"the server is held: look", "the shard is final"}),
         (Kind.PROVIDER, to_provider, {"google is held: look"}),
     ],

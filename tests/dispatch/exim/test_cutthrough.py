@@ -86,7 +86,8 @@ def exim() -> Iterator[Exim]:
     own = instance.Instance(binary, instance.account_for(binary), folders, "127.0.0.1", port, "mail.example.test", (("127.0.0.1", far),))
     instance.prepare(own)
     daemon = instance.start(own, folders.log / "exim.out")
-    wait_for(lambda: listens(port), what="Exim")
+    # It listens before it writes its first line.
+    wait_for(lambda: listens(port) and folders.journal.exists(), what="Exim")
     yield Exim(own, far)
     instance.stop(daemon.pid)
     daemon.wait()
