@@ -41,7 +41,7 @@ class MariaDB:
             raise MailPipelinesError("MariaDB is not installed: run script/test once, or install the package mariadb-server-core")
         data, temporary = self.folder / "data", self.folder / "tmp"
         # Not /tmp: whoever starts there deletes the temporary tables of all that run.
-        temporary.mkdir(exist_ok=True)
+        temporary.mkdir(parents=True, exist_ok=True)
         user = getpass.getuser()
         if not data.exists():
             subprocess.run(
