@@ -94,9 +94,7 @@ class ServerSettings(Section):
         "are gone; the same for all servers and the centre; it has addresses in it; none if empty",
         json_schema_extra={"url": True},
     )
-    log_archive_days: float = pydantic.Field(
-        default=40, gt=0, description="pieces are kept this long (days): longer than the oldest backup that may be restored"
-    )
+    log_archive_days: float = pydantic.Field(default=40, gt=0, description="pieces are kept this long (days): longer than any backup that may be restored")
     mail_folder: str = pydantic.Field(default="{home}/mail", description="what the built-in mail catchers keep, one folder a server")
     catchers: list[str] = pydantic.Field(default=["catcher-1", "catcher-2"], description="built-in mail catchers that `up` starts when no server is registered")
     slots: int = pydantic.Field(

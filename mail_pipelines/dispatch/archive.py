@@ -40,7 +40,7 @@ INTERVAL_SECONDS = 5.0
 _PIECES_A_ROUND = 8
 # Fast enough beside a server at full speed; a higher level saves a tenth.
 _LEVEL = 3
-# So much of the last piece is compared with the log, by a process that has not shipped it itself.
+# So much of the last piece is compared with the log before the next one.
 _COMPARED_BYTES = 4096
 # Of a server that lacks the file of its last piece: no file has this inode, so all that is left is shipped, behind a gap.
 _NOWHERE = Position(0, 0)
@@ -247,6 +247,7 @@ class Shipper:
         self._journal = journal
         self._archive: Archive | None = None
         self._last: Piece | None = None
+        self._last_bytes = b""
         self._end: Position | None = None
         self._tried_at = 0.0
         self._shipped_at: float | None = None
@@ -291,7 +292,7 @@ class Shipper:
                 number += 2 if block.gap and number else 1
                 piece = Piece(number, int(now), block.start.inode, block.start.offset, len(block.data))
                 self._archive.put(self._server, incarnation, piece, block.data)
-                self._last = piece
+                self._last, self._last_bytes = piece, block.data[-_COMPARED_BYTES:]
                 count += 1
             self._end = block.end
             if count == _PIECES_A_ROUND:
@@ -303,22 +304,21 @@ class Shipper:
 
     def _start(self, archive: Archive, incarnation: str) -> Position | None:
         """Behind the last piece; None if there is none."""
-        if self._last is not None and archive.has(self._server, incarnation, self._last):
-            return self._last.end
-        self._last = max(archive.pieces(self._server, incarnation), default=None)
-        if self._last is None:
-            return None
-        return self._last.end if self._is_same_file(archive, incarnation, self._last) else _NOWHERE
+        if self._last is None or not archive.has(self._server, incarnation, self._last):
+            self._last = max(archive.pieces(self._server, incarnation), default=None)
+            if self._last is None:
+                return None
+            self._last_bytes = archive.read(self._server, incarnation, self._last)[-_COMPARED_BYTES:]
+        return self._last.end if self._is_same_file(self._last) else _NOWHERE
 
-    def _is_same_file(self, archive: Archive, incarnation: str, last: Piece) -> bool:
+    def _is_same_file(self, last: Piece) -> bool:
         """Whether the file with the inode of a piece is still the one that the piece is of."""
         path = next((path for inode, path in self._journal.files() if inode == last.inode), None)
         if path is None:
             return False
-        wanted = archive.read(self._server, incarnation, last)[-_COMPARED_BYTES:]
         with path.open("rb") as file:
-            file.seek(last.end.offset - len(wanted))
-            return file.read(len(wanted)) == wanted
+            file.seek(last.end.offset - len(self._last_bytes))
+            return file.read(len(self._last_bytes)) == self._last_bytes
 
     def _pending(self) -> int:
         """Bytes that were not shipped yet; of a log that was rotated since, a piece at least."""

@@ -86,9 +86,7 @@ def prune_log_archive(context: dg.OpExecutionContext, database: CentralDatabase)
         context.log.info("%d pieces of the log archive deleted", count)
 
 
-@dg.job(
-    description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, the archive of logs, old runs."
-)
+@dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, old logs and runs.")
 def maintenance() -> None:
     close_rows()
     extend_partitions()
