@@ -333,7 +333,6 @@ def test_one_server_retires_and_is_gone_another_is_destroyed(
     says("server", "drain", "retires")
     sessions[0].wait()
     sessions[1].kill()
-    processes[1].kill()
     journal = journal_of(world.folders("retires"), fleet[0].kind)
 
     def shipped() -> bool:
@@ -343,6 +342,9 @@ def test_one_server_retires_and_is_gone_another_is_destroyed(
 
     wait_for(shipped, seconds=90, what="the end of the log in the archive")
     assert says("server", "retire", "retires") == "server retires is retired\n"
+    archive = Archive(str(archive_folder))
+    wait_for(lambda: archive.pieces("destroyed", world.folders("destroyed").incarnation()), seconds=90, what="a piece of the other")
+    processes[1].kill()
     processes[0].stop()
     mailed = world.copies()
     for server in fleet:
