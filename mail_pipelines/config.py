@@ -88,6 +88,13 @@ class ServerSettings(Section):
         "clears it; a short path, since that of a socket in it may have at most 107 bytes",
     )
     log_folder: str = pydantic.Field(default="{home}/log", description="journals, one folder a server; on a real disk")
+    log_archive: str = pydantic.Field(
+        default="",
+        description="folder or fsspec URL outside this host to which each server ships its log in pieces, and from which `recover` reads those of servers that "
+        "are gone; the same for all servers and the centre; it has addresses in it; none if empty",
+        json_schema_extra={"url": True},
+    )
+    log_archive_days: float = pydantic.Field(default=40, gt=0, description="pieces are kept this long (days): longer than any backup that may be restored")
     mail_folder: str = pydantic.Field(default="{home}/mail", description="what the built-in mail catchers keep, one folder a server")
     catchers: list[str] = pydantic.Field(default=["catcher-1", "catcher-2"], description="built-in mail catchers that `up` starts when no server is registered")
     slots: int = pydantic.Field(
@@ -318,7 +325,9 @@ def mask_url(url: str) -> str:
     """The URL without its password, for screens and logs."""
     import sqlalchemy
 
+    if url.startswith("/"):
+        return url
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
-        return "(not a database URL)"
+        return "(not a URL)"

@@ -25,8 +25,9 @@ def recover(
 ) -> None:
     """After a backup of the central database was restored: complete the ledger from the logs of all servers, then let them send again.
 
-    Nothing is sent meanwhile. Each server reads its own log, so its process (`exim run`, `catcher run` or `up`) has to be started. Where a log
-    is gone, whatever may have been mailed becomes unknown. Ctrl-C interrupts it; the same command goes on.
+    Nothing is sent meanwhile. Each server reads its own log, so its process (`exim run`, `catcher run` or `up`) has to be started; that of a server which
+    is gone is read from the archive of logs, if there is one. Where a log lacks something, whatever may have been mailed becomes unknown. Ctrl-C
+    interrupts it; the same command goes on.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -41,7 +42,8 @@ def recover(
             typer.confirm("All sending stops, and every campaign is held until you resume it. Was a backup of the central database restored?", abort=True)
         found = steps.begin(engine, dt.datetime.now(dt.UTC))
     for key in lost or []:
-        console.print(f"server {key} is given up: {steps.lose(engine, key):,} recipients it had in hand are unknown now", highlight=False)
+        given_up = steps.lose(engine, settings(), key)
+        console.print(f"server {key} is given up: {given_up.rows:,} recipients it had in hand are unknown now", highlight=False)
     shown: dict[str, str] = {}
     while True:
         with reading(engine) as connection:

@@ -13,6 +13,7 @@ from mail_pipelines.commands.context import console, open_engine, settings
 
 if TYPE_CHECKING:
     from mail_pipelines.dispatch.audit import Standing
+    from mail_pipelines.dispatch.servers import ServerInfo
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -64,6 +65,19 @@ def _health(health: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _shipped(server: ServerInfo) -> str:
+    """How far its log is in the archive, by the last heartbeat; empty without an archive."""
+    import datetime as dt
+
+    from mail_pipelines.dispatch import registry
+
+    shipped = (server.health or {}).get("shipped")
+    if shipped is None:
+        return ""
+    at = f"{dt.datetime.fromtimestamp(shipped['at'], dt.UTC):%Y-%m-%d %H:%M:%S} UTC" if shipped["at"] else "never"
+    return f"shipped {at}{f', {reason}' if (reason := registry.unshipped(server)) else ', to its end'}"
+
+
 def _alarms(standing: Standing | None) -> str:
     """How often the mail server did what it should never have to do, as far as its log was audited."""
     if standing is None:
@@ -107,6 +121,8 @@ def show(name: str) -> None:
         table.add_row("sends nothing", server.shortage)
     for what, value in _health(server.health or {}).items():
         table.add_row(what, escape(value))
+    if shipped := _shipped(server):
+        table.add_row("log archive", escape(shipped))
     table.add_row("open claims", f"{claims:,}")
     for breaker in stopped:
         until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
@@ -170,14 +186,15 @@ def _move(name: str, verb: str) -> None:
 
 @app.command("retire")
 def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its host will not come back: what it has in hand becomes unknown")] = False) -> None:
-    """Take a paused or drained server out for good, once nothing is in its hands and its log has been read."""
+    """Take a paused or drained server out for good, once nothing is in its hands and its log has been read, and shipped where there is an archive."""
     from mail_pipelines.dispatch import registry
+    from mail_pipelines.dispatch.archive import Archive
 
     if lost:
         rows = registry.retire_lost(open_engine(), name)
         console.print(f"server {name} is retired; {rows:,} recipients it had in hand are unknown now")
     else:
-        registry.retire(open_engine(), name, settings().server.heartbeat_seconds)
+        registry.retire(open_engine(), name, settings().server.heartbeat_seconds, Archive.of(settings().server.log_archive))
         console.print(f"server {name} is retired")
 
 

@@ -11,17 +11,22 @@ Lines (one `Entry` each):
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from mail_pipelines.dispatch.files import DispatchError
 
 _BLOCK = 1 << 20
+# A rotation renames one file after another and makes a new one last: what is missing for so long is gone.
+_ROTATION_SECONDS = 1.0
+_POLL_SECONDS = 0.01
 # With less than so much (MB) free on the journal's disk nothing is claimed, and no burst goes on: what is under way by then still finds room for
 # its lines. Exim's own limit (`check_log_space`) is half of it.
 MIN_FREE_MB = 100
@@ -190,11 +195,16 @@ class Journal:
 
     def end(self) -> Position:
         """The current end. Raises `DispatchError` without a log: a server that writes none cannot be trusted with a claim."""
-        try:
-            status = self.path.stat()
-        except FileNotFoundError as error:
-            raise DispatchError(f"there is no journal at {self.path}: does the mail server run, and write there?") from error
-        return Position(status.st_ino, status.st_size)
+        until = time.monotonic() + _ROTATION_SECONDS
+        while True:
+            try:
+                status = self.path.stat()
+            except FileNotFoundError as error:
+                if time.monotonic() > until or not self._listed():
+                    raise DispatchError(f"there is no journal at {self.path}: does the mail server run, and write there?") from error
+                time.sleep(_POLL_SECONDS)
+            else:
+                return Position(status.st_ino, status.st_size)
 
     def free_mb(self) -> int:
         """How much is free on the disk of the journal for who is not root."""
@@ -203,9 +213,13 @@ class Journal:
     def evidence(self, start: Position, claim_id: int) -> Evidence:
         """Everything from `start` on. `covered` is false if a file of the chain is gone, truncated, or the marker is missing."""
         found = Evidence(claim_id=claim_id)
-        chain = self._chain(start)
+        with self._chain(start) as chain:
+            self._take(found, chain, start, claim_id)
+        return found
+
+    def _take(self, found: Evidence, chain: list[BinaryIO], start: Position, claim_id: int) -> None:
         marked = False
-        for line in self._records(chain, start.offset) if chain else ():
+        for line in self._records(chain, start.offset):
             try:
                 entry = self.parse(line)
             except UnknownForm:
@@ -228,30 +242,24 @@ class Journal:
                     found.take(entry)
         # An unreadable line may have been an INTENT: it proves that something is missing.
         found.covered = bool(chain) and marked and not found.bad_lines
-        return found
 
     def read_on(self, start: Position) -> tuple[list[bytes], Position] | None:
         """The records from `start` on, and where the last of them begins: it may still be continued. None if a file of the chain is gone or truncated."""
-        chain = self._chain(start)
         records: list[bytes] = []
         last, offset = start, start.offset
-        for number, path in enumerate(chain):
-            with path.open("rb") as file:
+        with self._chain(start) as chain:
+            for file in chain:
                 inode = os.fstat(file.fileno()).st_ino
-                if number == 0 and inode != start.inode:
-                    # It was rotated at this moment: look again.
-                    return self.read_on(start)
                 file.seek(offset)
-                data = file.read()
-            for line in data.split(b"\n")[:-1]:
-                if records and self._continues is not None and self._continues(line):
-                    records[-1] += b"\n" + line
-                else:
-                    records.append(line)
-                    last = Position(inode, offset)
-                offset += len(line) + 1
-            offset = 0
-        return (records, last) if chain else None
+                for line in file.read().split(b"\n")[:-1]:
+                    if records and self._continues is not None and self._continues(line):
+                        records[-1] += b"\n" + line
+                    else:
+                        records.append(line)
+                        last = Position(inode, offset)
+                    offset += len(line) + 1
+                offset = 0
+            return (records, last) if chain else None
 
     def files(self) -> list[tuple[int, Path]]:
         """All files of the log that are left, each with its inode, oldest first."""
@@ -303,7 +311,14 @@ class Journal:
         return last
 
     def _numbered(self) -> list[tuple[int, int, Path]]:
-        """Number (0 is the current file), inode and path of each file, oldest first."""
+        """Number (0 is the current file), inode and path of each file, oldest first. Looked at until nobody renames any."""
+        until = time.monotonic() + _ROTATION_SECONDS
+        files = self._listed()
+        while (again := self._listed()) != files and time.monotonic() < until:
+            files = again
+        return again
+
+    def _listed(self) -> list[tuple[int, int, Path]]:
         files: list[tuple[int, int, Path]] = []
         for path in self.path.parent.glob(f"{self.path.name}*"):
             try:
@@ -320,17 +335,45 @@ class Journal:
             files.append((number, status.st_ino, path))
         return sorted(files, reverse=True)
 
-    def _chain(self, start: Position) -> list[Path]:
-        """The files from the one with `start` to the current one, oldest first; empty if there is a gap."""
-        files = self._numbered()
-        numbers = [number for number, _, _ in files]
-        for index, (number, inode, path) in enumerate(files):
-            if inode == start.inode:
-                complete = numbers[index:] == list(range(number, -1, -1))
-                return [path for _, _, path in files[index:]] if complete and path.stat().st_size >= start.offset else []
-        return []
+    @contextlib.contextmanager
+    def _chain(self, start: Position) -> Iterator[list[BinaryIO]]:
+        """The files from the one with `start` to the current one, oldest first; empty if there is a gap. They are open: a rotation changes nothing any more."""
+        with contextlib.ExitStack() as opened:
+            yield self._open_chain(start, opened)
 
-    def _records(self, chain: list[Path], offset: int) -> Iterator[bytes]:
+    def _open_chain(self, start: Position, opened: contextlib.ExitStack) -> list[BinaryIO]:
+        with contextlib.suppress(FileNotFoundError):
+            current: BinaryIO = opened.enter_context(self.path.open("rb"))
+            if (status := os.fstat(current.fileno())).st_ino == start.inode:
+                return [current] if status.st_size >= start.offset else []
+        until = time.monotonic() + _ROTATION_SECONDS
+        while True:
+            files = self._numbered()
+            begin = next((index for index, (_, inode, _) in enumerate(files) if inode == start.inode), None)
+            if begin is None:
+                return []
+            chain = self._opened(files[begin:], opened)
+            if chain:
+                return chain if os.fstat(chain[0].fileno()).st_size >= start.offset else []
+            if time.monotonic() > until:
+                return []
+            time.sleep(_POLL_SECONDS)
+
+    def _opened(self, files: list[tuple[int, int, Path]], opened: contextlib.ExitStack) -> list[BinaryIO]:
+        """Files of which none is missing between the first and the current one; empty if one is, or was renamed meanwhile."""
+        if [number for number, _, _ in files] != list(range(len(files) - 1, -1, -1)):
+            return []
+        chain: list[BinaryIO] = []
+        for _, inode, path in files:
+            try:
+                chain.append(opened.enter_context(path.open("rb")))
+            except FileNotFoundError:
+                return []
+            if os.fstat(chain[-1].fileno()).st_ino != inode:
+                return []
+        return chain
+
+    def _records(self, chain: list[BinaryIO], offset: int) -> Iterator[bytes]:
         """Lines, each with those that continue it."""
         if self._continues is None:
             yield from self._lines(chain, offset)
@@ -346,15 +389,14 @@ class Journal:
         if record is not None:
             yield record
 
-    def _lines(self, chain: list[Path], offset: int) -> Iterator[bytes]:
+    def _lines(self, chain: list[BinaryIO], offset: int) -> Iterator[bytes]:
         """Complete lines only: the last line of a log that is being written may be torn."""
-        for path in chain:
-            with path.open("rb") as file:
-                file.seek(offset)
-                rest = b""
-                while block := file.read(_BLOCK):
-                    *lines, rest = (rest + block).split(b"\n")
-                    yield from lines
+        for file in chain:
+            file.seek(offset)
+            rest = b""
+            while block := file.read(_BLOCK):
+                *lines, rest = (rest + block).split(b"\n")
+                yield from lines
             offset = 0
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import DatabaseUnreachable, open_engine, reading
 from mail_pipelines.dispatch import permit, servers
+from mail_pipelines.dispatch.archive import Shipper
 from mail_pipelines.dispatch.files import ServerFolders, only_one
+from mail_pipelines.dispatch.session import journal_of
 from mail_pipelines.dispatch.settler import Settler
 
 
@@ -27,10 +29,11 @@ class Presence:
     heartbeat: servers.Heartbeat
     interval_seconds: float
     settler: Settler
+    shipper: Shipper | None
 
     async def settle(self) -> None:
-        """Settle for ever what sessions leave behind."""
-        await self.settler.for_ever()
+        """Settle for ever what sessions leave behind, and ship the log. Each by itself: an archive that hangs holds up no settlement."""
+        await asyncio.gather(self.settler.for_ever(), *([self.shipper.for_ever()] if self.shipper is not None else []))
 
     async def beat(self) -> None:
         """Beat for ever; raises `NameTaken` when another process has taken the name, after withdrawing all permits."""
@@ -60,9 +63,15 @@ def speaking_for(settings: Settings, key: str, facts: Callable[[], Mapping[str, 
         info = servers.find(connection, key)
     interval = settings.server.heartbeat_seconds
     with only_one(folders.log / "lock", f"server {key}"):
-        heartbeat = servers.Heartbeat(engine, key, folders, interval, facts)
+        url = settings.server.log_archive
+        shipper = Shipper(url, key, folders, journal_of(folders, info.kind)) if url else None
+
+        def all_facts() -> Mapping[str, object]:
+            return {**facts(), **(shipper.standing() if shipper is not None else {})}
+
+        heartbeat = servers.Heartbeat(engine, key, folders, interval, all_facts)
         heartbeat.start()
-        yield Presence(info, folders, heartbeat, interval, Settler(engine, settings, info))
+        yield Presence(info, folders, heartbeat, interval, Settler(engine, settings, info), shipper)
 
 
 async def until_signal(*beside: Coroutine[None, None, None]) -> None:

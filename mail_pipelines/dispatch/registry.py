@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Claim, Server
 from mail_pipelines.dispatch import audit, servers, settlement
+from mail_pipelines.dispatch.archive import Archive, ArchiveError
 from mail_pipelines.dispatch.files import DispatchError
 
 # So long a server may be silent before the centre declares it lost.
@@ -99,20 +100,44 @@ def left(connection: Connection, server: servers.ServerInfo, heartbeat_seconds: 
         found.append("it is silent, so nobody knows the end of its log: start its process")
     elif audit.unread(server, audit.standings(connection).get(server.key)):
         found.append("its log has lines that were not read: the hourly audit reads them, or the job audit_delivery_logs")
+    elif reason := unshipped(server):
+        found.append(reason)
     return found
 
 
-def retire(engine: Engine, key: str, heartbeat_seconds: float) -> None:
-    """Take a drained server out for good. Raises `ServerStateError` with what has to be waited for."""
+def unshipped(server: servers.ServerInfo) -> str:
+    """What of its log, by its last heartbeat, is not in the archive; "" if nothing is missing there, or it has none."""
+    health = server.health or {}
+    shipped = health.get("shipped")
+    if shipped is None or shipped["end"] == health.get("journal"):
+        return ""
+    return shipped["error"] or "the end of its log is not in the archive yet: it is shipped every minute"
 
-    def work(connection: Connection) -> None:
+
+def retire(engine: Engine, key: str, heartbeat_seconds: float, archive: Archive | None = None) -> None:
+    """Take a drained server out for good, and write into the archive of logs that its log ends there.
+
+    Raises `ServerStateError` with what has to be waited for. Of a server that is retired only the archive is closed, where that failed before.
+    """
+
+    def work(connection: Connection) -> servers.ServerInfo:
         server = servers.find(connection, key)
         # The move first: in a state that retires, no claim is opened any more, so that what is counted below cannot grow.
-        move(connection, key, "retire")
+        if server.state != _S.RETIRED or archive is None:
+            move(connection, key, "retire")
         if waits := left(connection, server, heartbeat_seconds):
             raise ServerStateError(f"server {key} cannot be retired yet: {'; '.join(waits)}. For a host that will not come back: --lost")
+        return server
 
-    transact(engine, work)
+    server = transact(engine, work)
+    if archive is None or server.incarnation is None:
+        return
+    with reading(engine) as connection:
+        boot_id = connection.execute(sa.select(Server.boot_id).where(Server.id == server.id)).scalar_one()
+    try:
+        archive.close(key, server.incarnation, boot_id)
+    except ArchiveError as error:
+        raise ArchiveError(f"server {key} is retired, but that is not in the archive: {error}. Repeat this while its process still runs") from error
 
 
 def lose(engine: Engine, key: str, *, heartbeat_at: dt.datetime | None = None) -> int | None:

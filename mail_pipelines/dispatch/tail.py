@@ -17,6 +17,8 @@ from mail_pipelines.dispatch.journal import Entry, Journal, Position
 BLOCK_BYTES = 1 << 20
 # The last record of a log that is being written may go on: it is read once nothing has been added for so long.
 SETTLED_SECONDS = 1.0
+# Who was about to write when a file was renamed still writes there: it is left for the next one once nothing has been added for so long.
+LEFT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Block:
 def blocks(journal: Journal, start: Position | None, now: float) -> Iterator[Block]:
     """Everything from `start` on (None: all there is), at most about `BLOCK_BYTES` at a time. `now` is epoch seconds.
 
-    A file is told by its inode: one that was renamed is read to its end before the next. If the file of `start` is gone, reading begins with
-    the oldest that is left; if it was cut short, with its beginning. Reading something again is for the caller to bear.
+    A file is told by its inode: one that was renamed is read to its end before the next, which waits until nobody adds to that one any more. If the
+    file of `start` is gone, reading begins with the oldest that is left; if it was cut short, with its beginning. Reading something again is for
+    the caller to bear.
     """
     files = journal.files()
     gap = False
@@ -59,9 +62,12 @@ def blocks(journal: Journal, start: Position | None, now: float) -> Iterator[Blo
                 return
             file.seek(offset)
             is_last = inode == files[-1][0]
-            for block in _blocks(journal, file, Position(inode, offset), may_end=not is_last or now - status.st_mtime >= SETTLED_SECONDS):
+            quiet = now - status.st_mtime
+            for block in _blocks(journal, file, Position(inode, offset), may_end=quiet >= (SETTLED_SECONDS if is_last else LEFT_SECONDS)):
                 yield Block(block.start, block.data, gap)
                 gap = False
+            if not is_last and quiet < LEFT_SECONDS:
+                return
             if is_last and (gap or not file.tell()):
                 # Nothing is in the newest file yet; still the next reader begins there.
                 yield Block(Position(inode, 0), b"", gap)

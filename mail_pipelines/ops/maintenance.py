@@ -1,4 +1,4 @@
-"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, old runs of Dagster, the import of dropped files."""
+"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, old pieces of the log archive, old runs of Dagster, the import of dropped files."""
 
 import datetime as dt
 from pathlib import Path
@@ -10,6 +10,7 @@ from mail_pipelines.contacts import importing
 from mail_pipelines.database import partitions as table_partitions
 from mail_pipelines.database.engine import reading
 from mail_pipelines.delivery import suppression, upkeep
+from mail_pipelines.dispatch.archive import Archive, ArchiveError
 from mail_pipelines.resources.database import CentralDatabase
 
 KEEP_RUNS_DAYS = 30
@@ -75,12 +76,28 @@ def prune_runs(context: dg.OpExecutionContext, database: CentralDatabase) -> Non
         tasks.make_app(database.settings).backend.cleanup()
 
 
-@dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, old runs.")
+@dg.op(out=dg.Out(dg.Nothing))
+def prune_log_archive(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Delete pieces of the servers' logs that were kept for long enough. An archive that is away is pruned the next night."""
+    settings = database.settings.server
+    try:
+        archive = Archive.of(settings.log_archive)
+        if archive is None:
+            return
+        count = archive.prune(dt.datetime.now(dt.UTC) - dt.timedelta(days=settings.log_archive_days))
+    except ArchiveError as error:
+        context.log.warning("%s", error)
+    else:
+        context.log.info("%d pieces of the log archive deleted", count)
+
+
+@dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, old logs and runs.")
 def maintenance() -> None:
     close_rows()
     extend_partitions()
     prune_bookkeeping()
     suppress_addresses()
+    prune_log_archive()
     prune_runs()
 
 

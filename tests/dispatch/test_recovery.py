@@ -285,7 +285,7 @@ def test_where_a_log_lacks_something_no_row_stays_waiting(world: World, server: 
         (folders.log / "incarnation").write_text("00000000-0000-0000-0000-000000000000")
         transact(world.engine, lambda connection: connection.execute(sa.update(Server).values(incarnation="00000000-0000-0000-0000-000000000000")))
     if what == "lost":
-        assert steps.lose(world.engine, server.key) == 0
+        assert steps.lose(world.engine, world.settings, server.key) == steps.Lost(0, Part.LOST)
     else:
         take_part(world, server)
         assert part(world, server).part is Part.INCOMPLETE

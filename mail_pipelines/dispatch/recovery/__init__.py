@@ -5,5 +5,6 @@
     apply     the ledger takes them over; where a log is gone, what may have been mailed becomes unknown
     finish    the servers take the new generation over, and send again
 
-Each step may be killed and repeated. `standing` keeps where a recovery stands, `reading` is the server's step, `applying` the centre's.
+Each step may be killed and repeated. `standing` keeps where a recovery stands, `reading` is the server's step (`archived` in place of one that
+is gone), `applying` the centre's.
 """

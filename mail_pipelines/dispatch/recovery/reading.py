@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from sqlalchemy.engine import Engine
@@ -47,6 +47,20 @@ class Found(NamedTuple):
 Offers = dict[DeliveryToken, tuple[int, Outcome]]
 
 
+class Store:
+    """Puts offers of a server into the database; `count` is how many."""
+
+    def __init__(self, engine: Engine, server_id: int) -> None:
+        self._engine = engine
+        self._server_id = server_id
+        self.count = 0
+
+    def __call__(self, offers: Offers) -> None:
+        for rows in slices(_rows(offers, self._server_id)):
+            transact(self._engine, lambda connection, rows=rows: put(connection, RecoveredOffer, rows))  # type: ignore[misc]
+        self.count += len(offers)
+
+
 def take_part(engine: Engine, settings: Settings, server: servers.ServerInfo, sender: Sender, journal: Journal) -> bool:
     """Do what a recovery asks of this server; false if it has to be asked again, and may not send until then.
 
@@ -76,18 +90,12 @@ def _contribute(engine: Engine, settings: Settings, server: servers.ServerInfo, 
     permit.revoke_all(folders.permits)
     settled = settlement.settle_all(engine, sender, folders, journal, settings.sending, settings.token_key(), wait_seconds=0)
     end = journal.end()
-    if settled.waiting or time.time() - journal.path.stat().st_mtime < tail.SETTLED_SECONDS:
+    now = time.time()
+    if settled.waiting or now - max(path.stat().st_mtime for _, path in journal.files()) < tail.LEFT_SECONDS:
         return
-    stored = 0
-
-    def store(offers: Offers) -> None:
-        nonlocal stored
-        for rows in slices(_rows(offers, server.id)):
-            transact(engine, lambda connection, rows=rows: put(connection, RecoveredOffer, rows))  # type: ignore[misc]
-        stored += len(offers)
-
+    store = Store(engine, server.id)
     since = part.heartbeat_at - OVERLAP if part.heartbeat_at else None
-    found = read(journal, since, settings.token_key(), time.time(), store)
+    found = read(journal, tail.blocks(journal, None, now), since, settings.token_key(), store)
     if found.in_flight or journal.end() != end:
         # Whoever ended while the log was read may have written more.
         return
@@ -95,7 +103,7 @@ def _contribute(engine: Engine, settings: Settings, server: servers.ServerInfo, 
     result = Part.INCOMPLETE if note else Part.READ
     if found.unreadable:
         note = f"{note}{'; ' if note else ''}{found.unreadable} lines could not be read"
-    transact(engine, lambda connection: standing.set_part(connection, generation, server.id, result, offers=stored, note=note))
+    transact(engine, lambda connection: standing.set_part(connection, generation, server.id, result, offers=store.count, note=note))
 
 
 def missing(journal: Journal, part: ServerPart, incarnation: str, boot_id: str) -> str:
@@ -109,8 +117,8 @@ def missing(journal: Journal, part: ServerPart, incarnation: str, boot_id: str) 
     return ""
 
 
-def read(journal: Journal, since: dt.datetime | None, token_key: bytes, now: float, store: Callable[[Offers], None]) -> Found:
-    """Give `store` the ends of all offers that were logged after `since` (None: all), of all files that are left. `now` is epoch seconds.
+def read(journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | None, token_key: bytes, store: Callable[[Offers], None]) -> Found:
+    """Give `store` the ends of all offers that were logged after `since` (None: all) in blocks of a log, which `journal` knows how to read.
 
     A later end of an offer takes the place of an earlier one. A damaged line hides an offer only if both its INTENT and its end are damaged.
     Tokens under another key are left out.
@@ -119,7 +127,7 @@ def read(journal: Journal, since: dt.datetime | None, token_key: bytes, now: flo
     started: dict[str, int] = {}
     begin = int(since.timestamp()) if since else 0
     second = unreadable = damaged_before = 0
-    for block in tail.blocks(journal, None, now):
+    for block in blocks:
         offers: Offers = {}
         evidence.outcomes.clear()
         evidence.bad_lines, damaged_before = damaged_before, 0

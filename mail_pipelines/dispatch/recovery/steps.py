@@ -19,10 +19,12 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Brand, Campaign, Contact, RecoveredOffer, State
 from mail_pipelines.dispatch import registry, servers
-from mail_pipelines.dispatch.files import DispatchError
-from mail_pipelines.dispatch.recovery import applying, standing
-from mail_pipelines.dispatch.recovery.reading import OVERLAP
+from mail_pipelines.dispatch.archive import Archive
+from mail_pipelines.dispatch.files import DispatchError, ServerFolders
+from mail_pipelines.dispatch.recovery import applying, archived, standing
+from mail_pipelines.dispatch.recovery.reading import OVERLAP, Store
 from mail_pipelines.dispatch.recovery.standing import Part, Standing
+from mail_pipelines.dispatch.session import journal_of
 from mail_pipelines.inbound import maildir
 from mail_pipelines.inbound.folders import InboundFolders
 
@@ -56,16 +58,39 @@ def begin(engine: Engine, now: dt.datetime) -> Standing:
     return transact(engine, work)
 
 
-def lose(engine: Engine, key: str) -> int:
-    """Go on without a server that will not come back: what it had in hand, and at the end all that may have been its, becomes unknown."""
+@dataclass(frozen=True)
+class Lost:
+    """A server that was given up: how many rows it had in hand, and its part in the recovery with what was read from the archive of logs."""
+
+    rows: int
+    part: Part
+    offers: int = 0
+    note: str = ""
+
+
+def lose(engine: Engine, settings: Settings, key: str) -> Lost:
+    """Go on without a server that will not come back: what it had in hand becomes unknown, and so at the end does all that may have been its.
+
+    What the archive of logs has of it is taken over; if its log was shipped to the end, as before retirement, nothing more is in doubt. Raises
+    `ArchiveError` if there is an archive and it cannot be read.
+    """
     with reading(engine) as connection:
         server, found = servers.find(connection, key), standing.newest(connection)
     part = found.of_server(server.id) if found is not None else None
     if found is None or not found.is_open or part is None or part.part is not Part.AWAITED:
         raise DispatchError(f"no recovery awaits server {key}")
     given_up = registry.lose(engine, key) or 0
-    transact(engine, lambda connection: standing.set_part(connection, found.generation, server.id, Part.LOST))
-    return given_up
+    store = Store(engine, server.id)
+    archive = Archive.of(settings.server.log_archive)
+    journal = journal_of(ServerFolders.of(settings.server, key), server.kind)
+    result, note = Part.LOST, ""
+    if archive is not None:
+        result, note = archived.read(archive, part, journal, settings.token_key(), store) or (Part.LOST, "the archive has nothing of it since the backup")
+    if result is Part.READ:
+        # It was retired after the backup was made.
+        registry.retire_lost(engine, key)
+    transact(engine, lambda connection: standing.set_part(connection, found.generation, server.id, result, offers=store.count, note=note))
+    return Lost(given_up, result, store.count, note)
 
 
 def finish(engine: Engine, settings: Settings, now: dt.datetime, advance: Callable[[int], None] = lambda _: None) -> Report:

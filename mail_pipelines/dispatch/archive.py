@@ -1,0 +1,342 @@
+"""The archive of the servers' logs, outside the central database: each server ships its log there in pieces, and a recovery reads those of servers that
+are gone.
+
+What belongs here: pieces, their names and order, and the process's part that ships. What does not: what the lines say, and whether an archive proves
+enough (`recovery.archived`).
+
+A piece is a file `<server>/<incarnation>/<number>-<second>-<inode>-<offset>-<size>.log.gz`: whole records of one file of the log from `offset` on,
+`size` bytes before they were compressed, shipped in that second of the epoch. Pieces are numbered from 1. Where the server found that something of its log
+was gone before it was shipped it leaves a number out, so a number that is missing is a gap, whoever made it. Inodes alone would not tell: file systems
+give them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import gzip
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mail_pipelines.config import mask_url
+from mail_pipelines.dispatch import last_error, tail
+from mail_pipelines.dispatch.files import DispatchError, ServerFolders
+from mail_pipelines.dispatch.journal import Journal, Position
+
+# A piece is shipped when so much has come, or so long after the one before. It is of the moment of a loss what may be missing.
+PIECE_BYTES = 4 << 20
+PIECE_SECONDS = 60.0
+# Between two looks whether a piece is due.
+INTERVAL_SECONDS = 5.0
+# A process that is told to end has to wait for no more.
+_PIECES_A_ROUND = 8
+# Fast enough beside a server at full speed; a higher level saves a tenth.
+_LEVEL = 3
+# So much of the last piece is compared with the log before the next one.
+_COMPARED_BYTES = 4096
+# Of a server that lacks the file of its last piece: no file has this inode, so all that is left is shipped, behind a gap.
+_NOWHERE = Position(0, 0)
+_NAME = re.compile(r"(\d{8})-(\d{10})-(\d+)-(\d{12})-(\d+)\.log\.gz")
+_CLOSED = "closed"
+_PART = ".part"
+_log = logging.getLogger(__name__)
+
+
+class ArchiveError(DispatchError):
+    """The archive of logs cannot be used now."""
+
+
+class Piece(NamedTuple):
+    """A piece by its name. `at` is the epoch second in which it was shipped: no line in it is younger."""
+
+    number: int
+    at: int
+    inode: int
+    offset: int
+    size: int
+
+    @classmethod
+    def of_name(cls, name: str) -> Piece | None:
+        found = _NAME.fullmatch(name)
+        return cls(*map(int, found.groups())) if found else None
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:08d}-{self.at:010d}-{self.inode}-{self.offset:012d}-{self.size}.log.gz"
+
+    @property
+    def end(self) -> Position:
+        return Position(self.inode, self.offset + self.size)
+
+    def follows(self, before: Piece) -> bool:
+        """Whether nothing is missing between another piece and this one. It may begin before the other ends."""
+        if self.number not in (before.number, before.number + 1):
+            return False
+        return self.offset == 0 if self.inode != before.inode else self.offset <= before.offset + before.size
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What is written when a server is retired: the name of its last piece, and the boot of its host in which that was."""
+
+    last: str
+    boot_id: str | None
+
+
+class Archive:
+    """The archive at a folder or a URL that fsspec knows. Every method raises `ArchiveError` if it is away, full, or refuses."""
+
+    def __init__(self, url: str) -> None:
+        # Half of what a send run may take to start; only who ships or recovers needs it.
+        import fsspec.core
+        from fsspec.implementations.local import LocalFileSystem
+
+        self.url = mask_url(url)
+        with self._told("opened"):
+            files, root = fsspec.core.url_to_fs(url)
+        self._files: Any = files
+        self._root: str = root
+        self._local = isinstance(files, LocalFileSystem)
+
+    @classmethod
+    def of(cls, url: str) -> Archive | None:
+        """The archive at `url`; none if that is empty."""
+        return cls(url) if url else None
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ArchiveError:
+            raise
+        except Exception as error:
+            # Each file system has errors of its own.
+            words = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+            raise ArchiveError(
+                f"the log archive {self.url} cannot be {what}: {words}; what is not shipped stays in the server's log, and is shipped when it can be"
+            ) from error
+
+    def _check_root(self) -> None:
+        """The folder of the archive is never made here: where a disk is not mounted, pieces would land below its mount point."""
+        if self._local and not Path(self._root).is_dir():
+            raise ArchiveError(f"the log archive {self.url} is not there: make the folder, or mount the disk that it is on")
+
+    def _names(self, *folders: str) -> list[str]:
+        with self._told("read"):
+            self._check_root()
+            # What another host has put there in the meantime.
+            self._files.invalidate_cache()
+            try:
+                found = self._files.ls("/".join((self._root, *folders)), detail=False)
+            except FileNotFoundError:
+                return []
+        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+    def servers(self) -> list[str]:
+        return sorted(self._names())
+
+    def incarnations(self, server: str) -> list[str]:
+        return sorted(self._names(server))
+
+    def pieces(self, server: str, incarnation: str) -> list[Piece]:
+        """All pieces, in the order in which they were logged."""
+        return sorted(piece for name in self._names(server, incarnation) if (piece := Piece.of_name(name)) is not None)
+
+    def has(self, server: str, incarnation: str, piece: Piece) -> bool:
+        with self._told("read"):
+            self._check_root()
+            self._files.invalidate_cache()
+            return bool(self._files.exists(self._path(server, incarnation, piece.name)))
+
+    def read(self, server: str, incarnation: str, piece: Piece) -> bytes:
+        """The records of a piece. Raises `ArchiveError` for one that is damaged, too."""
+        with self._told("read"):
+            data = gzip.decompress(self._files.cat_file(self._path(server, incarnation, piece.name)))
+        if len(data) != piece.size:
+            raise ArchiveError(f"the piece {piece.name} of server {server} in {self.url} has {len(data)} bytes and not {piece.size}: it is damaged")
+        return data
+
+    def put(self, server: str, incarnation: str, piece: Piece, data: bytes) -> None:
+        """Write a piece, which is there whole or not at all."""
+        self._write(server, incarnation, piece.name, gzip.compress(data, _LEVEL, mtime=0))
+
+    def close(self, server: str, incarnation: str, boot_id: str | None) -> None:
+        """Write down that the server has logged nothing behind its last piece."""
+        pieces = self.pieces(server, incarnation)
+        if pieces:
+            self._write(server, incarnation, _CLOSED, json.dumps({"last": pieces[-1].name, "boot_id": boot_id}).encode())
+
+    def closed(self, server: str, incarnation: str) -> Closed | None:
+        """What retirement has written, if it has."""
+        if _CLOSED not in self._names(server, incarnation):
+            return None
+        with self._told("read"):
+            return Closed(**json.loads(self._files.cat_file(self._path(server, incarnation, _CLOSED))))
+
+    def prune(self, before: dt.datetime) -> int:
+        """Delete pieces that were shipped before a moment; how many. Of a server that may go on, an empty piece keeps the place."""
+        last = int(before.timestamp())
+        count = 0
+        for server in self.servers():
+            for incarnation in self.incarnations(server):
+                pieces = self.pieces(server, incarnation)
+                old = [piece for piece in pieces if piece.at < last and piece.size]
+                if not old:
+                    continue
+                is_all = old[-1] == pieces[-1]
+                if is_all and self.closed(server, incarnation) is None:
+                    self.put(server, incarnation, Piece(old[-1].number + 1, old[-1].at, old[-1].inode, old[-1].end.offset, 0), b"")
+                with self._told("pruned"):
+                    for piece in old:
+                        self._files.rm_file(self._path(server, incarnation, piece.name))
+                    if is_all and _CLOSED in self._names(server, incarnation):
+                        self._files.rm(self._path(server, incarnation), recursive=True)
+                count += len(old)
+        return count
+
+    def _path(self, *names: str) -> str:
+        return "/".join((self._root, *names))
+
+    def _write(self, server: str, incarnation: str, name: str, data: bytes) -> None:
+        with self._told("written"):
+            self._check_root()
+            if self._local:
+                _write_local(Path(self._root), (server, incarnation), name, data)
+                return
+            self._files.makedirs(self._path(server, incarnation), exist_ok=True)
+            # A put of an object store is whole by itself; other file systems rename.
+            part = self._path(server, incarnation, _PART)
+            self._files.pipe_file(part, data)
+            self._files.mv(part, self._path(server, incarnation, name))
+
+
+def _write_local(root: Path, folders: tuple[str, ...], name: str, data: bytes) -> None:
+    """With addresses in it: for nobody else to read, and on the disk before it counts as shipped."""
+    folder = root
+    for one in folders:
+        folder = folder / one
+        folder.mkdir(mode=0o700, exist_ok=True)
+    part = folder / _PART
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / name)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Shipper:
+    """Ships the log of one server, in the process that speaks for it. Where to go on is told by the pieces that are there, and by nothing else."""
+
+    def __init__(self, url: str, server: str, folders: ServerFolders, journal: Journal) -> None:
+        self._url = url
+        self._server = server
+        self._folders = folders
+        self._journal = journal
+        self._archive: Archive | None = None
+        self._last: Piece | None = None
+        self._last_bytes = b""
+        self._end: Position | None = None
+        self._tried_at = 0.0
+        self._shipped_at: float | None = None
+        self._error: str | None = None
+
+    async def for_ever(self) -> None:
+        """A look every few seconds. A failure is told, and tried again a minute later: sending does not depend on it."""
+        while True:
+            await asyncio.to_thread(self.look, time.time())
+            await asyncio.sleep(INTERVAL_SECONDS)
+
+    def look(self, now: float) -> None:
+        """Ship what is due. `now` is epoch seconds."""
+        try:
+            if now - self._tried_at < PIECE_SECONDS and (self._error or self._pending() < PIECE_BYTES):
+                return
+            self._tried_at = now
+            self.ship(now)
+        except DispatchError as error:
+            _log.warning("log archive of %s: %s", self._server, error)
+            last_error.keep(self._folders, "log archive", error)
+            self._error, self._last = str(error), None
+        else:
+            self._error = None
+
+    def standing(self) -> Mapping[str, object]:
+        """What a heartbeat tells: the place up to which everything is in the archive, since when, and why no further."""
+        end = [self._end.inode, self._end.offset] if self._end is not None else None
+        return {"shipped": {"end": end, "at": self._shipped_at, "error": self._error}}
+
+    def ship(self, now: float) -> int:
+        """Put what is not in the archive yet there, up to some pieces; how many."""
+        if self._archive is None:
+            self._archive = Archive(self._url)
+        incarnation = self._folders.incarnation()
+        start = self._start(self._archive, incarnation)
+        number = self._last.number if self._last is not None else 0
+        count = 0
+        for block in _pieces(tail.blocks(self._journal, start, now)):
+            if block.data:
+                # A gap before the first piece of all is none.
+                number += 2 if block.gap and number else 1
+                piece = Piece(number, int(now), block.start.inode, block.start.offset, len(block.data))
+                self._archive.put(self._server, incarnation, piece, block.data)
+                self._last, self._last_bytes = piece, block.data[-_COMPARED_BYTES:]
+                count += 1
+            self._end = block.end
+            if count == _PIECES_A_ROUND:
+                break
+        else:
+            self._end = self._end or start
+        self._shipped_at = now
+        return count
+
+    def _start(self, archive: Archive, incarnation: str) -> Position | None:
+        """Behind the last piece; None if there is none."""
+        if self._last is None or not archive.has(self._server, incarnation, self._last):
+            self._last = max(archive.pieces(self._server, incarnation), default=None)
+            if self._last is None:
+                return None
+            self._last_bytes = archive.read(self._server, incarnation, self._last)[-_COMPARED_BYTES:]
+        return self._last.end if self._is_same_file(self._last) else _NOWHERE
+
+    def _is_same_file(self, last: Piece) -> bool:
+        """Whether the file with the inode of a piece is still the one that the piece is of."""
+        path = next((path for inode, path in self._journal.files() if inode == last.inode), None)
+        if path is None:
+            return False
+        with path.open("rb") as file:
+            file.seek(last.end.offset - len(self._last_bytes))
+            return file.read(len(self._last_bytes)) == self._last_bytes
+
+    def _pending(self) -> int:
+        """Bytes that were not shipped yet; of a log that was rotated since, a piece at least."""
+        end = self._journal.end()
+        if self._end is None or end.inode != self._end.inode:
+            return PIECE_BYTES
+        return end.offset - self._end.offset
+
+
+def _pieces(blocks: Iterable[tail.Block]) -> Iterator[tail.Block]:
+    """Blocks that follow each other in one file, joined to the size of a piece."""
+    held: tail.Block | None = None
+    for block in blocks:
+        if held is not None and block.start == held.end and not block.gap and len(held.data) < PIECE_BYTES:
+            held = tail.Block(held.start, held.data + block.data, held.gap)
+            continue
+        if held is not None:
+            yield held
+        held = block
+    if held is not None:
+        yield held
