@@ -82,11 +82,11 @@ def audit(quick: Quick = False, as_json: Json = False) -> None:
 
 @app.command("crash")
 def crash(
-    kills: Annotated[int | None, typer.Option(min=1, help="in all; each kind its share, and at least two; 1,000 without it, 20 with --quick")] = None,
+    kills: Annotated[int | None, typer.Option(min=1, help="in all, of which each kind gets its share, and at least two; 1,000 if not given")] = None,
     seed: Annotated[int, typer.Option(help="of the schedule")] = 1,
-    kind: Annotated[list[str] | None, typer.Option(help="only this kind; may be repeated")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="only this kind; may be repeated; with --quick that of the send run if not given")] = None,
     mode: Annotated[Mode, typer.Option(help="in which Exim sends")] = Mode.CUTTHROUGH,
-    quick: Annotated[bool, typer.Option("--quick", help="fewer and quicker: half a minute to a minute for each of the ten kinds")] = False,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """What kills do to messages on their way through Exim: lost, duplicates and unknown, counted at the destinations. Needs root."""

@@ -46,7 +46,8 @@ class Far:
     message: int = -1
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1") -> asyncio.Server:
-        return await asyncio.start_server(self.talk, host, port)
+        # With the 100 of asyncio, some of many who come at once never get a greeting.
+        return await asyncio.start_server(self.talk, host, port, backlog=1024)
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def answer(stage: str) -> str:
