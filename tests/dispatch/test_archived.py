@@ -16,22 +16,18 @@ from mail_pipelines import config
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Server, State
-from mail_pipelines.dispatch import audit, registry, servers
+from mail_pipelines.dispatch import audit, registry
 from mail_pipelines.dispatch.archive import Archive, ArchiveError, Piece, Shipper
 from mail_pipelines.dispatch.files import boot_id
 from mail_pipelines.dispatch.recovery import steps
 from mail_pipelines.dispatch.recovery.standing import Part
 from mail_pipelines.dispatch.registry import ServerStateError
-from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.session import journal_of
-from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_audit import Log, later
-from tests.dispatch.test_crashes import check_promise, states_by_contact
 from tests.dispatch.test_hold_commands import says
 from tests.dispatch.test_recovery import part, recover, row
-from tests.dispatch.world import Servers, World, make_world, write_play
+from tests.dispatch.world import World, make_world
 from tests.parts.backups import Backup
-from tests.parts.processes import wait_for
 
 NOW = dt.datetime.now(dt.UTC)
 # When a backup was made, long ago by the time of the pieces.
@@ -301,61 +297,3 @@ def test_of_a_lost_server_retirement_closes_nothing(s1: Shipped) -> None:
     with pytest.raises(ServerStateError, match="it is silent"):
         registry.retire(s1.world.engine, "s1", 10, s1.archive)
     assert s1.archive.closed("s1", s1.folders.incarnation()) is None
-
-
-# --- at work ------------------------------------------------------------------------------------------------------
-
-
-def told(engine: sa.Engine, key: str) -> ServerInfo:
-    with reading(engine) as connection:
-        return servers.find(connection, key)
-
-
-@pytest.mark.crosswise
-@pytest.mark.server
-@pytest.mark.timeout(280)
-def test_one_server_retires_and_is_gone_another_is_destroyed(
-    engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, archive_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both after the backup, with their logs. Nobody is mailed twice when the campaign goes on with a third."""
-    recipients = 400
-    monkeypatch.setenv("MAIL_PIPELINES_SERVER__HEARTBEAT_SECONDS", "1")
-    world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind)
-    world.settings = config.load()
-    play = write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3], refuse_percent=4)
-    fleet = [world.server(key, connections=3, per_second=40.0) for key in ("retires", "destroyed")]
-    processes = [running.start(world, server, play) for server in fleet]
-    wait_for(lambda: all((told(engine, server.key).health or {}).get("shipped") for server in fleet), what="heartbeats")
-    sessions = [SessionProcess(world, server.key, f"first-{server.key}") for server in fleet]
-    wait_for(lambda: len(world.kept()) > 30, what="sending")
-    backup = Backup(engine)
-    wait_for(lambda: len(world.kept()) > 150, what="sending")
-    says("server", "drain", "retires")
-    sessions[0].wait()
-    sessions[1].kill()
-    journal = journal_of(world.folders("retires"), fleet[0].kind)
-
-    def shipped() -> bool:
-        audit.run(engine, world.settings, fleet[0], journal, dt.datetime.now(dt.UTC))
-        with reading(engine) as connection:
-            return not registry.left(connection, told(engine, "retires"), 1)
-
-    wait_for(shipped, seconds=90, what="the end of the log in the archive")
-    assert says("server", "retire", "retires") == "server retires is retired\n"
-    archive = Archive(str(archive_folder))
-    wait_for(lambda: archive.pieces("destroyed", world.folders("destroyed").incarnation()), seconds=90, what="a piece of the other")
-    processes[1].kill()
-    processes[0].stop()
-    mailed = world.copies()
-    for server in fleet:
-        for path in world.folders(server.key).log.glob("main.log*"):
-            path.unlink()
-    backup.restore(engine)
-    output = recover("--lost", "retires", "--lost", "destroyed")
-    assert "offers in its log (from the archive)" in output
-    assert "(from the archive; the end of its log was not shipped)" in output
-    states = states_by_contact(world)
-    assert [contact for contact in mailed if states[contact] in (State.PENDING, State.DEFERRED)] == []
-    assert sum(state is State.DELIVERED for state in states.values()) > 50
-    assert world.copies() == mailed
-    check_promise(world, recipients)
