@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, hold, home, inbound, pool, recover, segment, server, unknown, worker
+from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, hold, home, inbound, pool, recover, segment, server, unknown, why, worker
 from mail_pipelines.commands.context import errors
 from mail_pipelines.errors import MailPipelinesError
 
@@ -21,6 +21,7 @@ app.add_typer(segment.app, name="segment")
 app.add_typer(campaign.app, name="campaign")
 app.add_typer(hold.app, name="hold")
 app.command("release")(hold.release)
+app.command("why")(why.why)
 app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
 app.add_typer(server.app, name="server")

@@ -60,11 +60,17 @@ def count(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> Segm
     return SegmentCount(matched.num_rows, by_provider, snapshots.contact_version, snapshots.engagement_version)
 
 
-def _engagement(snapshots: Snapshots, now: dt.datetime) -> EngagementMarker:
+def is_member(criteria: Criteria, snapshots: Snapshots, contact_id: int, *, now: dt.datetime) -> bool:
+    """Whether one contact matches; false for one that these snapshots do not have."""
+    found: int = _match(criteria, snapshots, now, _engagement(snapshots, now, only=contact_id)).num_rows
+    return found > 0
+
+
+def _engagement(snapshots: Snapshots, now: dt.datetime, only: int | None = None) -> EngagementMarker:
     from mail_pipelines.segments.compilation import connect
     from mail_pipelines.segments.matching import EngagementMarker
 
-    return EngagementMarker(connect(), snapshots.engagement_folder, snapshots.engagement, now)
+    return EngagementMarker(connect(), snapshots.engagement_folder, snapshots.engagement, now, only)
 
 
 def _match(criteria: Criteria, snapshots: Snapshots, now: dt.datetime, engagement: EngagementMarker) -> pa.Table:

@@ -57,10 +57,10 @@ class Marks:
 
 
 class EngagementMarker:
-    """Looks up behaviour in an engagement snapshot, as of `now`."""
+    """Looks up behaviour in an engagement snapshot, as of `now`; of one contact `only` if that is given."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, folder: Path, manifest: EngagementManifest, now: dt.datetime) -> None:
-        self.connection, self._folder, self._manifest, self._now = connection, folder, manifest, now
+    def __init__(self, connection: duckdb.DuckDBPyConnection, folder: Path, manifest: EngagementManifest, now: dt.datetime, only: int | None = None) -> None:
+        self.connection, self._folder, self._manifest, self._now, self.only = connection, folder, manifest, now, only
 
     def marks(self, behaviour: Behaviour) -> Marks:
         since = None if behaviour.within_days is None else self._now - dt.timedelta(days=behaviour.within_days)
@@ -99,6 +99,8 @@ class EngagementMarker:
             return marks
         if since is not None:
             conditions = [*conditions, duckdb.ColumnExpression(time) >= duckdb.ConstantExpression(since.astimezone(dt.UTC).replace(tzinfo=None))]
+        if self.only is not None:
+            conditions = [*conditions, duckdb.ConstantExpression(self.only) == CONTACT_ID]
         if conditions:
             relation = relation.filter(functools.reduce(both, conditions))
         for batch in relation.select(CONTACT_ID).to_arrow_reader(BATCH_ROWS):
@@ -124,7 +126,7 @@ class EngagementMarker:
 
 
 class ContactMatcher:
-    """The contacts of a snapshot that match criteria, as of `now`."""
+    """The contacts of a snapshot that match criteria, as of `now`; of them the one that `engagement` is of, if that is of one."""
 
     def __init__(
         self,
@@ -188,6 +190,9 @@ class ContactMatcher:
         if "deleted" in read:
             living = ~definite(duckdb.ColumnExpression("deleted"))
             condition = living if condition is None else condition & living
+        if self._engagement is not None and self._engagement.only is not None:
+            wanted = duckdb.ConstantExpression(self._engagement.only) == CONTACT_ID
+            condition = wanted if condition is None else condition & wanted
         if condition is not None:
             relation = relation.filter(condition)
         computed_columns = [definite(expression(criteria, self._now)).alias(name) for criteria, name in self._computed.items()]

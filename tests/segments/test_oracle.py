@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mail_pipelines.database.engine import create_engine
-from mail_pipelines.segments import evaluation
+from mail_pipelines.segments import evaluation, explaining
 from mail_pipelines.segments.criteria import parse
 from mail_pipelines.segments.snapshots import Snapshots, open_snapshots
 from tests.segments.world import FIELDS, NOW, World, truth
@@ -163,6 +163,9 @@ def _check(snapshots: Snapshots, tree: dict[str, Any], people: dict[int, dict[st
         engaged = [time for _, time, machine in (*person["opened"], *person["clicked"]) if not machine]
         assert row["provider"] == person["attributes"]["provider"]
         assert row["engagement_rank"] == ((now - max(engaged)).days if engaged else 9999)
+    # One of each kind: every question is a scan of its own.
+    for contact_id in [*sorted(expected)[:1], *sorted(people.keys() - expected)[:1]]:
+        assert bool(explaining.unmet(tree, snapshots, contact_id, now)) is (contact_id not in expected)
 
 
 @pytest.mark.slow

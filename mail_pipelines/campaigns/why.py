@@ -1,0 +1,228 @@
+"""Why somebody did or did not get a campaign: segment and criterion, freeze, claim, server, every reply, later events. Reads only.
+
+The ledger knows of everybody in a frozen audience. Of those who are not in it the freeze kept only how many there were for each reason, so the reason of
+one person is found by what is known now, and says so.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.campaigns import store
+from mail_pipelines.campaigns.campaign import Campaign
+from mail_pipelines.config import Settings
+from mail_pipelines.contacts.addresses import Address, parse
+from mail_pipelines.contacts.consent import Scope, campaign_scopes
+from mail_pipelines.database import models
+from mail_pipelines.database.engine import reading
+from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, EngagementEvent, Server, State, Subscription, Suppression
+from mail_pipelines.segments import explaining, saved
+from mail_pipelines.segments.criteria import CriteriaError
+from mail_pipelines.segments.saved import SegmentError
+from mail_pipelines.segments.snapshots import Snapshots, open_snapshots
+from mail_pipelines.segments.store import SnapshotMissing
+
+# Without a campaign's name: so many of the newest.
+RECENT_CAMPAIGNS = 20
+_LAST = dt.datetime.max.replace(tzinfo=dt.UTC)
+_NOT_FROZEN = "its audience is not frozen yet"
+_ENDED = {
+    State.PENDING: "waits for its turn",
+    State.CLAIMED: "is being sent",
+    State.DELIVERED: "was taken by the destination",
+    State.DEFERRED: "was put off by the destination, and is tried again",
+    State.BOUNCED: "was refused for good",
+    State.SUPPRESSED: "was left out at the last moment: suppressed after the freeze",
+    State.EXPIRED: "came to the end of its time",
+    State.CANCELLED: "ended with the campaign's cancellation",
+    State.UNKNOWN: "is in doubt: nobody recorded what the destination said",
+    State.UNRESOLVED: "stayed in doubt: what the destination said was never found out",
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One thing that happened; `at` is None for what has no time of its own."""
+
+    at: dt.datetime | None
+    what: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Why one address did or did not get one campaign: in a sentence, and what happened, in order."""
+
+    campaign: str
+    verdict: str
+    moments: list[Moment] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Person:
+    """An address, and the contact that has it now, if there is one."""
+
+    address: Address
+    contact_id: int | None
+    created_at: dt.datetime | None
+
+
+def recent(engine: Engine, email: str) -> list[Answer]:
+    """The newest campaigns, newest first, each with its sentence alone. Raises `AddressError`."""
+    with reading(engine) as connection:
+        person = _person(connection, email)
+        campaigns = store.select(connection, models.Campaign.id > 0, order_by=(models.Campaign.id.desc(),), limit=RECENT_CAMPAIGNS)
+        return [Answer(campaign.key, _sentence(campaign, _row(connection, campaign, person))) for campaign in campaigns]
+
+
+def of_campaign(engine: Engine, settings: Settings, email: str, key: str, now: dt.datetime) -> Answer:
+    """Everything known of one address in one campaign. Raises `AddressError`, `CampaignError` for one that does not exist."""
+    with reading(engine) as connection:
+        person = _person(connection, email)
+        campaign = store.load(connection, key)
+        row = _row(connection, campaign, person)
+        if row is not None:
+            return Answer(key, _sentence(campaign, row), _history(connection, campaign, row))
+        kept_out = [*_consent(connection, campaign, person), *_late(campaign, person)]
+    if person.contact_id is not None:
+        kept_out += _segments(engine, settings, campaign, person.contact_id, now)
+    return Answer(key, _sentence(campaign, None), kept_out or [Moment(None, "nothing known now keeps it out: what did has changed since the freeze")])
+
+
+def _person(connection: Connection, email: str) -> _Person:
+    address = parse(email)
+    found = connection.execute(sa.select(Contact.id, Contact.created_at).where(Contact.address_hash == address.hash)).one_or_none()
+    return _Person(address, *(found or (None, None)))
+
+
+def _row(connection: Connection, campaign: Campaign, person: _Person) -> sa.Row[tuple[object, ...]] | None:
+    """The ledger's row of the address, also when its contact was erased since."""
+    query = (
+        sa.select(Delivery.contact_id, Delivery.provider, Delivery.shard, Delivery.state, Delivery.sort_key, Delivery.attempt, Delivery.claim_id)
+        .add_columns(Delivery.code, Delivery.enhanced, Delivery.reason, Server.key.label("server"))
+        .outerjoin(Server, Server.id == Delivery.server_id)
+        .where(Delivery.campaign_id == campaign.id, Delivery.address_hash == person.address.hash)
+    )
+    return connection.execute(query).one_or_none()
+
+
+def _sentence(campaign: Campaign, row: sa.Row[tuple[object, ...]] | None) -> str:
+    if row is None:
+        return "not in the audience" if campaign.audience_manifest is not None else _NOT_FROZEN
+    state = State(row.state)
+    through = f", through {row.server}" if row.server and state in (State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.CLAIMED) else ""
+    return f"{state.name.lower()}{through}: it {_ENDED[state]}"
+
+
+# --- in the audience ---
+
+
+def _history(connection: Connection, campaign: Campaign, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
+    size = (campaign.audience_counts or {}).get("audience", 0)
+    segments = ", ".join(campaign.definition.include)
+    began = Moment(campaign.started_at, f"frozen into the audience of {size:,} (segments {segments}), shard {row.shard}, provider {row.provider}")
+    state = State(row.state)
+    # Of a row that waits for its turn, the key of its order is no time.
+    reached = None if state is State.PENDING else dt.datetime.fromtimestamp(row.sort_key, dt.UTC)
+    ended = Moment(reached, f"{'due again' if state is State.DEFERRED else state.name.lower()}{_words(row.code, row.enhanced, row.reason)}")
+    happened = [*_claims(connection, row), *_said(connection, campaign, row), *_did(connection, campaign, row), ended]
+    return [began, *sorted(happened, key=lambda moment: moment.at or _LAST)]
+
+
+def _claims(connection: Connection, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
+    """The last claim, while it is kept."""
+    query = sa.select(Claim.opened_at, Claim.id, Claim.run_id, Server.key).join(Server, Server.id == Claim.server_id).where(Claim.id == row.claim_id)
+    return [Moment(opened, f"claim {claim} on {server}, run {run}") for opened, claim, run, server in connection.execute(query).tuples()]
+
+
+def _said(connection: Connection, campaign: Campaign, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
+    columns = (DeliveryEvent.occurred_at, DeliveryEvent.kind, DeliveryEvent.attempt, DeliveryEvent.code, DeliveryEvent.enhanced, DeliveryEvent.reason)
+    query = (
+        sa.select(*columns, DeliveryEvent.text, Server.key)
+        .outerjoin(Server, Server.id == DeliveryEvent.server_id)
+        .where(DeliveryEvent.campaign_id == campaign.id, DeliveryEvent.contact_id == row.contact_id)
+    )
+    return [
+        Moment(at, f"attempt {attempt}{f' through {server}' if server else ''}: {kind}{_words(code, enhanced, reason, text)}")
+        for at, kind, attempt, code, enhanced, reason, text, server in connection.execute(query).tuples()
+    ]
+
+
+def _did(connection: Connection, campaign: Campaign, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
+    columns = (EngagementEvent.occurred_at, EngagementEvent.kind, EngagementEvent.machine)
+    query = sa.select(*columns).where(EngagementEvent.contact_id == row.contact_id, EngagementEvent.campaign_id == campaign.id)
+    return [Moment(at, f"{kind}{' by a machine' if machine else ''}") for at, kind, machine in connection.execute(query).tuples()]
+
+
+def _words(*parts: object) -> str:
+    said = " ".join(str(part) for part in parts if part)
+    return f", {said}" if said else ""
+
+
+# --- not in it ---
+
+
+def _consent(connection: Connection, campaign: Campaign, person: _Person) -> list[Moment]:
+    """What the database forbids of this campaign to this address."""
+    scopes = campaign_scopes(campaign.brand_id, campaign.list_id)
+    in_scope = sa.or_(*(_is(scope) for scope in scopes))
+    mine = sa.or_(Suppression.address_hash == person.address.hash, Suppression.domain == person.address.domain)
+    query = sa.select(Suppression.created_at, Suppression.reason, Suppression.domain, Suppression.scope_kind).where(mine, in_scope)
+    found = [
+        Moment(at, f"{f'the domain {domain}' if domain else 'the address'} is suppressed ({reason}) for {'everything' if kind == 'all' else f'this {kind}'}")
+        for at, reason, domain, kind in connection.execute(query).tuples()
+    ]
+    if person.contact_id is None:
+        return [*found, Moment(None, "there is no contact with this address: never imported, or erased")]
+    if campaign.list_id is not None:
+        ended = sa.select(Subscription.changed_at).where(
+            Subscription.contact_id == person.contact_id, Subscription.list_id == campaign.list_id, Subscription.subscribed.is_(False)
+        )
+        found += [Moment(at, f"unsubscribed from the list {campaign.definition.list}") for at in connection.execute(ended).scalars()]
+    return found
+
+
+def _is(scope: Scope) -> sa.ColumnElement[bool]:
+    return sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id)
+
+
+def _late(campaign: Campaign, person: _Person) -> list[Moment]:
+    if person.created_at is None or campaign.started_at is None or person.created_at <= campaign.started_at:
+        return []
+    return [Moment(person.created_at, f"the contact was added after the campaign began ({campaign.started_at:%Y-%m-%d %H:%M:%S} UTC)")]
+
+
+def _segments(engine: Engine, settings: Settings, campaign: Campaign, contact_id: int, now: dt.datetime) -> list[Moment]:
+    """What keeps a contact out of the segments as they are saved now, on the newest snapshots."""
+    try:
+        with open_snapshots(engine, settings.snapshot_folder) as snapshots:
+            made = snapshots.contacts.made_at
+            if not explaining.is_known(snapshots, contact_id, now):
+                return [Moment(made, "the contact is not in the snapshot of this time, which segments are evaluated on")]
+            return [Moment(made, what) for what in _kept_out(engine, campaign, snapshots, contact_id, now)]
+    except SnapshotMissing as error:
+        return [Moment(None, f"segments cannot be looked at: {error}")]
+
+
+def _kept_out(engine: Engine, campaign: Campaign, snapshots: Snapshots, contact_id: int, now: dt.datetime) -> list[str]:
+    def look(key: str) -> tuple[list[explaining.Unmet], str]:
+        try:
+            return explaining.unmet(saved.load(engine, key).criteria, snapshots, contact_id, now), ""
+        except (SegmentError, CriteriaError) as error:
+            return [], str(error)
+
+    found: list[str] = []
+    for key in campaign.definition.exclude:
+        unmet, problem = look(key)
+        if problem:
+            found.append(f"segment {key}: {problem}")
+        elif not unmet:
+            found.append(f"in segment {key}, which the campaign excludes")
+    included = {key: look(key) for key in campaign.definition.include}
+    if all(unmet or problem for unmet, problem in included.values()):
+        for key, (unmet, problem) in included.items():
+            found += [f"segment {key}: {problem}"] if problem else [f"not in segment {key}: {one}" for one in unmet]
+    return found
