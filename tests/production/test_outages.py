@@ -10,7 +10,7 @@ from tests.production.fleet import Fleet
 pytestmark = [
     pytest.mark.server,
     pytest.mark.timeout(400),
-    pytest.mark.xdist_group("fleet"),
+    pytest.mark.xdist_group("platform"),
     pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),
 ]
 
