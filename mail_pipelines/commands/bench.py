@@ -82,7 +82,9 @@ def audit(quick: Quick = False, as_json: Json = False) -> None:
 
 @app.command("crash")
 def crash(
-    kills: Annotated[int | None, typer.Option(min=1, help="in all, of which each kind gets its share, and at least two; 1,000 if not given")] = None,
+    kills: Annotated[
+        int | None, typer.Option(min=1, help="in all, of which each kind gets its share, and at least two; 1,000 if not given, --quick: 2")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the schedule")] = 1,
     kind: Annotated[list[str] | None, typer.Option(help="only this kind; may be repeated; with --quick that of the send run if not given")] = None,
     mode: Annotated[Mode, typer.Option(help="in which Exim sends")] = Mode.CUTTHROUGH,

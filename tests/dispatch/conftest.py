@@ -32,10 +32,10 @@ def running() -> Iterator[Servers]:
 @pytest.fixture
 def on_senders() -> Attack:
     """How much is sent, and how often a sender is killed meanwhile."""
-    return Attack(recipients=900, kills=10, connections=6, per_second=150.0)
+    return Attack(recipients=1500, kills=16, connections=6, per_second=150.0)
 
 
 @pytest.fixture
 def on_servers() -> Attack:
     """The same of the mail server."""
-    return Attack(recipients=600, kills=6, connections=6, per_second=120.0)
+    return Attack(recipients=900, kills=10, connections=6, per_second=120.0)

@@ -33,21 +33,15 @@ def to_provider(message: Kept) -> bool:
     return message.recipient.endswith("@google.test")
 
 
-def test_a_hold_of_everything_acts_within_five_seconds_at_full_speed(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
-    hold_at_full_speed(engine, tmp_path, kind, running, Kind.EVERYTHING, lambda _: True, {"everything is held: look"})
-
-
 @pytest.mark.parametrize(
     ("scope", "concerns", "reasons"),
-    [(Kind.SERVER, by_server, {"the server is held: look", "the shard is final"}), (Kind.PROVIDER, to_provider, {"google is held: look"})],
+    [
+        (Kind.EVERYTHING, lambda _: True, {"everything is held: look"}),
+        (Kind.SERVER, by_server, {"the server is held: look", "the shard is final"}),
+        (Kind.PROVIDER, to_provider, {"google is held: look"}),
+    ],
 )
-def test_a_narrower_hold_acts_as_soon_and_the_rest_goes_on(
-    engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, scope: Kind, concerns: Callable[[Kept], bool], reasons: set[str]
-) -> None:
-    hold_at_full_speed(engine, tmp_path, kind, running, scope, concerns, reasons)
-
-
-def hold_at_full_speed(
+def test_a_hold_acts_within_five_seconds_at_full_speed(
     engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, scope: Kind, concerns: Callable[[Kept], bool], reasons: set[str]
 ) -> None:
     """With two servers. What is not held goes on; what is left goes out after the release, and nothing twice."""

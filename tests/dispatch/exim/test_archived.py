@@ -36,7 +36,7 @@ def told(engine: sa.Engine, key: str) -> ServerInfo:
 def test_one_server_retires_and_is_gone_another_is_destroyed(
     engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both after the backup, with their logs. Nobody is mailed twice when the campaign goes on with a third."""
+    """Both after the backup, with their logs: of what they mailed nothing waits to be mailed again."""
     recipients = 400
     archive_folder = tmp_path / "archive"
     archive_folder.mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.dispatch.test_holds import (  # noqa: F401 (collected here for the other kinds)
-    test_a_hold_of_everything_acts_within_five_seconds_at_full_speed,
+    test_a_hold_acts_within_five_seconds_at_full_speed,
     test_a_hold_outlives_the_restart_of_everything,
 )
 
