@@ -67,6 +67,9 @@ class QueueLauncher(CeleryRunLauncher):
             return False
         if run.status is not dg.DagsterRunStatus.CANCELING:
             self._instance.report_run_canceling(run)
+        if self._has_ended(run_id):
+            self._instance.report_run_canceled(run, "Cancelled after its process had ended without a word to Dagster: see the worker's log.")
+            return True
         for exchange in self._listening(run.tags.get(queues.QUEUE_TAG, queues.CENTRE)):
             tasks.control(self.celery, exchange).revoke(run_id, terminate=True, signal="SIGTERM")
         return True
@@ -89,10 +92,14 @@ class QueueLauncher(CeleryRunLauncher):
 
         Dagster asks about runs that have begun and not ended. One that ended while Dagster's storage was away could not say so there.
         """
-        result = self.celery.AsyncResult(run.run_id)
-        if result.ready() and result.state != "REVOKED" and result.result != tasks.IGNORED:
+        if self._has_ended(run.run_id):
             return CheckRunHealthResult(WorkerStatus.FAILED, "The run's process has ended without a word to Dagster: see the worker's log.")
         return CheckRunHealthResult(WorkerStatus.RUNNING)
+
+    def _has_ended(self, run_id: str) -> bool:
+        """Whether a worker said that it has ended; one that was revoked before it began says so to Dagster itself."""
+        result = self.celery.AsyncResult(run_id)
+        return bool(result.ready()) and result.state != "REVOKED" and result.result != tasks.IGNORED
 
     def get_run_worker_debug_info(self, run: dg.DagsterRun, include_container_logs: bool | None = True) -> str | None:
         queue = run.tags.get(queues.QUEUE_TAG, queues.CENTRE)

@@ -11,15 +11,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], *, seconds: float = 30, what: str = "condition") -> T:
-    """Poll until `condition` returns something true, and return that; fail with the last value otherwise."""
+def wait_for(condition: Callable[[], T], *, seconds: float = 30, what: str | Callable[[], str] = "condition") -> T:
+    """Poll until `condition` returns something true, and return that; fail with the last value otherwise, and what was waited for (asked then)."""
     end = time.monotonic() + seconds
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > end:
-            raise AssertionError(f"{what} not met within {seconds} s (last value: {value!r})")
+            raise AssertionError(f"{what if isinstance(what, str) else what()} not met within {seconds} s (last value: {value!r})")
         time.sleep(0.02)
 
 

@@ -95,6 +95,19 @@ class Fleet:
     def send_runs(self, campaign: str) -> list[dg.RunRecord]:
         return self.runs("send_campaign", **{"dagster/partition/campaign": campaign})
 
+    def wait_for_ends(self, campaign: str) -> None:
+        """Until no send run of a campaign works, says Dagster."""
+
+        def working() -> list[str]:
+            return [record.dagster_run.run_id for record in self.send_runs(campaign) if not record.dagster_run.is_finished]
+
+        said = "end of {} ({}):\n{}"
+        wait_for(
+            lambda: not working(),
+            seconds=90,
+            what=lambda: "\n".join(said.format(run_id, self.status(run_id), self.messages(run_id)) for run_id in working()),
+        )
+
     def launch(self, job: str, **tags: str) -> str:
         given = [{"key": key, "value": value} for key, value in tags.items()]
         done = self.platform.graphql(LAUNCH, {"job": job, "tags": given})["launchRun"]
@@ -112,7 +125,7 @@ class Fleet:
         return run.status
 
     def wait_for_status(self, run_id: str, status: dg.DagsterRunStatus, seconds: float = 60) -> dg.DagsterRun:
-        wait_for(lambda: self.status(run_id) is status, seconds=seconds, what=f"{status} of {run_id}, which is {self.status(run_id)}")
+        wait_for(lambda: self.status(run_id) is status, seconds=seconds, what=lambda: f"{status} of {run_id}, which is {self.status(run_id)}")
         run = self.instance.get_run_by_id(run_id)
         assert run is not None
         return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parts.processes import wait_for
 from tests.production.fleet import Fleet
 
 pytestmark = [
@@ -32,4 +31,4 @@ def test_killed_surroundings_neither_lose_nor_repeat(fleet: Fleet) -> None:
     fleet.quicken("outages")
     fleet.holds_promise("outages", unknown=48)
     # Also those that ended while there was no storage to record it.
-    wait_for(lambda: all(record.dagster_run.is_finished for record in fleet.send_runs("outages")), seconds=90, what="the end of all runs")
+    fleet.wait_for_ends("outages")

@@ -1,0 +1,60 @@
+"""Cancelling a run of which the worker has said how it ended, and Dagster's storage has not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._serdes import ConfigurableClassData
+
+from mail_pipelines import home
+from mail_pipelines.resources import queues, tasks
+from mail_pipelines.resources.launcher import QueueLauncher
+
+Status = dg.DagsterRunStatus
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[QueueLauncher]:
+    """The centre's, of an instance that keeps what it knows in memory."""
+    shipped = home._shipped_dagster_yaml
+    monkeypatch.setattr(home, "_shipped_dagster_yaml", lambda _production: shipped(False))
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__URL", f"filesystem://{tmp_path}/broker")
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__RESULTS", f"file://{tmp_path}")
+    home.make(production=True)
+    launcher = QueueLauncher(ConfigurableClassData("mail_pipelines.resources.launcher", "QueueLauncher", "{}"))
+    with dg.DagsterInstance.ephemeral() as instance:
+        launcher.register_instance(instance)
+        yield launcher
+
+
+def started_run(launcher: QueueLauncher) -> dg.DagsterRun:
+    run = dg.DagsterRun(job_name="maintenance", status=Status.STARTED, tags={queues.QUEUE_TAG: queues.CENTRE})
+    return launcher._instance.add_run(run)
+
+
+def status(launcher: QueueLauncher, run: dg.DagsterRun) -> Status:
+    found = launcher._instance.get_run_by_id(run.run_id)
+    assert found is not None
+    return found.status
+
+
+@pytest.mark.parametrize(("state", "result"), [("SUCCESS", 1), ("SUCCESS", 0), ("FAILURE", RuntimeError("the worker lost its child"))], ids=["1", "0", "lost"])
+def test_a_run_whose_process_has_ended_is_canceled_at_once(launcher: QueueLauncher, state: str, result: object) -> None:
+    """There is no process left that could say so, and Dagster would wait for `cancel_timeout_seconds`."""
+    run = started_run(launcher)
+    launcher.celery.backend.store_result(run.run_id, result, state)
+    assert launcher.terminate(run.run_id)
+    assert status(launcher, run) is Status.CANCELED
+    assert not launcher.terminate(run.run_id)
+
+
+@pytest.mark.parametrize(("state", "result"), [("STARTED", None), ("REVOKED", None), ("SUCCESS", tasks.IGNORED)], ids=["works", "told", "ordered twice"])
+def test_a_run_whose_process_works_says_itself_that_it_has_ended(launcher: QueueLauncher, state: str, result: object) -> None:
+    run = started_run(launcher)
+    launcher.celery.backend.store_result(run.run_id, result, state)
+    assert launcher.terminate(run.run_id)
+    assert status(launcher, run) is Status.CANCELING
+    assert launcher.check_run_worker_health(run).status.name == "RUNNING"
