@@ -30,6 +30,7 @@ from mail_pipelines.resources.database import CentralDatabase
 
 # Where Dagster has no time limit of its own for the start of a run.
 _START_SECONDS = 600
+_ENDS = {dg.DagsterEventType.RUN_SUCCESS, dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_CANCELED}
 
 
 class QueueLauncher(CeleryRunLauncher):
@@ -67,6 +68,10 @@ class QueueLauncher(CeleryRunLauncher):
             return False
         if run.status is not dg.DagsterRunStatus.CANCELING:
             self._instance.report_run_canceling(run)
+        # Nobody is left to answer, and Dagster would wait for `cancel_timeout_seconds`.
+        if self._instance.all_logs(run_id, of_type=_ENDS):
+            self._instance.report_run_canceled(run, "It was about to end by itself when it was cancelled.")
+            return True
         if self._has_ended(run_id):
             self._instance.report_run_canceled(run, "Cancelled after its process had ended without a word to Dagster: see the worker's log.")
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -49,6 +50,20 @@ def test_a_run_whose_process_has_ended_is_canceled_at_once(launcher: QueueLaunch
     assert launcher.terminate(run.run_id)
     assert status(launcher, run) is Status.CANCELED
     assert not launcher.terminate(run.run_id)
+
+
+def test_a_run_that_ends_while_it_is_cancelled_is_canceled_at_once(launcher: QueueLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own last word comes before that of the cancellation, of which no process hears any more."""
+    run, instance = started_run(launcher), launcher._instance
+    record = instance.report_run_canceling
+
+    def end_first(*arguments: Any) -> None:
+        instance.report_dagster_event(dg.DagsterEvent(dg.DagsterEventType.RUN_SUCCESS.value, run.job_name, message="It is done."), run.run_id)
+        record(*arguments)
+
+    monkeypatch.setattr(instance, "report_run_canceling", end_first)
+    assert launcher.terminate(run.run_id)
+    assert status(launcher, run) is Status.CANCELED
 
 
 @pytest.mark.parametrize(("state", "result"), [("STARTED", None), ("REVOKED", None), ("SUCCESS", tasks.IGNORED)], ids=["works", "told", "ordered twice"])
