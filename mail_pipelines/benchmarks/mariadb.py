@@ -44,12 +44,10 @@ class MariaDB:
         temporary.mkdir(parents=True, exist_ok=True)
         user = getpass.getuser()
         if not data.exists():
-            subprocess.run(
-                ["mariadb-install-db", f"--datadir={data}", "--auth-root-authentication-method=normal", "--skip-test-db", f"--user={user}", "--skip-log-bin"],
-                check=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
+            options = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin", f"--user={user}", f"--tmpdir={temporary}"]
+            made = subprocess.run(["mariadb-install-db", f"--datadir={data}", *options], check=False, capture_output=True, text=True)
+            if made.returncode:
+                raise MailPipelinesError(f"no database could be made in {data}: {(made.stdout + made.stderr)[-2000:]}")
         self.process = subprocess.Popen(
             [
                 server,

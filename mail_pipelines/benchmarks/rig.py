@@ -114,14 +114,17 @@ class Rig:
     _sizes: deque[tuple[float, int]] = field(default_factory=deque)
     _over: threading.Event = field(default_factory=threading.Event)
 
+    def __post_init__(self) -> None:
+        self.database = MariaDB(self.folder / "database")
+        self._log_disk = self.folder / "log" / SERVER
+
     def start(self) -> None:
         for name in ("run", "log", "mail", "database"):
             (self.folder / name).mkdir()
-        self._log_disk = self.folder / "log" / SERVER
         self._log_disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_LOG_DISK_BYTES},mode=755", "tmpfs", self._log_disk], check=True)
         self._new_boot()
-        self.database = MariaDB(self.folder / "database").start()
+        self.database.start()
         self.environ = {
             **os.environ,
             "MAIL_PIPELINES_HOME": str(self.folder / "home"),
