@@ -145,7 +145,7 @@ KINDS = (
     Kind("log disk fills up", 0.02, _fill_the_log_disk_slowly, recipients_per_kill=400),
     Kind("one of two runs for one shard", 0.1, _kill_run, runs=2),
     Kind("daemon of Dagster", 0.05, _kill_the_daemon_of_dagster, by_dagster=True, recipients_per_kill=400),
-    Kind("power loss", 0.05, _lose_power, recipients_per_kill=400),
+    Kind("power loss", 0.05, _lose_power, recipients_per_kill=1100),
 )
 
 
