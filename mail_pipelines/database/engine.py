@@ -29,6 +29,8 @@ from mail_pipelines.errors import MailPipelinesError
 T = TypeVar("T")
 BUSY_TIMEOUT_SECONDS = 30
 _NOW = sa.select(utc_now())
+# No transaction of ours is idle for so long between two statements. What is has been stopped, and its locks keep everybody else from its rows.
+IDLE_TRANSACTION_SECONDS = 60
 RETRIED_MYSQL_ERRORS = {1205, 1213, 1020}
 RETRIES = 8
 
@@ -102,6 +104,8 @@ def _prepare_mysql(connection: Any, _record: object) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SET SESSION time_zone = '+00:00', SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ZERO_DATE,NO_ENGINE_SUBSTITUTION'")
         cursor.execute("SET SESSION innodb_lock_wait_timeout = 30")
+        if "MariaDB" in connection.get_server_info():
+            cursor.execute("SET SESSION idle_write_transaction_timeout = %s", (IDLE_TRANSACTION_SECONDS,))
         cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
         cursor.execute("SHOW VARIABLES WHERE Variable_name IN ('tx_isolation', 'transaction_isolation')")
         levels = {row[1] for row in cursor.fetchall()}

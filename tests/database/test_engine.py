@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +136,35 @@ def test_a_deadlock_is_tried_again(mariadb: MariaDB) -> None:
     for thread in threads:
         thread.join()
     assert len(runs) == 3, "one of the two was a deadlock's victim and ran again"
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
+def test_a_process_that_is_stopped_within_a_transaction_holds_up_nobody_for_long(engine: sa.Engine) -> None:
+    """As `kill -STOP` or a frozen virtual machine does it: the connection stays, and so would its locks."""
+    url = engine.url.render_as_string(hide_password=False)
+    program = f"""
+import os, signal
+from mail_pipelines.database import engine
+engine.IDLE_TRANSACTION_SECONDS = 2
+def work(connection):
+    connection.exec_driver_sql("UPDATE brands SET name = 'stopped'")
+    os.kill(os.getpid(), signal.SIGSTOP)
+engine.transact(engine.create_engine({url!r}), work)
+"""
+    stopped = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    try:
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+        renamed = sa.update(Brand).values(name="another")
+        begin = time.monotonic()
+        transact(engine, lambda connection: connection.execute(renamed))
+        assert time.monotonic() - begin < 25
+    finally:
+        stopped.send_signal(signal.SIGCONT)
+        _, said = stopped.communicate(timeout=60)
+    assert "DatabaseUnreachable" in said
+    with reading(engine) as connection:
+        assert connection.execute(sa.select(Brand.name)).scalar_one() == "another"
 
 
 def test_the_databases_clock_is_near_ours(engine: sa.Engine) -> None:
