@@ -125,6 +125,11 @@ class Processes:
             self.check()
             time.sleep(POLL_SECONDS)
 
+    def terminate(self) -> None:
+        """SIGTERM to all children at once. Those that need time for their end take it together, and `stop_all` waits for them."""
+        for child in self._children:
+            child.process.terminate()
+
     def stop_all(self) -> None:
         """SIGTERM to each child and then to what it left in its session; SIGKILL to what is not gone after `stop_seconds` in all."""
         end = time.monotonic() + self.stop_seconds
