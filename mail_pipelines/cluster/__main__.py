@@ -74,10 +74,10 @@ def start(folder: Path, run_folder: Path, processes: Processes, stack: ExitStack
 
 
 def send(centre: Centre, fleet: list[Server]) -> Verdict:
-    """Send one campaign, the urgent one when all servers are at the first, and count."""
+    """Send one campaign and, when it has begun, the urgent one; then count."""
     watch = Watch(centre.engine, centre.processes, console, SERVERS)
     campaigns.start(centre.engine, centre.settings, campaigns.LETTER)
-    watch.until_all_send(campaigns.LETTER_KEY)
+    watch.until_sending(campaigns.LETTER_KEY)
     campaigns.start(centre.engine, centre.settings, campaigns.OFFER)
     watch.until_over(campaigns.KEYS)
     with console.status("waiting for the results in Dagster"):

@@ -68,9 +68,9 @@ class Watch:
     console: Console
     servers: Sequence[str]
 
-    def until_all_send(self, key: str) -> None:
-        """Until each server has sent something of a campaign, or it is over."""
-        self._until([key], lambda standings: all(standings[0].by_server.get(server) for server in self.servers) or standings[0].is_over)
+    def until_sending(self, key: str) -> None:
+        """Until a campaign's audience is frozen."""
+        self._until([key], lambda standings: standings[0].state in (CampaignState.SENDING, CampaignState.FINISHED))
 
     def until_over(self, keys: Sequence[str]) -> None:
         """Until nothing of the campaigns is open but rows in doubt."""
