@@ -6,6 +6,7 @@ What belongs here: starting, watching and stopping. What does not: which process
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -119,9 +120,10 @@ class Processes:
                 raise ProcessError(f"{what} is not ready after {seconds:.0f} s; see {logs}")
             time.sleep(POLL_SECONDS)
 
-    def wait(self) -> None:
-        """Wait for ever: ends only by what `check` raises."""
-        while True:
+    def wait(self, seconds: float = math.inf) -> None:
+        """Wait so long, by default for ever: ends earlier by what `check` raises."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
             self.check()
             time.sleep(POLL_SECONDS)
 

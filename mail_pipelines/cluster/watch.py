@@ -20,7 +20,6 @@ from mail_pipelines.delivery import statistics
 from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.supervision import Processes
 
-_POLL_SECONDS = 0.5
 _SHOW_SECONDS = 3.0
 # Longer than the freeze of an audience of a million, and than any wait for a retry.
 _STALL_SECONDS = 240.0
@@ -92,14 +91,13 @@ class Watch:
                     before, changed = standings, now
                 elif now - changed > _STALL_SECONDS:
                     raise MailPipelinesError(f"nothing has changed for {_STALL_SECONDS:.0f} s: {self._line(standings, 0)}")
-                if now - shown >= _SHOW_SECONDS:
-                    total = sum(one.done for one in standings)
-                    rate, done, shown = (total - done) / (now - shown), total, now
-                    if live is not None:
-                        live.update(self._table(standings, rate), refresh=True)
-                    else:
-                        self.console.print(self._line(standings, rate), markup=False, highlight=False)
-                time.sleep(_POLL_SECONDS)
+                total = sum(one.done for one in standings)
+                rate, done, shown = (total - done) / max(now - shown, 0.1), total, now
+                if live is not None:
+                    live.update(self._table(standings, rate), refresh=True)
+                else:
+                    self.console.print(self._line(standings, rate), markup=False, highlight=False)
+                self.processes.wait(_SHOW_SECONDS)
 
     def _line(self, standings: Sequence[Standing], rate: float) -> str:
         words = [f"{dt.datetime.now(dt.UTC):%H:%M:%S} {rate:,.0f}/s"]

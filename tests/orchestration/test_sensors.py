@@ -106,8 +106,8 @@ def test_all_servers_join_a_large_shard_at_once_and_a_small_one_has_one(world: W
             return openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=())
 
     assert found() == [Opening("spring", 0, "s1")]
-    more = {"campaign_id": 1, "server_id": 0, "shard": 0, "state": int(State.PENDING), "count": openings.ROWS_TO_JOIN}
-    transact(world.engine, lambda connection: connection.execute(sa.insert(CampaignCounter).values(provider="other", **more)))
+    more = {(0, "google", State.PENDING, ""): openings.ROWS_TO_JOIN}
+    transact(world.engine, lambda connection: counters.add(connection, world.campaign_id, counters.CENTRE, more, dt.datetime.now(dt.UTC)))
     allotments.fill(world.engine, 10)
     assert found() == [Opening("spring", 0, "s1"), Opening("spring", 0, "s2")]
 
