@@ -29,6 +29,7 @@ from mail_pipelines.supervision import Processes, Stopped
 
 _TMPFS = Path("/dev/shm")
 _REPORT_SECONDS = 180
+_LEAST_RECIPIENTS = 1_000
 
 console = Console(stderr=True, soft_wrap=True)
 
@@ -124,6 +125,8 @@ def main() -> int:
     parser.add_argument("--exit", action="store_true", help="end when everything is counted, instead of leaving the UI up until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="end standard output with one line of JSON")
     options = parser.parse_args()
+    if options.recipients < _LEAST_RECIPIENTS:
+        parser.error(f"--recipients is {options.recipients}; expected at least {_LEAST_RECIPIENTS}")
     environ = hosts.neutral(os.environ)
     os.environ.clear()
     os.environ.update(environ)
