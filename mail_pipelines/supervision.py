@@ -6,6 +6,7 @@ What belongs here: starting, watching and stopping. What does not: which process
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -119,11 +120,17 @@ class Processes:
                 raise ProcessError(f"{what} is not ready after {seconds:.0f} s; see {logs}")
             time.sleep(POLL_SECONDS)
 
-    def wait(self) -> None:
-        """Wait for ever: ends only by what `check` raises."""
-        while True:
+    def wait(self, seconds: float = math.inf) -> None:
+        """Wait so long, by default for ever: ends earlier by what `check` raises."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
             self.check()
             time.sleep(POLL_SECONDS)
+
+    def terminate(self) -> None:
+        """SIGTERM to all children at once. Those that need time for their end take it together, and `stop_all` waits for them."""
+        for child in self._children:
+            child.process.terminate()
 
     def stop_all(self) -> None:
         """SIGTERM to each child and then to what it left in its session; SIGKILL to what is not gone after `stop_seconds` in all."""

@@ -148,7 +148,7 @@ def test_every_package_says_what_belongs_in_it() -> None:
 
 def test_scripts_are_executable() -> None:
     scripts = [*(ROOT / "script").iterdir(), ROOT / ".ci/run"]
-    assert {"setup", "demo", "test", "lock", "run"} <= {path.name for path in scripts}
+    assert {"setup", "demo", "cluster", "test", "lock", "run"} <= {path.name for path in scripts}
     assert [path.name for path in scripts if not path.stat().st_mode & 0o111] == []
 
 

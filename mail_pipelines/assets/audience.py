@@ -1,6 +1,7 @@
 """Audience: snapshots of contacts and engagement, members of saved segments, the frozen audience of a campaign."""
 
 import datetime as dt
+from collections.abc import Callable
 
 import dagster as dg
 
@@ -14,7 +15,10 @@ GROUP = "audience"
 OWNERS = ["team:audience"]
 
 
-def _snapshot(info: SnapshotInfo) -> dg.MaterializeResult:
+def _refreshed(refresh: Callable[..., SnapshotInfo], database: CentralDatabase) -> dg.MaterializeResult:
+    settings, engine = database.settings, database.engine
+    given = {"min_free_mb": settings.snapshots.min_free_mb}
+    info = snapshots.in_turn(lambda: refresh(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC), **given))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(str(info.version)),
         metadata={
@@ -33,17 +37,13 @@ def _snapshot(info: SnapshotInfo) -> dg.MaterializeResult:
 @dg.asset(group_name=GROUP, owners=OWNERS, kinds={"parquet", "table"}, pool="snapshots")
 def contact_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
     """Columnar copy of all contacts for segmenting, brought up to date from the change feed. Consent is never decided by it."""
-    settings = database.settings
-    info = snapshots.refresh_contacts(database.engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC), min_free_mb=settings.snapshots.min_free_mb)
-    return _snapshot(info)
+    return _refreshed(snapshots.refresh_contacts, database)
 
 
 @dg.asset(group_name=GROUP, owners=OWNERS, kinds={"parquet", "table"}, pool="snapshots")
 def engagement_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
     """Columnar copy of opens, clicks and who received what, with a roll-up for each contact."""
-    settings = database.settings
-    info = snapshots.refresh_engagement(database.engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC), min_free_mb=settings.snapshots.min_free_mb)
-    return _snapshot(info)
+    return _refreshed(snapshots.refresh_engagement, database)
 
 
 @dg.asset(

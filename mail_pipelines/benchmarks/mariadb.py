@@ -1,4 +1,4 @@
-"""A MariaDB server of our own for measurements and tests: a fresh data folder, a free port, no system service touched."""
+"""A MariaDB server of our own for measurements, trials and tests: a fresh data folder, a free port, no system service touched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STOP_SECONDS = 30
 _numbers = itertools.count(1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
@@ -31,7 +31,7 @@ class MariaDB:
     """A running server; `database()` makes an empty schema and returns its SQLAlchemy URL."""
 
     folder: Path
-    port: int = field(default_factory=_free_port)
+    port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     options: tuple[str, ...] = ()
 
@@ -71,6 +71,8 @@ class MariaDB:
             ],
             stdout=(self.folder / "log").open("ab"),
             stderr=subprocess.STDOUT,
+            # A terminal's Ctrl-C is for whoever started it.
+            start_new_session=True,
         )
         end = time.monotonic() + _START_SECONDS
         while not self._answers():

@@ -23,6 +23,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
 from mail_pipelines.database.engine import open_engine, reading, transact
 from mail_pipelines.demo import campaign, data, own_home
+from mail_pipelines.demo.reporting import reported
 from mail_pipelines.demo.summary import Summary, summarise
 from mail_pipelines.dispatch import servers
 from mail_pipelines.domains import store as domains
@@ -106,18 +107,6 @@ def follow(engine: Engine, processes: Processes) -> None:
         processes.wait_until_ready(finished, seconds=end - time.monotonic(), what="the campaign")
 
 
-def reported(settings: Settings) -> bool:
-    """Whether the run that computes the campaign's results after its end has succeeded."""
-    import dagster as dg
-
-    with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
-        tags = {"dagster/partition": campaign.KEY, "dagster/run_key": f"{campaign.KEY}:finished"}
-        runs = instance.get_runs(dg.RunsFilter(job_name="report_campaign", tags=tags))
-    if any(run.status is dg.DagsterRunStatus.FAILURE for run in runs):
-        raise MailPipelinesError("the run that computes the campaign's results failed; its log is in the UI")
-    return any(run.status is dg.DagsterRunStatus.SUCCESS for run in runs)
-
-
 def show(summary: Summary, address: str) -> None:
     table = Table(title="Spring sale", show_header=False)
     for name, value in summary.to_document().items():
@@ -154,7 +143,7 @@ def main() -> int:
             schedule(engine, settings)
             follow(engine, processes)
             with console.status("waiting for the results in Dagster"):
-                processes.wait_until_ready(lambda: reported(settings), seconds=REPORT_SECONDS, what="the result run")
+                processes.wait_until_ready(lambda: reported(settings, campaign.KEY), seconds=REPORT_SECONDS, what="the result run")
             summary = summarise(engine, settings, campaign.KEY)
             show(summary, address)
             if options.json:

@@ -24,6 +24,8 @@ CAMPAIGNS_A_TICK = 50
 RUNS_A_TICK = 100
 # A run takes about so long to start, so it is asked for that much before its rows fall due.
 START_SECONDS = 3
+# A shard must have so many rows for each server that is already asked to work there, before another is asked in the same tick.
+ROWS_TO_JOIN = 200
 _WAITING = (int(State.PENDING), int(State.DEFERRED))
 
 
@@ -34,6 +36,16 @@ class Opening:
     campaign: str
     shard: int
     server: str
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A shard, how many rows wait there for providers of which some are due, and the ids of the servers that may send them."""
+
+    campaign: str
+    shard: int
+    rows: int
+    able: list[int]
 
 
 def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
@@ -61,26 +73,28 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
             found.append(opening)
             if claim.server_id in free:
                 free[claim.server_id] -= 1
-    for campaign in _sending(connection):
-        if len(found) >= RUNS_A_TICK or not any(count > 0 for count in free.values()):
-            break
-        unspent = _unspent(connection, campaign.id, slot_at(now))
+    waits: list[_Work] = []
+    for campaign in _sending(connection) if any(count > 0 for count in free.values()) else ():
         waiting = _waiting(connection, campaign.id)
         due: defaultdict[int, dict[str, set[int] | None]] = defaultdict(dict)
         for (shard, provider), may_send in senders(connection, campaign.id, now.timestamp() + START_SECONDS).items():
             if not held.over_provider(provider):
                 due[shard][provider] = may_send
         worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
-        # Shards that nobody works on first, the fullest before the others; a second server joins a shard only after that.
-        for shard in sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values()))):
-            able = [server for server in free if free[server] > 0 and _has_work(server, due[shard], unspent[server])]
-            # A grant may be of a time before the server or the campaign changed its pool.
-            able = [server for server in able if fleet[server].pool_id in (campaign.pool_id, campaign.overflow_pool_id)]
-            able = [server for server in able if Opening(campaign.key, shard, fleet[server].key) not in taken.union(found)]
-            if able:
-                start(campaign.key, shard, max(able, key=lambda server: (free[server], -server)))
-            if len(found) >= RUNS_A_TICK:
-                break
+        # Shards that nobody works on first, the fullest before the others.
+        shards = sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values())))
+        unspent = _unspent(connection, campaign.id, slot_at(now))
+        # A grant may be of a time before the server or the campaign changed its pool.
+        members = [server for server in free if fleet[server].pool_id in (campaign.pool_id, campaign.overflow_pool_id)]
+        for shard in shards:
+            able = [server for server in members if _has_work(server, due[shard], unspent[server])]
+            waits.append(_Work(campaign.key, shard, sum(waiting[shard].get(provider, 0) for provider in due[shard]), able))
+    # In each round one more server joins each shard: where there are fewer shards than slots, all servers work from the first tick on.
+    for joining in range(max((len(work.able) for work in waits), default=0)):
+        for work in waits:
+            able = [server for server in work.able if free[server] > 0 and Opening(work.campaign, work.shard, fleet[server].key) not in taken.union(found)]
+            if able and work.rows >= joining * ROWS_TO_JOIN and len(found) < RUNS_A_TICK:
+                start(work.campaign, work.shard, max(able, key=lambda server: (free[server], -server)))
     return found
 
 

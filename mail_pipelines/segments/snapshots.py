@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from sqlalchemy.engine import Engine
 
 from mail_pipelines.segments.catalogue import Catalogue
 from mail_pipelines.segments.manifest import ContactManifest, EngagementManifest, SnapshotInfo
-from mail_pipelines.segments.store import contact_store, engagement_store
+from mail_pipelines.segments.store import SnapshotBusy, contact_store, engagement_store
 
 # Called with what is being read, how much is done, and of how much if that is known.
 Progress = Callable[[str, int, int | None], None]
 
 MIN_FREE_MB = 200
+# Longer than the first snapshot of ten million contacts takes.
+TURN_SECONDS = 600
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,21 @@ def refresh_engagement(engine: Engine, folder: Path, *, now: dt.datetime, min_fr
     from mail_pipelines.segments import engagement_snapshot
 
     return engagement_snapshot.refresh(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress or _silent)
+
+
+def in_turn(refresh: Callable[[], SnapshotInfo]) -> SnapshotInfo:
+    """Refresh as soon as no other process does: campaigns that start together all want the contacts as they are now.
+
+    `refresh` takes the time anew with each call, since a reading must not be older than the one before. Raises `store.SnapshotBusy` after `TURN_SECONDS`.
+    """
+    end = time.monotonic() + TURN_SECONDS
+    while True:
+        try:
+            return refresh()
+        except SnapshotBusy:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def _silent(_what: str, _done: int, _total: int | None) -> None:

@@ -93,6 +93,25 @@ def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:
     assert found == [Opening("spring", 2, "s2"), Opening("spring", 3, "s2")]
 
 
+def test_all_servers_join_a_large_shard_at_once_and_a_small_one_has_one(world: World) -> None:
+    alive(world, "s1", "s2")
+    from mail_pipelines.capacity import allotments
+
+    for shard in range(1, 4):
+        end_rows(world, shard)
+    allotments.fill(world.engine, 10)
+
+    def found() -> list[Opening]:
+        with world.engine.connect() as connection:
+            return openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=())
+
+    assert found() == [Opening("spring", 0, "s1")]
+    more = {(0, "google", State.PENDING, ""): openings.ROWS_TO_JOIN}
+    transact(world.engine, lambda connection: counters.add(connection, world.campaign_id, counters.CENTRE, more, dt.datetime.now(dt.UTC)))
+    allotments.fill(world.engine, 10)
+    assert found() == [Opening("spring", 0, "s1"), Opening("spring", 0, "s2")]
+
+
 def test_a_server_without_room_for_its_log_gets_no_runs(world: World) -> None:
     alive(world, "s1", "s2")
     from mail_pipelines.capacity import allotments

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from tests.parts.rabbitmq import RabbitMQ
+from mail_pipelines.benchmarks.rabbitmq import RabbitMQ, rights
 from tests.production.fleet import SERVERS, dagster_yaml
 
 _ACCOUNT = "dagster"
@@ -56,11 +56,6 @@ def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
         "DAGSTER_MYSQL_PASSWORD": _PASSWORD,
     }
     return Backing(environ, {name: {"MAIL_PIPELINES_BROKER__URL": broker.url(name)} for name in SERVERS}, broker, database)
-
-
-def rights(server: str) -> str:
-    """What a server's account may touch, as docs/production.md has it."""
-    return rf"^(dispatch|{server}(-ctl)?|{server}\.pidbox|{server}(-ctl)?@.*)$"
 
 
 BACKINGS = {"filesystem": filesystem, "rabbitmq": rabbitmq}

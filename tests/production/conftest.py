@@ -39,9 +39,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for name in ("the centre", *SERVERS):
             running.wait_for_worker(f"worker of {name}")
         yield running
-        # All at once: one after the other, each would be waited for.
-        for child in processes._children:
-            child.process.terminate()
+        processes.terminate()
     os.environ.clear()
     os.environ.update(before)
 

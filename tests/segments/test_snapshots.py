@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from mail_pipelines.segments import contact_snapshot, parts
 from mail_pipelines.segments.catalogue import FieldType
 from mail_pipelines.segments.criteria import AllOf, parse
 from mail_pipelines.segments.evaluation import count, members, members_of
-from mail_pipelines.segments.snapshots import open_snapshots, refresh_contacts, refresh_engagement
+from mail_pipelines.segments.manifest import SnapshotInfo
+from mail_pipelines.segments.snapshots import in_turn, open_snapshots, refresh_contacts, refresh_engagement
 from mail_pipelines.segments.store import SnapshotBusy, SnapshotDiskFull, SnapshotMissing, contact_store
 from tests.segments.world import NOW, World
 
@@ -288,6 +291,27 @@ def test_a_killed_refresh_leaves_the_old_version_and_the_next_one_works(world: W
     assert _files(world) == named, f"what the killed one left is gone: {left - named}"
 
 
+@pytest.mark.slow
+def test_who_finds_it_busy_waits_for_its_turn(world: World, database_url: str) -> None:
+    """As the freezes of two campaigns that start together do."""
+    world.contacts([(1, {"city": "Berlin"}, [])])
+    process = _start_refresh(world, database_url, NOW)
+    found_busy = threading.Event()
+
+    def refresh() -> SnapshotInfo:
+        try:
+            return refresh_contacts(world.engine, world.folder, now=NOW + MINUTE, min_free_mb=0)
+        except SnapshotBusy:
+            found_busy.set()
+            raise
+
+    with ThreadPoolExecutor() as pool:
+        info = pool.submit(in_turn, refresh)
+        assert found_busy.wait(30)
+        process.communicate("\n" * 10)
+        assert info.result(30).version == 2
+
+
 def test_of_two_writers_one_wins_and_the_other_leaves_nothing(world: World) -> None:
     world.contacts([(1, {"city": "Berlin"}, [])])
     world.refresh()
@@ -423,7 +447,8 @@ from mail_pipelines.database.engine import create_engine, transact
 from mail_pipelines.database.models import Contact, ContactChange, Field, Subscription
 from mail_pipelines.segments.evaluation import count
 from mail_pipelines.segments.criteria import parse
-from mail_pipelines.segments.snapshots import open_snapshots, refresh_contacts, refresh_engagement
+from mail_pipelines.segments.manifest import SnapshotInfo
+from mail_pipelines.segments.snapshots import in_turn, open_snapshots, refresh_contacts, refresh_engagement
 
 engine, folder, rows = create_engine(sys.argv[1]), Path(sys.argv[2]), 200_000
 now = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)

@@ -1,0 +1,144 @@
+"""Production on this machine: a centre and three dispatch servers send two campaigns at once. Run by `script/cluster`.
+
+MariaDB, RabbitMQ, Dagster, and for each server Exim, a worker and the destinations behind it, all with folders, accounts and ports of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from rich.console import Console
+
+from mail_pipelines.cluster import backing, campaigns, destinations, hosts, verdict
+from mail_pipelines.cluster.hosts import SERVERS, Centre, Server
+from mail_pipelines.cluster.verdict import Verdict
+from mail_pipelines.cluster.watch import Watch
+from mail_pipelines.database.engine import reading
+from mail_pipelines.demo.reporting import reported
+from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.supervision import Processes, Stopped
+
+_TMPFS = Path("/dev/shm")
+_REPORT_SECONDS = 180
+_LEAST_RECIPIENTS = 1_000
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def folders() -> Iterator[tuple[Path, Path]]:
+    """A folder on disk, and one on tmpfs for what is in /run on a real host. They are removed, but after an error: then their logs tell more."""
+    made = [Path(tempfile.mkdtemp(prefix="mail-pipelines-cluster-", dir=place)) for place in (None, _TMPFS if _TMPFS.is_dir() else None)]
+    for folder in made:
+        # Exim's own user has to pass; what is in there is closed to others.
+        folder.chmod(0o711)
+    failed = True
+    try:
+        yield made[0], made[1]
+        failed = False
+    except Stopped:
+        failed = False
+        raise
+    finally:
+        if failed:
+            console.print(f"kept, for you to look into and to remove: {made[0]} {made[1]}", style="yellow", markup=False)
+        else:
+            for folder in made:
+                shutil.rmtree(folder)
+
+
+def start(folder: Path, run_folder: Path, processes: Processes, stack: ExitStack) -> tuple[Centre, list[Server]]:
+    """Everything but Dagster: database, broker, the hosts' homes and processes."""
+    with console.status("starting MariaDB and RabbitMQ"):
+        given = backing.start(folder, SERVERS, stack)
+    # Before those two, and all at once.
+    stack.callback(processes.stop_all)
+    stack.callback(processes.terminate)
+    processes.check()
+    with console.status("making the homes of the centre and of the servers"):
+        centre = Centre.make(folder / "centre", given.environ[backing.CENTRE], processes)
+        stack.callback(centre.engine.dispose)
+        fleet = [Server.make(name, folder / name, run_folder / name, given.environ[name], centre) for name in SERVERS]
+    centre.start_worker()
+    for server in fleet:
+        server.start(processes)
+    return centre, fleet
+
+
+def send(centre: Centre, fleet: list[Server]) -> Verdict:
+    """Send one campaign and, when it has begun, the urgent one; then count."""
+    watch = Watch(centre.engine, centre.processes, console, SERVERS)
+    campaigns.start(centre.engine, centre.settings, campaigns.LETTER)
+    watch.until_sending(campaigns.LETTER_KEY)
+    campaigns.start(centre.engine, centre.settings, campaigns.OFFER)
+    watch.until_over(campaigns.KEYS)
+    with console.status("waiting for the results in Dagster"):
+        for key in campaigns.KEYS:
+            centre.processes.wait_until_ready(lambda key=key: reported(centre.settings, key), seconds=_REPORT_SECONDS, what=f"the results of {key}")  # type: ignore[misc]
+    with console.status("counting at the destinations"):
+        arrived = {server.name: destinations.count(server.destinations, centre.settings.token_key()) for server in fleet}
+        with reading(centre.engine) as connection:
+            return verdict.judge(connection, campaigns.KEYS, arrived)
+
+
+def run(recipients: int, *, as_json: bool, stay: bool) -> None:
+    """Raises `MailPipelinesError` if not everything agrees, or something does not work."""
+    begin = time.monotonic()
+    with folders() as (folder, run_folder), Processes() as processes, ExitStack() as stack:
+        centre, fleet = start(folder, run_folder, processes, stack)
+        with console.status(f"importing {recipients:,} contacts"):
+            campaigns.prepare(centre.engine, centre.settings, centre.settings.home / "files", recipients, processes.check)
+            campaigns.limit(centre.engine, list(SERVERS), recipients)
+        with console.status("starting Dagster"):
+            address = centre.start_dagster()
+            hosts.wait(processes, centre, fleet)
+        console.print(f"Dagster is at [bold]{address}[/bold]; everything is up after {time.monotonic() - begin:.0f} s")
+        found = send(centre, fleet)
+        console.print(verdict.table(found))
+        for line in verdict.lines(found):
+            console.print(line, markup=False)
+        if as_json:
+            places = {"ui": address, "folder": str(folder), "destinations": {server.name: str(server.destinations.mail) for server in fleet}}
+            sys.stdout.write(json.dumps(found.to_document() | places) + "\n")
+            sys.stdout.flush()
+        if stay:
+            console.print(f"Dagster is at [bold]{address}[/bold]. Ctrl-C ends it.")
+            with suppress(Stopped):
+                processes.wait()
+        if found.disagreements:
+            raise MailPipelinesError(f"{len(found.disagreements)} disagreements")
+
+
+def main() -> int:
+    """The exit status: 0 if everything agrees, 1 if not, 130 if it was stopped before that was known."""
+    parser = argparse.ArgumentParser(prog="script/cluster", description=__doc__)
+    parser.add_argument("--recipients", type=int, default=200_000, help="of both campaigns together (default 200,000)")
+    parser.add_argument("--exit", action="store_true", help="end when everything is counted, instead of leaving the UI up until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="end standard output with one line of JSON")
+    options = parser.parse_args()
+    if options.recipients < _LEAST_RECIPIENTS:
+        parser.error(f"--recipients is {options.recipients}; expected at least {_LEAST_RECIPIENTS}")
+    environ = hosts.neutral(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        run(options.recipients, as_json=options.json, stay=not options.exit)
+    except Stopped:
+        return 130
+    except MailPipelinesError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What the cluster sends: contacts from files, two segments that are each other's complement, two campaigns."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy.engine import Engine
+
+from mail_pipelines.campaigns import scheduling, store, versions, yaml_form
+from mail_pipelines.config import Settings
+from mail_pipelines.contacts import importing
+from mail_pipelines.database.engine import transact
+from mail_pipelines.demo import data
+from mail_pipelines.dispatch import servers
+from mail_pipelines.domains import store as domains
+from mail_pipelines.domains.domain import Names
+from mail_pipelines.segments import saved, snapshots
+
+FROM_DOMAIN = "garden-shop.test"
+SEGMENTS = (
+    """
+key: everybody
+name: On either list
+criteria: {any: [{in_list: news}, {in_list: shop}]}
+""",
+    """
+key: customers
+name: Bought something
+criteria: {field: orders, op: ">=", value: 1}
+""",
+)
+# About 70 % and 30 % of all recipients, nobody in both. The second begins when the first is under way.
+LETTER = """
+name: Winter letter
+key: winter-letter
+segments: {include: [everybody], exclude: [customers]}
+unsubscribe: all
+priority: normal
+content:
+  from_name: The Garden Shop
+  from_address: news@garden-shop.test
+  subject: "{{ first_name | default('Hello') }}, the garden in winter"
+  body: |
+    <p>Dear {{ first_name | default('friend') }} {{ last_name | default('') }},</p>
+    <p>what now sleeps wants to be covered{% if city %}, in {{ city }} too{% endif %}: <a href="https://garden-shop.test/winter">how it is done</a>.</p>
+    <p>The Garden Shop, 1 Orchard Lane, Gardenville. <a href="{{ unsubscribe_url }}">Unsubscribe</a></p>
+"""
+OFFER = """
+name: Today only
+key: today-only
+segments: {include: [customers]}
+unsubscribe: all
+priority: high
+content:
+  from_name: The Garden Shop
+  from_address: news@garden-shop.test
+  subject: "{{ first_name | default('Hello') }}, today only"
+  body: |
+    <p>Dear {{ first_name | default('friend') }} {{ last_name | default('') }},</p>
+    <p>everything is cheaper until midnight: <a href="https://garden-shop.test/today">see the offers</a>.</p>
+    <p>The Garden Shop, 1 Orchard Lane, Gardenville. <a href="{{ unsubscribe_url }}">Unsubscribe</a></p>
+"""
+LETTER_KEY, OFFER_KEY = KEYS = ("winter-letter", "today-only")
+# A small audience is sent so slowly that it takes about as long as this, or it would be over before the last server has begun.
+_LEAST_SECONDS = 20
+_MOST_PER_SECOND = 100.0
+
+
+def prepare(engine: Engine, settings: Settings, folder: Path, recipients: int, check: Callable[[], None]) -> None:
+    """Import so many people, save the segments, take the snapshots. `check` is called between the steps and may raise."""
+    now = dt.datetime.now(dt.UTC)
+    files = data.write(folder, contacts=recipients)
+    check()
+    for path, list_name in files.imports:
+        importing.import_file(engine, path, list_name=list_name, now=now, progress=lambda *_: check())
+    domains.add(engine, Names.of(FROM_DOMAIN), settings.token_key(), now)
+    for text in SEGMENTS:
+        saved.save(engine, saved.from_yaml(text), now=now)
+    snapshots.refresh_contacts(engine, settings.snapshot_folder, now=now)
+    snapshots.refresh_engagement(engine, settings.snapshot_folder, now=now)
+    check()
+
+
+def limit(engine: Engine, fleet: list[str], recipients: int) -> None:
+    """What each server may send to each provider."""
+    largest = recipients * max(data.DOMAINS.values())
+    per_second = min(_MOST_PER_SECOND, largest / len(fleet) / _LEAST_SECONDS)
+    for name in fleet:
+        servers.set_limits(engine, name, "*", {"connections": 24, "per_second": per_second, "messages_per_connection": 500})
+
+
+def start(engine: Engine, settings: Settings, text: str) -> None:
+    """Put a campaign in as a marketer does, to start now. From here on Dagster's sensors do everything."""
+    now = dt.datetime.now(dt.UTC)
+    document = yaml_form.parse(text)
+    campaign = transact(engine, lambda connection: store.create(connection, document.definition, now))
+    assert document.content is not None
+    versions.set_content(engine, campaign.key, document.content, now)
+    # A domain of a reserved name has no DNS; its mail is signed all the same.
+    scheduling.start(engine, settings, campaign.key, now, allow_unverified=True)

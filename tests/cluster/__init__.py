@@ -1,0 +1,1 @@
+"""Counting and comparing; the cluster as a whole is in `production/test_cluster.py`."""
