@@ -9,7 +9,25 @@ import sys
 
 import typer
 
-from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, hold, home, inbound, pool, recover, segment, server, unknown, why, worker
+from mail_pipelines.commands import (
+    bench,
+    campaign,
+    catcher,
+    contact,
+    domain,
+    exim,
+    hold,
+    home,
+    inbound,
+    metrics,
+    pool,
+    recover,
+    segment,
+    server,
+    unknown,
+    why,
+    worker,
+)
 from mail_pipelines.commands.context import errors
 from mail_pipelines.errors import MailPipelinesError
 
@@ -30,6 +48,7 @@ app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")
 app.add_typer(worker.app, name="worker")
+app.command("metrics")(metrics.metrics)
 app.add_typer(bench.app, name="bench")
 
 

@@ -83,6 +83,8 @@ def open_doors(settings: Settings, servers: Collection[ServerInfo], listeners: I
         elif port in _BROKER:
             what, remedy = _BROKER[port]
             yield Door(what, listener, remedy)
+        elif port == settings.metrics.port and (listener.address.is_unspecified or not listener.address.is_private):
+            yield Door("metrics", listener, "they ask for no login: set metrics.listen to 127.0.0.1, or to an address of a private network")
         elif port == _database_port(settings):
             yield Door("the database", listener, "no other host needs it: set bind_address = 127.0.0.1 in its configuration")
 

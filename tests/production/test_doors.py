@@ -245,7 +245,7 @@ def test_doctor_names_each_door_that_is_open(centre: Centre, tmp_path: Path) -> 
     ]
 
 
-def test_a_server_is_for_its_own_host_and_a_database_for_those_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_is_for_its_own_host_and_a_database_for_those_that_need_it() -> None:
     listeners = [doors.Listener(ipaddress.ip_address("::"), port, 0) for port in (2601, 3306)]
     listeners.append(doors.Listener(ipaddress.ip_address("::ffff:127.0.0.1"), 2602, 0))
     registered = [
@@ -262,3 +262,10 @@ def test_a_server_is_for_its_own_host_and_a_database_for_those_that_need_it(monk
     assert found(**database) == ["server mx1 [::]:2601", "the database [::]:3306"]
     assert found(**database, MAIL_PIPELINES_BROKER__URL="filesystem:///broker") == ["server mx1 [::]:2601", "the database [::]:3306"]
     assert found(**database, MAIL_PIPELINES_BROKER__URL="amqp://centre@localhost/mail") == ["server mx1 [::]:2601"]
+
+
+@pytest.mark.parametrize(("address", "is_a_door"), [("0.0.0.0", True), ("::", True), ("9.9.9.9", True), ("10.0.0.7", False), ("fd00::7", False)])
+def test_metrics_are_for_private_networks(address: str, is_a_door: bool) -> None:
+    settings = config.load({"MAIL_PIPELINES_HOME": "/home", "MAIL_PIPELINES_METRICS__PORT": "9466"})
+    found = list(doors.open_doors(settings, [], [doors.Listener(ipaddress.ip_address(address), 9466, 0)]))
+    assert [door.what for door in found] == ["metrics"] * is_a_door
