@@ -20,6 +20,7 @@ from mail_pipelines.commands import (
     hold,
     home,
     inbound,
+    metrics,
     pool,
     recover,
     segment,
@@ -49,6 +50,7 @@ app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")
 app.add_typer(worker.app, name="worker")
+app.command("metrics")(metrics.metrics)
 app.add_typer(bench.app, name="bench")
 
 

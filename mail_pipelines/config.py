@@ -114,6 +114,15 @@ class BrokerSettings(Section):
     )
 
 
+class MetricsSettings(Section):
+    listen: str = pydantic.Field(
+        default="127.0.0.1", description="address at which metrics are told, without a login: the loopback, or one of a private network"
+    )
+    port: int = pydantic.Field(
+        default=0, ge=0, le=65535, description="port at which `metrics`, or a server's own process, tells Prometheus; one for each process of a host; 0: none"
+    )
+
+
 class InboundSettings(Section):
     folder: str = pydantic.Field(default="{home}/inbound", description="mail that came back: maildirs, and spool and log of the Exim that receives it")
     listen: list[str] = pydantic.Field(default=["127.0.0.1"], description="addresses that `inbound run` listens on; 0.0.0.0 and ::0 are all")
@@ -150,6 +159,7 @@ class Settings(Section):
     dns: DnsSettings = DnsSettings()
     server: ServerSettings = ServerSettings()
     broker: BrokerSettings = BrokerSettings()
+    metrics: MetricsSettings = MetricsSettings()
     inbound: InboundSettings = InboundSettings()
     operation: OperationSettings = OperationSettings()
 

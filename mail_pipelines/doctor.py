@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from mail_pipelines import config
+from mail_pipelines import config, doors
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_now, is_mysql, open_engine, reading
 from mail_pipelines.dispatch import holds, servers
+from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.recovery import standing
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         *check_token_key(settings),
         *check_dagster_home(settings, environ),
         *check_disk(settings),
+        *check_doors(settings),
         *check_central_database(settings),
         *check_broker(settings),
         *check_dagster(settings),
@@ -82,6 +84,20 @@ def check_disk(settings: config.Settings) -> Iterator[Finding]:
             yield Finding(
                 "disk", f"{free_mb} MB are free on the disk of {folder}, fewer than {settings.operation.min_free_mb}", "make room (operation.min_free_mb)"
             )
+
+
+def check_doors(settings: config.Settings) -> Iterator[Finding]:
+    """Ports that ask for no login and are open to other hosts. Without the database, those of registered servers are not known."""
+    engine = open_engine(settings.database)
+    try:
+        with reading(engine) as connection:
+            here = [server for server in servers.all_servers(connection) if ServerFolders.of(settings.server, server.key).journal.exists()]
+    except (DatabaseError, sa.exc.SQLAlchemyError):
+        here = []
+    finally:
+        engine.dispose()
+    for door in doors.open_doors(settings, here):
+        yield Finding("doors", f"{door.what} is open to other hosts at {door.listener}", door.remedy)
 
 
 def check_central_database(settings: config.Settings) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mail_pipelines.config import Settings
+from mail_pipelines.config import MetricsSettings, Settings
 from mail_pipelines.database.engine import DatabaseUnreachable, open_engine, reading
 from mail_pipelines.dispatch import permit, servers
 from mail_pipelines.dispatch.archive import Shipper
@@ -30,10 +30,19 @@ class Presence:
     interval_seconds: float
     settler: Settler
     shipper: Shipper | None
+    metrics: MetricsSettings
+    facts: Callable[[], Mapping[str, object]]
 
     async def settle(self) -> None:
         """Settle for ever what sessions leave behind, and ship the log. Each by itself: an archive that hangs holds up no settlement."""
         await asyncio.gather(self.settler.for_ever(), *([self.shipper.for_ever()] if self.shipper is not None else []))
+
+    async def tell(self) -> None:
+        """Tell Prometheus for ever, if there is a port for it."""
+        from mail_pipelines.metrics.endpoint import tell_for_ever
+        from mail_pipelines.metrics.server import ServerMetrics
+
+        await tell_for_ever(ServerMetrics(self), self.metrics)
 
     async def beat(self) -> None:
         """Beat for ever; raises `NameTaken` when another process has taken the name, after withdrawing all permits."""
@@ -64,14 +73,15 @@ def speaking_for(settings: Settings, key: str, facts: Callable[[], Mapping[str, 
     interval = settings.server.heartbeat_seconds
     with only_one(folders.log / "lock", f"server {key}"):
         url = settings.server.log_archive
+        settler = Settler(engine, settings, info)
         shipper = Shipper(url, key, folders, journal_of(folders, info.kind)) if url else None
 
         def all_facts() -> Mapping[str, object]:
-            return {**facts(), **(shipper.standing() if shipper is not None else {})}
+            return {**facts(), "settled": settler.tally.finished_at, **(shipper.standing() if shipper is not None else {})}
 
         heartbeat = servers.Heartbeat(engine, key, folders, interval, all_facts)
         heartbeat.start()
-        yield Presence(info, folders, heartbeat, interval, Settler(engine, settings, info), shipper)
+        yield Presence(info, folders, heartbeat, interval, settler, shipper, settings.metrics, facts)
 
 
 async def until_signal(*beside: Coroutine[None, None, None]) -> None:

@@ -256,6 +256,11 @@ class Heartbeat:
         replace_file(self._folders.heartbeat, json.dumps({"tokens": tokens, "at": last.isoformat() if last else None}), durable=False)
         self._possible, self._last = tokens, last
 
+    @property
+    def last(self) -> dt.datetime | None:
+        """The database's time of the last beat that it has taken."""
+        return self._last
+
     def beat(self) -> None:
         before = self._possible
         change: dict[str, str] = {}

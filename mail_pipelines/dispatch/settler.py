@@ -9,12 +9,16 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
 
 from sqlalchemy.engine import Engine
 
 from mail_pipelines.capacity import breakers
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import DatabaseUnreachable
+from mail_pipelines.database.models import State
 from mail_pipelines.dispatch import last_error, settlement
 from mail_pipelines.dispatch.audit import LateLines
 from mail_pipelines.dispatch.claims import Sender
@@ -28,6 +32,16 @@ INTERVAL_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class Tally:
+    """What a settler has done since its process began. `finished_at` is when it last ended a round (epoch seconds)."""
+
+    finished_at: float | None = None
+    failures: int = 0
+    claims: int = 0
+    rows: Counter[State] = field(default_factory=Counter)
+
+
 class Settler:
     """The settler of one server, in a process that speaks for it."""
 
@@ -39,15 +53,18 @@ class Settler:
         self._sender = Sender(server.id, server.key, self._folders.incarnation(), boot_id(), "settler")
         self._server = server
         self._late: LateLines | None = None
+        self.tally = Tally()
 
     async def for_ever(self) -> None:
         """A round every few seconds. Without database or journal there is nothing to do, and the next round tries again."""
         while True:
             try:
                 await asyncio.to_thread(self.round, dt.datetime.now(dt.UTC))
+                self.tally.finished_at = time.time()
             except (DatabaseUnreachable, DispatchError) as error:
                 _log.warning("settler of %s: %s", self._server.key, error)
                 last_error.keep(self._folders, "settler", error)
+                self.tally.failures += 1
             await asyncio.sleep(INTERVAL_SECONDS)
 
     def round(self, now: dt.datetime) -> None:
@@ -57,6 +74,8 @@ class Settler:
         done = settlement.settle_all(
             self._engine, self._sender, self._folders, self._journal, self._settings.sending, self._settings.token_key(), wait_seconds=0
         )
+        self.tally.claims += done.claims
+        self.tally.rows.update(done.rows)
         if done.claims:
             _log.info("settler of %s: %d claims, %s", self._server.key, done.claims, {state.name.lower(): count for state, count in done.rows.items()})
         if self._late is None:

@@ -20,7 +20,7 @@ def run(settings: Settings, key: str, rules: Path = DEFAULT_RULES) -> None:
     """
     with speaking_for(settings, key) as server:
         catcher = Catcher(server.folders, Play(load_rules(rules)), port=server.info.port, host=server.info.host)
-        asyncio.run(_serve(catcher, server.beat(), server.settle()))
+        asyncio.run(_serve(catcher, server.beat(), server.settle(), server.tell()))
 
 
 def run_destinations(settings: Settings, name: str, port: int, rules: Path = DEFAULT_RULES) -> None:

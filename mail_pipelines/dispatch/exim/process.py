@@ -39,7 +39,7 @@ def run(
         output = server.folders.log / "exim.out"
         daemon = instance.start(own, output)
         try:
-            asyncio.run(until_signal(watch(daemon, output), runners.serve(own, daemon.pid), server.beat(), server.settle()))
+            asyncio.run(until_signal(watch(daemon, output), runners.serve(own, daemon.pid), server.beat(), server.settle(), server.tell()))
         finally:
             instance.stop(daemon.pid)
             daemon.wait()
