@@ -18,10 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mail_pipelines.cluster import backing, campaigns, destinations, hosts, verdict
+from mail_pipelines.cluster import backing, campaigns, destinations, hosts, verdict, watch
 from mail_pipelines.cluster.hosts import SERVERS, Centre, Server
 from mail_pipelines.cluster.verdict import Verdict
-from mail_pipelines.cluster.watch import Watch
 from mail_pipelines.database.engine import reading
 from mail_pipelines.demo.reporting import reported
 from mail_pipelines.errors import MailPipelinesError
@@ -75,12 +74,10 @@ def start(folder: Path, run_folder: Path, processes: Processes, stack: ExitStack
 
 
 def send(centre: Centre, fleet: list[Server]) -> Verdict:
-    """Send one campaign and, when it has begun, the urgent one; then count."""
-    watch = Watch(centre.engine, centre.processes, console, SERVERS)
-    campaigns.start(centre.engine, centre.settings, campaigns.LETTER)
-    watch.until_sending(campaigns.LETTER_KEY)
-    campaigns.start(centre.engine, centre.settings, campaigns.OFFER)
-    watch.until_over(campaigns.KEYS)
+    """Start both campaigns, wait for their end, and count."""
+    for text in campaigns.CAMPAIGNS:
+        campaigns.start(centre.engine, centre.settings, text)
+    watch.until_over(centre.engine, centre.processes, console, campaigns.KEYS, SERVERS)
     with console.status("waiting for the results in Dagster"):
         for key in campaigns.KEYS:
             centre.processes.wait_until_ready(lambda key=key: reported(centre.settings, key), seconds=_REPORT_SECONDS, what=f"the results of {key}")  # type: ignore[misc]

@@ -31,8 +31,10 @@ name: Bought something
 criteria: {field: orders, op: ">=", value: 1}
 """,
 )
-# About 70 % and 30 % of all recipients, nobody in both. The second begins when the first is under way.
-LETTER = """
+# About 70 % and 30 % of all recipients, nobody in both.
+KEYS = ("winter-letter", "today-only")
+CAMPAIGNS = (
+    """
 name: Winter letter
 key: winter-letter
 segments: {include: [everybody], exclude: [customers]}
@@ -46,8 +48,8 @@ content:
     <p>Dear {{ first_name | default('friend') }} {{ last_name | default('') }},</p>
     <p>what now sleeps wants to be covered{% if city %}, in {{ city }} too{% endif %}: <a href="https://garden-shop.test/winter">how it is done</a>.</p>
     <p>The Garden Shop, 1 Orchard Lane, Gardenville. <a href="{{ unsubscribe_url }}">Unsubscribe</a></p>
-"""
-OFFER = """
+""",
+    """
 name: Today only
 key: today-only
 segments: {include: [customers]}
@@ -61,8 +63,8 @@ content:
     <p>Dear {{ first_name | default('friend') }} {{ last_name | default('') }},</p>
     <p>everything is cheaper until midnight: <a href="https://garden-shop.test/today">see the offers</a>.</p>
     <p>The Garden Shop, 1 Orchard Lane, Gardenville. <a href="{{ unsubscribe_url }}">Unsubscribe</a></p>
-"""
-LETTER_KEY, OFFER_KEY = KEYS = ("winter-letter", "today-only")
+""",
+)
 # A small audience is sent so slowly that it takes about as long as this, or it would be over before the last server has begun.
 _LEAST_SECONDS = 20
 _MOST_PER_SECOND = 100.0

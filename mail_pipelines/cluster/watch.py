@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Standing:
 
     @property
     def done(self) -> int:
-        return self.audience - self.waiting - self.unknown
+        return sum(self.by_server.values())
 
     @property
     def is_over(self) -> bool:
@@ -58,59 +58,46 @@ def standing(engine: Engine, key: str) -> Standing:
     return Standing(key, campaign.state, totals.audience, totals.pending + totals.deferred, totals.unknown, by_server)
 
 
-@dataclass
-class Watch:
-    """Shows how far campaigns are: on a terminal as a table, elsewhere as lines."""
+def until_over(engine: Engine, processes: Processes, console: Console, keys: Sequence[str], servers: Sequence[str]) -> None:
+    """Show how far the campaigns are, on a terminal as a table, elsewhere as lines, until nothing of them is open but rows in doubt.
 
-    engine: Engine
-    processes: Processes
-    console: Console
-    servers: Sequence[str]
+    Raises `MailPipelinesError` if nothing changes for long, and what the processes raise.
+    """
+    before: list[Standing] = []
+    changed = shown = time.monotonic()
+    done = 0
+    with ExitStack() as stack:
+        live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True)) if console.is_terminal else None
+        while True:
+            now, standings = time.monotonic(), [standing(engine, key) for key in keys]
+            if all(one.is_over for one in standings):
+                return
+            total = sum(one.done for one in standings)
+            rate, done, shown = (total - done) / max(now - shown, 0.1), total, now
+            if live is not None:
+                live.update(_table(standings, servers, rate), refresh=True)
+            else:
+                console.print(_line(standings, servers, rate), markup=False, highlight=False)
+            if standings != before:
+                before, changed = standings, now
+            elif now - changed > _STALL_SECONDS:
+                raise MailPipelinesError(f"nothing has changed for {_STALL_SECONDS:.0f} s: {_line(standings, servers, rate)}")
+            processes.wait(_SHOW_SECONDS)
 
-    def until_sending(self, key: str) -> None:
-        """Until a campaign's audience is frozen."""
-        self._until([key], lambda standings: standings[0].state in (CampaignState.SENDING, CampaignState.FINISHED))
 
-    def until_over(self, keys: Sequence[str]) -> None:
-        """Until nothing of the campaigns is open but rows in doubt."""
-        self._until(keys, lambda standings: all(one.is_over for one in standings))
+def _line(standings: Sequence[Standing], servers: Sequence[str], rate: float) -> str:
+    words = [f"{dt.datetime.now(dt.UTC):%H:%M:%S} {rate:,.0f}/s"]
+    for one in standings:
+        by_server = " ".join(f"{server} {one.by_server.get(server, 0):,}" for server in servers)
+        words.append(f"{one.key} {one.state} {one.done:,} of {one.audience:,} ({by_server})")
+    return " | ".join(words)
 
-    def _until(self, keys: Sequence[str], enough: Callable[[Sequence[Standing]], bool]) -> None:
-        """Raises `MailPipelinesError` if nothing changes for long, or what the processes raise."""
-        before: list[Standing] = []
-        changed = shown = time.monotonic()
-        done = 0
-        with ExitStack() as stack:
-            live = stack.enter_context(Live(console=self.console, auto_refresh=False, transient=True)) if self.console.is_terminal else None
-            while True:
-                self.processes.check()
-                now, standings = time.monotonic(), [standing(self.engine, key) for key in keys]
-                if enough(standings):
-                    return
-                if standings != before:
-                    before, changed = standings, now
-                elif now - changed > _STALL_SECONDS:
-                    raise MailPipelinesError(f"nothing has changed for {_STALL_SECONDS:.0f} s: {self._line(standings, 0)}")
-                total = sum(one.done for one in standings)
-                rate, done, shown = (total - done) / max(now - shown, 0.1), total, now
-                if live is not None:
-                    live.update(self._table(standings, rate), refresh=True)
-                else:
-                    self.console.print(self._line(standings, rate), markup=False, highlight=False)
-                self.processes.wait(_SHOW_SECONDS)
 
-    def _line(self, standings: Sequence[Standing], rate: float) -> str:
-        words = [f"{dt.datetime.now(dt.UTC):%H:%M:%S} {rate:,.0f}/s"]
-        for one in standings:
-            by_server = " ".join(f"{server} {one.by_server.get(server, 0):,}" for server in self.servers)
-            words.append(f"{one.key} {one.state} {one.done:,} of {one.audience:,} ({by_server})")
-        return " | ".join(words)
-
-    def _table(self, standings: Sequence[Standing], rate: float) -> Table:
-        table = Table("campaign", "state", "recipients", *self.servers, "open", caption=f"{rate:,.0f} a second")
-        for column in table.columns[2:]:
-            column.justify = "right"
-        for one in standings:
-            counts = [one.audience, *(one.by_server.get(server, 0) for server in self.servers), one.waiting]
-            table.add_row(one.key, str(one.state), *(f"{count:,}" for count in counts))
-        return table
+def _table(standings: Sequence[Standing], servers: Sequence[str], rate: float) -> Table:
+    table = Table("campaign", "state", "recipients", *servers, "open", caption=f"{rate:,.0f} a second")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one in standings:
+        counts = [one.audience, *(one.by_server.get(server, 0) for server in servers), one.waiting]
+        table.add_row(one.key, str(one.state), *(f"{count:,}" for count in counts))
+    return table
