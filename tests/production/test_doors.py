@@ -100,14 +100,15 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAIL_PIPELINES_", "DAGSTER_"))}
     environ["MAIL_PIPELINES_HOME"] = str(folder / "home")
     home.make(environ)
+    environ["MAIL_PIPELINES_METRICS__PORT"] = "9466"
     environ["DAGSTER_HOME"] = str(folder / "home" / "dagster")
     with ExitStack() as stack:
         host, other = stack.enter_context(two_hosts(f"{{address}} {NAME} elsewhere.example.com\n127.0.0.1 localhost\n"))
         running = Centre(host, other, folder, environ, stack.enter_context(Processes(stop_seconds=3)))
-        for unit in ("web", "viewer"):
+        for unit in ("metrics", "web", "viewer"):
             running.start(unit, command_of(unit))
         running.start("nginx", ["nginx", "-c", str(proxy(folder))])
-        running.wait_for_ports(443, 3000, 3001)
+        running.wait_for_ports(443, 3000, 3001, 9466)
         query = {"method": "POST", "body": {"query": LOADED}, "until": '"LOADED"'}
         answers = running.ask(*(Question(NAME, path=f"/{area}/graphql", login=login, **query) for area, login in AREAS.items()))
         assert all('"LOADED"' in answer.body for answer in answers), answers
@@ -162,7 +163,7 @@ def certificate(folder: Path) -> None:
 
 def test_from_another_host_every_port_but_one_gives_nothing(centre: Centre) -> None:
     ports = centre.ports()
-    assert {443, 3000, 3001} <= set(ports)
+    assert {443, 3000, 3001, 9466} <= set(ports)
     answers = dict(zip(ports, centre.ask(*(Question(centre.host.address, port) for port in ports)), strict=True))
     assert {port: answer.status for port, answer in answers.items() if answer.status != "nothing"} == {443: "open"}
 
@@ -199,6 +200,11 @@ def test_with_a_login_pages_queries_and_subscriptions_work(centre: Centre, area:
     assert subscribed.status == 101
     assert json.loads(subscribed.body)["payload"]["data"]["pipelineRunLogs"]["__typename"] == "PipelineRunLogsSubscriptionFailure"
     assert centre.graphql(area, "{ runsOrError { __typename } }") == {"runsOrError": {"__typename": "Runs"}}
+
+
+def test_prometheus_asks_as_a_viewer(centre: Centre) -> None:
+    (told,) = centre.ask(Question(NAME, path="/metrics", login=VIEWER))
+    assert "\nmail_pipelines_database_reachable 1.0\n" in told.body
 
 
 def test_a_viewers_login_is_no_operators(centre: Centre) -> None:
