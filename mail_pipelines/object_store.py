@@ -120,8 +120,8 @@ def _write_local(root: Path, folders: tuple[str, ...], name: str, data: bytes) -
         os.fsync(file.fileno())
     part.replace(folder / name)
     # The name, and those of the folders that may be new.
-    for one in (folder, folder.parent):
-        descriptor = os.open(one, os.O_RDONLY | os.O_DIRECTORY)
+    for place in (folder, folder.parent):
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:

@@ -6,6 +6,7 @@ import dagster as dg
 
 from mail_pipelines import partitions
 from mail_pipelines.campaigns import audience
+from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.segments import criteria, evaluation, saved, snapshots
 from mail_pipelines.segments.manifest import SnapshotInfo
@@ -42,7 +43,8 @@ def contact_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
 def engagement_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
     """Columnar copy of opens, clicks and who received what, with a roll-up for each contact."""
     settings = database.settings
-    info = snapshots.refresh_engagement(database.engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC), min_free_mb=settings.snapshots.min_free_mb)
+    archive, now = LedgerArchive(settings.campaigns.archive), dt.datetime.now(dt.UTC)
+    info = snapshots.refresh_engagement(database.engine, settings.snapshot_folder, now=now, min_free_mb=settings.snapshots.min_free_mb, archive=archive)
     return _snapshot(info)
 
 

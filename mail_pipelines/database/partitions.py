@@ -1,24 +1,27 @@
 """Range partitions of the big tables on MySQL/MariaDB, made ahead of time: the ledger by blocks of campaign ids, events by month.
 
-`ADD PARTITION` waits for an exclusive lock on the table and every claim queues behind it, so it asks for one second only
-and leaves the rest to the next maintenance.
+`ADD PARTITION` and `DROP PARTITION` wait for an exclusive lock on the table and every claim queues behind them, so they ask for one second only
+and leave the rest to the next maintenance.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database.engine import is_mysql
-from mail_pipelines.database.models import Campaign
+from mail_pipelines.database.models import Campaign, Delivery
 
 LEDGER = "deliveries"
 EVENTS = {"delivery_events": "month", "engagement_events": "month"}
 CAMPAIGNS_PER_BLOCK = 32
 BLOCKS_AHEAD = 4
 MONTHS_AHEAD = 3
+_LOCK_WAIT_TIMEOUT = 1205
 
 
 def months_from(day: dt.date, count: int) -> list[int]:
@@ -48,30 +51,77 @@ def extend(engine: Engine, today: dt.date) -> list[str]:
     if not is_mysql(engine):
         return []
     added = []
+    with _altering(engine) as connection:
+        for table, bound, prefix in _missing(connection, today):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD PARTITION (PARTITION {prefix}{bound} VALUES LESS THAN ({bound}))")
+            added.append(f"{table}.{prefix}{bound}")
+    return added
+
+
+def drop_archived(engine: Engine) -> list[str]:
+    """Drop the empty partitions of the ledger whose campaigns are all archived, which gives their disk space back; returns their names.
+
+    Safe to run at any time and again: no campaign can be given a number in them, and none that has one can get rows. The lock that another
+    process holds on the table leaves them to the next maintenance.
+    """
+    if not is_mysql(engine):
+        return []
+    dropped = []
+    with _altering(engine) as connection:
+        newest = _newest_campaign(connection)
+        bounds = _bounds(connection, LEDGER)
+        for first, bound in zip([0, *bounds], bounds, strict=False):
+            if bound <= newest and not _may_get_rows(connection, first, bound):
+                try:
+                    connection.exec_driver_sql(f"ALTER TABLE {LEDGER} DROP PARTITION c{bound}")
+                except sa.exc.OperationalError as error:
+                    if error.orig is None or error.orig.args[0] != _LOCK_WAIT_TIMEOUT:
+                        raise
+                    break
+                dropped.append(f"{LEDGER}.c{bound}")
+    return dropped
+
+
+def _may_get_rows(connection: Connection, first: int, bound: int) -> bool:
+    """Whether a campaign numbered from `first` to below `bound` has rows in the ledger, or may still get some."""
+    over = sa.and_(Campaign.state.in_(("finished", "cancelled")), Campaign.audience_counts.is_(None))
+    gone = sa.and_(Campaign.state == "archived", Campaign.archived_at.is_not(None))
+    numbered = sa.and_(Campaign.id >= first, Campaign.id < bound)
+    has_rows = sa.exists().where(Delivery.campaign_id >= first, Delivery.campaign_id < bound)
+    return bool(connection.execute(sa.select(sa.or_(sa.exists().where(numbered, ~sa.or_(over, gone)), has_rows))).scalar_one())
+
+
+@contextmanager
+def _altering(engine: Engine) -> Iterator[Connection]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("SET SESSION lock_wait_timeout = 1")
         try:
-            for table, bound, prefix in _missing(connection, today):
-                connection.exec_driver_sql(f"ALTER TABLE {table} ADD PARTITION (PARTITION {prefix}{bound} VALUES LESS THAN ({bound}))")
-                added.append(f"{table}.{prefix}{bound}")
+            yield connection
         finally:
             # The connection goes back to the pool.
             connection.exec_driver_sql("SET SESSION lock_wait_timeout = DEFAULT")
-    return added
+
+
+def _newest_campaign(connection: Connection) -> int:
+    newest: int = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Campaign.id), 0))).scalar_one()
+    return newest
+
+
+def _bounds(connection: Connection, table: str) -> list[int]:
+    """What the numbers in each partition are less than, in order."""
+    query = sa.text(
+        "SELECT CAST(partition_description AS UNSIGNED) AS bound FROM information_schema.partitions "
+        "WHERE table_schema = DATABASE() AND table_name = :table ORDER BY bound"
+    )
+    return list(connection.execute(query, {"table": table}).scalars())
 
 
 def _missing(connection: Connection, today: dt.date) -> list[tuple[str, int, str]]:
     """(table, upper bound, prefix of the name) of the partitions to add, each table's in order."""
-    newest = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Campaign.id), 0))).scalar_one()
-    wanted = [(LEDGER, _blocks(0, newest // CAMPAIGNS_PER_BLOCK + BLOCKS_AHEAD), "c")]
+    wanted = [(LEDGER, _blocks(0, _newest_campaign(connection) // CAMPAIGNS_PER_BLOCK + BLOCKS_AHEAD), "c")]
     wanted += [(table, months_from(today, MONTHS_AHEAD + 1), "m") for table in EVENTS]
     missing = []
     for table, bounds, prefix in wanted:
-        last = connection.execute(
-            sa.text(
-                "SELECT MAX(CAST(partition_description AS UNSIGNED)) FROM information_schema.partitions WHERE table_schema = DATABASE() AND table_name = :table"
-            ),
-            {"table": table},
-        ).scalar_one()
-        missing += [(table, bound, prefix) for bound in bounds if bound > (last or 0)]
+        last = max(_bounds(connection, table), default=0)
+        missing += [(table, bound, prefix) for bound in bounds if bound > last]
     return missing
