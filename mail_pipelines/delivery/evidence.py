@@ -162,11 +162,13 @@ class _Scopes:
 
 def _campaigns(connection: Connection, campaign_ids: Collection[int]) -> dict[int, _Scopes]:
     """The campaigns, held in their state; an archived one by nobody else at the same time, since its rows cannot be locked."""
-    ours = Campaign.id.in_(campaign_ids)
-    connection.execute(sa.select(Campaign.id).where(ours, Campaign.state == ARCHIVED).order_by(Campaign.id).with_for_update()).all()
     columns = (Campaign.id, Campaign.brand_id, Campaign.unsubscribe, Campaign.unsubscribe_list_id, Campaign.state, Campaign.archive)
+    query = sa.select(*columns).where(Campaign.id.in_(campaign_ids)).order_by(Campaign.id)
+    rows = connection.execute(query.with_for_update(read=True)).all()
+    if archived := [row.id for row in rows if row.state == ARCHIVED]:
+        connection.execute(sa.select(Campaign.id).where(Campaign.id.in_(archived)).order_by(Campaign.id).with_for_update()).all()
     found = {}
-    for row in connection.execute(sa.select(*columns).where(ours).order_by(Campaign.id).with_for_update(read=True)):
+    for row in rows:
         by_kind = {"all": consent.ALL, "brand": Scope("brand", row.brand_id)}
         unsubscribe = Scope("list", row.unsubscribe_list_id) if row.unsubscribe == "list" else by_kind[row.unsubscribe]
         found[row.id] = _Scopes(row.id, by_kind[suppression.complaint_scope()], unsubscribe, row.state == ARCHIVED, row.archive)
