@@ -64,7 +64,7 @@ def archive_old(engine: Engine, settings: Settings, now: dt.datetime) -> Report:
             except (LedgerArchiveError, SumsDiffer, states.StateError) as error:
                 report.failed[campaign.key] = str(error)
         if campaigns:
-            partitions.drop_archived(engine)
+            partitions.drop_archived(engine, now.date())
     return report
 
 

@@ -58,28 +58,63 @@ def extend(engine: Engine, today: dt.date) -> list[str]:
     return added
 
 
-def drop_archived(engine: Engine) -> list[str]:
-    """Drop the empty partitions of the ledger whose campaigns are all archived, which gives their disk space back; returns their names.
+def drop_archived(engine: Engine, today: dt.date) -> list[str]:
+    """Drop partitions that the archive has emptied, which gives their disk space back; returns their names. Safe to run at any time and again.
 
-    Safe to run at any time and again: no campaign can be given a number in them, and none that has one can get rows. The lock that another
-    process holds on the table leaves them to the next maintenance.
+    Of the ledger, those whose campaigns are all archived: no campaign can be given a number in them, and none that has one can get rows. Of the
+    events, those of past months: what comes late lands in the partition after them. A table that is in use for longer than a second is left
+    to the next maintenance.
     """
     if not is_mysql(engine):
         return []
-    dropped = []
+    dropped: list[str] = []
     with _altering(engine) as connection:
-        newest = _newest_campaign(connection)
-        bounds = _bounds(connection, LEDGER)
-        for first, bound in zip([0, *bounds], bounds, strict=False):
-            if bound <= newest and not _may_get_rows(connection, first, bound):
-                try:
-                    connection.exec_driver_sql(f"ALTER TABLE {LEDGER} DROP PARTITION c{bound}")
-                except sa.exc.OperationalError as error:
-                    if error.orig is None or error.orig.args[0] != _LOCK_WAIT_TIMEOUT:
-                        raise
-                    break
-                dropped.append(f"{LEDGER}.c{bound}")
+        dropped += _drop(connection, LEDGER, _archived_blocks(connection), "c")
+    for table, column in EVENTS.items():
+        with _altering(engine) as connection:
+            past = [bound for bound in _bounds(connection, table) if bound <= months_from(today, 1)[0]]
+            dropped += _drop_empty(connection, table, column, past)
     return dropped
+
+
+def _archived_blocks(connection: Connection) -> list[int]:
+    newest = _newest_campaign(connection)
+    bounds = _bounds(connection, LEDGER)
+    return [bound for first, bound in zip([0, *bounds], bounds, strict=False) if bound <= newest and not _may_get_rows(connection, first, bound)]
+
+
+def _drop_empty(connection: Connection, table: str, column: str, bounds: list[int]) -> list[str]:
+    """Drop those of the partitions that are empty, the oldest first. The table is locked, since a row may come for any month."""
+    if not bounds:
+        return []
+    try:
+        connection.exec_driver_sql(f"LOCK TABLES {table} WRITE")
+        month = sa.column(column, sa.Integer)
+        oldest = connection.execute(sa.select(sa.func.min(month)).select_from(sa.table(table, month))).scalar_one()
+        return _drop(connection, table, [bound for bound in bounds if oldest is None or bound <= oldest], "m")
+    except sa.exc.OperationalError as error:
+        if not _is_in_use(error):
+            raise
+        return []
+    finally:
+        connection.exec_driver_sql("UNLOCK TABLES")
+
+
+def _drop(connection: Connection, table: str, bounds: list[int], prefix: str) -> list[str]:
+    dropped = []
+    for bound in bounds:
+        try:
+            connection.exec_driver_sql(f"ALTER TABLE {table} DROP PARTITION {prefix}{bound}")
+        except sa.exc.OperationalError as error:
+            if not _is_in_use(error):
+                raise
+            break
+        dropped.append(f"{table}.{prefix}{bound}")
+    return dropped
+
+
+def _is_in_use(error: sa.exc.OperationalError) -> bool:
+    return error.orig is not None and error.orig.args[0] == _LOCK_WAIT_TIMEOUT
 
 
 def _may_get_rows(connection: Connection, first: int, bound: int) -> bool:

@@ -226,6 +226,8 @@ class LedgerArchive:
 
         Claims are left to `delivery.upkeep`, which knows for how long servers need them. Recipients go first: whoever finds one still finds its events.
         """
+        import pyarrow.compute as pc
+
         deleted = 0
         for recorded in manifest[RECIPIENTS.name]:
             ids = sorted(self._columns(campaign_id, recorded, ["contact_id"])["contact_id"].to_pylist())
@@ -233,9 +235,9 @@ class LedgerArchive:
                 last = min(start + DELETED_AT_ONCE, len(ids)) - 1
                 deleted += _delete(engine, Delivery, Delivery.campaign_id == campaign_id, Delivery.contact_id.between(ids[start], ids[last]))
         for recorded in manifest[EVENTS.name]:
-            events = self._columns(campaign_id, recorded, ["month", "id"]).sort_by([("month", "ascending"), ("id", "ascending")])
-            for month in sorted(set(events["month"].to_pylist())):
-                numbers = [number for its, number in zip(events["month"].to_pylist(), events["id"].to_pylist(), strict=True) if its == month]
+            events = self._columns(campaign_id, recorded, ["month", "id"]).sort_by("id")
+            for month in sorted(pc.unique(events["month"]).to_pylist()):
+                numbers = events.filter(pc.equal(events["month"], month))["id"].to_pylist()
                 for start in range(0, len(numbers), DELETED_AT_ONCE):
                     chosen = numbers[start : start + DELETED_AT_ONCE]
                     deleted += _delete(engine, DeliveryEvent, DeliveryEvent.month == month, DeliveryEvent.id.in_(chosen))

@@ -8,10 +8,12 @@ import signal
 import sys
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
@@ -30,9 +32,10 @@ from mail_pipelines.delivery import checks, counters, evidence, ledger_archive, 
 from mail_pipelines.delivery.events import event_id
 from mail_pipelines.delivery.evidence import Effect, Evidence, Kind
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
-from mail_pipelines.segments.snapshots import open_snapshots, refresh_engagement
+from mail_pipelines.segments.snapshots import open_snapshots, refresh_contacts, refresh_engagement
 from tests.campaigns.parts import NOW, contact_rows, fill_ledger, load, make_campaign, make_people, refresh_snapshots
 from tests.dispatch.test_hold_commands import says
+from tests.parts.processes import wait_for
 from tests.parts.transactions import sizes_of_transactions
 
 END = NOW + dt.timedelta(hours=3)
@@ -134,8 +137,6 @@ class Old:
         return {one: why.of_campaign(self.engine, self.settings, one, "spring-sale", END) for one in addresses}
 
     def receivers(self) -> dict[int, dt.datetime]:
-        import pyarrow.parquet as pq
-
         with open_snapshots(self.engine, self.settings.snapshot_folder) as pinned:
             layer = pinned.engagement.received[0].layer
             tables = [pq.read_table(pinned.engagement_folder / part.name) for part in layer]
@@ -209,8 +210,6 @@ def test_who_received_it_is_known_from_the_archive(old: Old) -> None:
     refresh_engagement(old.engine, old.settings.snapshot_folder, now=LATER)
     assert old.receivers() == before
     old.settings = old.settings.model_copy(update={"snapshots": old.settings.snapshots.model_copy(update={"folder": f"{old.settings.snapshots.folder}-2"})})
-    from mail_pipelines.segments.snapshots import refresh_contacts
-
     refresh_contacts(old.engine, old.settings.snapshot_folder, now=LATER)
     refresh_engagement(old.engine, old.settings.snapshot_folder, now=LATER, archive=old.archive)
     assert old.receivers() == before
@@ -393,6 +392,32 @@ def test_late_evidence_has_its_effects(old: Old, stage: str) -> None:
     assert old.totals().bounced == totals.bounced - 1
 
 
+@pytest.mark.server
+def test_a_change_that_is_under_way_is_in_the_archive(mariadb: MariaDB, settings: Settings) -> None:
+    """Whoever changes the ledger holds the campaign's row, and archiving waits for it."""
+    engine = create_engine(mariadb.database())
+    migrate.upgrade(engine)
+    old = Old(engine, settings)
+    expected = old.totals()
+    with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
+        # A bounce that only a report had told was none: the ledger's row changes.
+        assert evidence.apply(connection, [piece(Kind.DELIVERY_REPORT, 2)], LATER, old.archive) == [Effect.NEW]
+        archived = pool.submit(old.archive_it)
+        waiting = sa.text("SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")
+        wait_for(lambda: _scalar(engine, waiting) == 1, seconds=60, what="archiving to wait")
+        connection.commit()
+        archived.result()
+    found = old.archive.recipients(1, load(engine).archive or {}, [2])
+    assert State(found[2].state) is State.DELIVERED
+    assert old.totals().delivered == expected.delivered + 1
+    engine.dispose()
+
+
+def _scalar(engine: sa.Engine, query: sa.TextClause) -> Any:
+    with engine.connect() as connection:
+        return connection.execute(query).scalar_one()
+
+
 def test_what_a_person_asks_for_does_not_wait_for_the_archive(old: Old) -> None:
     old.archive_it()
     folder = Path(old.settings.campaigns.archive)
@@ -429,10 +454,15 @@ def test_partitions_whose_campaigns_are_all_archived_are_dropped(mariadb: MariaD
     Path(settings.campaigns.archive).mkdir(parents=True)
     engine = create_engine(mariadb.database())
     migrate.upgrade(engine)
+    # Before the months of the partitions, so that those of events stay.
+    first_of_month = dt.date(2026, 1, 1)
 
-    def bounds() -> list[int]:
+    def bounds(table: str = "deliveries") -> list[int]:
         with engine.connect() as connection:
-            return partitions._bounds(connection, "deliveries")
+            return partitions._bounds(connection, table)
+
+    def drop() -> list[str]:
+        return partitions.drop_archived(engine, first_of_month)
 
     def numbered(number: int, name: str, state: str) -> Campaign:
         campaign = make_campaign(engine, name, state=state, finished_at=END)
@@ -450,16 +480,27 @@ def test_partitions_whose_campaigns_are_all_archived_are_dropped(mariadb: MariaD
     transact(engine, lambda connection: connection.execute(sa.update(models.Campaign).where(models.Campaign.id == 5).values(state="cancelled")))
     # A row that nobody can account for.
     fill_ledger(engine, 4, {State.DELIVERED: 1})
-    assert partitions.drop_archived(engine) == []
+    assert drop() == []
     transact(engine, lambda connection: connection.execute(sa.delete(Delivery).where(Delivery.campaign_id == 4)))
     with engine.connect() as connection:
         # Whoever reads the ledger is not waited for, and not harmed.
         connection.execute(sa.select(Delivery.contact_id)).all()
-        assert partitions.drop_archived(engine) == []
-    assert partitions.drop_archived(engine) == ["deliveries.c32"]
-    assert partitions.drop_archived(engine) == []
+        assert drop() == []
+    assert drop() == ["deliveries.c32"]
+    assert drop() == []
     fill_ledger(engine, 6, {State.PENDING: 10})
     assert bounds() == [64, 96, 128]
+    months = bounds("delivery_events")
+    event = {"month": months[0], "id": 1, "occurred_at": NOW, "campaign_id": 4, "contact_id": 1, "attempt": 0, "kind": "deferred"}
+    transact(engine, lambda connection: connection.execute(sa.insert(DeliveryEvent).values(event)))
+    # Two months after the first partition's end: the first is empty, the second has a row, the third is of this month.
+    first_of_month = dt.date(months[1] // 100, months[1] % 100, 1)
+    with engine.connect() as connection:
+        connection.execute(sa.select(DeliveryEvent.id)).all()
+        assert drop() == [f"engagement_events.m{month}" for month in months[:2]]
+    assert drop() == [f"delivery_events.m{months[0]}"]
+    assert (bounds("delivery_events"), bounds("engagement_events")) == (months[1:], months[2:])
+    transact(engine, lambda connection: connection.execute(sa.insert(DeliveryEvent).values(event | {"month": 202501, "id": 2})))
     engine.dispose()
 
 
