@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet
 
-# So many rows are one file: 100 MB of memory while it is written.
-FILE_ROWS = 500_000
+# So many rows are one file: while it is written they are in memory three times.
+FILE_ROWS = 250_000
 # So many are read to find one recipient.
 _GROUP_ROWS = 8_192
-# A transaction deletes no more: it takes less than 100 ms, so that nobody waits for it.
+# A transaction deletes no more: a tenth of a second on a very busy machine, so that nobody waits for it for long.
 DELETED_AT_ONCE = 2_000
 # {table: its files, in order}
 Manifest: TypeAlias = dict[str, list[dict[str, Any]]]

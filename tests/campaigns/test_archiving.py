@@ -33,7 +33,7 @@ from mail_pipelines.delivery.events import event_id
 from mail_pipelines.delivery.evidence import Effect, Evidence, Kind
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
 from mail_pipelines.segments.snapshots import open_snapshots, refresh_contacts, refresh_engagement
-from tests.campaigns.parts import NOW, contact_rows, fill_ledger, load, make_campaign, make_people, refresh_snapshots
+from tests.campaigns.parts import NOW, contact_rows, fill_ledger, load, make_campaign, refresh_snapshots
 from tests.dispatch.test_hold_commands import says
 from tests.parts.processes import wait_for
 from tests.parts.transactions import sizes_of_transactions
@@ -70,13 +70,23 @@ class Old:
 
     def __post_init__(self) -> None:
         Path(self.settings.campaigns.archive).mkdir(parents=True)
-        make_people(self.engine, self.settings, PEOPLE)
-        transact(self.engine, lambda connection: consent.suppress(connection, [parse(address(7)).hash], reason="manual", now=NOW))
-        campaign = make_campaign(self.engine, state="scheduled", start_at=NOW)
-        audience.build(self.engine, self.settings, campaign.key, NOW)
+        counts = {"matched": PEOPLE, "audience": PEOPLE - 1, "excluded": {"suppressed": 1}}
+        frozen = {"start_at": NOW, "started_at": NOW, "shards": 1, "audience_manifest": {"file": "frozen"}, "audience_counts": counts}
+        campaign = make_campaign(self.engine, state="sending", **frozen)
+        transact(self.engine, self._freeze)
         transact(self.engine, self._send)
         assert lifecycle.finish_if_done(self.engine, campaign.id, END)
-        refresh_snapshots(self.engine, self.settings, END)
+
+    def _freeze(self, connection: sa.Connection) -> None:
+        """Everybody but the seventh."""
+        contacts = contact_rows(range(1, PEOPLE + 1))
+        connection.execute(sa.insert(models.Contact), contacts)
+        consent.suppress(connection, [contacts[6]["address_hash"]], reason="manual", now=NOW)
+        waiting = {"campaign_id": 1, "shard": 0, "state": int(State.PENDING), "sort_key": 0, "attempt": 0}
+        taken = [contact for contact in contacts if contact["id"] != 7]
+        rows = [waiting | {"contact_id": one["id"], "address_hash": one["address_hash"], "provider": one["provider"]} for one in taken]
+        connection.execute(sa.insert(Delivery), rows)
+        counters.add(connection, 1, counters.CENTRE, Counter((0, one["provider"], State.PENDING, "") for one in taken), NOW)
 
     def _send(self, connection: sa.Connection) -> None:
         connection.execute(sa.insert(models.Server).values(id=3, key="mx3", kind="exim", host="127.0.0.1", port=25, pool_id=1, state="active", created_at=NOW))
@@ -134,7 +144,10 @@ class Old:
     def answers(self) -> dict[str, why.Answer]:
         """Of everybody, of somebody who was left out, and of a stranger."""
         addresses = [*(address(number) for number in range(1, PEOPLE + 1)), "stranger@example.net"]
-        return {one: why.of_campaign(self.engine, self.settings, one, "spring-sale", END) for one in addresses}
+        return {one: self.answer(one) for one in addresses}
+
+    def answer(self, email: str) -> why.Answer:
+        return why.of_campaign(self.engine, self.settings, email, "spring-sale", END)
 
     def receivers(self) -> dict[int, dt.datetime]:
         with open_snapshots(self.engine, self.settings.snapshot_folder) as pinned:
@@ -202,6 +215,7 @@ def test_every_question_is_answered_while_rows_go(old: Old) -> None:
 
 
 def test_who_received_it_is_known_from_the_archive(old: Old) -> None:
+    refresh_snapshots(old.engine, old.settings, END)
     before = old.receivers()
     assert len(before) == 7
     old.archive_it()
@@ -341,7 +355,7 @@ def killed_at(old: Old, url: str, step: int) -> bool:
 
 
 def test_killed_anywhere_it_goes_on_without_loss(old: Old, database_url: str) -> None:
-    """At every third step; each process goes on with what the one before has left, and the first steps are taken again and again."""
+    """At every fifth step (ninth on MariaDB); each process goes on with what the one before has left, and takes the first steps again and again."""
     before, kept = old.answers(), old.rows()
     step, kills = 1, 0
     while load(old.engine).archived_at is None:
@@ -349,12 +363,9 @@ def test_killed_anywhere_it_goes_on_without_loss(old: Old, database_url: str) ->
         if not killed_at(old, database_url, step):
             break
         kills += 1
-        rows = old.rows()
-        assert rows == kept or load(old.engine).archive is not None
-        if kills % 9 == 0:
-            assert old.answers() == before
-        step += 3
-    assert kills > 10
+        assert old.rows() == kept or load(old.engine).archive is not None
+        step += 5 if old.engine.dialect.name == "sqlite" else 9
+    assert kills > 5
     assert old.rows() == {"deliveries": 0, "delivery_events": 0}
     assert old.answers() == before
     manifest = load(old.engine).archive or {}
@@ -385,9 +396,9 @@ def test_late_evidence_has_its_effects(old: Old, stage: str) -> None:
     assert old.totals().delivered == totals.delivered + 1
     if stage == "closed":
         old.archive_it()
-    assert old.answers()[address(2)].verdict == "delivered, through mx3: it was taken by the destination"
-    assert old.answers()[address(8)].verdict.startswith("bounced")
-    assert old.answers()[address(6)].moments[-1] == why.Moment(LATER, "attempt 0: bounce_report, 550 5.1.1 invalid_recipient 550 5.1.1 user unknown")
+    assert old.answer(address(2)).verdict == "delivered, through mx3: it was taken by the destination"
+    assert old.answer(address(8)).verdict.startswith("bounced")
+    assert old.answer(address(6)).moments[-1] == why.Moment(LATER, "attempt 0: bounce_report, 550 5.1.1 invalid_recipient 550 5.1.1 user unknown")
     assert old.apply(piece(Kind.DELIVERY_REPORT, 2)) == [Effect.KNOWN]
     assert old.totals().bounced == totals.bounced - 1
 
