@@ -74,6 +74,17 @@ class SendingSettings(Section):
     unknown_hours: float = pydantic.Field(default=72, gt=0, description="an unknown outcome becomes unresolved after this (h)")
 
 
+class CampaignSettings(Section):
+    archive: str = pydantic.Field(
+        default="{home}/archive",
+        description="folder or fsspec URL to which ledgers of old campaigns are moved, as Parquet files that `why` reads; nothing is moved if empty",
+        json_schema_extra={"url": True},
+    )
+    archive_after_days: float = pydantic.Field(
+        default=180, ge=60, description="a campaign is archived when it has been over for so long (days); refusals of the last 60 days count against addresses"
+    )
+
+
 class DnsSettings(Section):
     servers: list[str] = pydantic.Field(
         default=[], description="addresses of the DNS servers to ask, with :PORT if it is not 53; none means this machine's own"
@@ -156,6 +167,7 @@ class Settings(Section):
     database: DatabaseSettings = DatabaseSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     sending: SendingSettings = SendingSettings()
+    campaigns: CampaignSettings = CampaignSettings()
     dns: DnsSettings = DnsSettings()
     server: ServerSettings = ServerSettings()
     broker: BrokerSettings = BrokerSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from mail_pipelines import config, doors
+from mail_pipelines.campaigns import archiving
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_now, is_mysql, open_engine, reading
+from mail_pipelines.database.models import Campaign
+from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
 from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.recovery import standing
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 SHOWN = 5
+# So many nights in vain are no accident.
+ARCHIVING_LATE = dt.timedelta(days=5)
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,15 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         settings = config.load(environ)
     except config.ConfigError as error:
         return [Finding("configuration", str(error), "correct it; `mail-pipelines config reference` lists the keys")]
+    from mail_pipelines.resources import queues
+
     return [
         *check_home(settings),
         *check_token_key(settings),
         *check_dagster_home(settings, environ),
         *check_disk(settings),
         *check_doors(settings),
-        *check_central_database(settings),
+        *check_central_database(settings, is_centre=queues.this_server(environ) is None),
         *check_broker(settings),
         *check_dagster(settings),
     ]
@@ -100,13 +108,15 @@ def check_doors(settings: config.Settings) -> Iterator[Finding]:
         yield Finding("doors", f"{door.what} is open to other hosts at {door.listener}", door.remedy)
 
 
-def check_central_database(settings: config.Settings) -> Iterator[Finding]:
+def check_central_database(settings: config.Settings, *, is_centre: bool) -> Iterator[Finding]:
     engine = open_engine(settings.database)
     try:
         migrate.require_schema(engine)
         with reading(engine) as connection:
             yield from check_durability(connection)
             yield from check_holds(connection)
+            if is_centre:
+                yield from check_archive(connection, settings)
         yield from check_servers(engine, settings.server.heartbeat_seconds)
     except migrate.SchemaOutdated as error:
         yield Finding("schema", str(error), "run `mail-pipelines init`")
@@ -132,6 +142,20 @@ def check_holds(connection: sa.Connection) -> Iterator[Finding]:
     for hold in holds.in_force(connection).holds:
         option = "" if hold.scope.kind is holds.Kind.EVERYTHING else f" --{hold.scope.kind} {hold.name}"
         yield Finding("holds", f"{hold.what} is held by {hold.by}: {hold.reason}", f"`mail-pipelines release{option}` when that is over")
+
+
+def check_archive(connection: sa.Connection, settings: config.Settings) -> Iterator[Finding]:
+    """Only an archive that has something, or should have, is missed."""
+    now = database_now(connection)
+    late = archiving.due(connection, now - dt.timedelta(days=settings.campaigns.archive_after_days) - ARCHIVING_LATE)
+    archived = sa.select(Campaign.id).where(Campaign.archive.is_not(None)).limit(1)
+    if settings.campaigns.archive and late:
+        yield Finding("archive", f"{_names([campaign.key for campaign in late])}: not archived", "look at what the last runs of `maintenance` say")
+    if late or connection.execute(archived).first() is not None:
+        try:
+            LedgerArchive(settings.campaigns.archive).check()
+        except LedgerArchiveError as error:
+            yield Finding("archive", str(error), "`why` has no answers about archived campaigns, and nothing is archived, until it is there")
 
 
 def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]:

@@ -87,7 +87,7 @@ def _first_configuration(home: Path, *, production: bool, is_server: bool) -> bo
 
 
 def _folders(settings: config.Settings) -> list[Path]:
-    server = settings.server
+    server, archive = settings.server, Path(settings.campaigns.archive)
     return [
         settings.dagster_home,
         settings.snapshot_folder,
@@ -95,6 +95,8 @@ def _folders(settings: config.Settings) -> list[Path]:
         Path(server.log_folder),
         Path(server.mail_folder),
         Path(settings.operation.inbox),
+        # Another folder, or a disk that is mounted there, is somebody else's to make.
+        *([archive] if archive.is_relative_to(settings.home) else []),
     ]
 
 

@@ -15,10 +15,12 @@ import sqlalchemy as sa
 
 from mail_pipelines import config, doctor, home
 from mail_pipelines.benchmarks.mariadb import MariaDB
+from mail_pipelines.campaigns import archiving
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import servers
+from tests.campaigns.parts import make_campaign
 from tests.parts.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,6 +254,22 @@ def test_doctor_names_a_database_that_may_lose_commits(made: config.Settings, tm
 
 
 @pytest.mark.server
+def test_doctor_names_an_archive_that_is_missed(made: config.Settings) -> None:
+    archive, database = Path(made.campaigns.archive), create_engine(made.database.url)
+    archive.rmdir()
+    assert _findings("archive") == []
+    ended = dt.datetime.now(dt.UTC) - dt.timedelta(days=186)
+    make_campaign(database, state="finished", finished_at=ended, audience_counts={"matched": 0, "audience": 0, "excluded": {}})
+    late, away = _findings("archive")
+    assert late == "spring-sale: not archived"
+    assert "make the folder" in away
+    archive.mkdir()
+    assert archiving.archive_old(database, made, dt.datetime.now(dt.UTC)).failed == {}
+    assert _findings("archive") == []
+    archive.rmdir()
+    assert _findings("archive") == [away]
+
+
 def test_doctor_names_a_stopped_sensor(made: config.Settings) -> None:
     assert _findings("sensor") == []
     command = [sys.executable, "-m", "dagster", "sensor", "stop", "open_shards", "-w", str(ROOT / "workspace.yaml")]

@@ -1,12 +1,14 @@
 """Audience: snapshots of contacts and engagement, members of saved segments, the frozen audience of a campaign."""
 
 import datetime as dt
+import functools
 from collections.abc import Callable
 
 import dagster as dg
 
 from mail_pipelines import partitions
 from mail_pipelines.campaigns import audience
+from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.segments import criteria, evaluation, saved, snapshots
 from mail_pipelines.segments.manifest import SnapshotInfo
@@ -43,7 +45,8 @@ def contact_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
 @dg.asset(group_name=GROUP, owners=OWNERS, kinds={"parquet", "table"}, pool="snapshots")
 def engagement_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
     """Columnar copy of opens, clicks and who received what, with a roll-up for each contact."""
-    return _refreshed(snapshots.refresh_engagement, database)
+    archive = LedgerArchive(database.settings.campaigns.archive)
+    return _refreshed(functools.partial(snapshots.refresh_engagement, archive=archive), database)
 
 
 @dg.asset(

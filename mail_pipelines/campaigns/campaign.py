@@ -92,6 +92,9 @@ class Campaign:
     updated_at: dt.datetime
     started_at: dt.datetime | None
     finished_at: dt.datetime | None
+    # Where the ledger is since it is no longer (only) in the database: {table: [files]} of `delivery.ledger_archive`.
+    archive: dict[str, Any] | None
+    archived_at: dt.datetime | None
 
     @property
     def key(self) -> str:

@@ -4,8 +4,8 @@ What belongs here: which move exists, who may make it, and the guarded statement
 campaign in any state without being one (`dispatch.holds`). What does not: the work a move entails (`audience`, `lifecycle`, `store`).
 
 ```
-draft ⇄ scheduled → building → sending ⇄ paused → finished
-  └─────────┴──────────┴──────────┴────────┴────→ cancelled
+draft ⇄ scheduled → building → sending ⇄ paused → finished → archived
+  └─────────┴──────────┴──────────┴────────┴────→ cancelled ────↑
 ```
 """
 
@@ -36,10 +36,13 @@ class CampaignState(enum.StrEnum):
     PAUSED = "paused"
     FINISHED = "finished"
     CANCELLED = "cancelled"
+    # Over, and its ledger changes no more: it is in the archive, or on its way there (`archiving`).
+    ARCHIVED = "archived"
 
     @property
     def is_terminal(self) -> bool:
-        return self in (CampaignState.FINISHED, CampaignState.CANCELLED)
+        """Whether it is over: nothing is sent any more, and nobody can do anything."""
+        return self in (CampaignState.FINISHED, CampaignState.CANCELLED, CampaignState.ARCHIVED)
 
 
 class Actor(enum.StrEnum):
@@ -73,6 +76,8 @@ MOVES = (
     Move(CampaignState.BUILDING, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
     Move(CampaignState.SENDING, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
     Move(CampaignState.PAUSED, CampaignState.CANCELLED, Actor.OPERATOR, "cancel"),
+    Move(CampaignState.FINISHED, CampaignState.ARCHIVED, Actor.CENTRE, "archive"),
+    Move(CampaignState.CANCELLED, CampaignState.ARCHIVED, Actor.CENTRE, "archive"),
 )
 
 
@@ -93,7 +98,7 @@ def move(connection: Connection, campaign_id: int, source: CampaignState, target
         raise StateError(f"a campaign cannot be moved from {source} to {target} by the {actor}; from {source} {_possible(source)}")
     if target is CampaignState.SENDING and source is CampaignState.BUILDING:
         values["started_at"] = now
-    if target.is_terminal:
+    if target.is_terminal and not source.is_terminal:
         values["finished_at"] = now
     swap = sa.update(Campaign).where(Campaign.id == campaign_id, Campaign.state == source).values(state=target.value, updated_at=now, **values)
     if connection.execute(swap).rowcount != 1:
@@ -130,7 +135,6 @@ def _current(connection: Connection, campaign_id: int) -> tuple[str, CampaignSta
 
 
 def _possible(state: CampaignState) -> str:
-    moves = moves_from(state)
-    if not moves:
+    if state.is_terminal:
         return "nothing is possible: it is over"
-    return "possible: " + ", ".join(f"{move.verb} → {move.target} (by the {move.actor})" for move in moves)
+    return "possible: " + ", ".join(f"{move.verb} → {move.target} (by the {move.actor})" for move in moves_from(state))

@@ -155,4 +155,6 @@ def _campaign(row: sa.Row[Any], in_force: holds.InForce) -> Campaign:
         updated_at=row.updated_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
+        archive=row.archive,
+        archived_at=row.archived_at,
     )

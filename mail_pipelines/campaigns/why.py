@@ -1,7 +1,8 @@
 """Why somebody did or did not get a campaign: segment and criterion, freeze, claim, server, every reply, later events. Reads only.
 
-The ledger knows of everybody in a frozen audience. Of those who are not in it the freeze kept only how many there were for each reason, so the reason of
-one person is found by what is known now, and says so.
+The ledger knows of everybody in a frozen audience. That of an old campaign is in the archive, which is looked at after the database, since nothing is
+deleted there before it is in the archive. Of those who are not in it the freeze kept only how many there were for each reason, so the reason of one person
+is found by what is known now, and says so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.campaigns import store
 from mail_pipelines.campaigns.campaign import Campaign
+from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts.addresses import Address, parse
 from mail_pipelines.contacts.consent import Scope, campaign_scopes
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, EngagementEvent, Server, State, Subscription, Suppression
+from mail_pipelines.delivery import evidence
+from mail_pipelines.delivery.ledger_archive import ArchivedClaim, Event, LedgerArchive, LedgerArchiveError, Manifest, Recipient
 from mail_pipelines.segments import explaining, saved
 from mail_pipelines.segments.criteria import CriteriaError
 from mail_pipelines.segments.saved import SegmentError
@@ -70,22 +74,48 @@ class _Person:
     created_at: dt.datetime | None
 
 
-def recent(engine: Engine, email: str) -> list[Answer]:
+@dataclass(frozen=True)
+class _Row:
+    """What the ledger or the archive has of one recipient. `server` is the key of the last claim's."""
+
+    contact_id: int
+    provider: str
+    shard: int
+    state: State
+    sort_key: int
+    claim_id: int | None
+    words: str
+    server: str | None
+
+
+def recent(engine: Engine, settings: Settings, email: str) -> list[Answer]:
     """The newest campaigns, newest first, each with its sentence alone. Raises `AddressError`."""
+    archive = LedgerArchive(settings.campaigns.archive)
     with reading(engine) as connection:
         person = _person(connection, email)
         campaigns = store.select(connection, models.Campaign.id > 0, order_by=(models.Campaign.id.desc(),), limit=RECENT_CAMPAIGNS)
-        return [Answer(campaign.key, _sentence(campaign, _row(connection, campaign, person))) for campaign in campaigns]
+        return [Answer(campaign.key, _verdict(connection, campaign, person, archive)) for campaign in campaigns]
+
+
+def _verdict(connection: Connection, campaign: Campaign, person: _Person, archive: LedgerArchive) -> str:
+    try:
+        return _sentence(campaign, _row(connection, campaign, person, archive))
+    except LedgerArchiveError as error:
+        return f"not known now: {error}"
 
 
 def of_campaign(engine: Engine, settings: Settings, email: str, key: str, now: dt.datetime) -> Answer:
-    """Everything known of one address in one campaign. Raises `AddressError`, `CampaignError` for one that does not exist."""
+    """Everything known of one address in one campaign.
+
+    Raises `AddressError`, `CampaignError` for a campaign that does not exist, `LedgerArchiveError` if it is in an archive that is away.
+    """
+    archive = LedgerArchive(settings.campaigns.archive)
     with reading(engine) as connection:
         person = _person(connection, email)
         campaign = store.load(connection, key)
-        row = _row(connection, campaign, person)
+        row = _row(connection, campaign, person, archive)
         if row is not None:
-            return Answer(key, _sentence(campaign, row), _history(connection, campaign, row))
+            return Answer(key, _sentence(campaign, row), _history(connection, campaign, row, archive))
         kept_out = [*_consent(connection, campaign, person), *_late(campaign, person)]
     if person.contact_id is not None:
         kept_out += _segments(engine, settings, campaign, person.contact_id, now)
@@ -98,21 +128,45 @@ def _person(connection: Connection, email: str) -> _Person:
     return _Person(address, *(found or (None, None)))
 
 
-def _row(connection: Connection, campaign: Campaign, person: _Person) -> sa.Row[tuple[object, ...]] | None:
-    """The ledger's row of the address, also when its contact was erased since."""
-    query = (
-        sa.select(Delivery.contact_id, Delivery.provider, Delivery.shard, Delivery.state, Delivery.sort_key, Delivery.attempt, Delivery.claim_id)
-        .add_columns(Delivery.code, Delivery.enhanced, Delivery.reason, Server.key.label("server"))
-        .outerjoin(Server, Server.id == Delivery.server_id)
-        .where(Delivery.campaign_id == campaign.id, Delivery.address_hash == person.address.hash)
-    )
-    return connection.execute(query).one_or_none()
+def _row(connection: Connection, campaign: Campaign, person: _Person, archive: LedgerArchive) -> _Row | None:
+    """The row of the address, also when its contact was erased since."""
+    columns = [getattr(Delivery, name) for name in Recipient._fields]
+    query = sa.select(*columns).where(Delivery.campaign_id == campaign.id, Delivery.address_hash == person.address.hash)
+    found = connection.execute(query).one_or_none()
+    manifest = _manifest(connection, campaign)
+    row = Recipient(*found) if found else archive.recipient_of(campaign.id, manifest, person.address.hash) if manifest else None
+    if row is None:
+        return None
+    state, words = State(row.state), _words(row.code, row.enhanced, row.reason)
+    if manifest is not None or campaign.state is CampaignState.ARCHIVED:
+        events = {(event.attempt, event.kind) for event in _events(connection, campaign, row.contact_id, archive)}
+        state = evidence.known(row.state, row.attempt, events, is_archived=True).state
+        # What was said instead is among the events.
+        words = words if state == row.state else ""
+    server = connection.execute(sa.select(Server.key).where(Server.id == row.server_id)).scalar_one_or_none()
+    return _Row(row.contact_id, row.provider, row.shard, state, row.sort_key, row.claim_id, words, server)
 
 
-def _sentence(campaign: Campaign, row: sa.Row[tuple[object, ...]] | None) -> str:
+def _manifest(connection: Connection, campaign: Campaign) -> Manifest | None:
+    """The files of the campaign, as of now: what was not found in the database before is in them."""
+    manifest: Manifest | None = connection.execute(sa.select(models.Campaign.archive).where(models.Campaign.id == campaign.id)).scalar_one()
+    return manifest
+
+
+def _events(connection: Connection, campaign: Campaign, contact_id: int, archive: LedgerArchive) -> list[Event]:
+    """What was said of the message, from the database and the archive, in order."""
+    columns = [getattr(DeliveryEvent, name) for name in Event._fields]
+    query = sa.select(*columns).where(DeliveryEvent.campaign_id == campaign.id, DeliveryEvent.contact_id == contact_id)
+    found = {event.id: event for event in (Event(*row) for row in connection.execute(query))}
+    if (manifest := _manifest(connection, campaign)) is not None:
+        found |= {event.id: event for event in archive.events(campaign.id, manifest, [contact_id])}
+    return sorted(found.values(), key=lambda event: (event.occurred_at, event.id))
+
+
+def _sentence(campaign: Campaign, row: _Row | None) -> str:
     if row is None:
         return "not in the audience" if campaign.audience_manifest is not None else _NOT_FROZEN
-    state = State(row.state)
+    state = row.state
     through = f", through {row.server}" if row.server and state in (State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.CLAIMED) else ""
     return f"{state.name.lower()}{through}: it {_ENDED[state]}"
 
@@ -120,38 +174,43 @@ def _sentence(campaign: Campaign, row: sa.Row[tuple[object, ...]] | None) -> str
 # --- in the audience ---
 
 
-def _history(connection: Connection, campaign: Campaign, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
+def _history(connection: Connection, campaign: Campaign, row: _Row, archive: LedgerArchive) -> list[Moment]:
     size = (campaign.audience_counts or {}).get("audience", 0)
     segments = ", ".join(campaign.definition.include)
     began = Moment(campaign.started_at, f"frozen into the audience of {size:,} (segments {segments}), shard {row.shard}, provider {row.provider}")
-    state = State(row.state)
+    state = row.state
     # Of a row that waits for its turn, the key of its order is no time.
     reached = None if state is State.PENDING else dt.datetime.fromtimestamp(row.sort_key, dt.UTC)
-    ended = Moment(reached, f"{'due again' if state is State.DEFERRED else state.name.lower()}{_words(row.code, row.enhanced, row.reason)}")
-    happened = [*_claims(connection, row), *_said(connection, campaign, row), *_did(connection, campaign, row), ended]
+    ended = Moment(reached, f"{'due again' if state is State.DEFERRED else state.name.lower()}{row.words}")
+    happened = [*_claims(connection, campaign, row, archive), *_said(connection, campaign, row, archive), *_did(connection, campaign, row), ended]
     return [began, *sorted(happened, key=lambda moment: moment.at or _LAST)]
 
 
-def _claims(connection: Connection, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
-    """The last claim, while it is kept."""
-    query = sa.select(Claim.opened_at, Claim.id, Claim.run_id, Server.key).join(Server, Server.id == Claim.server_id).where(Claim.id == row.claim_id)
-    return [Moment(opened, f"claim {claim} on {server}, run {run}") for opened, claim, run, server in connection.execute(query).tuples()]
+def _claims(connection: Connection, campaign: Campaign, row: _Row, archive: LedgerArchive) -> list[Moment]:
+    """The last claim, if it is kept."""
+    if row.claim_id is None:
+        return []
+    columns = [getattr(Claim, name) for name in ArchivedClaim._fields]
+    found = connection.execute(sa.select(*columns).where(Claim.id == row.claim_id)).one_or_none()
+    manifest = _manifest(connection, campaign)
+    claim = ArchivedClaim(*found) if found else archive.claim(campaign.id, manifest, row.claim_id) if manifest else None
+    return [] if claim is None else [Moment(claim.opened_at, f"claim {claim.id} on {_servers(connection)[claim.server_id]}, run {claim.run_id}")]
 
 
-def _said(connection: Connection, campaign: Campaign, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
-    columns = (DeliveryEvent.occurred_at, DeliveryEvent.kind, DeliveryEvent.attempt, DeliveryEvent.code, DeliveryEvent.enhanced, DeliveryEvent.reason)
-    query = (
-        sa.select(*columns, DeliveryEvent.text, Server.key)
-        .outerjoin(Server, Server.id == DeliveryEvent.server_id)
-        .where(DeliveryEvent.campaign_id == campaign.id, DeliveryEvent.contact_id == row.contact_id)
-    )
-    return [
-        Moment(at, f"attempt {attempt}{f' through {server}' if server else ''}: {kind}{_words(code, enhanced, reason, text)}")
-        for at, kind, attempt, code, enhanced, reason, text, server in connection.execute(query).tuples()
-    ]
+def _said(connection: Connection, campaign: Campaign, row: _Row, archive: LedgerArchive) -> list[Moment]:
+    servers, found = _servers(connection), []
+    for event in _events(connection, campaign, row.contact_id, archive):
+        through = f" through {servers[event.server_id]}" if event.server_id in servers else ""
+        words = _words(event.code, event.enhanced, event.reason, event.text)
+        found.append(Moment(event.occurred_at, f"attempt {event.attempt}{through}: {event.kind}{words}"))
+    return found
 
 
-def _did(connection: Connection, campaign: Campaign, row: sa.Row[tuple[object, ...]]) -> list[Moment]:
+def _servers(connection: Connection) -> dict[int | None, str]:
+    return dict(connection.execute(sa.select(Server.id, Server.key)).tuples().all())
+
+
+def _did(connection: Connection, campaign: Campaign, row: _Row) -> list[Moment]:
     columns = (EngagementEvent.occurred_at, EngagementEvent.kind, EngagementEvent.machine)
     query = sa.select(*columns).where(EngagementEvent.contact_id == row.contact_id, EngagementEvent.campaign_id == campaign.id)
     return [Moment(at, f"{kind}{' by a machine' if machine else ''}") for at, kind, machine in connection.execute(query).tuples()]

@@ -130,6 +130,7 @@ def show(key: Key) -> None:
         "audience": f"{counts['audience']:,} in {campaign.shards} shards" if counts else None,
         "started": _time(campaign.started_at),
         "finished": _time(campaign.finished_at),
+        "archived": _time(campaign.archived_at),
     }.items():
         if value:
             table.add_row(name, escape(str(value)))

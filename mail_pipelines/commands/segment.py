@@ -71,6 +71,7 @@ def refresh() -> None:
     """Bring both snapshots up to date with the database."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+    from mail_pipelines.delivery.ledger_archive import LedgerArchive
     from mail_pipelines.segments.snapshots import refresh_contacts, refresh_engagement
 
     engine, now = open_engine(), dt.datetime.now(dt.UTC)
@@ -83,7 +84,11 @@ def refresh() -> None:
                 tasks[what] = bar.add_task(what)
             bar.update(tasks[what], completed=done, total=total)
 
-        refreshed = [work(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress) for work in (refresh_contacts, refresh_engagement)]
+        archive = LedgerArchive(settings().campaigns.archive)
+        refreshed = [
+            refresh_contacts(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress),
+            refresh_engagement(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress, archive=archive),
+        ]
     for info in refreshed:
         console.print(
             f"{info.kind}: version {info.version}, {info.rows:,} rows ({info.changed:,} read, {info.deleted:,} gone), "

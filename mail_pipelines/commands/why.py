@@ -21,7 +21,7 @@ def why(
 
     if campaign is None:
         table = Table("campaign", "what became of it")
-        for answer in reasons.recent(open_engine(), email):
+        for answer in reasons.recent(open_engine(), settings(), email):
             table.add_row(answer.campaign, escape(answer.verdict))
         console.print(table)
         return

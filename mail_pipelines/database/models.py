@@ -207,6 +207,9 @@ class Campaign(Base):
     updated_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     started_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    # {table: [files]} as `delivery.ledger_archive` wrote and verified them; rows go after this is set, and `archived_at` is when all were gone.
+    archive: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    archived_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     __table_args__ = (sa.Index(None, "state", "start_at"), MYSQL)
 
 

@@ -1,24 +1,27 @@
 """Range partitions of the big tables on MySQL/MariaDB, made ahead of time: the ledger by blocks of campaign ids, events by month.
 
-`ADD PARTITION` waits for an exclusive lock on the table and every claim queues behind it, so it asks for one second only
-and leaves the rest to the next maintenance.
+`ADD PARTITION` and `DROP PARTITION` wait for an exclusive lock on the table and every claim queues behind them, so they ask for one second only
+and leave the rest to the next maintenance.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database.engine import is_mysql
-from mail_pipelines.database.models import Campaign
+from mail_pipelines.database.models import Campaign, Delivery
 
 LEDGER = "deliveries"
 EVENTS = {"delivery_events": "month", "engagement_events": "month"}
 CAMPAIGNS_PER_BLOCK = 32
 BLOCKS_AHEAD = 4
 MONTHS_AHEAD = 3
+_LOCK_WAIT_TIMEOUT = 1205
 
 
 def months_from(day: dt.date, count: int) -> list[int]:
@@ -48,30 +51,112 @@ def extend(engine: Engine, today: dt.date) -> list[str]:
     if not is_mysql(engine):
         return []
     added = []
+    with _altering(engine) as connection:
+        for table, bound, prefix in _missing(connection, today):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD PARTITION (PARTITION {prefix}{bound} VALUES LESS THAN ({bound}))")
+            added.append(f"{table}.{prefix}{bound}")
+    return added
+
+
+def drop_archived(engine: Engine, today: dt.date) -> list[str]:
+    """Drop partitions that the archive has emptied, which gives their disk space back; returns their names. Safe to run at any time and again.
+
+    Of the ledger, those whose campaigns are all archived: no campaign can be given a number in them, and none that has one can get rows. Of the
+    events, those of past months: what comes late lands in the partition after them. A table that is in use for longer than a second is left
+    to the next maintenance.
+    """
+    if not is_mysql(engine):
+        return []
+    dropped: list[str] = []
+    with _altering(engine) as connection:
+        dropped += _drop(connection, LEDGER, _archived_blocks(connection), "c")
+    for table, column in EVENTS.items():
+        with _altering(engine) as connection:
+            past = [bound for bound in _bounds(connection, table) if bound <= months_from(today, 1)[0]]
+            dropped += _drop_empty(connection, table, column, past)
+    return dropped
+
+
+def _archived_blocks(connection: Connection) -> list[int]:
+    newest = _newest_campaign(connection)
+    bounds = _bounds(connection, LEDGER)
+    return [bound for first, bound in zip([0, *bounds], bounds, strict=False) if bound <= newest and not _may_get_rows(connection, first, bound)]
+
+
+def _drop_empty(connection: Connection, table: str, column: str, bounds: list[int]) -> list[str]:
+    """Drop those of the partitions that are empty, the oldest first. The table is locked, since a row may come for any month."""
+    if not bounds:
+        return []
+    try:
+        connection.exec_driver_sql(f"LOCK TABLES {table} WRITE")
+        month = sa.column(column, sa.Integer)
+        oldest = connection.execute(sa.select(sa.func.min(month)).select_from(sa.table(table, month))).scalar_one()
+        return _drop(connection, table, [bound for bound in bounds if oldest is None or bound <= oldest], "m")
+    except sa.exc.OperationalError as error:
+        if not _is_in_use(error):
+            raise
+        return []
+    finally:
+        connection.exec_driver_sql("UNLOCK TABLES")
+
+
+def _drop(connection: Connection, table: str, bounds: list[int], prefix: str) -> list[str]:
+    dropped = []
+    for bound in bounds:
+        try:
+            connection.exec_driver_sql(f"ALTER TABLE {table} DROP PARTITION {prefix}{bound}")
+        except sa.exc.OperationalError as error:
+            if not _is_in_use(error):
+                raise
+            break
+        dropped.append(f"{table}.{prefix}{bound}")
+    return dropped
+
+
+def _is_in_use(error: sa.exc.OperationalError) -> bool:
+    return error.orig is not None and error.orig.args[0] == _LOCK_WAIT_TIMEOUT
+
+
+def _may_get_rows(connection: Connection, first: int, bound: int) -> bool:
+    """Whether a campaign numbered from `first` to below `bound` has rows in the ledger, or may still get some."""
+    over = sa.and_(Campaign.state.in_(("finished", "cancelled")), Campaign.audience_counts.is_(None))
+    gone = sa.and_(Campaign.state == "archived", Campaign.archived_at.is_not(None))
+    numbered = sa.and_(Campaign.id >= first, Campaign.id < bound)
+    has_rows = sa.exists().where(Delivery.campaign_id >= first, Delivery.campaign_id < bound)
+    return bool(connection.execute(sa.select(sa.or_(sa.exists().where(numbered, ~sa.or_(over, gone)), has_rows))).scalar_one())
+
+
+@contextmanager
+def _altering(engine: Engine) -> Iterator[Connection]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("SET SESSION lock_wait_timeout = 1")
         try:
-            for table, bound, prefix in _missing(connection, today):
-                connection.exec_driver_sql(f"ALTER TABLE {table} ADD PARTITION (PARTITION {prefix}{bound} VALUES LESS THAN ({bound}))")
-                added.append(f"{table}.{prefix}{bound}")
+            yield connection
         finally:
             # The connection goes back to the pool.
             connection.exec_driver_sql("SET SESSION lock_wait_timeout = DEFAULT")
-    return added
+
+
+def _newest_campaign(connection: Connection) -> int:
+    newest: int = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Campaign.id), 0))).scalar_one()
+    return newest
+
+
+def _bounds(connection: Connection, table: str) -> list[int]:
+    """What the numbers in each partition are less than, in order."""
+    query = sa.text(
+        "SELECT CAST(partition_description AS UNSIGNED) AS bound FROM information_schema.partitions "
+        "WHERE table_schema = DATABASE() AND table_name = :table ORDER BY bound"
+    )
+    return list(connection.execute(query, {"table": table}).scalars())
 
 
 def _missing(connection: Connection, today: dt.date) -> list[tuple[str, int, str]]:
     """(table, upper bound, prefix of the name) of the partitions to add, each table's in order."""
-    newest = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Campaign.id), 0))).scalar_one()
-    wanted = [(LEDGER, _blocks(0, newest // CAMPAIGNS_PER_BLOCK + BLOCKS_AHEAD), "c")]
+    wanted = [(LEDGER, _blocks(0, _newest_campaign(connection) // CAMPAIGNS_PER_BLOCK + BLOCKS_AHEAD), "c")]
     wanted += [(table, months_from(today, MONTHS_AHEAD + 1), "m") for table in EVENTS]
     missing = []
     for table, bounds, prefix in wanted:
-        last = connection.execute(
-            sa.text(
-                "SELECT MAX(CAST(partition_description AS UNSIGNED)) FROM information_schema.partitions WHERE table_schema = DATABASE() AND table_name = :table"
-            ),
-            {"table": table},
-        ).scalar_one()
-        missing += [(table, bound, prefix) for bound in bounds if bound > (last or 0)]
+        last = max(_bounds(connection, table), default=0)
+        missing += [(table, bound, prefix) for bound in bounds if bound > last]
     return missing

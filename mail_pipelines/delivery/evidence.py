@@ -10,15 +10,17 @@ whatever its order and however often it comes:
 - A row whose outcome nobody knows gets it from evidence of its own attempt: that it arrived, or else that it bounced. The former is
   stronger, since a person has acted on the message, and may correct the latter.
 - Evidence of an older attempt is kept and changes nothing. What a person asks for is done, whichever copy it came from.
+- The row of an archived campaign changes no more, wherever it is: its state follows from it and the evidence kept since, and only counters move.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import enum
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,10 +33,14 @@ from mail_pipelines.database.models import Campaign, Delivery, DeliveryEvent, En
 from mail_pipelines.delivery import counters, events, suppression
 from mail_pipelines.delivery.classes import classify
 from mail_pipelines.delivery.events import BOUNCED, event_id, mask_addresses
+from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError, Manifest
 from mail_pipelines.delivery.transitions import may_move
 
 # So many pieces of evidence are applied in one transaction.
 BATCH = 500
+# The state of a campaign whose ledger changes no more.
+ARCHIVED = "archived"
+_log = logging.getLogger(__name__)
 
 
 class Kind(enum.StrEnum):
@@ -59,6 +65,7 @@ ARRIVED = frozenset({Kind.LATE_DELIVERY, Kind.DELIVERY_REPORT, Kind.COMPLAINT, K
 FAILED = frozenset({Kind.LATE_REFUSAL, Kind.BOUNCE_REPORT})
 # Nobody knows of these rows whether their attempt arrived. A waiting row has a message out only if that is sent again.
 _OPEN = frozenset({State.UNKNOWN, State.PENDING, State.DEFERRED})
+_KINDS = frozenset(kind.value for kind in Kind)
 _ENGAGEMENT = {Kind.COMPLAINT: "complaint", Kind.UNSUBSCRIBE: "unsubscribe"}
 
 
@@ -87,6 +94,8 @@ class Effect(enum.StrEnum):
     TOO_EARLY = "too_early"
     # The ledger has no such row or attempt.
     UNMATCHED = "unmatched"
+    # The row is in an archive that is away: to be applied again. What a person asks for is done for the contact that has the number now.
+    ARCHIVE_AWAY = "archive_away"
 
 
 @dataclass(frozen=True)
@@ -113,22 +122,30 @@ def settled(row: Known) -> State:
     return State.BOUNCED if proofs & FAILED else row.state
 
 
+def known(state: int, attempt: int, events: Collection[tuple[int, str]], *, is_archived: bool) -> Known:
+    """What the state of a row and the events (attempt, kind) about it say. The row of an archived campaign does not show what was kept since."""
+    kept = frozenset((number, Kind(kind)) for number, kind in events if kind in _KINDS)
+    row = Known(State(state), attempt, (attempt, BOUNCED) in events, kept)
+    return replace(row, state=settled(row)) if is_archived else row
+
+
 def facts(row: Known) -> set[str]:
     """What the row counts for beside its state, each once for a recipient."""
     found = {kind.value for _, kind in row.kept if kind.is_request}
     return found | {counters.LATE_BOUNCE} if row.state is State.DELIVERED and Kind.BOUNCE_REPORT in row.proofs() else found
 
 
-def apply(connection: Connection, pieces: Sequence[Evidence], now: dt.datetime) -> list[Effect]:
+def apply(connection: Connection, pieces: Sequence[Evidence], now: dt.datetime, archive: LedgerArchive) -> list[Effect]:
     """Apply evidence, at most `BATCH` pieces, in one transaction: events, states, counters and suppressions; the effects in the same order.
 
-    Doing it again changes nothing. Requests are carried out again, since a person may have subscribed in between.
+    `archive` has the rows of archived campaigns. Doing it again changes nothing. Requests are carried out again, since a person may have subscribed in
+    between.
     """
     campaigns = _campaigns(connection, {piece.campaign_id for piece in pieces})
     effects: list[Effect] = [Effect.UNMATCHED] * len(pieces)
     for campaign_id in sorted(campaigns):
         numbers = [number for number, piece in enumerate(pieces) if piece.campaign_id == campaign_id]
-        found = _apply_to_campaign(connection, campaigns[campaign_id], [pieces[number] for number in numbers], now)
+        found = _apply_to_campaign(connection, campaigns[campaign_id], [pieces[number] for number in numbers], now, archive)
         for number, effect in zip(numbers, found, strict=True):
             effects[number] = effect
     return effects
@@ -139,15 +156,22 @@ class _Scopes:
     campaign_id: int
     complaint: Scope
     unsubscribe: Scope
+    is_archived: bool
+    archive: Manifest | None
 
 
 def _campaigns(connection: Connection, campaign_ids: Collection[int]) -> dict[int, _Scopes]:
-    query = sa.select(Campaign.id, Campaign.brand_id, Campaign.unsubscribe, Campaign.unsubscribe_list_id).where(Campaign.id.in_(campaign_ids))
+    """The campaigns, held in their state; an archived one by nobody else at the same time, since its rows cannot be locked."""
+    columns = (Campaign.id, Campaign.brand_id, Campaign.unsubscribe, Campaign.unsubscribe_list_id, Campaign.state, Campaign.archive)
+    query = sa.select(*columns).where(Campaign.id.in_(campaign_ids)).order_by(Campaign.id)
+    rows = connection.execute(query.with_for_update(read=True)).all()
+    if archived := [row.id for row in rows if row.state == ARCHIVED]:
+        connection.execute(sa.select(Campaign.id).where(Campaign.id.in_(archived)).order_by(Campaign.id).with_for_update()).all()
     found = {}
-    for row in connection.execute(query):
+    for row in rows:
         by_kind = {"all": consent.ALL, "brand": Scope("brand", row.brand_id)}
         unsubscribe = Scope("list", row.unsubscribe_list_id) if row.unsubscribe == "list" else by_kind[row.unsubscribe]
-        found[row.id] = _Scopes(row.id, by_kind[suppression.complaint_scope()], unsubscribe)
+        found[row.id] = _Scopes(row.id, by_kind[suppression.complaint_scope()], unsubscribe, row.state == ARCHIVED, row.archive)
     return found
 
 
@@ -170,19 +194,25 @@ class _Change:
         return next((piece for piece in self.new if piece.kind in kinds and piece.attempt == self.before.attempt), None)
 
 
-def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence[Evidence], now: dt.datetime) -> list[Effect]:
-    changes = _read(connection, scopes.campaign_id, sorted({piece.contact_id for piece in pieces}))
+def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence[Evidence], now: dt.datetime, archive: LedgerArchive) -> list[Effect]:
+    try:
+        changes = _read(connection, scopes, sorted({piece.contact_id for piece in pieces}), archive)
+    except LedgerArchiveError as error:
+        _log.warning("evidence about campaign %d waits: %s", scopes.campaign_id, error)
+        _grant(connection, scopes, pieces, {}, now)
+        return [Effect.ARCHIVE_AWAY] * len(pieces)
     effects = [_place(changes.get(piece.contact_id), piece) for piece in pieces]
     _write_events(connection, changes.values(), now)
-    _move(connection, scopes.campaign_id, changes.values(), now)
+    _move(connection, scopes, changes.values(), now)
     _count_facts(connection, scopes.campaign_id, changes.values())
     _suppress(connection, changes, now)
     _grant(connection, scopes, pieces, changes, now)
     return effects
 
 
-def _read(connection: Connection, campaign_id: int, contact_ids: list[int]) -> dict[int, _Change]:
-    """The rows, locked in key order, with what is kept about them."""
+def _read(connection: Connection, scopes: _Scopes, contact_ids: list[int], archive: LedgerArchive) -> dict[int, _Change]:
+    """The rows, locked in key order or from the archive, with what is kept about them."""
+    campaign_id = scopes.campaign_id
     ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(contact_ids))
     columns = (
         Delivery.contact_id,
@@ -194,21 +224,20 @@ def _read(connection: Connection, campaign_id: int, contact_ids: list[int]) -> d
         Delivery.reason,
         Delivery.server_id,
     )
-    rows = connection.execute(sa.select(*columns).where(*ours).order_by(Delivery.contact_id).with_for_update()).all()
-    kept: defaultdict[int, set[tuple[int, Kind]]] = defaultdict(set)
-    answered = set()
+    rows: list[Any] = list(connection.execute(sa.select(*columns).where(*ours).order_by(Delivery.contact_id).with_for_update()))
     about = sa.select(DeliveryEvent.contact_id, DeliveryEvent.attempt, DeliveryEvent.kind).where(
         DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id.in_(contact_ids), DeliveryEvent.kind.in_([BOUNCED, *Kind])
     )
+    about_each: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)
     for event in connection.execute(about):
-        if event.kind == BOUNCED:
-            answered.add((event.contact_id, event.attempt))
-        else:
-            kept[event.contact_id].add((event.attempt, Kind(event.kind)))
-    return {
-        row.contact_id: _Change(row, Known(State(row.state), row.attempt, (row.contact_id, row.attempt) in answered, frozenset(kept[row.contact_id])), [])
-        for row in rows
-    }
+        about_each[event.contact_id].add((event.attempt, event.kind))
+    if scopes.archive is not None:
+        # Of a ledger that is being deleted some rows are still here, with their events.
+        gone = set(contact_ids) - {row.contact_id for row in rows}
+        rows += archive.recipients(campaign_id, scopes.archive, gone).values()
+        for old in archive.events(campaign_id, scopes.archive, gone):
+            about_each[old.contact_id].add((old.attempt, old.kind))
+    return {row.contact_id: _Change(row, known(row.state, row.attempt, about_each[row.contact_id], is_archived=scopes.is_archived), []) for row in rows}
 
 
 def _place(change: _Change | None, piece: Evidence) -> Effect:
@@ -260,9 +289,9 @@ def _write_events(connection: Connection, changes: Iterable[_Change], now: dt.da
         connection.execute(insert_if_absent(EngagementEvent), engagement)
 
 
-def _move(connection: Connection, campaign_id: int, changes: Iterable[_Change], now: dt.datetime) -> None:
+def _move(connection: Connection, scopes: _Scopes, changes: Iterable[_Change], now: dt.datetime) -> None:
     """Give rows the states that follow, with their counters."""
-    second = int(now.timestamp())
+    campaign_id, second = scopes.campaign_id, int(now.timestamp())
     moves: defaultdict[int, Counter[counters.Place]] = defaultdict(Counter)
     groups: defaultdict[tuple[State, State, int | None, str | None, str], list[int]] = defaultdict(list)
     for change in changes:
@@ -283,7 +312,8 @@ def _move(connection: Connection, campaign_id: int, changes: Iterable[_Change], 
             # Of the others it is known when they were sent, within seconds.
             values["sort_key"] = second
         ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(contact_ids), Delivery.state == int(before))
-        connection.execute(sa.update(Delivery).where(*ours).values(values))
+        if not scopes.is_archived:
+            connection.execute(sa.update(Delivery).where(*ours).values(values))
     for server_id, its_moves in sorted(moves.items()):
         counters.add(connection, campaign_id, server_id, its_moves, now)
 

@@ -18,10 +18,11 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.sets import insert_if_absent
-from mail_pipelines.database.models import Delivery, DeliveryEvent, State
+from mail_pipelines.database.models import Campaign, Delivery, DeliveryEvent, State
 from mail_pipelines.database.types import enhanced_number
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.events import RESOLVED, event_id, mask_addresses
+from mail_pipelines.delivery.evidence import ARCHIVED
 from mail_pipelines.delivery.recording import Result, write_events
 from mail_pipelines.delivery.transitions import may_move
 
@@ -119,8 +120,11 @@ def note(connection: Connection, campaign_id: int, server_id: int, messages: Seq
 def complete(connection: Connection, campaign_id: int, server_id: int, results: Sequence[Result], now: dt.datetime) -> int:
     """Give bounces that were recorded by our own server's words those of the destination: code, reason, event, suppression. Returns how many.
 
-    At most a few thousand results, all bounces. Rows that say the same already, or are no bounce of this attempt, are left alone.
+    At most a few thousand results, all bounces. Rows that say the same already, or are no bounce of this attempt, are left alone; so is an archived ledger.
     """
+    state = connection.execute(sa.select(Campaign.state).where(Campaign.id == campaign_id).with_for_update(read=True)).scalar_one_or_none()
+    if state == ARCHIVED:
+        return 0
     wanted = {result.contact_id: result for result in results}
     columns = (Delivery.contact_id, Delivery.attempt, Delivery.provider, Delivery.code, Delivery.enhanced, Delivery.reason, Delivery.address_hash)
     bounced = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(wanted)), Delivery.state == int(State.BOUNCED))

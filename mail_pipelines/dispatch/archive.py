@@ -17,19 +17,16 @@ import datetime as dt
 import gzip
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mail_pipelines.config import mask_url
 from mail_pipelines.dispatch import last_error, tail
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders
 from mail_pipelines.dispatch.journal import Journal, Position
+from mail_pipelines.object_store import ObjectStore
 
 # A piece is shipped when so much has come, or so long after the one before. It is of the moment of a loss what may be missing.
 PIECE_BYTES = 4 << 20
@@ -46,7 +43,6 @@ _COMPARED_BYTES = 4096
 _NOWHERE = Position(0, 0)
 _NAME = re.compile(r"(\d{8})-(\d{10})-(\d+)-(\d{12})-(\d+)\.log\.gz")
 _CLOSED = "closed"
-_PART = ".part"
 _log = logging.getLogger(__name__)
 
 
@@ -95,91 +91,52 @@ class Archive:
     """The archive at a folder or a URL that fsspec knows. Every method raises `ArchiveError` if it is away, full, or refuses."""
 
     def __init__(self, url: str) -> None:
-        # Half of what a send run may take to start; only who ships or recovers needs it.
-        import fsspec.core
-        from fsspec.implementations.local import LocalFileSystem
-
-        self.url = mask_url(url)
-        with self._told("opened"):
-            files, root = fsspec.core.url_to_fs(url)
-        self._files: Any = files
-        self._root: str = root
-        self._local = isinstance(files, LocalFileSystem)
+        self._store = ObjectStore(url, "log archive", ArchiveError, "what is not shipped stays in the server's log, and is shipped when it can be")
+        self.url = self._store.url
 
     @classmethod
     def of(cls, url: str) -> Archive | None:
         """The archive at `url`; none if that is empty."""
         return cls(url) if url else None
 
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except ArchiveError:
-            raise
-        except Exception as error:
-            # Each file system has errors of its own.
-            words = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
-            raise ArchiveError(
-                f"the log archive {self.url} cannot be {what}: {words}; what is not shipped stays in the server's log, and is shipped when it can be"
-            ) from error
-
-    def _check_root(self) -> None:
-        """The folder of the archive is never made here: where a disk is not mounted, pieces would land below its mount point."""
-        if self._local and not Path(self._root).is_dir():
-            raise ArchiveError(f"the log archive {self.url} is not there: make the folder, or mount the disk that it is on")
-
-    def _names(self, *folders: str) -> list[str]:
-        with self._told("read"):
-            self._check_root()
-            # What another host has put there in the meantime.
-            self._files.invalidate_cache()
-            try:
-                found = self._files.ls("/".join((self._root, *folders)), detail=False)
-            except FileNotFoundError:
-                return []
-        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
-
     def servers(self) -> list[str]:
-        return sorted(self._names())
+        return self._store.names()
 
     def incarnations(self, server: str) -> list[str]:
-        return sorted(self._names(server))
+        return self._store.names(server)
 
     def pieces(self, server: str, incarnation: str) -> list[Piece]:
         """All pieces, in the order in which they were logged."""
-        return sorted(piece for name in self._names(server, incarnation) if (piece := Piece.of_name(name)) is not None)
+        return sorted(piece for name in self._store.names(server, incarnation) if (piece := Piece.of_name(name)) is not None)
 
     def has(self, server: str, incarnation: str, piece: Piece) -> bool:
-        with self._told("read"):
-            self._check_root()
-            self._files.invalidate_cache()
-            return bool(self._files.exists(self._path(server, incarnation, piece.name)))
+        return self._store.has(server, incarnation, piece.name)
 
     def read(self, server: str, incarnation: str, piece: Piece) -> bytes:
         """The records of a piece. Raises `ArchiveError` for one that is damaged, too."""
-        with self._told("read"):
-            data = gzip.decompress(self._files.cat_file(self._path(server, incarnation, piece.name)))
+        with self._store.told("read"):
+            data = gzip.decompress(self._store.read(server, incarnation, piece.name))
         if len(data) != piece.size:
             raise ArchiveError(f"the piece {piece.name} of server {server} in {self.url} has {len(data)} bytes and not {piece.size}: it is damaged")
         return data
 
     def put(self, server: str, incarnation: str, piece: Piece, data: bytes) -> None:
         """Write a piece, which is there whole or not at all."""
-        self._write(server, incarnation, piece.name, gzip.compress(data, _LEVEL, mtime=0))
+        self._store.write(gzip.compress(data, _LEVEL, mtime=0), server, incarnation, piece.name)
 
     def close(self, server: str, incarnation: str, boot_id: str | None) -> None:
         """Write down that the server has logged nothing behind its last piece."""
         pieces = self.pieces(server, incarnation)
         if pieces:
-            self._write(server, incarnation, _CLOSED, json.dumps({"last": pieces[-1].name, "boot_id": boot_id}).encode())
+            closed = {"last": pieces[-1].name, "boot_id": boot_id}
+            self._store.write(json.dumps(closed).encode(), server, incarnation, _CLOSED)
 
     def closed(self, server: str, incarnation: str) -> Closed | None:
         """What retirement has written, if it has."""
-        if _CLOSED not in self._names(server, incarnation):
+        if _CLOSED not in self._store.names(server, incarnation):
             return None
-        with self._told("read"):
-            return Closed(**json.loads(self._files.cat_file(self._path(server, incarnation, _CLOSED))))
+        with self._store.told("read"):
+            return Closed(**json.loads(self._store.read(server, incarnation, _CLOSED)))
 
     def prune(self, before: dt.datetime) -> int:
         """Delete pieces that were shipped before a moment; how many. Of a server that may go on, an empty piece keeps the place."""
@@ -194,47 +151,12 @@ class Archive:
                 is_all = old[-1] == pieces[-1]
                 if is_all and self.closed(server, incarnation) is None:
                     self.put(server, incarnation, Piece(old[-1].number + 1, old[-1].at, old[-1].inode, old[-1].end.offset, 0), b"")
-                with self._told("pruned"):
-                    for piece in old:
-                        self._files.rm_file(self._path(server, incarnation, piece.name))
-                    if is_all and _CLOSED in self._names(server, incarnation):
-                        self._files.rm(self._path(server, incarnation), recursive=True)
+                for piece in old:
+                    self._store.remove(server, incarnation, piece.name)
+                if is_all and _CLOSED in self._store.names(server, incarnation):
+                    self._store.remove_folder(server, incarnation)
                 count += len(old)
         return count
-
-    def _path(self, *names: str) -> str:
-        return "/".join((self._root, *names))
-
-    def _write(self, server: str, incarnation: str, name: str, data: bytes) -> None:
-        with self._told("written"):
-            self._check_root()
-            if self._local:
-                _write_local(Path(self._root), (server, incarnation), name, data)
-                return
-            self._files.makedirs(self._path(server, incarnation), exist_ok=True)
-            # A put of an object store is whole by itself; other file systems rename.
-            part = self._path(server, incarnation, _PART)
-            self._files.pipe_file(part, data)
-            self._files.mv(part, self._path(server, incarnation, name))
-
-
-def _write_local(root: Path, folders: tuple[str, ...], name: str, data: bytes) -> None:
-    """With addresses in it: for nobody else to read, and on the disk before it counts as shipped."""
-    folder = root
-    for one in folders:
-        folder = folder / one
-        folder.mkdir(mode=0o700, exist_ok=True)
-    part = folder / _PART
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / name)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Shipper:

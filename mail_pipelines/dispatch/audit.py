@@ -29,6 +29,7 @@ from mail_pipelines.database.models import Campaign, CampaignCounter, Delivery, 
 from mail_pipelines.delivery import evidence, resolving
 from mail_pipelines.delivery.classes import classify
 from mail_pipelines.delivery.evidence import Effect, Evidence
+from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.delivery.recording import Result
 from mail_pipelines.dispatch import greylisting, tail
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
@@ -346,6 +347,9 @@ class _Auditor:
     def _judge(self, campaign_id: int, known: Sequence[tuple[DeliveryToken, Outcome]]) -> None:
         """Hold each of some outcomes of a campaign against its row, end doubts, and note what does not agree."""
         with reading(self.engine) as connection:
+            if connection.execute(sa.select(Campaign.state).where(Campaign.id == campaign_id)).scalar_one_or_none() == evidence.ARCHIVED:
+                # It was held against the ledger when that was here.
+                return
             columns = (Delivery.contact_id, Delivery.state, Delivery.attempt, Delivery.provider)
             ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted({token.contact_id for token, _ in known})))
             rows = {row.contact_id: row for row in connection.execute(sa.select(*columns).where(*ours))}
@@ -381,8 +385,10 @@ class _Auditor:
             for result in known
         ]
 
+        archive = LedgerArchive(self.settings.campaigns.archive)
+
         def work(connection: Connection) -> tuple[Counter[State], int]:
-            effects = [effect for part in slices(pieces) for effect in evidence.apply(connection, part, self.now)]
+            effects = [effect for part in slices(pieces) for effect in evidence.apply(connection, part, self.now, archive)]
             resolved = Counter(result.state for result, effect in zip(known, effects, strict=True) if effect is Effect.NEW)
             if open_again:
                 resolved += resolving.resolve(connection, campaign_id, self.server.id, open_again, _JOURNAL, self.now)

@@ -16,6 +16,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import transact
 from mail_pipelines.delivery import evidence
 from mail_pipelines.delivery.evidence import Effect, Evidence
+from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.dispatch.files import only_one
 from mail_pipelines.inbound import mailbox, maildir, reports
 from mail_pipelines.inbound.folders import InboundFolders
@@ -50,8 +51,8 @@ def files_wait(settings: Settings) -> bool:
 def read(engine: Engine, settings: Settings, now: dt.datetime) -> Report:
     """Read all messages that wait, each once. A killed call may be repeated.
 
-    A message about something that a server has in hand waits for the next call. Raises `AlreadyRunning` if another process reads, and
-    `MailboxError` if the IMAP mailbox cannot be polled, after the maildirs have been read.
+    A message about something that a server has in hand, or whose row is in an archive that is away, waits for the next call. Raises
+    `AlreadyRunning` if another process reads, and `MailboxError` if the IMAP mailbox cannot be polled, after the maildirs have been read.
     """
     folders, key, report = InboundFolders.of(settings.inbound), settings.token_key(), Report()
     with only_one(folders.lock, "reading inbound mail"):
@@ -59,26 +60,27 @@ def read(engine: Engine, settings: Settings, now: dt.datetime) -> Report:
             if settings.inbound.imap_url:
                 report.fetched = mailbox.fetch(settings.inbound, folders.mail / "mailbox")
         finally:
+            archive = LedgerArchive(settings.campaigns.archive)
             for folder in folders.maildirs():
-                _read_maildir(engine, folder, key, now, report)
+                _read_maildir(engine, folder, key, now, report, archive)
                 maildir.prune(folder, now - dt.timedelta(days=settings.inbound.keep_days))
     return report
 
 
-def _read_maildir(engine: Engine, folder: Path, key: bytes, now: dt.datetime, report: Report) -> None:
+def _read_maildir(engine: Engine, folder: Path, key: bytes, now: dt.datetime, report: Report, archive: LedgerArchive) -> None:
     messages = maildir.waiting(folder, MESSAGES_AT_ONCE)
     for start in range(0, len(messages), evidence.BATCH):
         found = [(message, piece) for message in messages[start : start + evidence.BATCH] if (piece := _piece(message, key, report)) is not None]
         if not found:
             continue
         pieces = [piece for _, piece in found]
-        effects = transact(engine, lambda connection, pieces=pieces: evidence.apply(connection, pieces, now))  # type: ignore[misc]
+        effects = transact(engine, lambda connection, pieces=pieces: evidence.apply(connection, pieces, now, archive))  # type: ignore[misc]
         for (message, piece), effect in zip(found, effects, strict=True):
             if effect is Effect.NEW:
                 report.new[piece.kind.value] += 1
             else:
                 report.others[effect.value] += 1
-            if effect is not Effect.TOO_EARLY:
+            if effect not in (Effect.TOO_EARLY, Effect.ARCHIVE_AWAY):
                 message.finish()
 
 

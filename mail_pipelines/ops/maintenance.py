@@ -1,11 +1,12 @@
-"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, old pieces of the log archive, old runs of Dagster, the import of dropped files."""
+"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, ledgers of old campaigns, old pieces of the log archive, old runs of Dagster, the
+import of dropped files."""
 
 import datetime as dt
 from pathlib import Path
 
 import dagster as dg
 
-from mail_pipelines.campaigns import lifecycle, overdue
+from mail_pipelines.campaigns import archiving, lifecycle, overdue
 from mail_pipelines.contacts import importing
 from mail_pipelines.database import partitions as table_partitions
 from mail_pipelines.database.engine import reading
@@ -54,6 +55,15 @@ def prune_bookkeeping(context: dg.OpExecutionContext, database: CentralDatabase)
 
 
 @dg.op(out=dg.Out(dg.Nothing))
+def archive_campaigns(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Move the ledgers of campaigns that have been over for long to the archive. One that cannot be moved stays, and is tried again the next night."""
+    report = archiving.archive_old(database.engine, database.settings, dt.datetime.now(dt.UTC))
+    for key, reason in report.failed.items():
+        context.log.warning("%s is not archived: %s", key, reason)
+    context.log.info("%d campaigns archived, %d rows deleted from the database", len(report.archived), sum(report.archived.values()))
+
+
+@dg.op(out=dg.Out(dg.Nothing))
 def suppress_addresses(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
     """Suppress addresses that were refused again and again."""
     count = suppression.suppress_repeated(database.engine, dt.datetime.now(dt.UTC))
@@ -91,12 +101,16 @@ def prune_log_archive(context: dg.OpExecutionContext, database: CentralDatabase)
         context.log.info("%d pieces of the log archive deleted", count)
 
 
-@dg.job(description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, old logs and runs.")
+@dg.job(
+    description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, ledgers of old campaigns, "
+    "old logs and runs."
+)
 def maintenance() -> None:
     close_rows()
     extend_partitions()
     prune_bookkeeping()
     suppress_addresses()
+    archive_campaigns()
     prune_log_archive()
     prune_runs()
 

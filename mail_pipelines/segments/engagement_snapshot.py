@@ -4,7 +4,7 @@
   criteria about campaigns read only the row groups of these campaigns.
 * roll-ups: contact_id, opens, clicks, last_open_at, last_click_at, engaged (epoch second of the last of both); machines do not count.
   Layers add up: counts by sum, times by maximum.
-* receivers (`Received`): contact_id, received_at, by the ledger.
+* receivers (`Received`): contact_id, received_at, by the ledger or its archive.
 
 Times are naive UTC. What does not belong here: delivery results, which the counters have. Imports pyarrow: import this inside functions.
 """
@@ -23,7 +23,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import CampaignCounter, Delivery, EngagementEvent, State
+from mail_pipelines.database.models import Campaign, CampaignCounter, Delivery, EngagementEvent, State
+from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
 from mail_pipelines.segments import parts
 from mail_pipelines.segments.catalogue import read_campaigns
 from mail_pipelines.segments.feed import CHUNK_ROWS, Feed, Reading
@@ -72,7 +73,7 @@ ROLLUP_SCHEMA = pa.schema(
 RECEIVED_SCHEMA = pa.schema([("contact_id", pa.int64()), ("received_at", pa.timestamp("us"))])
 
 
-def refresh(engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, progress: Progress) -> SnapshotInfo:
+def refresh(engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, progress: Progress, archive: LedgerArchive) -> SnapshotInfo:
     """See `snapshots.refresh_engagement`."""
     with engagement_store(engine, folder).writing(now, min_free_mb) as writer:
         with reading(engine) as connection:
@@ -87,7 +88,7 @@ def refresh(engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, 
             campaigns,
             old.rows + events.rows,
             events.months(),
-            _receivers(engine, writer, old.received, progress),
+            _receivers(engine, writer, old.received, progress, archive),
             events.rollups,
         )
         writer.publish(manifest)
@@ -200,7 +201,9 @@ def add_up(tables: Sequence[pa.Table]) -> pa.Table:
 # --- receivers --------------------------------------------------------------------------------------------------
 
 
-def _receivers(engine: Engine, writer: Writer[EngagementManifest], known: Sequence[Received], progress: Progress) -> tuple[Received, ...]:
+def _receivers(
+    engine: Engine, writer: Writer[EngagementManifest], known: Sequence[Received], progress: Progress, archive: LedgerArchive
+) -> tuple[Received, ...]:
     """The counters first: receivers read after them are at least as many, and a counter that moved meanwhile is met by the next refresh."""
     with reading(engine) as connection:
         delivered: dict[int, int] = dict(
@@ -215,12 +218,30 @@ def _receivers(engine: Engine, writer: Writer[EngagementManifest], known: Sequen
     before = {received.campaign_id: received for received in known}
     stale = [campaign_id for campaign_id, count in delivered.items() if campaign_id not in before or before[campaign_id].delivered != count]
     for number, campaign_id in enumerate(stale, 1):
-        before[campaign_id] = Received(campaign_id, delivered[campaign_id], _read_receivers(engine, writer, campaign_id))
+        try:
+            before[campaign_id] = Received(campaign_id, delivered[campaign_id], _read_receivers(engine, writer, campaign_id, archive))
+        except LedgerArchiveError:
+            # Who received an archived campaign hardly changes: what is known will do until the archive is back.
+            if campaign_id not in before:
+                raise
         progress("receivers of campaigns", number, len(stale))
     return tuple(before[campaign_id] for campaign_id in sorted(before))
 
 
-def _read_receivers(engine: Engine, writer: Writer[EngagementManifest], campaign_id: int) -> Layer:
+def _read_receivers(engine: Engine, writer: Writer[EngagementManifest], campaign_id: int, archive: LedgerArchive) -> Layer:
+    """From the ledger, unless rows may have been deleted from it before it was read to its end: then all are in the archive."""
+    layer = _from_ledger(engine, writer, campaign_id)
+    with reading(engine) as connection:
+        manifest = connection.execute(sa.select(Campaign.archive).where(Campaign.id == campaign_id)).scalar_one_or_none()
+    if manifest is None:
+        return layer
+    archived = parts.LayerWriter(writer.path, writer.new_name, "received")
+    for rows in archive.delivered(campaign_id, manifest):
+        archived.add(_received(rows["contact_id"].combine_chunks(), rows["sort_key"].to_numpy()))
+    return archived.layer()
+
+
+def _from_ledger(engine: Engine, writer: Writer[EngagementManifest], campaign_id: int) -> Layer:
     layer = parts.LayerWriter(writer.path, writer.new_name, "received")
     statement = (
         sa.select(Delivery.contact_id, Delivery.sort_key)
@@ -230,5 +251,9 @@ def _read_receivers(engine: Engine, writer: Writer[EngagementManifest], campaign
     with reading(engine) as connection:
         for chunk in connection.execution_options(stream_results=True, yield_per=CHUNK_ROWS).execute(statement).partitions():
             values = np.array([tuple(row) for row in chunk], np.int64)
-            layer.add(pa.table([pa.array(values[:, 0]), pa.array(values[:, 1] * 1_000_000).cast(pa.timestamp("us"))], schema=RECEIVED_SCHEMA))
+            layer.add(_received(pa.array(values[:, 0]), values[:, 1]))
     return layer.layer()
+
+
+def _received(contact_ids: pa.Array, seconds: np.ndarray[Any, Any]) -> pa.Table:
+    return pa.table([contact_ids, pa.array(seconds * 1_000_000).cast(pa.timestamp("us"))], schema=RECEIVED_SCHEMA)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sqlalchemy.engine import Engine
 
+from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.segments.catalogue import Catalogue
 from mail_pipelines.segments.manifest import ContactManifest, EngagementManifest, SnapshotInfo
 from mail_pipelines.segments.store import SnapshotBusy, contact_store, engagement_store
@@ -70,11 +71,23 @@ def refresh_contacts(engine: Engine, folder: Path, *, now: dt.datetime, min_free
     return contact_snapshot.refresh(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress or _silent)
 
 
-def refresh_engagement(engine: Engine, folder: Path, *, now: dt.datetime, min_free_mb: int = MIN_FREE_MB, progress: Progress | None = None) -> SnapshotInfo:
-    """Bring the engagement snapshot up to date: new events, and receivers of campaigns whose delivered counter changed. Otherwise as `refresh_contacts`."""
+def refresh_engagement(
+    engine: Engine,
+    folder: Path,
+    *,
+    now: dt.datetime,
+    min_free_mb: int = MIN_FREE_MB,
+    progress: Progress | None = None,
+    archive: LedgerArchive | None = None,
+) -> SnapshotInfo:
+    """Bring the engagement snapshot up to date: new events, and receivers of campaigns whose delivered counter changed. Otherwise as `refresh_contacts`.
+
+    `archive` has the receivers of archived campaigns, which are needed if the snapshot is made anew; raises `LedgerArchiveError` if it is away then.
+    """
     from mail_pipelines.segments import engagement_snapshot
 
-    return engagement_snapshot.refresh(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress or _silent)
+    archive = archive or LedgerArchive("")
+    return engagement_snapshot.refresh(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress or _silent, archive=archive)
 
 
 def in_turn(refresh: Callable[[], SnapshotInfo]) -> SnapshotInfo:

@@ -34,6 +34,7 @@ from mail_pipelines.delivery import evidence
 from mail_pipelines.delivery.counters import LATE_BOUNCE
 from mail_pipelines.delivery.events import event_id
 from mail_pipelines.delivery.evidence import Effect, Evidence, Kind, Known
+from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.delivery.recording import ClaimRef, Result, record
 from mail_pipelines.delivery.transitions import may_move
 from tests.campaigns.parts import NOW, counters_equal_ledger, fill_ledger, ledger_states, make_campaign
@@ -48,7 +49,7 @@ def piece(kind: Kind, contact_id: int = 1, attempt: int = 0, **words: object) ->
 
 
 def apply(engine: sa.Engine, *pieces: Evidence, now: dt.datetime = LATER) -> list[Effect]:
-    return transact(engine, lambda connection: evidence.apply(connection, pieces, now))
+    return transact(engine, lambda connection: evidence.apply(connection, pieces, now, LedgerArchive("")))
 
 
 def facts(engine: sa.Engine) -> dict[str, int]:
