@@ -18,7 +18,7 @@ from tests.parts.processes import stop, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
 
-RECIPIENTS = 16_000
+RECIPIENTS = 4_000
 SERVERS = {"mx1", "mx2", "mx3"}
 CAMPAIGNS = {"winter-letter", "today-only"}
 
