@@ -1,7 +1,7 @@
 """A send session: one process that sends the due rows of one shard of one campaign through one server.
 
 It keeps a lane for each provider, which claims, sends and records (`lane`). The session ends when its shard is final, nothing falls
-due soon, its time is up, or the campaign does not want mail sent.
+due soon, its time is up, a more urgent campaign needs its slot, or its own does not want mail sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
-from mail_pipelines.dispatch import composer, last_error, servers, settlement
+from mail_pipelines.dispatch import composer, giving_way, last_error, servers, settlement
 from mail_pipelines.dispatch.burst import BurstLane
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
@@ -36,6 +36,8 @@ from mail_pipelines.messages.compiled import CompiledMessage
 from mail_pipelines.messages.composing import SenderIdentity
 
 _IDLE_POLL_SECONDS = 0.5
+# How often a session looks whether a campaign of higher priority waits for its slot.
+_GIVE_WAY_SECONDS = 5.0
 
 
 @dataclass
@@ -131,13 +133,17 @@ class Session:
 
     async def _run_lanes(self, lanes: dict[str, Lane], until: float) -> None:
         running: dict[str, asyncio.Task[None]] = {}
-        last_progress = time.monotonic()
+        last_progress = last_look = time.monotonic()
         try:
             while True:
                 if self.report.interrupted:
                     raise SessionOver("asked to end")
                 if time.monotonic() >= until:
                     raise SessionOver("the session's time is up")
+                if time.monotonic() - last_look >= _GIVE_WAY_SECONDS:
+                    last_look = time.monotonic()
+                    if (key := await in_thread(self._wanted_by)) is not None:
+                        raise SessionOver(f"campaign {key} has a higher priority and waits for a slot of this server")
                 for provider in await in_thread(self._due_providers):
                     lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
                     if provider not in running and lane.wait_until <= time.time():
@@ -177,6 +183,11 @@ class Session:
             servers.check_time(connection, self.server.id, self.server.key, self.folders)
             due = due_times(connection, self.campaign_id, self.shard, server_id=self.server.id)
         return [provider for (_, provider), moment in due.items() if moment <= time.time()]
+
+    def _wanted_by(self) -> str | None:
+        """The campaign of higher priority that needs this session's slot; None if there is none."""
+        with reading(self.engine) as connection:
+            return giving_way.waits_for_a_slot(connection, self.server, self.run_id, slots=self.settings.server.slots)
 
     def _idle_reason(self, lanes: Mapping[str, Lane], waited: float) -> str | None:
         """Why to end now that no lane has anything to do and none has had for `waited` seconds; None if it is worth waiting."""

@@ -8,6 +8,7 @@ import email.policy
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, State
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.session import Report, Session, journal_of
+from tests.dispatch.test_giving_way import another_campaign
 from tests.dispatch.world import Running, Servers, World, make_world, write_play
 from tests.parts.processes import wait_for
 
@@ -212,6 +214,20 @@ def test_two_runs_on_one_shard_send_nothing_twice_and_keep_the_limits(start: Sta
         for start_of_window in times:
             assert sum(1 for moment in times if start_of_window <= moment < start_of_window + 1) <= 40 * 1.2 + 1
     world.check_counters()
+
+
+@pytest.mark.crosswise
+def test_a_session_ends_in_order_for_an_urgent_campaign(start: Start) -> None:
+    world, server, _ = start(recipients=400, limits={"per_second": 8.0})
+    world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})
+    with ThreadPoolExecutor() as pool:
+        report = pool.submit(session(world, server).run)
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
+        another_campaign(world, priority=3)
+        assert report.result(60).reason == "campaign urgent has a higher priority and waits for a slot of this server"
+    assert set(world.states()) == {State.DELIVERED, State.PENDING}
+    assert len(world.copies()) == world.states()[State.DELIVERED]
+    assert world.open_claims() == 0
 
 
 def test_a_value_that_makes_no_message_stops_nobody_else(start: Start) -> None:

@@ -43,6 +43,7 @@ def test_three_servers_send_two_campaigns_at_once_and_all_counts_agree(tmp_path:
     assert found["disagreements"] == []
     assert (found["recipients"], found["duplicates"], found["lost"], found["unknown"]) == (RECIPIENTS, 0, 0, 0)
     assert found["together"] > 0
+    assert found["both"] > 0
     assert {(row["server"], row["campaign"]) for row in found["rows"]} == {(server, campaign) for server in SERVERS for campaign in CAMPAIGNS}
     # Counted anew, by what is in the messages: nobody is in both campaigns.
     copies = Counter(str(message["To"]) for messages in arrived.values() for message in messages)
