@@ -24,6 +24,8 @@ class RabbitMQ:
     folder: Path
     accounts: Mapping[str, str]
     port: int = field(default_factory=free_port)
+    # That of its processes, by which its commands find it.
+    environ: dict[str, str] = field(default_factory=dict)
     _mapper_port: int = field(default_factory=free_port)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -37,8 +39,9 @@ class RabbitMQ:
         lines = [f"listeners.tcp.1 = 127.0.0.1:{self.port}", f"load_definitions = {definitions}", "disk_free_limit.absolute = 10MB", "log.console = true"]
         settings.write_text("\n".join(lines) + "\n", encoding="utf-8")
         (self.folder / "enabled_plugins").write_text("[].\n", encoding="utf-8")
-        environ = {
-            "PATH": os.environ["PATH"],
+        self.environ = {
+            # Before the scripts of Debian, which look for the machine's own server.
+            "PATH": f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}",
             # Where Erlang keeps its cookie.
             "HOME": str(self.folder),
             "ERL_EPMD_PORT": str(self._mapper_port),
@@ -59,7 +62,7 @@ class RabbitMQ:
         }
         with (self.folder / "output").open("ab") as output:
             for command in (["epmd"], ["/usr/lib/rabbitmq/bin/rabbitmq-server"]):
-                self._processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output))
+                self._processes.append(subprocess.Popen(command, env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output))
                 if command == ["epmd"]:
                     wait_for(lambda: listens(self._mapper_port), what="Erlang's port mapper")
         wait_for(self._is_up, seconds=90, what=f"RabbitMQ ({self.folder / 'output'})")
