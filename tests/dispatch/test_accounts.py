@@ -264,7 +264,6 @@ def test_a_thief_opens_no_table_and_makes_none(theft: Theft) -> None:
     hidden = {"contacts", "suppressions", "subscriptions", "lists", "segments", "contact_changes", "engagement_events", "provider_usage", "allotments", "links"}
     assert not hidden & {view.name for view in VIEWS}
     for statement in (
-        "SELECT * FROM me",
         "CREATE TABLE mine (id INT)",
         "CREATE TEMPORARY TABLE suppressions (id INT)",
         f"CREATE TEMPORARY TABLE {schema}.suppressions (id INT)",

@@ -534,7 +534,7 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     assert re.findall(r"v_refusal = '(\w+)'", text) == list(Verdict)
     assert numbers["greylist_wait"] == greylisting.WAIT_SECONDS
     assert numbers["spread"] == hindrances.SPREAD_SECONDS
-    assert re.findall(r"kind = '(\w+)'", text) == [RESENT]
+    assert re.findall(r"e\.kind = '(\w+)'", text) == [RESENT]
     assert {f"'{reason}'" in text for reason in (hindrances.MOVED, hindrances.DEAD, domain_health.NO_CONNECTION, "duplicate_address")} == {True}
     assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON] * 2
     # States are never written as bare numbers.

@@ -7,7 +7,7 @@ import re
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.database.boundary.rights import IN_HAND, ME, MY_ID, VIEWS, View
+from mail_pipelines.database.boundary.rights import IN_HAND, ME, VIEWS, View
 from mail_pipelines.database.engine import is_mysql
 from mail_pipelines.database.models import Server
 from mail_pipelines.database.procedures import installation as procedures
@@ -32,7 +32,7 @@ def install(connection: Connection) -> None:
     """Make the schema with its views and procedures, or bring it and the rights of all servers' accounts up to date."""
     own = _quoted(connection, schema_of(connection))
     _run(connection, f"CREATE DATABASE IF NOT EXISTS {own} CHARACTER SET utf8mb4")
-    for view in (ME, *VIEWS):
+    for view in VIEWS:
         check = " WITH CASCADED CHECK OPTION" if view.checked else ""
         _run(connection, f"CREATE OR REPLACE SQL SECURITY DEFINER VIEW {own}.{_quoted(connection, view.name)} AS {_query(connection, view)}{check}")
     for name in procedures.names():
@@ -55,11 +55,11 @@ def grant(connection: Connection, account: str) -> None:
 
 def _query(connection: Connection, view: View) -> str:
     in_hand = ", ".join(str(int(state)) for state in IN_HAND)
-    return view.query.format(central=_central(connection), me=_my_id(connection), in_hand=in_hand)
+    return view.query.format(central=_central(connection), me=_me(connection), in_hand=in_hand)
 
 
-def _my_id(connection: Connection) -> str:
-    return MY_ID.format(own=_quoted(connection, schema_of(connection)))
+def _me(connection: Connection) -> str:
+    return ME.format(central=_central(connection))
 
 
 def _wrapper(connection: Connection, name: str) -> str:
@@ -67,7 +67,7 @@ def _wrapper(connection: Connection, name: str) -> str:
     own = _quoted(connection, schema_of(connection))
     parameters = re.search(r"CREATE PROCEDURE \w+ \((.*?)\n\)", procedures.text(name), re.DOTALL)
     assert parameters is not None
-    arguments = ", ".join(_my_id(connection) if argument == _SERVER else argument for argument in re.findall(r"\bp_\w+", parameters[1]))
+    arguments = ", ".join(_me(connection) if argument == _SERVER else argument for argument in re.findall(r"\bp_\w+", parameters[1]))
     return f"CREATE PROCEDURE {own}.{name} ({parameters[1]})\nSQL SECURITY DEFINER\nCALL {_central(connection)}.{name}({arguments})"
 
 
