@@ -23,6 +23,7 @@ from mail_pipelines.domains import store
 # MySQL takes names of 32 characters.
 _LONGEST_SCHEMA = 21
 _CANNOT_CREATE = 1396
+_NO_SUCH_CONNECTION = 1094
 _NO_RIGHTS = {1044, 1142, 1227, 1370, 1410}
 
 
@@ -54,7 +55,7 @@ def give(engine: Engine, key: str) -> Account:
     password = secrets.token_urlsafe(32)
     with explained(engine), _administration(engine) as connection:
         server = servers.find(connection, key)
-        account = f"{str(engine.url.database)[:_LONGEST_SCHEMA]}-{server.id}"
+        account = _name(engine, server.id)
         try:
             boundary.install(connection)
             verb = "ALTER" if _account(connection, server.id) else "CREATE"
@@ -73,25 +74,42 @@ def give(engine: Engine, key: str) -> Account:
 def revoke(engine: Engine, key: str, now: dt.datetime) -> Revoked:
     """End a server for good: its account, its connections, its DKIM keys; what it has in hand becomes unknown. May be repeated."""
 
-    def work(connection: Connection) -> tuple[servers.ServerInfo, str | None, tuple[str, ...]]:
+    def work(connection: Connection) -> tuple[servers.ServerInfo, tuple[str, ...]]:
         server = servers.find(connection, key)
-        account = _account(connection, server.id)
         # From here on the account is nobody's, whatever it has open.
         connection.execute(sa.update(Server).where(Server.id == server.id).values(account=None))
-        return server, account, store.retire_keys_of(connection, server.id, now)
+        return server, store.retire_keys_of(connection, server.id, now)
 
-    server, account, records = transact(engine, work)
-    if account is not None:
-        with explained(engine), _administration(engine) as connection:
-            try:
-                connection.exec_driver_sql("DROP USER IF EXISTS %s@'%%'", (account,))
-                # What they have locked would stay so.
-                for number in connection.exec_driver_sql("SELECT id FROM information_schema.processlist WHERE user = %s", (account,)).scalars().all():
-                    connection.exec_driver_sql("KILL %s", (number,))
-            except sa.exc.DBAPIError as error:
-                raise _explained(error, engine, account) from error
+    server, records = transact(engine, work)
     unknown = 0 if server.state == registry.ServerState.RETIRED else registry.retire_lost(engine, key)
+    if is_mysql(engine):
+        _drop(engine, _name(engine, server.id))
     return Revoked(unknown, records)
+
+
+def _drop(engine: Engine, account: str) -> None:
+    """End an account and its connections, if there are any: what they have locked would stay so."""
+    with explained(engine), _administration(engine) as connection:
+        try:
+            connection.exec_driver_sql("DROP USER IF EXISTS %s@'%%'", (account,))
+            for number in connection.exec_driver_sql("SELECT id FROM information_schema.processlist WHERE user = %s", (account,)).scalars().all():
+                _kill(connection, number)
+        except sa.exc.DBAPIError as error:
+            raise _explained(error, engine, account) from error
+
+
+def _kill(connection: Connection, number: int) -> None:
+    """End a connection; one that has ended by itself is as good."""
+    try:
+        connection.exec_driver_sql("KILL %s", (number,))
+    except sa.exc.DBAPIError as error:
+        if _code(error) != _NO_SUCH_CONNECTION:
+            raise
+
+
+def _name(engine: Engine, server_id: int) -> str:
+    """The name of a server's account: that of the schema keeps installations in one database server apart."""
+    return f"{str(engine.url.database)[:_LONGEST_SCHEMA]}-{server_id}"
 
 
 def _administration(engine: Engine) -> Connection:
@@ -107,8 +125,12 @@ def _is_encrypted(connection: Connection) -> bool:
     return bool(connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Ssl_cipher'").one()[1])
 
 
+def _code(error: sa.exc.DBAPIError) -> object:
+    return getattr(error.orig, "args", (None,))[0]
+
+
 def _explained(error: sa.exc.DBAPIError, engine: Engine, account: str) -> Exception:
-    code = getattr(error.orig, "args", (None,))[0]
+    code = _code(error)
     if code == _CANNOT_CREATE:
         return AccountError(f"the database has an account {account} that is not known here: drop it if no other installation uses it, then repeat this")
     if code in _NO_RIGHTS:
