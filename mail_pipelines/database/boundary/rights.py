@@ -38,7 +38,7 @@ VIEWS = (
     View(
         "campaigns",
         "SELECT",
-        "SELECT id, `key`, state, brand_id, pool_id, unsubscribe, unsubscribe_list_id, shards FROM {central}.campaigns",
+        "SELECT id, `key`, state, brand_id, pool_id, unsubscribe, unsubscribe_list_id, shards, archive FROM {central}.campaigns",
     ),
     View(
         "campaign_versions",
