@@ -164,6 +164,8 @@ class Settings(Section):
     """All settings, with `{home}` already replaced by the home folder."""
 
     home: Path
+    # The dispatch server that this process speaks for (MAIL_PIPELINES_SERVER); None at the centre, which on one host speaks for all.
+    this_server: str | None = None
     database: DatabaseSettings = DatabaseSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     sending: SendingSettings = SendingSettings()
@@ -308,7 +310,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         values |= {name: value for (where, name), (value, _) in given.items() if where == section}
         document[section] = {name: value.replace("{home}", str(home)) if isinstance(value, str) else value for name, value in values.items()}
     try:
-        settings = Settings(home=home, **document)
+        settings = Settings(home=home, this_server=environ.get("MAIL_PIPELINES_SERVER") or None, **document)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         section, name = str(first["loc"][0]), str(first["loc"][1])

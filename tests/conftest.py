@@ -79,7 +79,8 @@ class EmptyDatabases:
         try:
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql("SET SESSION foreign_key_checks = 0, SESSION lock_wait_timeout = 2, SESSION innodb_lock_wait_timeout = 2")
-                tables = [row[0] for row in connection.exec_driver_sql("SHOW TABLES") if row[0] != "alembic_version"]
+                found = connection.exec_driver_sql("SHOW FULL TABLES WHERE Table_type = 'BASE TABLE'")
+                tables = [row[0] for row in found if row[0] != "alembic_version"]
                 assert set(tables) == set(Base.metadata.tables)
                 query = " UNION ALL ".join(f"SELECT '{table}', EXISTS (SELECT 1 FROM `{table}`)" for table in tables)
                 for table in [row[0] for row in connection.exec_driver_sql(query) if row[1]]:

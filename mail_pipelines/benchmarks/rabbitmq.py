@@ -38,6 +38,8 @@ class RabbitMQ:
     folder: Path
     accounts: Mapping[str, str]
     port: int = field(default_factory=free_port)
+    # That of its processes, by which its commands find it.
+    environ: dict[str, str] = field(default_factory=dict)
     _mapper_port: int = field(default_factory=free_port)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -53,8 +55,9 @@ class RabbitMQ:
         lines = [f"listeners.tcp.1 = 127.0.0.1:{self.port}", f"load_definitions = {definitions}", "disk_free_limit.absolute = 10MB", "log.console = true"]
         settings.write_text("\n".join(lines) + "\n", encoding="utf-8")
         (self.folder / "enabled_plugins").write_text("[].\n", encoding="utf-8")
-        environ = {
-            "PATH": os.environ["PATH"],
+        self.environ = {
+            # Before the scripts of Debian, which look for the machine's own server.
+            "PATH": f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}",
             # Where Erlang keeps its cookie.
             "HOME": str(self.folder),
             "ERL_EPMD_PORT": str(self._mapper_port),
@@ -73,16 +76,16 @@ class RabbitMQ:
             "RUNNING_UNDER_SYSTEMD": "yes",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",
         }
-        self._spawn(["epmd"], environ)
+        self._spawn(["epmd"])
         self._wait(self._mapper_port)
-        self._spawn([_SERVER], environ)
+        self._spawn([_SERVER])
         self._wait(self.port)
         return self
 
-    def _spawn(self, command: list[str], environ: Mapping[str, str]) -> None:
+    def _spawn(self, command: list[str]) -> None:
         with (self.folder / "output").open("ab") as output:
             # In a session of its own: a terminal's Ctrl-C is for whoever started it.
-            process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(command, env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         self._processes.append(process)
 
     def _wait(self, port: int) -> None:

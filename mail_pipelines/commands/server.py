@@ -198,6 +198,40 @@ def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its hos
         console.print(f"server {name} is retired")
 
 
+@app.command("account")
+def account(name: str) -> None:
+    """Make the database account of a server on another host, or give it a new password, and keep that in the home for you to copy there."""
+    from mail_pipelines.dispatch import accounts
+    from mail_pipelines.dispatch.files import replace_file
+
+    given = accounts.give(open_engine(), name)
+    folder = settings().home / "secrets" / "servers"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    place = folder / f"{name}.password"
+    replace_file(place, given.password + "\n")
+    console.print(f"server {name} has an account; on its host set", markup=False)
+    console.print(f"MAIL_PIPELINES_DATABASE__URL={given.url}", markup=False, highlight=False)
+    console.print(f"and MAIL_PIPELINES_DATABASE__PASSWORD_FILE to a copy of {place}", markup=False, highlight=False)
+
+
+@app.command("revoke")
+def revoke(name: str) -> None:
+    """Shut a stolen server out: its accounts at database and broker, its DKIM keys; what it has in hand becomes unknown. It never comes back."""
+    import datetime as dt
+
+    from mail_pipelines.dispatch import accounts
+    from mail_pipelines.resources import broker_accounts
+
+    done = accounts.revoke(open_engine(), name, dt.datetime.now(dt.UTC))
+    (settings().home / "secrets" / "servers" / f"{name}.password").unlink(missing_ok=True)
+    console.print(f"server {name} is revoked; {done.unknown:,} recipients it had in hand are unknown now")
+    for record in done.records:
+        console.print(f"remove from the DNS at once: {record}", markup=False, highlight=False)
+    if (settings().broker.url or "").startswith(("amqp://", "amqps://")):
+        broker_accounts.delete(name)
+        console.print("its account at the broker is deleted")
+
+
 @app.command("retry")
 def retry(name: str, provider: Annotated[str, typer.Argument(help="provider group that the server has stopped sending to")]) -> None:
     """Let a server send a few messages to a provider that refused it, without waiting further."""

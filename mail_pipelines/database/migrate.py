@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from mail_pipelines.database.boundary import installation as boundary
 from mail_pipelines.database.engine import DatabaseError, explained, transact
 from mail_pipelines.database.models import DEFAULT_POOL, Brand, LedgerGeneration, Pool
 from mail_pipelines.database.procedures import installation
@@ -43,7 +44,14 @@ def upgrade(engine: Engine) -> None:
     with explained(engine):
         command.upgrade(alembic_config(engine), "head")
     transact(engine, installation.install_missing)
+    transact(engine, _renew_boundary)
     transact(engine, _seed)
+
+
+def _renew_boundary(connection: Connection) -> None:
+    """What the accounts of servers see follows the tables, where there are such accounts."""
+    if boundary.exists(connection):
+        boundary.install(connection)
 
 
 def _seed(connection: Connection) -> None:

@@ -323,7 +323,9 @@ class Server(Base):
     heartbeat_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     health: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
     created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
-    __table_args__ = (MYSQL,)
+    # The account of MySQL/MariaDB that is this server (`database.boundary`). Without it no account is.
+    account: Mapped[str | None] = mapped_column(ascii_string(32))
+    __table_args__ = (sa.Index(None, "account", unique=True), MYSQL)
 
 
 class ProviderLimit(Base):

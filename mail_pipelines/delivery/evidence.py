@@ -34,6 +34,7 @@ from mail_pipelines.delivery import counters, events, suppression
 from mail_pipelines.delivery.classes import classify
 from mail_pipelines.delivery.events import BOUNCED, event_id, mask_addresses
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError, Manifest
+from mail_pipelines.delivery.recording import suppress_bounced
 from mail_pipelines.delivery.transitions import may_move
 
 # So many pieces of evidence are applied in one transaction.
@@ -205,7 +206,7 @@ def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence
     _write_events(connection, changes.values(), now)
     _move(connection, scopes, changes.values(), now)
     _count_facts(connection, scopes.campaign_id, changes.values())
-    _suppress(connection, changes, now)
+    _suppress(connection, scopes.campaign_id, changes, now)
     _grant(connection, scopes, pieces, changes, now)
     return effects
 
@@ -325,13 +326,17 @@ def _count_facts(connection: Connection, campaign_id: int, changes: Iterable[_Ch
     counters.add_facts(connection, campaign_id, counts)
 
 
-def _suppress(connection: Connection, changes: Mapping[int, _Change], now: dt.datetime) -> None:
+def _suppress(connection: Connection, campaign_id: int, changes: Mapping[int, _Change], now: dt.datetime) -> None:
     """Suppress addresses that a refusal of the row's own attempt proves to be bad."""
-    bad = []
-    for change in changes.values():
+    bounced, bad = [], []
+    for contact_id, change in changes.items():
         refusals = [piece for piece in change.new if piece.kind in FAILED and piece.attempt == change.before.attempt]
         if any(suppression.is_at_once(classify(change.row.provider, piece.code, piece.enhanced, piece.text).action) for piece in refusals):
-            bad.append(change.row.address_hash)
+            if change.after().state is State.BOUNCED:
+                bounced.append(contact_id)
+            else:
+                bad.append(change.row.address_hash)
+    suppress_bounced(connection, campaign_id, bounced, now)
     if bad:
         consent.suppress(connection, bad, reason="bounce", now=now)
 

@@ -6,6 +6,7 @@ Nothing here reads a journal or talks SMTP: it gets the end state of every row o
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,9 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.sets import insert_if_absent
+from mail_pipelines.database.engine import is_mysql
 from mail_pipelines.database.models import Allotment, Campaign, Claim, Delivery, DeliveryEvent, ProviderUsage, State
+from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.database.types import utc_now
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.events import BOUNCED, DEFERRED, event_id, mask_addresses, resent_among
@@ -93,15 +96,15 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
     closed = connection.execute(_CLOSE, {"claim": claim.id, "before": claim_state, "now": now})
     if closed.rowcount != 1:
         raise LedgerConflict(f"claim {claim.id} is no longer {claim_state}: another process has settled it")
-    released = [result for result in results if result.state is State.PENDING]
     if campaign_state == "cancelled":
         results = _after_cancel(connection, claim, results)
+    released = [result for result in results if result.state is State.PENDING]
 
     groups: defaultdict[_End, list[int]] = defaultdict(list)
     for result in results:
         groups[_End(result.state, result.code, result.enhanced, result.reason, result.due, result.asked)].append(result.contact_id)
     for end, contact_ids in sorted(groups.items(), key=lambda item: item[1][0]):
-        changed = _move(connection, claim, end, sorted(contact_ids), int(now.timestamp()))
+        changed = _move(connection, claim, end, sorted(contact_ids), now)
         if changed != len(contact_ids):
             raise LedgerConflict(f"claim {claim.id}: {changed} of {len(contact_ids)} rows were still claimed")
     ends: Counter[State] = Counter()
@@ -117,10 +120,7 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
     counters.add(connection, claim.campaign_id, claim.server_id, moves, now)
     write_events(connection, claim.campaign_id, claim.server_id, results, now)
     hard = [result.contact_id for result in results if result.suppress]
-    if hard:
-        hashes = connection.execute(sa.select(Delivery.address_hash).where(Delivery.campaign_id == claim.campaign_id, Delivery.contact_id.in_(hard))).scalars()
-        consent.suppress(connection, list(hashes), reason="bounce", now=now)
-    refund(connection, claim, len(released), now)
+    suppress_bounced(connection, claim.campaign_id, hard, now)
     return ends
 
 
@@ -135,21 +135,21 @@ class _End(NamedTuple):
     asked: bool
 
 
-def _move(connection: Connection, claim: ClaimRef, end: _End, contact_ids: list[int], second: int) -> int:
+def _move(connection: Connection, claim: ClaimRef, end: _End, contact_ids: list[int], now: dt.datetime) -> int:
     """Move rows of the claim to one end; returns how many were still the claim's."""
     state = end.state
     if not may_move(State.CLAIMED, state):
         raise ValueError(f"a claimed row cannot become {state.name.lower()}")
     rows = {"campaign": claim.campaign_id, "contacts": contact_ids, "claim": claim.id}
     if state is State.PENDING:
-        return connection.execute(_RELEASE, rows).rowcount
+        return _release(connection, claim, contact_ids, now)
     values = {
         "kept_claim": None if state in (State.DEFERRED, State.CANCELLED) else claim.id,
         "to": int(state),
         "reply": end.code,
         "extended": end.enhanced,
         "why": end.reason or None,
-        "key": end.due if state is State.DEFERRED else second,
+        "key": end.due if state is State.DEFERRED else int(now.timestamp()),
         # An explicit refusal ends an attempt; silence does not, so that a retry carries the same Message-ID.
         "more": 1 if state is State.DEFERRED and end.asked else 0,
     }
@@ -186,10 +186,31 @@ def slot_at(moment: dt.datetime) -> int:
     return second - second % SLOT_SECONDS
 
 
-def refund(connection: Connection, claim: ClaimRef, count: int, now: dt.datetime) -> None:
-    """Give back the debit of messages that were not offered, in the windows that are still open."""
-    if not count:
+def _release(connection: Connection, claim: ClaimRef, contact_ids: list[int], now: dt.datetime) -> int:
+    """Give rows that were not offered back to their queue, and their debit where its windows are still open; how many were still the claim's."""
+    if is_mysql(connection):
+        [[[released]]] = call(connection, "release_rows", (claim.id, claim.server_id, json.dumps(contact_ids)))
+        return int(released)
+    released = connection.execute(_RELEASE, {"campaign": claim.campaign_id, "contacts": contact_ids, "claim": claim.id}).rowcount
+    _refund(connection, claim, released, now)
+    return released
+
+
+def suppress_bounced(connection: Connection, campaign_id: int, contact_ids: Sequence[int], now: dt.datetime) -> None:
+    """Suppress the addresses of rows that are bounced now."""
+    if not contact_ids:
         return
+    if is_mysql(connection):
+        # Of any server whose rows this account may record.
+        call(connection, "suppress_bounced", (campaign_id, None, json.dumps(list(contact_ids))))
+        return
+    bounced = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(contact_ids), Delivery.state == int(State.BOUNCED))
+    hashes = connection.execute(sa.select(Delivery.address_hash).where(*bounced)).scalars()
+    consent.suppress(connection, list(hashes), reason="bounce", now=now)
+
+
+def _refund(connection: Connection, claim: ClaimRef, count: int, now: dt.datetime) -> None:
+    """Give back the debit of messages that were not offered, in the windows that are still open."""
     current = set(windows_at(now))
     for length, start in windows_at(claim.opened_at):
         if (length, start) in current:

@@ -16,14 +16,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.sets import insert_if_absent
 from mail_pipelines.database.models import Campaign, Delivery, DeliveryEvent, State
 from mail_pipelines.database.types import enhanced_number
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.events import RESOLVED, event_id, mask_addresses
 from mail_pipelines.delivery.evidence import ARCHIVED
-from mail_pipelines.delivery.recording import Result, write_events
+from mail_pipelines.delivery.recording import Result, suppress_bounced, write_events
 from mail_pipelines.delivery.transitions import may_move
 
 
@@ -66,7 +65,7 @@ def _end(
 ) -> Counter[State]:
     """Give rows in one of `states` their ends, where the row's attempt `fits` that of its result."""
     wanted = {result.contact_id: result for result in results}
-    columns = (Delivery.contact_id, Delivery.state, Delivery.attempt, Delivery.shard, Delivery.provider, Delivery.address_hash)
+    columns = (Delivery.contact_id, Delivery.state, Delivery.attempt, Delivery.shard, Delivery.provider)
     ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(wanted)), Delivery.state.in_(sorted(map(int, states))))
     found = connection.execute(sa.select(*columns).where(*ours).order_by(Delivery.contact_id).with_for_update())
     rows = [row for row in found if fits(row.attempt, wanted[row.contact_id].attempt)]
@@ -92,7 +91,7 @@ def _end(
     counters.add(connection, campaign_id, server_id, moves, now)
     write_events(connection, campaign_id, server_id, ended, now)
     note(connection, campaign_id, server_id, [(result.contact_id, result.attempt) for result in ended], source, now)
-    _suppress(connection, rows, wanted, now)
+    suppress_bounced(connection, campaign_id, [row.contact_id for row in rows if wanted[row.contact_id].suppress], now)
     return Counter(result.state for result in ended)
 
 
@@ -126,7 +125,7 @@ def complete(connection: Connection, campaign_id: int, server_id: int, results: 
     if state == ARCHIVED:
         return 0
     wanted = {result.contact_id: result for result in results}
-    columns = (Delivery.contact_id, Delivery.attempt, Delivery.provider, Delivery.code, Delivery.enhanced, Delivery.reason, Delivery.address_hash)
+    columns = (Delivery.contact_id, Delivery.attempt, Delivery.provider, Delivery.code, Delivery.enhanced, Delivery.reason)
     bounced = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted(wanted)), Delivery.state == int(State.BOUNCED))
     found = connection.execute(sa.select(*columns).where(*bounced).with_for_update())
     rows = [row for row in found if row.attempt == wanted[row.contact_id].attempt and _codes(row) != _codes(wanted[row.contact_id])]
@@ -145,19 +144,13 @@ def complete(connection: Connection, campaign_id: int, server_id: int, results: 
     ours = (DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id.in_([row.contact_id for row in rows]), DeliveryEvent.kind == "bounced")
     connection.execute(sa.delete(DeliveryEvent).where(*ours))
     write_events(connection, campaign_id, server_id, [wanted[row.contact_id] for row in rows], now)
-    _suppress(connection, rows, wanted, now)
+    suppress_bounced(connection, campaign_id, [row.contact_id for row in rows if wanted[row.contact_id].suppress], now)
     return len(rows)
 
 
 def _codes(row: Any) -> tuple[int, int]:
     """Both codes as the ledger can hold them."""
     return row.code or 0, enhanced_number(row.enhanced)
-
-
-def _suppress(connection: Connection, rows: Sequence[Any], wanted: Mapping[int, Result], now: dt.datetime) -> None:
-    """Suppress the addresses of hard bounces."""
-    if hashes := [row.address_hash for row in rows if wanted[row.contact_id].suppress]:
-        consent.suppress(connection, hashes, reason="bounce", now=now)
 
 
 def _update(connection: Connection, campaign_id: int, state: State, contact_ids: Collection[int], values: Mapping[str, Any]) -> None:

@@ -25,7 +25,8 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Campaign, CampaignCounter, Delivery, State, SyncState
+from mail_pipelines.database.models import Campaign, CampaignCounter, State, SyncState
+from mail_pipelines.database.views import ledger_rows
 from mail_pipelines.delivery import evidence, resolving
 from mail_pipelines.delivery.classes import classify
 from mail_pipelines.delivery.evidence import Effect, Evidence
@@ -63,6 +64,7 @@ _DOUBTS = (
     )
 )
 _JOURNAL = resolving.Source("journal")
+_ledger = ledger_rows.c
 # No destination has said anything about the message, so there is nothing to hold against the ledger.
 _NO_ANSWER = (Kind.VOID, Kind.UNKNOWN, Kind.UNREACHABLE)
 # A late deferral is not among them: its row waits for the next attempt.
@@ -350,8 +352,8 @@ class _Auditor:
             if connection.execute(sa.select(Campaign.state).where(Campaign.id == campaign_id)).scalar_one_or_none() == evidence.ARCHIVED:
                 # It was held against the ledger when that was here.
                 return
-            columns = (Delivery.contact_id, Delivery.state, Delivery.attempt, Delivery.provider)
-            ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(sorted({token.contact_id for token, _ in known})))
+            columns = (_ledger.contact_id, _ledger.state, _ledger.attempt, _ledger.provider)
+            ours = (_ledger.campaign_id == campaign_id, _ledger.contact_id.in_(sorted({token.contact_id for token, _ in known})))
             rows = {row.contact_id: row for row in connection.execute(sa.select(*columns).where(*ours))}
         doubts: list[Result] = []
         bounces: list[Result] = []
@@ -411,8 +413,8 @@ class _Auditor:
 
 def _delivered(connection: Connection, campaign_id: int, attempt: int, contact_ids: Sequence[int]) -> int:
     """How many of these are delivered by this attempt."""
-    ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(contact_ids))
-    query = sa.select(sa.func.count()).where(*ours, Delivery.state == int(State.DELIVERED), Delivery.attempt == attempt)
+    ours = (_ledger.campaign_id == campaign_id, _ledger.contact_id.in_(contact_ids))
+    query = sa.select(sa.func.count()).where(*ours, _ledger.state == int(State.DELIVERED), _ledger.attempt == attempt)
     return connection.execute(query).scalar_one()
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database.engine import is_mysql, transact
 from mail_pipelines.delivery.recording import ClaimRef
-from mail_pipelines.dispatch.claiming import embedded, hindrances, procedure, refusals
+from mail_pipelines.dispatch.claiming import embedded, procedure, refusals
 from mail_pipelines.dispatch.claiming.refusals import Refusal
 from mail_pipelines.dispatch.claiming.terms import Memory, NothingClaimed, OpenClaim, Request, Row, Sender, WrongServer
 from mail_pipelines.dispatch.journal import Position
@@ -53,7 +53,6 @@ def open_claim(
         taken = take(connection, request)
         if isinstance(taken, Refusal):
             return refusals.answer(taken, request)
-        hindrances.end(connection, request, taken.hindered, taken.now)
         ref = ClaimRef(claim_id, campaign_id, shard, provider, sender.server_id, taken.now)
         return OpenClaim(ref, taken.rows, taken.version_id, taken.now + dt.timedelta(seconds=lease_seconds), position, asked)
 

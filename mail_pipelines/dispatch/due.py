@@ -9,9 +9,11 @@ from math import inf
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.database.models import OPEN_STATES, CampaignCounter, Delivery, State
+from mail_pipelines.database.models import OPEN_STATES, State
+from mail_pipelines.database.views import deferred_rows, shard_counts
 from mail_pipelines.dispatch import greylisting
 
+_deferred, _counts = deferred_rows.c, shard_counts.c
 # Shard and provider: where rows of a campaign wait.
 Place = tuple[int, str]
 
@@ -50,28 +52,23 @@ def _firsts(connection: Connection, campaign_id: int, shard: int | None, server_
     One statement: the counters say where rows wait, the ledger's index gives the first of each deferred range. What is read besides are greylisted
     rows before the first that waits for nobody.
     """
-    deferred = (
-        Delivery.campaign_id == campaign_id,
-        Delivery.shard == CampaignCounter.shard,
-        Delivery.provider == CampaignCounter.provider,
-        Delivery.state == int(State.DEFERRED),
-    )
-    first = sa.select(Delivery.sort_key).where(*deferred).order_by(Delivery.sort_key).limit(1).correlate(CampaignCounter)
-    own = first if server_id is None else first.where(~greylisting.waits_for_another(server_id))
-    pending = CampaignCounter.state == int(State.PENDING)
+    here = (_deferred.campaign_id == campaign_id, _deferred.shard == _counts.shard, _deferred.provider == _counts.provider)
+    first = sa.select(_deferred.sort_key).where(*here).order_by(_deferred.sort_key).limit(1).correlate(shard_counts)
+    own = first if server_id is None else first.where(~greylisting.waits_for_another(server_id, _deferred))
+    pending = _counts.state == int(State.PENDING)
     waiting = (
         sa.select(
-            CampaignCounter.shard,
-            CampaignCounter.provider,
+            _counts.shard,
+            _counts.provider,
             sa.case((pending, 0), else_=first.scalar_subquery()).label("first"),
             sa.case((pending, 0), else_=own.scalar_subquery()).label("own"),
         )
-        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_([int(State.PENDING), int(State.DEFERRED)]))
-        .group_by(CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state)
-        .having(sa.func.sum(CampaignCounter.count) > 0)
+        .where(_counts.campaign_id == campaign_id, _counts.state.in_([int(State.PENDING), int(State.DEFERRED)]))
+        .group_by(_counts.shard, _counts.provider, _counts.state)
+        .having(sa.func.sum(_counts.count) > 0)
     )
     if shard is not None:
-        waiting = waiting.where(CampaignCounter.shard == shard)
+        waiting = waiting.where(_counts.shard == shard)
     found: dict[Place, tuple[float, float]] = {}
     for row in connection.execute(waiting):
         # A deferred row may have been claimed since the counter was read.
@@ -84,13 +81,12 @@ def _firsts(connection: Connection, campaign_id: int, shard: int | None, server_
 def _awaited(campaign_id: int, places: Sequence[Place], second: int) -> sa.Select[int, str, int]:
     """The servers that due rows of these places wait for. Of places without other due rows, so that no others are read."""
     return (
-        sa.select(Delivery.shard, Delivery.provider, sa.type_coerce(Delivery.server_id, sa.Integer))
+        sa.select(_deferred.shard, _deferred.provider, _deferred.server_id)
         .where(
-            Delivery.campaign_id == campaign_id,
-            sa.or_(*(sa.and_(Delivery.shard == shard, Delivery.provider == provider) for shard, provider in places)),
-            Delivery.state == int(State.DEFERRED),
-            Delivery.sort_key <= second,
-            greylisting.waits_for_another(greylisting.NO_SERVER),
+            _deferred.campaign_id == campaign_id,
+            sa.or_(*(sa.and_(_deferred.shard == shard, _deferred.provider == provider) for shard, provider in places)),
+            _deferred.sort_key <= second,
+            greylisting.waits_for_another(greylisting.NO_SERVER, _deferred),
         )
         .distinct()
     )
@@ -100,10 +96,10 @@ def open_rows(connection: Connection, campaign_id: int, shard: int) -> int:
     """Rows of a shard that are not final, from the counters."""
     return int(
         connection.execute(
-            sa.select(sa.func.coalesce(sa.func.sum(CampaignCounter.count), 0)).where(
-                CampaignCounter.campaign_id == campaign_id,
-                CampaignCounter.shard == shard,
-                CampaignCounter.state.in_([int(state) for state in OPEN_STATES]),
+            sa.select(sa.func.coalesce(sa.func.sum(_counts.count), 0)).where(
+                _counts.campaign_id == campaign_id,
+                _counts.shard == shard,
+                _counts.state.in_([int(state) for state in OPEN_STATES]),
             )
         ).scalar_one()
     )
@@ -112,10 +108,10 @@ def open_rows(connection: Connection, campaign_id: int, shard: int) -> int:
 def pending_elsewhere(connection: Connection, campaign_id: int, shard: int) -> bool:
     """Whether another shard of the campaign has rows that were never offered, by the counters."""
     pending = (
-        sa.select(CampaignCounter.shard)
-        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.shard != shard, CampaignCounter.state == int(State.PENDING))
-        .group_by(CampaignCounter.shard)
-        .having(sa.func.sum(CampaignCounter.count) > 0)
+        sa.select(_counts.shard)
+        .where(_counts.campaign_id == campaign_id, _counts.shard != shard, _counts.state == int(State.PENDING))
+        .group_by(_counts.shard)
+        .having(sa.func.sum(_counts.count) > 0)
         .limit(1)
     )
     return connection.execute(pending).first() is not None

@@ -6,9 +6,12 @@ server may offer it. The stored procedure `claim_rows` states the same rule.
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 
-from mail_pipelines.database.models import Delivery, Server
+from mail_pipelines.database.models import Delivery
+from mail_pipelines.database.views import active_servers
 
 # The class of `delivery/replies.toml`.
 REASON = "greylisted"
@@ -17,7 +20,10 @@ WAIT_SECONDS = 4 * 3600
 NO_SERVER = 0
 
 
-def waits_for_another(server_id: int | sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
-    """Whether a deferred row waits for another server than this one, if `WAIT_SECONDS` have not passed since it fell due."""
-    active = sa.select(Server.id).where(Server.state == "active")
-    return sa.and_(Delivery.reason.is_not(None), Delivery.reason == REASON, Delivery.server_id != server_id, Delivery.server_id.in_(active))
+def waits_for_another(server_id: int | sa.ColumnElement[int], rows: Any = Delivery) -> sa.ColumnElement[bool]:
+    """Whether a deferred row waits for another server than this one, if `WAIT_SECONDS` have not passed since it fell due.
+
+    `rows` are the ledger's, or a view of them with `reason` and `server_id`.
+    """
+    active = sa.select(active_servers.c.id)
+    return sa.and_(rows.reason.is_not(None), rows.reason == REASON, rows.server_id != server_id, rows.server_id.in_(active))

@@ -99,7 +99,8 @@ class Session:
             try:
                 done = settlement.settle_all(self.engine, self.sender, self.folders, self.journal, self.settings.sending, self.token_key)
                 self.report.settled.update(done.rows)
-                allotments.fill(self.engine, self.settings.server.heartbeat_seconds)
+                if self.settings.this_server is None:
+                    allotments.fill(self.engine, self.settings.server.heartbeat_seconds)
                 # What is loaded by now stays. Looking through it again and again would take a tenth of a session's time.
                 gc.freeze()
                 with composer.threads() as self.signing:

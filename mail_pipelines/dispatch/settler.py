@@ -82,4 +82,6 @@ class Settler:
             self._late = LateLines(self._engine, self._settings, self._server, self._journal, self._folders)
         if ended := self._late.look(now):
             _log.info("settler of %s: late lines, %s", self._server.key, {state.name.lower(): count for state, count in ended.items()})
-        breakers.judge(self._engine, now)
+        if self._settings.this_server is None:
+            # Grants are the centre's, which judges by the same numbers.
+            breakers.judge(self._engine, now)

@@ -49,6 +49,19 @@ def new_selector(taken: tuple[str, ...], now: dt.datetime) -> str:
     return next(name for name in (day, *(f"{day}-{number}" for number in range(2, len(taken) + 2))) if name not in taken)
 
 
+def retire_keys_of(connection: Connection, server_id: int, now: dt.datetime) -> tuple[str, ...]:
+    """Retire the keys that only this server signs with, and destroy their private halves; returns the names of their DNS records.
+
+    Unlike after a rotation the records have to go at once: whoever has the server may have copied the keys.
+    """
+    table, domain = models.DkimKey, models.SendingDomain
+    own = (table.server_id == server_id, table.server_id != ALL_SERVERS)
+    rows = connection.execute(sa.select(table.selector, domain.domain).join(domain, domain.id == table.domain_id).where(*own)).all()
+    retired = {"state": KeyState.RETIRED.value, "private_key": None, "retired_at": sa.func.coalesce(table.retired_at, now)}
+    connection.execute(sa.update(table).where(*own).values(**retired))
+    return tuple(f"{row.selector}._domainkey.{row.domain}" for row in rows)
+
+
 def load(connection: Connection, domain: str, *, for_update: bool = False) -> SendingDomain:
     """The domain of this name, its row locked if `for_update`. Raises `DomainError` if there is none, naming the nearest."""
     name = Names.of(domain).domain

@@ -94,17 +94,9 @@ class TestOnMariaDB:
             connection.execute(sa.update(Contact).where(Contact.id == 5).values(values))
 
         transact(world.engine, hinder)
-        rights = [
-            f"EXECUTE ON PROCEDURE {schema}.claim_rows",
-            # What `claiming.hindrances` needs.
-            f"SELECT, UPDATE ON {schema}.deliveries",
-            f"SELECT ON {schema}.delivery_events",
-            *(f"SELECT, INSERT, UPDATE ON {schema}.{table}" for table in ("campaign_counters", "campaign_minutes")),
-        ]
         with mariadb.connect() as connection, connection.cursor() as cursor:
             cursor.execute("CREATE OR REPLACE USER thief@'%'")
-            for right in rights:
-                cursor.execute(f"GRANT {right} TO thief@'%'")
+            cursor.execute(f"GRANT EXECUTE ON PROCEDURE {schema}.claim_rows TO thief@'%'")
         stolen = create_engine(str(world.engine.url).replace("root@", "thief@"))
         with stolen.connect() as connection:
             for table in ("contacts", "suppressions", "subscriptions", "servers", "claims"):
@@ -115,11 +107,10 @@ class TestOnMariaDB:
                 connection.exec_driver_sql("CREATE TEMPORARY TABLE suppressions (id INT)")
             sender, memory = world.sender(server), servers.recall(world.engine, world.folders(server.key))
             arguments = (1, 1, 0, "google", 3, sender.server_id, sender.incarnation, "b", "r", memory.generation, None, 1, 0, 60_000_000)
-            verdict, rows, hindered = call(connection, procedure.NAME, arguments)
+            verdict, rows = call(connection, procedure.NAME, arguments)
             connection.rollback()
         assert verdict[0][0] is None
         assert [row[2] for row in rows] == ["person9@google.test"]
-        assert hindered == [(1, 0, "suppressed", None, None, None), (5, 0, "moved", parse("new@yahoo.test").hash, "yahoo", None)]
         opened = claim_on(stolen, world, server)
         assert isinstance(opened, OpenClaim)
         assert sorted(row.contact_id for row in opened.rows) == [9, 13, 17, 21, 25, 29, 33, 37]

@@ -15,7 +15,7 @@ from mail_pipelines.campaigns import resending
 from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.addresses import parse
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import is_mysql, reading, transact
 from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, LedgerGeneration, State, Suppression
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.delivery.recording import LedgerConflict, Result, record
@@ -180,7 +180,8 @@ def test_many_changed_addresses_go_to_their_own_queues_by_one_statement(world: W
 
     sa.event.listen(world.engine, "before_cursor_execute", note)
     assert sorted(row.contact_id for row in claim(world, server).rows) == [13, 17, 21, 25, 29, 33, 37]
-    assert len(updates) == 1
+    # On MariaDB it is in the procedure.
+    assert len(updates) == (0 if is_mysql(world.engine) else 1)
     with reading(world.engine) as connection:
         rows = connection.execute(sa.select(Delivery.contact_id, Delivery.address_hash, Delivery.provider).where(Delivery.contact_id.in_(new))).all()
     assert {row.contact_id: (row.address_hash, row.provider) for row in rows} == {

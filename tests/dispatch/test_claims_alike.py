@@ -527,12 +527,15 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     text = installation.text(procedure.NAME)
     numbers = {name: int(value) for name, value in re.findall(r"DECLARE c_(\w+) \w+ DEFAULT (\d+)", text)}
     states = {name: value for name, value in numbers.items() if name.upper() in State.__members__}
-    assert states == {"pending": State.PENDING, "claimed": State.CLAIMED, "deferred": State.DEFERRED}
+    assert states == {state.name.lower(): state for state in (State.PENDING, State.CLAIMED, State.DEFERRED, State.SUPPRESSED, State.UNRESOLVED)}
     assert numbers["slot"] == SLOT_SECONDS
     assert (numbers["slot"], numbers["hour"], numbers["day"]) == USAGE_WINDOWS
     assert numbers["answer_wait"] == domain_health.rules().first_wait.total_seconds()
     assert re.findall(r"v_refusal = '(\w+)'", text) == list(Verdict)
     assert numbers["greylist_wait"] == greylisting.WAIT_SECONDS
+    assert numbers["spread"] == hindrances.SPREAD_SECONDS
+    assert re.findall(r"e\.kind = '(\w+)'", text) == [RESENT]
+    assert {f"'{reason}'" in text for reason in (hindrances.MOVED, hindrances.DEAD, domain_health.NO_CONNECTION, "duplicate_address")} == {True}
     assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON] * 2
     # States are never written as bare numbers.
     assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []

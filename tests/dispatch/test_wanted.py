@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.consent import Scope
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Campaign, Contact
+from mail_pipelines.database.models import Campaign, Contact, Delivery, State
 from mail_pipelines.delivery.recording import ClaimRef
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.holds import Kind
@@ -56,6 +56,8 @@ def test_what_was_decided_meanwhile(engine: sa.Engine, tmp_path: Path, decide: C
     ref = ClaimRef(7, world.campaign_id, 0, "google", server.id, NOW)
     with reading(engine) as connection:
         assert connection.execute(sa.select(Campaign.brand_id)).scalars().all() == [1]
+    hand = sa.update(Delivery).values(state=int(State.CLAIMED), claim_id=ref.id, server_id=server.id)
+    transact(engine, lambda connection: connection.execute(hand))
     decide(world)
     with reading(engine) as connection:
         assert wanted.claim(connection, ref) is claim

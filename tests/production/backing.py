@@ -6,12 +6,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.benchmarks.rabbitmq import RabbitMQ, rights
+from mail_pipelines.dispatch import accounts
 from tests.production.fleet import SERVERS, dagster_yaml
 
 _ACCOUNT = "dagster"
 _PASSWORD = "p@ss/word:1"
+# A server that has an account at the broker and nothing else.
+SPARE = "spare"
 
 
 @dataclass
@@ -22,6 +27,14 @@ class Backing:
     of_server: dict[str, dict[str, str]] = field(default_factory=dict)
     broker: RabbitMQ | None = None
     database: MariaDB | None = None
+
+    def give_accounts(self, engine: sa.Engine) -> None:
+        """Each registered server gets its own account of the central database, where there are any."""
+        if self.database is None:
+            return
+        for name, environ in self.of_server.items():
+            given = accounts.give(engine, name)
+            environ |= {"MAIL_PIPELINES_DATABASE__URL": given.url, "MAIL_PIPELINES_DATABASE__PASSWORD": given.password}
 
 
 def filesystem(folder: Path, stack: ExitStack) -> Backing:
@@ -43,12 +56,16 @@ def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
         cursor.execute("CREATE DATABASE dagster CHARACTER SET utf8mb4")
         cursor.execute("CREATE USER %s@'127.0.0.1' IDENTIFIED BY %s", (_ACCOUNT, _PASSWORD))
         cursor.execute("GRANT ALL ON dagster.* TO %s@'127.0.0.1'", (_ACCOUNT,))
-    broker = RabbitMQ(folder, {name: rights(name) for name in SERVERS}).start()
+    broker = RabbitMQ(folder, {name: rights(name) for name in (*SERVERS, SPARE)}).start()
     stack.callback(broker.stop)
+    results = database.database()
+    with database.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE USER results@'127.0.0.1'")
+        cursor.execute(f"GRANT ALL ON {results.rpartition('/')[2]}.* TO results@'127.0.0.1'")
     environ = {
         "MAIL_PIPELINES_DATABASE__URL": database.database(),
         "MAIL_PIPELINES_BROKER__URL": broker.url("centre"),
-        "MAIL_PIPELINES_BROKER__RESULTS": f"db+{database.database()}",
+        "MAIL_PIPELINES_BROKER__RESULTS": f"db+{results.replace('root@', 'results@')}",
         "DAGSTER_MYSQL_HOST": "127.0.0.1",
         "DAGSTER_MYSQL_PORT": str(database.port),
         "DAGSTER_MYSQL_DB": "dagster",

@@ -33,7 +33,9 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         instance = stack.enter_context(dg.DagsterInstance.from_config(str(platform.settings.dagster_home)))
         running = Fleet(platform, instance, tasks.make_app(platform.settings), backing)
         running.start_worker("worker of the centre", None)
+        backing.give_accounts(platform.engine)
         for name in SERVERS:
+            running.restart_catcher(name)
             running.start_worker(f"worker of {name}", name)
         platform.start_dagster()
         for name in ("the centre", *SERVERS):

@@ -56,13 +56,22 @@ class Fleet:
 
     def start_worker(self, name: str, server: str | None, *options: str) -> None:
         """A worker as systemd starts it: by the command, with its server's name in the environment."""
+        command = [sys.executable, "-m", "mail_pipelines", "worker", "run", *options]
+        self.processes.start(name, command, env=self.environ(server), log=self.log(name))
+
+    def environ(self, server: str | None) -> dict[str, str]:
+        """What the processes of a server's host are configured with, or those of the centre."""
         environ = dict(self.platform.environ)
         if server:
             environ |= {"MAIL_PIPELINES_SERVER": server, **self.backing.of_server.get(server, {})}
             # The centre's alone.
             environ["MAIL_PIPELINES_BROKER__SIGNING_KEY"] = ""
-        command = [sys.executable, "-m", "mail_pipelines", "worker", "run", *options]
-        self.processes.start(name, command, env=environ, log=self.log(name))
+        return environ
+
+    def restart_catcher(self, name: str) -> None:
+        """The server's mail catcher, as a process of its own host."""
+        self.end(name)
+        self.processes.start(name, [sys.executable, "-m", "mail_pipelines", "catcher", "run", name], env=self.environ(name), log=self.log(name))
 
     def wait_for_worker(self, name: str) -> None:
         wait_for(lambda: " ready." in self.log(name).read_text(), seconds=90, what=f"the {name}")

@@ -1,12 +1,22 @@
-"""What the account of a stolen server can do at the broker: nothing beyond its own queues."""
+"""What the accounts of a stolen server can do at the broker and in the databases: nothing beyond its own queues and rows.
+
+`tests/dispatch/test_accounts.py` has the rights in the central database one by one.
+"""
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import amqp
 import pytest
+import sqlalchemy as sa
 from kombu import Connection, Exchange, Queue
 
-from mail_pipelines.resources import orders, tasks
+from mail_pipelines.database.engine import create_engine
+from mail_pipelines.resources import broker_accounts, orders, tasks
+from tests.parts.processes import wait_for
+from tests.production.backing import SPARE
 from tests.production.fleet import SERVERS, Fleet
 
 pytestmark = [
@@ -42,3 +52,44 @@ def test_it_commands_no_worker_of_others(fleet: Fleet, exchange: str) -> None:
         connection.Producer().publish({"method": "shutdown", "arguments": {}}, exchange=exchange)
     with Connection(fleet.backing.broker.url(STOLEN)) as connection, pytest.raises(amqp.AccessRefused):
         Queue(STOLEN, Exchange(exchange, "fanout", no_declare=True), no_declare=True)(connection.default_channel).bind_to(exchange)
+
+
+def test_its_environment_opens_no_address(fleet: Fleet) -> None:
+    """With everything in its environment file: no account that reads the central database but its own, which sees its own rows."""
+    environ, central = fleet.environ(STOLEN), str(fleet.platform.engine.url.database)
+    urls = [sa.make_url(environ["MAIL_PIPELINES_DATABASE__URL"]).set(password=environ["MAIL_PIPELINES_DATABASE__PASSWORD"])]
+    urls.append(sa.make_url(environ["MAIL_PIPELINES_BROKER__RESULTS"].removeprefix("db+")))
+    dagster = {name: environ[f"DAGSTER_MYSQL_{name}"] for name in ("USER", "PASSWORD", "HOST", "PORT", "DB")}
+    urls.append(sa.URL.create("mysql+pymysql", dagster["USER"], dagster["PASSWORD"], dagster["HOST"], int(dagster["PORT"]), dagster["DB"]))
+    for url in urls:
+        engine = create_engine(url.render_as_string(hide_password=False))
+        for table in ("contacts", "suppressions", "deliveries", "dkim_keys"):
+            with pytest.raises(sa.exc.DBAPIError, match="denied"), engine.connect() as connection:
+                connection.exec_driver_sql(f"SELECT 1 FROM {central}.{table}")
+        engine.dispose()
+
+
+def test_its_account_at_the_broker_ends_with_its_open_connections(fleet: Fleet) -> None:
+    """As `mail-pipelines server revoke` has it; of a server that nothing else needs."""
+    broker = fleet.backing.broker
+    assert broker is not None
+    with Connection(broker.url(SPARE)) as stolen:
+        stolen.connect()
+        with mock.patch.dict(os.environ, broker.environ):
+            broker_accounts.delete(SPARE)
+            # Repeating it does no harm.
+            broker_accounts.delete(SPARE)
+        wait_for(lambda: _is_closed(stolen), what="the end of the open connection")
+    with pytest.raises(amqp.AccessRefused), Connection(broker.url(SPARE)) as again:
+        again.connect()
+
+
+def _is_closed(connection: Connection) -> bool:
+    """Whether the broker has ended a connection."""
+    try:
+        connection.drain_events(timeout=0.1)
+    except TimeoutError:
+        return False
+    except (amqp.ConnectionForced, OSError):
+        return True
+    return False

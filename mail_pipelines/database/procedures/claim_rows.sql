@@ -1,11 +1,9 @@
--- Lease the next rows of one shard and provider to one sender: the whole claim of `mail_pipelines.dispatch.claims` but for the rows that
--- may not be mailed, which the caller ends in the same transaction. Valid for MariaDB from 10.6 and MySQL 8.
+-- Lease the next rows of one shard and provider to one sender: the whole claim of `mail_pipelines.dispatch.claims`. Rows that may not be mailed
+-- end, go back to the queue of another provider, or wait for their domain. Valid for MariaDB from 10.6 and MySQL 8.
 --
 -- It runs with its definer's rights and gives out no recipient that it does not claim. It commits nothing. Result sets:
 --   1. one row: refusal (NULL: claimed; else a value of `dispatch.claiming.refusals.Verdict`), now, detail, cap, window_seconds, version_id
 --   2. if claimed, the rows to mail, in order: contact_id, attempt, email, attributes, asks (the first of its domain after a silence)
---   3. if there are any, the rows that may not be mailed: contact_id, state, reason, for reason 'moved' the contact's address_hash and provider,
---      and for reason 'dead' the second in which the domain is tried again
 --
 -- `tests/dispatch/test_claims_alike.py` compares it with the same claim on SQLite. p_ is what the caller gave, c_ a constant, v_ was found.
 CREATE PROCEDURE claim_rows (
@@ -30,12 +28,16 @@ BEGIN
   DECLARE c_pending TINYINT DEFAULT 0;
   DECLARE c_claimed TINYINT DEFAULT 1;
   DECLARE c_deferred TINYINT DEFAULT 3;
+  DECLARE c_suppressed TINYINT DEFAULT 12;
+  DECLARE c_unresolved TINYINT DEFAULT 15;
   -- Of `delivery.recording`, in seconds.
   DECLARE c_slot INT DEFAULT 900;
   DECLARE c_hour INT DEFAULT 3600;
   DECLARE c_day INT DEFAULT 86400;
   -- Of `delivery/domain_health.toml`: so long the other rows of a domain wait for the one that asks.
   DECLARE c_answer_wait INT DEFAULT 60;
+  -- Of `dispatch.claiming.hindrances`: within so many seconds after their domain does, its rows fall due.
+  DECLARE c_spread INT DEFAULT 60;
   -- Of `dispatch.greylisting`: so long after it fell due, a greylisted row waits for the server that was greylisted.
   DECLARE c_greylist_wait INT DEFAULT 14400;
   -- The sort key of a deferred row is the second in which it is due; that of a pending row is a rank, and each will do.
@@ -174,19 +176,22 @@ BEGIN
 
     -- The rows of this claim. The table lives as long as the connection, since making one takes longer than emptying it; in memory, as its
     -- content means nothing outside this call. If its columns change, so must its name.
-    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_found (
+    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_judged (
       position INT NOT NULL AUTO_INCREMENT PRIMARY KEY,
       contact_id BIGINT NOT NULL,
       state TINYINT NOT NULL,
       attempt TINYINT NOT NULL,
-      hindrance VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin,
+      hindrance VARCHAR(24) CHARACTER SET ascii COLLATE ascii_bin,
       email VARCHAR(254) CHARACTER SET utf8mb4,
       address_hash BINARY(16),
       provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin,
       domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin,
-      dead_until DATETIME(6)
+      dead_until DATETIME(6),
+      -- Of a row that may not be mailed: where it goes.
+      to_state TINYINT,
+      to_provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin
     ) ENGINE = MEMORY;
-    DELETE FROM claim_rows_found;
+    DELETE FROM claim_rows_judged;
 
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
     -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts. Where they
@@ -204,7 +209,7 @@ BEGIN
       SET v_state = c_pending, v_earliest = c_first_rank, v_latest = c_last_rank;
     END IF;
     queues: LOOP
-      INSERT INTO claim_rows_found (contact_id, state, attempt, hindrance, email, address_hash, provider, domain, dead_until)
+      INSERT INTO claim_rows_judged (contact_id, state, attempt, hindrance, email, address_hash, provider, domain, dead_until)
       SELECT d.contact_id, v_state, d.attempt,
              CASE
                WHEN c.id IS NULL THEN 'erased'
@@ -242,7 +247,7 @@ BEGIN
       SET v_state = c_pending, v_earliest = c_first_rank, v_latest = c_last_rank;
     END LOOP;
     IF v_unsubscribe = 'list' THEN
-      UPDATE claim_rows_found AS q
+      UPDATE claim_rows_judged AS q
         JOIN subscriptions AS s ON s.contact_id = q.contact_id AND s.list_id = v_list_id AND NOT s.subscribed
          SET q.hindrance = 'unsubscribed'
        WHERE q.hindrance IS NULL OR q.hindrance IN ('moved', 'dead');
@@ -252,7 +257,7 @@ BEGIN
     asking: LOOP
       SET v_asking = NULL;
       SELECT position, domain INTO v_asking, v_domain
-        FROM claim_rows_found
+        FROM claim_rows_judged
        WHERE hindrance = 'dead' AND dead_until <= v_now
        ORDER BY domain, position
        LIMIT 1;
@@ -263,13 +268,13 @@ BEGIN
          SET dead_until = v_now + INTERVAL c_answer_wait SECOND
        WHERE domain = v_domain AND dead_until <= v_now;
       IF ROW_COUNT() = 1 THEN
-        UPDATE claim_rows_found SET hindrance = NULL WHERE position = v_asking;
+        UPDATE claim_rows_judged SET hindrance = NULL WHERE position = v_asking;
       END IF;
-      UPDATE claim_rows_found SET dead_until = v_now + INTERVAL c_answer_wait SECOND WHERE domain = v_domain;
+      UPDATE claim_rows_judged SET dead_until = v_now + INTERVAL c_answer_wait SECOND WHERE domain = v_domain;
     END LOOP;
     SELECT COUNT(*), COUNT(IF(hindrance IS NULL AND state = c_pending, 1, NULL)), COUNT(IF(hindrance IS NULL AND state = c_deferred, 1, NULL))
       INTO v_found, v_from_pending, v_from_deferred
-      FROM claim_rows_found;
+      FROM claim_rows_judged;
     SET v_size = v_from_pending + v_from_deferred;
     IF v_found = 0 THEN
       SET v_refusal = 'nothing_due';
@@ -277,7 +282,7 @@ BEGIN
     END IF;
 
     IF v_size > 0 THEN
-      UPDATE claim_rows_found AS q
+      UPDATE claim_rows_judged AS q
         STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
          SET d.state = c_claimed, d.claim_id = p_claim_id, d.server_id = p_server_id, d.version_id = COALESCE(v_version_id, 0)
        WHERE q.hindrance IS NULL;
@@ -295,6 +300,47 @@ BEGIN
              (p_campaign_id, p_shard, p_provider, p_server_id, c_deferred, -v_from_deferred)
           ON DUPLICATE KEY UPDATE count = count + VALUES(count);
     END IF;
+    IF v_found > v_size THEN
+      UPDATE claim_rows_judged AS q
+         SET q.hindrance = 'duplicate_address'
+       WHERE q.hindrance = 'moved' AND EXISTS (SELECT 1 FROM deliveries AS d WHERE d.campaign_id = p_campaign_id AND d.address_hash = q.address_hash);
+      -- Whoever was sent it again is not called suppressed: the first copy may have arrived.
+      UPDATE claim_rows_judged AS q
+         SET q.to_provider = IF(q.hindrance = 'moved', q.provider, p_provider),
+             q.to_state = CASE
+                            WHEN q.hindrance = 'moved' THEN q.state
+                            WHEN q.hindrance = 'dead' THEN c_deferred
+                            WHEN EXISTS (SELECT 1 FROM delivery_events AS e
+                                          WHERE e.campaign_id = p_campaign_id AND e.contact_id = q.contact_id AND e.kind = 'resent') THEN c_unresolved
+                            ELSE c_suppressed
+                          END
+       WHERE q.hindrance IS NOT NULL;
+      -- What the old address was answered says nothing about the new one, above all not that it is greylisted.
+      UPDATE claim_rows_judged AS q
+        STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
+         SET d.state = q.to_state, d.provider = q.to_provider,
+             d.address_hash = IF(q.hindrance = 'moved', q.address_hash, d.address_hash),
+             d.sort_key = CASE q.hindrance
+                            WHEN 'moved' THEN d.sort_key
+                            WHEN 'dead' THEN TIMESTAMPDIFF(SECOND, '1970-01-01', q.dead_until) + MOD(q.contact_id, c_spread)
+                            ELSE v_second
+                          END,
+             d.code = IF(q.hindrance IN ('moved', 'dead'), 0, d.code), d.enhanced = IF(q.hindrance IN ('moved', 'dead'), 0, d.enhanced),
+             d.reason = CASE q.hindrance WHEN 'moved' THEN NULL WHEN 'dead' THEN 'no_connection' ELSE q.hindrance END
+       WHERE q.hindrance IS NOT NULL;
+      INSERT INTO campaign_counters (campaign_id, shard, provider, server_id, state, count)
+      SELECT p_campaign_id, p_shard, p_provider, p_server_id, state, -COUNT(*) FROM claim_rows_judged WHERE hindrance IS NOT NULL GROUP BY state
+          ON DUPLICATE KEY UPDATE count = campaign_counters.count + VALUES(count);
+      INSERT INTO campaign_counters (campaign_id, shard, provider, server_id, state, count)
+      SELECT p_campaign_id, p_shard, to_provider, p_server_id, to_state, COUNT(*) FROM claim_rows_judged WHERE hindrance IS NOT NULL
+       GROUP BY to_provider, to_state
+          ON DUPLICATE KEY UPDATE count = campaign_counters.count + VALUES(count);
+      INSERT INTO campaign_minutes (campaign_id, minute, provider, server_id, state, reason, count)
+      SELECT p_campaign_id, v_second DIV 60, p_provider, p_server_id, to_state, hindrance, COUNT(*) FROM claim_rows_judged
+       WHERE hindrance IS NOT NULL AND hindrance NOT IN ('moved', 'dead')
+       GROUP BY to_state, hindrance
+          ON DUPLICATE KEY UPDATE count = campaign_minutes.count + VALUES(count);
+    END IF;
     -- A claim of which nothing is left to send is written closed: it proves to its server that the database remembers it.
     INSERT INTO claims (id, campaign_id, shard, provider, server_id, run_id, size, state, incarnation, boot_id, journal_inode, journal_offset,
                         opened_at, lease_until, closed_at)
@@ -306,16 +352,9 @@ BEGIN
   IF v_refusal IS NULL THEN
     -- Who was erased since the statement above is as if erased after the claim; what is gone is not given out.
     SELECT q.contact_id, q.attempt, q.email, COALESCE(c.attributes, '{}'), q.domain IS NOT NULL
-      FROM claim_rows_found AS q
+      FROM claim_rows_judged AS q
       LEFT JOIN contacts AS c ON c.id = q.contact_id
      WHERE q.hindrance IS NULL
      ORDER BY q.position;
-    IF v_found > v_size THEN
-      SELECT contact_id, state, hindrance, IF(hindrance = 'moved', address_hash, NULL), IF(hindrance = 'moved', provider, NULL),
-             IF(hindrance = 'dead', TIMESTAMPDIFF(SECOND, '1970-01-01', dead_until), NULL)
-        FROM claim_rows_found
-       WHERE hindrance IS NOT NULL
-       ORDER BY position;
-    END IF;
   END IF;
 END

@@ -35,9 +35,10 @@ from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import rules
 from mail_pipelines.delivery.recording import slot_at, windows_at
 from mail_pipelines.dispatch import greylisting, holds
-from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED
+from mail_pipelines.dispatch.claiming import hindrances
+from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED, Hindered
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
-from mail_pipelines.dispatch.claiming.terms import Hindered, Request, Row, Taken
+from mail_pipelines.dispatch.claiming.terms import Request, Row, Taken
 
 # The statements are built once: building one costs more than running it, and a claim runs a dozen, many times a second.
 _SENDER = (
@@ -158,7 +159,8 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     if rows:
         _claim_rows(connection, request, rows, sources, version_id, now)
     _write_claim(connection, request, len(rows), now)
-    return Taken(now, version_id, tuple(rows), tuple(hindered))
+    hindrances.end(connection, request, hindered, now)
+    return Taken(now, version_id, tuple(rows))
 
 
 def _check_sender(connection: Connection, request: Request, now: dt.datetime) -> Refusal | None:

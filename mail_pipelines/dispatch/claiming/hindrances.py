@@ -1,7 +1,7 @@
-"""Rows that were due but may not be mailed as they are: they end, go back to the queue of another provider, or wait for their domain.
+"""Rows that were due but may not be mailed as they are, on SQLite: they end, go back to the queue of another provider, or wait for their domain.
 
-Few claims meet one, so both databases share these statements. They run in the claim's own transaction, on rows that it has locked, and read
-nothing of contacts: what they need came with the rows.
+They run in the claim's own transaction, on rows that it has found, and read nothing of contacts: what they need came with the rows. The stored
+procedure `claim_rows` does the same.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,13 +19,28 @@ from mail_pipelines.database.models import Delivery, State
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import NO_CONNECTION
 from mail_pipelines.delivery.events import resent_among
-from mail_pipelines.dispatch.claiming.terms import Hindered, Request
+from mail_pipelines.dispatch.claiming.terms import Request
 
 # The contact has another address than the one that was frozen; its domain does not answer. Every other hindrance is the reason with which the row ends.
 MOVED = "moved"
 DEAD = "dead"
 # The rows of a dead domain fall due within so many seconds after it does: no claim is then full of them, nor the domain flooded.
 SPREAD_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Hindered:
+    """A row that was due but may not be mailed as it is, and why.
+
+    `address_hash` and `provider` are the contact's present ones if it moved; `due` (epoch seconds) is when its domain is tried again, if that is dead.
+    """
+
+    contact_id: int
+    source: State
+    reason: str
+    address_hash: bytes | None = None
+    provider: str | None = None
+    due: int | None = None
 
 
 def end(connection: Connection, request: Request, hindered: Sequence[Hindered], now: dt.datetime) -> None:

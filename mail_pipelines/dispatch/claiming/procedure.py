@@ -10,10 +10,9 @@ import json
 
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.database.models import State
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
-from mail_pipelines.dispatch.claiming.terms import Hindered, Request, Row, Taken
+from mail_pipelines.dispatch.claiming.terms import Request, Row, Taken
 
 NAME = "claim_rows"
 
@@ -42,11 +41,9 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     now = now.replace(tzinfo=dt.UTC)
     if refusal is not None:
         return Refusal(Verdict(refusal), now, detail or "", cap or 0, window_seconds or 0)
-    rows, *rest = found
-    hindered = rest[0] if rest else []
+    [rows] = found
     return Taken(
         now,
         version_id,
         tuple(Row(contact_id, attempt, email, json.loads(attributes), bool(asks)) for contact_id, attempt, email, attributes, asks in rows),
-        tuple(Hindered(contact_id, State(source), reason, *more) for contact_id, source, reason, *more in hindered),
     )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mail_pipelines.contacts.addresses import normal_domain
-from mail_pipelines.database.models import State
 from mail_pipelines.delivery.recording import ClaimRef
 from mail_pipelines.dispatch.files import DispatchError
 from mail_pipelines.dispatch.journal import Position
@@ -72,28 +71,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Hindered:
-    """A row that was due but may not be mailed as it is, and why.
-
-    `address_hash` and `provider` are the contact's present ones if it moved; `due` (epoch seconds) is when its domain is tried again, if that is dead.
-    """
-
-    contact_id: int
-    source: State
-    reason: str
-    address_hash: bytes | None = None
-    provider: str | None = None
-    due: int | None = None
-
-
-@dataclass(frozen=True)
 class Taken:
-    """What the database gave at `now`: the claim is written, `rows` are its own; those hindered are locked and still where they were."""
+    """What the database gave at `now`: the claim is written, `rows` are its own."""
 
     now: dt.datetime
     version_id: int
     rows: tuple[Row, ...]
-    hindered: tuple[Hindered, ...]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
+from mail_pipelines.database.engine import is_mysql
 from mail_pipelines.database.models import Campaign, Contact, Server, Subscription
+from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.delivery.recording import ClaimRef
 from mail_pipelines.dispatch import holds
 
@@ -33,6 +35,9 @@ def message(connection: Connection, ref: ClaimRef, contact_id: int) -> bool:
     found = _sending(connection, ref)
     if found is None:
         return False
+    if is_mysql(connection):
+        [found_rows] = call(connection, "recipient_wanted", (ref.campaign_id, ref.server_id, contact_id))
+        return bool(found_rows)
     scopes = consent.campaign_scopes(found.brand_id, found.unsubscribe_list_id)
     wanted = [Contact.id == contact_id, ~consent.suppressed_clause(Contact.address_hash, Contact.domain, scopes)]
     if found.unsubscribe == "list":

@@ -1,0 +1,478 @@
+"""A dispatch server with its own database account: it can do all its work, and whoever steals it can do nothing else."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import sqlalchemy as sa
+from typer.testing import CliRunner
+
+from mail_pipelines.commands import context
+from mail_pipelines.commands import server as commands
+from mail_pipelines.contacts import consent
+from mail_pipelines.contacts.addresses import parse
+from mail_pipelines.database import migrate
+from mail_pipelines.database.boundary.rights import VIEWS
+from mail_pipelines.database.engine import DatabaseUnreachable, create_engine, reading, transact
+from mail_pipelines.database.models import Base, Claim, Contact, Delivery, DkimKey, RecoveredOffer, Server, State, Suppression
+from mail_pipelines.database.procedures import installation as procedures
+from mail_pipelines.database.procedures.calling import call
+from mail_pipelines.delivery.recording import Result, record
+from mail_pipelines.dispatch import accounts, audit, claims, servers, settlement
+from mail_pipelines.dispatch.claiming import wanted
+from mail_pipelines.dispatch.claims import OpenClaim
+from mail_pipelines.dispatch.journal import Position
+from mail_pipelines.dispatch.recovery import standing
+from mail_pipelines.dispatch.recovery.reading import take_part
+from mail_pipelines.dispatch.recovery.standing import Part
+from mail_pipelines.dispatch.session import Session, journal_of
+from mail_pipelines.dispatch.settler import Settler
+from mail_pipelines.domains import keys, store
+from mail_pipelines.domains.domain import KeyState, Names
+from mail_pipelines.domains.signing import sending_as
+from tests.dispatch.test_audit import Log
+from tests.dispatch.world import Servers, World, make_world, write_play
+
+pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
+NOW = dt.datetime.now(dt.UTC)
+SECRET = b"a key for tests"
+
+
+@dataclass
+class Accounts:
+    """A world whose servers have accounts: `world` is the centre's view of it."""
+
+    world: World
+    given: dict[str, accounts.Account] = field(default_factory=dict)
+    _engines: list[sa.Engine] = field(default_factory=list)
+
+    def give(self, key: str) -> sa.Engine:
+        """The database as the server `key` sees it."""
+        self.given[key] = accounts.give(self.world.engine, key)
+        return self.connect(key)
+
+    def connect(self, key: str) -> sa.Engine:
+        self._engines.append(create_engine(self.given[key].url, self.given[key].password))
+        return self._engines[-1]
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.dispose()
+        with self.world.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for given in self.given.values():
+                connection.exec_driver_sql("DROP USER IF EXISTS %s@'%%'", (sa.make_url(given.url).username,))
+            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {self.world.engine.url.database}_servers")
+
+
+@pytest.fixture
+def fleet(engine: sa.Engine, tmp_path: Path) -> Iterator[Accounts]:
+    made = Accounts(make_world(engine, tmp_path / "home", recipients=80))
+    yield made
+    made.close()
+
+
+@dataclass
+class Theft:
+    """The server s1 is stolen, of s1 and s2, which have both claimed rows of google. `rows` and `others`: what each has claimed."""
+
+    fleet: Accounts
+    engine: sa.Engine
+    server: servers.ServerInfo
+    other: servers.ServerInfo
+    claimed: OpenClaim
+    others: OpenClaim
+
+    @property
+    def world(self) -> World:
+        return self.fleet.world
+
+    def rows(self, query: str, *parameters: object) -> list[tuple[object, ...]]:
+        with reading(self.engine) as connection:
+            return [tuple(row) for row in connection.exec_driver_sql(query, parameters)]
+
+    def changes(self, statement: str, *parameters: object) -> int:
+        return transact(self.engine, lambda connection: connection.exec_driver_sql(statement, parameters).rowcount)
+
+    def call(self, name: str, *arguments: object) -> list[list[tuple[object, ...]]]:
+        return transact(self.engine, lambda connection: call(connection, name, arguments))
+
+
+@pytest.fixture
+def theft(fleet: Accounts) -> Theft:
+    world = fleet.world
+    stolen, other = world.server("s1"), world.server("s2")
+    for server in (stolen, other):
+        world.grant(server, 12)
+    engine = fleet.give("s1")
+    fleet.give("s2")
+    mine, theirs = replace(world, engine=engine).claim(stolen, limit=5), replace(world, engine=fleet.connect("s2")).claim(other, limit=5)
+    assert isinstance(mine, OpenClaim)
+    assert isinstance(theirs, OpenClaim)
+    return Theft(fleet, engine, stolen, other, mine, theirs)
+
+
+# --- what a server needs --------------------------------------------------------------------------------------------
+
+
+def test_a_server_sends_a_campaign_with_nothing_but_its_own_rights(fleet: Accounts, tmp_path: Path, running: Servers) -> None:
+    world = fleet.world
+    server = world.server(connections=2)
+    world.grant(server)
+
+    def hinder(connection: sa.Connection) -> None:
+        consent.suppress(connection, [parse("person1@google.test").hash], reason="complaint", now=NOW)
+        moved = parse("new@yahoo.test")
+        values = {"email": moved.email, "address": moved.address, "address_hash": moved.hash, "domain": moved.domain, "provider": "yahoo"}
+        connection.execute(sa.update(Contact).where(Contact.id == 5).values(values))
+        connection.execute(sa.delete(Contact).where(Contact.id == 9))
+
+    transact(world.engine, hinder)
+    engine = fleet.give("s1")
+    environ = {
+        "MAIL_PIPELINES_DATABASE__URL": fleet.given["s1"].url,
+        "MAIL_PIPELINES_DATABASE__PASSWORD": fleet.given["s1"].password,
+        "MAIL_PIPELINES_SERVER": "s1",
+    }
+    with mock.patch.dict(os.environ, environ):
+        running.start(world, server, write_play(tmp_path / "play.toml", refuse_percent=20, greylist_percent=30, greylist_seconds=1))
+        own = replace(world, engine=engine, settings=world.settings.model_copy(update={"this_server": "s1"}))
+        journal = journal_of(own.folders("s1"), server.kind)
+        report = Session(engine, own.settings, servers_seen_by(engine, "s1"), world.campaign_id, world.campaign_key, 0, "run-1", journal).run()
+        Settler(engine, own.settings, server).round(dt.datetime.now(dt.UTC))
+        found = audit.run(engine, own.settings, server, journal, dt.datetime.now(dt.UTC) + dt.timedelta(seconds=10))
+    assert report.reason == "the shard is final"
+    states = world.states()
+    assert states[State.SUPPRESSED] == 2
+    assert states[State.BOUNCED] > 0
+    assert states[State.DELIVERED] + states[State.BOUNCED] == 78
+    assert set(world.copies().values()) == {1}
+    assert found.disagreeing == {}
+    assert found.foreign == 0
+    with reading(world.engine) as connection:
+        suppressed = connection.execute(sa.select(sa.func.count()).where(Suppression.reason == "bounce")).scalar_one()
+        beaten = connection.execute(sa.select(Server.heartbeat_at)).scalar_one()
+    assert suppressed == states[State.BOUNCED]
+    assert beaten is not None
+    assert world.open_claims() == 0
+    world.check_counters()
+
+
+def servers_seen_by(engine: sa.Engine, key: str) -> servers.ServerInfo:
+    migrate.require_schema(engine)
+    with reading(engine) as connection:
+        return servers.find(connection, key)
+
+
+def test_what_was_not_offered_goes_back_and_its_debit_too(theft: Theft) -> None:
+    """An abandoned claim is settled by the server's account: nothing is in its log, so all is released."""
+    world = theft.world
+    before = world.usage(theft.server, "google")
+    own = replace(world, engine=theft.engine)
+    journal = journal_of(own.folders("s1"), "catcher")
+    journal.path.write_text(f"{NOW:%Y-%m-%d %H:%M:%S.000} MARK c{theft.claimed.ref.id}.0\n")
+    transact(world.engine, lambda connection: connection.execute(sa.update(Claim).values(journal_inode=journal.end().inode, journal_offset=0)))
+    done = settlement.settle_all(theft.engine, own.sender(theft.server), own.folders("s1"), journal, own.settings.sending, SECRET)
+    assert done.claims == 1
+    after = world.usage(theft.server, "google")
+    assert before == dict.fromkeys((900, 3600, 86400), 5)
+    # Unless the log proves too little, which is for another test to decide, all five are back.
+    released = done.rows.get(State.PENDING, 0)
+    assert after == dict.fromkeys((900, 3600, 86400), 5 - released)
+    assert world.usage(theft.other, "google") == before
+    world.check_counters()
+
+
+def test_late_lines_of_its_log_end_doubts_about_its_rows(theft: Theft) -> None:
+    """A delivery, a hard bounce and a deferral that were recorded as unknown."""
+    world = theft.world
+    mine = [row.contact_id for row in theft.claimed.rows]
+    outcomes = [Result(number, 0, State.UNKNOWN, reason="no_outcome") for number in mine]
+    transact(theft.engine, lambda connection: record(connection, theft.claimed.ref, outcomes, claim_state="open"))
+    own = replace(world, engine=theft.engine)
+    log = Log(own, theft.server)
+    log.delivered(mine[0])
+    log.refused(mine[1], "550 5.1.1 User unknown")
+    log.refused(mine[2], "451 4.3.2 Try later")
+    # Of another server's row, whoever has written it.
+    log.delivered(theft.others.rows[0].contact_id)
+    found = audit.run(theft.engine, own.settings, theft.server, journal_of(own.folders("s1"), "exim"), dt.datetime.now(dt.UTC) + dt.timedelta(seconds=10))
+    assert found.resolved == {State.DELIVERED: 1, State.BOUNCED: 1, State.DEFERRED: 1}
+    assert dict(found.disagreeing) == {"delivered in the log, no row in the ledger": 1}
+    assert world.states() == {State.PENDING: 70, State.CLAIMED: 5, State.UNKNOWN: 2, State.DELIVERED: 1, State.BOUNCED: 1, State.DEFERRED: 1}
+    with reading(world.engine) as connection:
+        assert connection.execute(sa.select(Suppression.address_hash)).scalars().all() == [parse(theft.claimed.rows[1].email).hash]
+    world.check_counters()
+
+
+def test_it_contributes_to_a_recovery(theft: Theft) -> None:
+    world = theft.world
+    own = replace(world, engine=theft.engine)
+    folders, mine = own.folders("s1"), theft.claimed.rows[0].contact_id
+    Log(own, theft.server).delivered(mine)
+    long_ago = dt.datetime.now(dt.UTC).timestamp() - 3600
+    os.utime(folders.journal, (long_ago, long_ago))
+    servers.recall(theft.engine, folders)
+    begun = transact(world.engine, lambda connection: standing.begin(connection, NOW))
+    journal = journal_of(folders, "exim")
+    assert not take_part(theft.engine, own.settings, theft.server, own.sender(theft.server), journal)
+    with reading(world.engine) as connection:
+        offers = connection.execute(sa.select(RecoveredOffer.server_id, RecoveredOffer.contact_id, RecoveredOffer.kind)).all()
+        parts = {part.server: part.part for part in standing.newest(connection).servers}  # type: ignore[union-attr]
+    assert offers == [(theft.server.id, mine, "delivered")]
+    assert parts["s1"] is not Part.AWAITED
+    assert parts["s2"] is Part.AWAITED
+    transact(world.engine, lambda connection: standing.finish(connection, begun.generation, NOW))
+    assert take_part(theft.engine, own.settings, theft.server, own.sender(theft.server), journal)
+
+
+def test_late_recipients_are_asked_about_without_reading_contacts(theft: Theft) -> None:
+    ref, rows = theft.claimed.ref, theft.claimed.rows
+    transact(theft.world.engine, lambda connection: consent.suppress(connection, [parse(rows[0].email).hash], reason="complaint", now=NOW))
+    with reading(theft.engine) as connection:
+        assert [wanted.message(connection, ref, row.contact_id) for row in rows] == [False, True, True, True, True]
+        # Of others it learns nothing.
+        assert not wanted.message(connection, ref, theft.others.rows[0].contact_id)
+
+
+def test_an_account_has_exactly_the_rights_of_the_table(theft: Theft) -> None:
+    with reading(theft.engine) as connection:
+        granted = [row[0] for row in connection.exec_driver_sql("SHOW GRANTS")]
+    schema = f"`{theft.world.engine.url.database}_servers`"
+    account = re.escape(str(sa.make_url(theft.fleet.given["s1"].url).username))
+    assert re.match(rf"GRANT USAGE ON \*\.\* TO `{account}`", granted[0])
+    found = {re.sub(r"^GRANT (.*) ON (?:PROCEDURE )?`\w+`\.`(\w+)` TO .*$", r"\2", grant) for grant in granted[1:]}
+    assert found == {view.name for view in VIEWS} | set(procedures.names())
+    assert all(f" {schema}." in grant for grant in granted[1:])
+
+
+# --- what a thief cannot do -----------------------------------------------------------------------------------------
+
+
+def test_a_thief_opens_no_table_and_makes_none(theft: Theft) -> None:
+    schema = theft.world.engine.url.database
+    for table in sorted(Base.metadata.tables):
+        for statement in (f"SELECT 1 FROM {schema}.{table}", f"DELETE FROM {schema}.{table}", f"UPDATE {schema}.{table} SET id = 1"):
+            with pytest.raises((sa.exc.DBAPIError, DatabaseUnreachable), match=r"(?i)denied"):
+                theft.changes(statement)
+    hidden = {"contacts", "suppressions", "subscriptions", "lists", "segments", "contact_changes", "engagement_events", "provider_usage", "allotments", "links"}
+    assert not hidden & {view.name for view in VIEWS}
+    for statement in (
+        "CREATE TABLE mine (id INT)",
+        "CREATE TEMPORARY TABLE suppressions (id INT)",
+        f"CREATE TEMPORARY TABLE {schema}.suppressions (id INT)",
+        "CREATE OR REPLACE VIEW claims AS SELECT 1",
+        "DROP VIEW claims",
+        f"DROP PROCEDURE {schema}.claim_rows",
+        f"CALL {schema}.claim_rows({', '.join(['NULL'] * 14)})",
+        f"CALL {schema}.suppress_bounced(1, NULL, '[1]')",
+        "INSERT INTO campaigns (id) VALUES (9)",
+        "UPDATE campaigns SET state = 'sending'",
+        "UPDATE servers SET state = 'active'",
+        "INSERT INTO claims (id) VALUES (9)",
+        "UPDATE claims SET lease_until = lease_until + INTERVAL 1 DAY",
+        "UPDATE claims SET server_id = 2",
+        "UPDATE deliveries SET address_hash = 'x'",
+        "UPDATE deliveries SET provider = 'yahoo'",
+        "UPDATE deliveries SET contact_id = 1000",
+        "INSERT INTO deliveries (campaign_id) VALUES (1)",
+        "DELETE FROM deliveries",
+        "UPDATE dkim_keys SET state = 'retired'",
+        "UPDATE provider_limits SET per_hour = NULL",
+        "INSERT INTO holds (reason) VALUES ('mine')",
+        "SELECT * FROM mysql.global_priv",
+    ):
+        with pytest.raises((sa.exc.DBAPIError, DatabaseUnreachable), match=r"(?i)denied"):
+            theft.changes(statement)
+
+
+def test_a_thief_sees_and_changes_no_row_but_its_own(theft: Theft) -> None:
+    own, others = ({row.contact_id for row in claim.rows} for claim in (theft.claimed, theft.others))
+    other = theft.others.rows[0].contact_id
+    assert {row[0] for row in theft.rows("SELECT contact_id FROM deliveries")} == own
+    assert {row[0] for row in theft.rows("SELECT contact_id FROM ledger_rows")} == own
+    assert theft.rows("SELECT id FROM claims") == [(theft.claimed.ref.id,)]
+    assert theft.rows("SELECT `key` FROM servers") == [("s1",)]
+    assert others
+    assert not others & own
+    assert theft.changes("UPDATE deliveries SET state = 10 WHERE contact_id = %s", other) == 0
+    assert theft.changes("UPDATE claims SET state = 'closed' WHERE id = %s", theft.others.ref.id) == 0
+    assert theft.changes("UPDATE servers SET heartbeat_token = 'mine' WHERE `key` = 's2'") == 0
+    for statement in (
+        "INSERT INTO campaign_counters VALUES (1, 0, 'google', %s, 10, 5) ON DUPLICATE KEY UPDATE count = 0",
+        "INSERT INTO campaign_minutes VALUES (1, 1, 'google', %s, 10, '', 5) ON DUPLICATE KEY UPDATE count = 0",
+        "INSERT INTO recovered_offers VALUES (1, 1, 0, %s, 'delivered', 1, 250, NULL, NULL)",
+        "INSERT INTO recovery_servers (generation, server_id, part, offers) VALUES ('g', %s, 'read', 0)",
+    ):
+        for server_id in (0, theft.other.id):
+            with pytest.raises(sa.exc.DBAPIError, match="CHECK OPTION"):
+                theft.changes(statement, server_id)
+    with pytest.raises(sa.exc.DBAPIError, match="CHECK OPTION"):
+        theft.changes("INSERT INTO sync_state VALUES ('journal', 's2', '{}', 1, '2026-01-01')")
+    columns = "(month, id, occurred_at, server_id, campaign_id, contact_id, attempt, kind)"
+    event = f"INSERT INTO delivery_events {columns} VALUES (202611, 1, NOW(6), 1, 1, %s, 0, 'bounced')"
+    with pytest.raises(sa.exc.DBAPIError, match="CHECK OPTION"):
+        theft.changes(event, other)
+    # What has been recorded stays as it is.
+    done = theft.claimed.rows[0].contact_id
+    assert theft.changes("UPDATE deliveries SET state = 10 WHERE contact_id = %s", done) == 1
+    assert theft.changes("UPDATE deliveries SET state = 0 WHERE contact_id = %s", done) == 0
+    theft_states = theft.world.states()
+    assert theft_states == {State.PENDING: 70, State.CLAIMED: 9, State.DELIVERED: 1}
+
+
+def test_a_thief_gets_no_more_addresses_than_were_granted(theft: Theft) -> None:
+    """Not in the name of another server, not by asking for refunds, and not by putting tables in the place of others."""
+    world, own = theft.world, theft.world.sender(theft.server)
+    as_other = replace(own, server_id=theft.other.id, incarnation=world.sender(theft.other).incarnation)
+    memory = servers.recall(world.engine, world.folders("s1"))
+
+    def claim(sender: claims.Sender) -> object:
+        return claims.open_claim(
+            theft.engine,
+            sender,
+            memory,
+            claim_id=claims.new_id(),
+            campaign_id=1,
+            shard=0,
+            provider="google",
+            limit=100,
+            position=Position(1, 0),
+            lease_seconds=60,
+        )
+
+    with pytest.raises(claims.WrongServer, match="another incarnation"):
+        claim(as_other)
+    # Rows that it holds it may give back, once. Those of others it may not.
+    mine = [row.contact_id for row in theft.claimed.rows]
+    for claim_id, contact_ids, released in (
+        (theft.others.ref.id, [row.contact_id for row in theft.others.rows], 0),
+        (theft.claimed.ref.id, [row.contact_id for row in theft.others.rows], 0),
+        (theft.claimed.ref.id, [*mine[:2], *mine[:2]], 2),
+        (theft.claimed.ref.id, mine[:2], 0),
+    ):
+        assert theft.call("release_rows", claim_id, theft.other.id, str(contact_ids)) == [[(released,)]]
+    assert world.usage(theft.server, "google") == dict.fromkeys((900, 3600, 86400), 3)
+    assert world.usage(theft.other, "google") == dict.fromkeys((900, 3600, 86400), 5)
+    # The procedure's own table is within reach of whoever has called it, and of no use to him.
+    schema = world.engine.url.database
+    for name in ("suppressions", "contacts", "allotments", "provider_usage", "holds", "servers", "campaigns", "deliveries"):
+        with theft.engine.connect() as connection:
+            call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, 1, 0, 1))
+            connection.rollback()
+            try:
+                connection.exec_driver_sql(f"RENAME TABLE {schema}.claim_rows_judged TO {schema}.{name}")
+            except sa.exc.DBAPIError:
+                continue
+            with pytest.raises(sa.exc.DBAPIError, match="Unknown column"):
+                call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, 1, 0, 1))
+            connection.rollback()
+            connection.invalidate()
+    while isinstance(claim(own), OpenClaim):
+        pass
+    assert world.usage(theft.server, "google") == dict.fromkeys((900, 3600, 86400), 12)
+    assert theft.rows("SELECT COUNT(*) FROM deliveries") == [(12,)]
+
+
+def test_a_thief_suppresses_nobody_but_those_it_says_have_bounced(theft: Theft) -> None:
+    own, others = ([row.contact_id for row in claim.rows] for claim in (theft.claimed, theft.others))
+    transact(
+        theft.world.engine, lambda connection: connection.execute(sa.update(Delivery).where(Delivery.contact_id.in_(others)).values(state=int(State.BOUNCED)))
+    )
+    assert theft.changes("UPDATE deliveries SET state = 11 WHERE contact_id = %s", own[0]) == 1
+    theft.call("suppress_bounced", 1, None, str([*own, *others]))
+    with reading(theft.world.engine) as connection:
+        assert connection.execute(sa.select(Suppression.address_hash)).scalars().all() == [parse(theft.claimed.rows[0].email).hash]
+
+
+def test_a_thief_signs_with_no_selector_of_another_server(theft: Theft) -> None:
+    world = theft.world
+    shop, other = (store.add(world.engine, Names.of(f"{name}.test"), SECRET, NOW) for name in ("shop", "other"))
+
+    def add_keys(connection: sa.Connection) -> None:
+        for server, selector in ((theft.server, "mine"), (theft.other, "theirs")):
+            private = keys.generate()
+            sealed = keys.seal(private, SECRET, "shop.test", selector)
+            store.insert_key(connection, shop.id, selector, server.id, KeyState.ACTIVE, keys.public_text(private), sealed, NOW)
+
+    transact(world.engine, add_keys)
+    # The key of all only where it has none of its own.
+    assert {row[0] for row in theft.rows("SELECT selector FROM dkim_keys")} == {"mine", other.keys[0].selector}
+    with reading(theft.engine) as connection:
+        found = sending_as(connection, "shop.test", theft.server.id, SECRET)
+    assert found is not None
+    assert found.signer.selector == "mine"
+    done = accounts.revoke(world.engine, "s1", NOW)
+    assert done.records == ("mine._domainkey.shop.test",)
+    with reading(world.engine) as connection:
+        left = connection.execute(sa.select(DkimKey.selector).where(DkimKey.private_key.is_not(None))).scalars().all()
+    assert sorted(left) == sorted([shop.keys[0].selector, other.keys[0].selector, "theirs"])
+
+
+# --- the end of an account --------------------------------------------------------------------------------------------
+
+
+def test_revoking_is_one_command_and_acts_at_once(theft: Theft, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = theft.world
+    context.settings.cache_clear()
+    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", world.engine.url.render_as_string(hide_password=False))
+    with theft.engine.connect() as open_for_long:
+        assert open_for_long.exec_driver_sql("SELECT COUNT(*) FROM claims").scalar_one() == 1
+        done = CliRunner().invoke(commands.app, ["revoke", "s1"])
+        assert done.exit_code == 0, done.output
+        assert "5 recipients it had in hand are unknown now" in done.output
+        with pytest.raises(sa.exc.DBAPIError):
+            open_for_long.exec_driver_sql("SELECT COUNT(*) FROM claims")
+    with pytest.raises(DatabaseUnreachable, match="Access denied"):
+        theft.rows("SELECT 1")
+    assert world.states() == {State.PENDING: 70, State.CLAIMED: 5, State.UNKNOWN: 5}
+    with reading(world.engine) as connection:
+        assert connection.execute(sa.select(Server.state, Server.account).order_by(Server.id)).all()[0] == ("retired", None)
+        assert connection.execute(sa.select(Claim.state).where(Claim.server_id == theft.server.id)).scalars().all() == ["closed"]
+    world.check_counters()
+    # The other goes on.
+    with reading(theft.fleet.connect("s2")) as connection:
+        assert connection.exec_driver_sql("SELECT COUNT(*) FROM claims").scalar_one() == 1
+    assert CliRunner().invoke(commands.app, ["revoke", "s1"]).exit_code == 0
+
+
+def test_an_account_that_was_revoked_is_nobody_on_an_open_connection(theft: Theft) -> None:
+    """Also where the centre could not end the connection."""
+    with theft.engine.connect() as connection:
+        transact(theft.world.engine, lambda centre: centre.execute(sa.update(Server).where(Server.key == "s1").values(account=None)))
+        assert connection.exec_driver_sql("SELECT COUNT(*) FROM claims").scalar_one() == 0
+        assert connection.exec_driver_sql("SELECT COUNT(*) FROM deliveries").scalar_one() == 0
+        sender = theft.world.sender(theft.server)
+        arguments = (claims.new_id(), 1, 0, "google", 9, sender.server_id, sender.incarnation, "b", "r", "g", None, 1, 0, 1)
+        assert call(connection, "claim_rows", arguments)[0][0][0] == "unregistered"
+        connection.rollback()
+
+
+def test_the_command_keeps_the_password_in_a_file_and_shows_it_nowhere(fleet: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = fleet.world
+    world.server()
+    context.settings.cache_clear()
+    passwords = []
+    for _ in range(2):
+        done = CliRunner().invoke(commands.app, ["account", "s1"])
+        assert done.exit_code == 0, done.output
+        place = world.settings.home / "secrets" / "servers" / "s1.password"
+        passwords.append(place.read_text().strip())
+        assert place.stat().st_mode & 0o777 == 0o600
+        assert passwords[-1] not in done.output
+        (url,) = re.findall(r"DATABASE__URL=(\S+)", done.output)
+        fleet.given["s1"] = accounts.Account("s1", url, passwords[-1])
+        assert servers_seen_by(fleet.connect("s1"), "s1").key == "s1"
+    old = create_engine(url, passwords[0])
+    with pytest.raises(DatabaseUnreachable, match="Access denied"), reading(old):
+        pass
+    # An upgrade of the schema keeps what accounts may do.
+    migrate.upgrade(world.engine)
+    with reading(fleet.connect("s1")) as connection:
+        assert call(connection, "recipient_wanted", (1, 1, 1)) == [[]]
