@@ -6,7 +6,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.database.engine import database_now
-from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, State
+from mail_pipelines.database.models import Allotment, Campaign, Claim, State
+from mail_pipelines.database.views import shard_counts
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import holds
 from mail_pipelines.dispatch.servers import ServerInfo
@@ -26,7 +27,7 @@ def waits_for_a_slot(connection: Connection, server: ServerInfo, run_id: str, *,
     waiting = (
         sa.select(Campaign.key)
         .join(Allotment, sa.and_(Allotment.campaign_id == Campaign.id, Allotment.server_id == server.id))
-        .join(CampaignCounter, sa.and_(CampaignCounter.campaign_id == Campaign.id, CampaignCounter.provider == Allotment.provider))
+        .join(shard_counts, sa.and_(shard_counts.c.campaign_id == Campaign.id, shard_counts.c.provider == Allotment.provider))
         .where(
             Campaign.state == "sending",
             Campaign.priority > sessions[run_id][0],
@@ -36,10 +37,10 @@ def waits_for_a_slot(connection: Connection, server: ServerInfo, run_id: str, *,
             Allotment.slot_start == slot_at(database_now(connection)),
             Allotment.granted > Allotment.used,
             # Rows that come back after a deferral are few, and no reason to end a session.
-            CampaignCounter.state == int(State.PENDING),
+            shard_counts.c.state == int(State.PENDING),
         )
         .group_by(Campaign.key, Campaign.priority, Allotment.provider)
-        .having(sa.func.sum(CampaignCounter.count) > 0)
+        .having(sa.func.sum(shard_counts.c.count) > 0)
         .order_by(Campaign.priority.desc(), Campaign.key)
         .limit(1)
     )

@@ -28,6 +28,7 @@ from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import accounts, audit, claims, servers, settlement
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import OpenClaim
+from mail_pipelines.dispatch.giving_way import waits_for_a_slot
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.recovery.reading import take_part
@@ -38,6 +39,7 @@ from mail_pipelines.domains import keys, store
 from mail_pipelines.domains.domain import KeyState, Names
 from mail_pipelines.domains.signing import sending_as
 from tests.dispatch.test_audit import Log
+from tests.dispatch.test_giving_way import another_campaign
 from tests.dispatch.world import Servers, World, make_world, write_play
 
 pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
@@ -119,6 +121,18 @@ def theft(fleet: Accounts) -> Theft:
 
 
 # --- what a server needs --------------------------------------------------------------------------------------------
+
+
+def test_a_server_gives_way_to_an_urgent_campaign_without_a_look_at_other_servers(theft: Theft) -> None:
+    ((run_id,),) = theft.rows("SELECT run_id FROM claims")
+    with reading(theft.engine) as connection:
+        assert waits_for_a_slot(connection, theft.server, str(run_id), slots=1) is None
+    another_campaign(theft.world, priority=3)
+    with reading(theft.engine) as connection:
+        assert waits_for_a_slot(connection, theft.server, str(run_id), slots=1) == "urgent"
+    assert theft.rows("SELECT DISTINCT server_id FROM allotments") == [(theft.server.id,)]
+    with pytest.raises(sa.exc.DBAPIError, match=r"(?i)denied"):
+        theft.changes("UPDATE allotments SET granted = 1000000")
 
 
 def test_a_server_sends_a_campaign_with_nothing_but_its_own_rights(fleet: Accounts, tmp_path: Path, running: Servers) -> None:
@@ -261,7 +275,7 @@ def test_a_thief_opens_no_table_and_makes_none(theft: Theft) -> None:
         for statement in (f"SELECT 1 FROM {schema}.{table}", f"DELETE FROM {schema}.{table}", f"UPDATE {schema}.{table} SET id = 1"):
             with pytest.raises((sa.exc.DBAPIError, DatabaseUnreachable), match=r"(?i)denied"):
                 theft.changes(statement)
-    hidden = {"contacts", "suppressions", "subscriptions", "lists", "segments", "contact_changes", "engagement_events", "provider_usage", "allotments", "links"}
+    hidden = {"contacts", "suppressions", "subscriptions", "lists", "segments", "contact_changes", "engagement_events", "provider_usage", "links"}
     assert not hidden & {view.name for view in VIEWS}
     for statement in (
         "CREATE TABLE mine (id INT)",

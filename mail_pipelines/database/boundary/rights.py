@@ -38,7 +38,7 @@ VIEWS = (
     View(
         "campaigns",
         "SELECT",
-        "SELECT id, `key`, state, brand_id, pool_id, unsubscribe, unsubscribe_list_id, shards, archive FROM {central}.campaigns",
+        "SELECT id, `key`, state, brand_id, pool_id, overflow_pool_id, priority, unsubscribe, unsubscribe_list_id, shards, archive FROM {central}.campaigns",
     ),
     View(
         "campaign_versions",
@@ -60,6 +60,7 @@ VIEWS = (
         "SELECT id, `key`, kind, pool_id, state, host, port, incarnation, boot_id, heartbeat_token, heartbeat_at, health FROM {central}.servers "
         "WHERE account = SUBSTRING_INDEX(USER(), '@', 1)",
     ),
+    View("allotments", "SELECT", "SELECT * FROM {central}.allotments WHERE server_id = {me}"),
     View("provider_limits", "SELECT", "SELECT * FROM {central}.provider_limits WHERE server_id IN (0, {me})"),
     # The key of all servers only where it has none of its own.
     View(
