@@ -9,7 +9,25 @@ import sys
 
 import typer
 
-from mail_pipelines.commands import bench, campaign, catcher, contact, domain, exim, hold, home, inbound, pool, recover, segment, server, unknown, why, worker
+from mail_pipelines.commands import (
+    bench,
+    campaign,
+    catcher,
+    contact,
+    database,
+    domain,
+    exim,
+    hold,
+    home,
+    inbound,
+    pool,
+    recover,
+    segment,
+    server,
+    unknown,
+    why,
+    worker,
+)
 from mail_pipelines.commands.context import errors
 from mail_pipelines.errors import MailPipelinesError
 
@@ -24,6 +42,7 @@ app.command("release")(hold.release)
 app.command("why")(why.why)
 app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
+app.add_typer(database.app, name="database")
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(catcher.app, name="catcher")

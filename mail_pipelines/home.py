@@ -64,7 +64,7 @@ def make(environ: Mapping[str, str] = os.environ, *, production: bool = False) -
     except OSError as error:
         raise HomeError(f"{error.filename or home} cannot be made: {error.strerror}; MAIL_PIPELINES_HOME names the folder to use") from error
     if server is None:
-        done += _upgrade_central_database(settings)
+        done += upgrade_central_database(settings)
         _upgrade_dagster(settings.dagster_home)
     return done
 
@@ -116,7 +116,8 @@ def _write_new(path: Path, text: str, mode: int) -> bool:
     return True
 
 
-def _upgrade_central_database(settings: config.Settings) -> list[str]:
+def upgrade_central_database(settings: config.Settings) -> list[str]:
+    """Bring the central database to this version's schema; returns a line if there was something to do."""
     opened = engine.open_engine(settings.database)
     before, newest = migrate.revision(opened), migrate.newest_revision()
     migrate.upgrade(opened)

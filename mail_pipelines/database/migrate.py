@@ -17,6 +17,8 @@ from mail_pipelines.database.procedures import installation
 if TYPE_CHECKING:
     from alembic.config import Config
 
+# In place of a revision: what was in this database is in another one now.
+_MOVED = "moved"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -37,6 +39,7 @@ def upgrade(engine: Engine) -> None:
     """Create or upgrade the schema, with the stored procedures and the rows every installation has."""
     from alembic import command
 
+    _require_here(revision(engine))
     with explained(engine):
         command.upgrade(alembic_config(engine), "head")
     transact(engine, installation.install_missing)
@@ -70,7 +73,22 @@ def newest_revision() -> str:
 def require_schema(engine: Engine) -> None:
     """Raise `SchemaOutdated` unless the database is at the newest revision."""
     found, wanted = revision(engine), newest_revision()
+    _require_here(found)
     if found is None:
         raise SchemaOutdated("the central database has no tables yet: run `mail-pipelines init`")
     if found != wanted:
-        raise SchemaOutdated(f"the central database is at schema {found}, this version needs {wanted}: run `mail-pipelines init` to upgrade it")
+        raise SchemaOutdated(f"the central database is at schema {found}, this version needs {wanted}: run `mail-pipelines database upgrade`")
+
+
+def mark_moved(connection: Connection) -> None:
+    """From now on no process opens this database as the central one: what is in it went to another."""
+    connection.execute(sa.text("UPDATE alembic_version SET version_num = :moved"), {"moved": _MOVED})
+
+
+def is_moved(engine: Engine) -> bool:
+    return revision(engine) == _MOVED
+
+
+def _require_here(found: str | None) -> None:
+    if found == _MOVED:
+        raise SchemaOutdated("the central database was copied to another one with `mail-pipelines database copy`: database.url has to name that one")

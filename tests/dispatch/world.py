@@ -211,6 +211,10 @@ class World:
             hold = holds.in_force(connection).over_campaign(self.campaign_id, 1, None)
         return hold.reason if hold else None
 
+    def hold_of_everything(self) -> holds.Hold | None:
+        with reading(self.engine) as connection:
+            return next((hold for hold in holds.in_force(connection).holds if hold.scope == Scope()), None)
+
     def set_server(self, key: str, **values: Any) -> None:
         transact(self.engine, lambda connection: connection.execute(sa.update(Server).where(Server.key == key).values(**values)))
 
