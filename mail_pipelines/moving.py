@@ -54,7 +54,7 @@ def move(settings: Settings, source: Engine, target: Engine, now: dt.datetime, p
     # Nothing may begin meanwhile, and what runs has to be stopped by those who started it.
     with Processes(lock=up.lock(settings.home)):
         if migrate.is_moved(source):
-            if not _is_marked(target):
+            if _marked(target) != _generation(source):
                 raise MoveError("this database was moved before, and that is finished: database.url has to name the other one")
             _release(target, now)
             return []
@@ -89,8 +89,7 @@ def _require_silence(source: Engine, heartbeat_seconds: float) -> None:
 
 def _mark(source: Engine, target: Engine, now: dt.datetime) -> None:
     """Say in the target whose copy it is. Raises `MoveError` for one that is somebody's already."""
-    with reading(source) as connection:
-        own = connection.execute(sa.select(LedgerGeneration.generation)).scalar_one()
+    own = _generation(source)
 
     def work(connection: Connection) -> None:
         found = connection.execute(sa.select(SyncState.value).filter_by(**_MARK)).scalar_one_or_none()
@@ -103,9 +102,15 @@ def _mark(source: Engine, target: Engine, now: dt.datetime) -> None:
     transact(target, work)
 
 
-def _is_marked(target: Engine) -> bool:
+def _marked(target: Engine) -> str | None:
+    """Of which ledger the target is an unfinished copy."""
     with reading(target) as connection:
-        return connection.execute(sa.select(SyncState.value).filter_by(**_MARK)).first() is not None
+        return connection.execute(sa.select(SyncState.value).filter_by(**_MARK)).scalar_one_or_none()
+
+
+def _generation(source: Engine) -> str:
+    with reading(source) as connection:
+        return connection.execute(sa.select(LedgerGeneration.generation)).scalar_one()
 
 
 def _copy(source: Connection, target: Engine, table: sa.Table, now: dt.datetime, progress: Progress) -> None:

@@ -69,8 +69,10 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("block", "line"), COMMANDS, ids=str)
-def test_a_command_that_is_only_to_be_read_exists_and_takes_what_it_is_given(block: Block, line: str) -> None:
+def test_a_command_that_is_only_to_be_read_exists_and_takes_what_it_is_given(block: Block, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """These need a server, a DNS or an hour, so they are not run here; `click` reads their words as it would before running them."""
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
     words = shlex.split(line, comments=True)[1:]
     command = get_command(app)
     while isinstance(command, TyperGroup):

@@ -105,7 +105,7 @@ def crash(
 
 
 @app.command("send")
-def send(quick: Quick = False, as_json: Json = False) -> None:
+def send(quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter runs: about 50 s")] = False, as_json: Json = False) -> None:
     """Messages sent a second: into a sink, and through Exim with ledger and journal."""
     from mail_pipelines.benchmarks import send as bench
 

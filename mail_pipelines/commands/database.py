@@ -25,7 +25,7 @@ def upgrade() -> None:
 @app.command()
 def copy(
     to: Annotated[str, typer.Option(help="URL of an empty database: mysql+pymysql://USER@HOST/NAME")],
-    password_file: Annotated[Path | None, typer.Option(help="file with the password for it")] = None,
+    password_file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="file with the password for it")] = None,
 ) -> None:
     """Move an embedded installation to MySQL or MariaDB. Stop `mail-pipelines up` first.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,7 +101,6 @@ def test_a_campaign_under_way_goes_on_in_the_other_database(engine: sa.Engine, t
     there = World(target, settings_for(target, tmp_path / "home", lease_seconds=16))
     assert there.hold_of_everything() is None
     catcher.start()
-    there.set_server("s1", heartbeat_at=None)
     SessionProcess(there, server.key, "after").wait()
     states = there.states()
     copies = there.copies()
@@ -118,7 +115,7 @@ def copy_once(target: sa.Engine) -> str:
     """Give the command, and kill it when it has copied something; returns what it said until then."""
     process = subprocess.Popen([sys.executable, "-m", "mail_pipelines.cli", *command(target)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: process.poll() is not None or count(target, "contacts") >= 5_000, what="some of the copy")
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     said, _ = process.communicate()
     assert "has it all" not in said
     return said
