@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy.engine import Connection as DatabaseConnection
@@ -248,7 +248,7 @@ class Lane:
         answer = claims.open_claim(
             session.engine,
             session.sender,
-            session.memory,
+            replace(session.memory, last_beat=servers.last_beat(session.folders)),
             claim_id=claim_id,
             campaign_id=session.campaign_id,
             shard=session.shard,

@@ -19,6 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from mail_pipelines import __version__
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Recovery, Server
@@ -145,7 +146,7 @@ def remember(folders: ServerFolders, memory: Memory) -> None:
 
 
 def recall(engine: Engine, folders: ServerFolders) -> Memory:
-    """What this server remembers; on its first day what the database says.
+    """What this server remembers, without its last heartbeat; on its first day what the database says.
 
     A life of the database that a recovery has made is not taken over here: the server first has to contribute to it (`dispatch.recovery`).
     """
@@ -185,9 +186,14 @@ def _beats(folders: ServerFolders) -> tuple[list[str], dt.datetime | None]:
         return [], None
 
 
+def last_beat(folders: ServerFolders) -> dt.datetime | None:
+    """The database's time of this server's last heartbeat that it has confirmed."""
+    return _beats(folders)[1]
+
+
 def check_time(connection: Connection, server_id: int, key: str, folders: ServerFolders) -> None:
     """Raises `WentBack` if the database is older than what this server knows of it, as after a restore, and nobody has begun to recover it."""
-    last = _beats(folders)[1]
+    last = last_beat(folders)
     known = connection.execute(sa.select(Server.heartbeat_at).where(Server.id == server_id)).scalar_one()
     if last is None or (known is not None and known >= last):
         return
@@ -285,6 +291,7 @@ class Heartbeat:
 
     def _health(self) -> dict[str, Any]:
         return {
+            "release": __version__,
             "load": round(os.getloadavg()[0], 2),
             "free_mb": shutil.disk_usage(self._folders.log).free >> 20,
             "pid": os.getpid(),

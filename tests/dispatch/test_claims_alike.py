@@ -49,6 +49,7 @@ from mail_pipelines.dispatch.journal import Position
 PROVIDERS = ("google", "yahoo")
 SCOPES = (("all", 0), ("brand", 1), ("brand", 2), ("list", 1), ("list", 2))
 KNOWN_CLAIM = 77
+BEAT = dt.datetime(2026, 11, 24, 12, 0, 0, 123456, tzinfo=dt.UTC)
 # Numbers of the servers that greylisted rows wait for; all but the last are registered.
 SERVERS = {"ours": 1, "active": 2, "retired": 3, "paused": 4, "removed": 5}
 FILLED = (
@@ -113,6 +114,9 @@ class Situation:
     incarnation: str | None = "i"
     generation_known: bool = True
     newest_claim: int | None = None
+    # Of the server: in the database, and as it remembers it.
+    heartbeat: dt.datetime | None = BEAT
+    last_beat: dt.datetime | None = None
     holds: tuple[tuple[str, int, str, str], ...] = ()
     released: tuple[tuple[str, int, str, str], ...] = ()
 
@@ -238,6 +242,9 @@ ODD = {
     "another generation": replace(PLAIN, generation_known=False),
     "a claim the database knows": replace(PLAIN, newest_claim=KNOWN_CLAIM),
     "a claim the database forgot": replace(PLAIN, newest_claim=KNOWN_CLAIM + 1),
+    "the heartbeat the database knows": replace(PLAIN, last_beat=BEAT),
+    "a heartbeat the database forgot": replace(PLAIN, last_beat=BEAT + dt.timedelta(microseconds=1)),
+    "a heartbeat, and the database knows none": replace(PLAIN, heartbeat=None, last_beat=BEAT),
     "no grant": replace(PLAIN, grants={}),
     "a grant spent": replace(PLAIN, grants={"google": (5, 5)}),
     "a grant lowered": replace(PLAIN, grants={"google": (5, 6)}),
@@ -281,13 +288,12 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
                 "host": "h",
                 "port": 1,
                 "incarnation": situation.incarnation,
+                "heartbeat_at": situation.heartbeat,
                 "created_at": now,
             }
         ]
-    rows[Server] += [
-        {"id": SERVERS[state], "key": state, "kind": "catcher", "pool_id": 1, "state": state, "host": "h", "port": 1, "incarnation": None, "created_at": now}
-        for state in ("active", "retired", "paused")
-    ]
+    others = {"kind": "catcher", "pool_id": 1, "host": "h", "port": 1, "incarnation": None, "heartbeat_at": None, "created_at": now}
+    rows[Server] += [others | {"id": SERVERS[state], "key": state, "state": state} for state in ("active", "retired", "paused")]
     rows[Pool] = [{"id": number, "key": f"p{number}"} for number in (2, 3)]
     rows[Hold] = [
         {"scope_kind": kind, "scope_id": number, "provider": provider, "reason": reason, "by_whom": "t", "created_at": now, "released_at": end}
@@ -431,7 +437,7 @@ def ask(engine: sa.Engine, situation: Situation) -> list[Any]:
             answer = claims.open_claim(
                 engine,
                 Sender(1, "s1", "i", "boot", "run"),
-                Memory(generation, situation.newest_claim),
+                Memory(generation, situation.newest_claim, situation.last_beat),
                 claim_id=1000 + number,
                 campaign_id=1,
                 shard=0,

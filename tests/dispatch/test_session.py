@@ -19,8 +19,9 @@ from mail_pipelines.campaigns import lifecycle, scheduling
 from mail_pipelines.campaigns import states as campaign_states
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, State
+from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, Server, State
 from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.claims import WrongServer
 from mail_pipelines.dispatch.session import Report, Session, journal_of
 from tests.dispatch.test_giving_way import another_campaign
 from tests.dispatch.world import Running, Servers, World, make_world, write_play
@@ -182,6 +183,22 @@ def test_a_stop_acts_within_five_seconds_at_full_speed(start: Start, stop: Stop,
         go_on(world)
         assert session(world, server, "run-2").run().reason == "the shard is final"
         assert world.copies() == dict.fromkeys(range(1, recipients + 1), 1)
+
+
+def test_a_session_at_work_stops_when_the_database_goes_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failure scenario 4: what it has claimed is older than the backup, so only the heartbeats of its server tell that there was another day."""
+    monkeypatch.setenv("MAIL_PIPELINES_SERVER__HEARTBEAT_SECONDS", "600")
+    world, server, _ = start(recipients=200, limits={"connections": 2, "per_second": 20.0})
+    # The look that a session takes twice a second has not come yet.
+    monkeypatch.setattr(servers, "check_time", lambda *_: None)
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(session(world, server).run)
+        wait_for(lambda: len(world.kept()) > 0, what="sending")
+        earlier = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
+        transact(world.engine, lambda connection: connection.execute(sa.update(Server).values(heartbeat_at=earlier)))
+        with pytest.raises(WrongServer, match="went back in time"):
+            run.result()
+    assert len(world.copies()) < 100
 
 
 def test_an_address_suppressed_while_sending_is_not_mailed(start: Start) -> None:

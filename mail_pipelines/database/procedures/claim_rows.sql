@@ -18,6 +18,7 @@ CREATE PROCEDURE claim_rows (
   IN p_run_id VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin,
   IN p_generation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin,
   IN p_newest_claim BIGINT,
+  IN p_last_beat DATETIME(6),
   IN p_journal_inode BIGINT,
   IN p_journal_offset BIGINT,
   IN p_lease_microseconds BIGINT
@@ -70,7 +71,9 @@ BEGIN
 
   decision: BEGIN
     -- May this process speak for the server?
-    SELECT s.state, s.incarnation, s.pool_id, g.generation, p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim),
+    SELECT s.state, s.incarnation, s.pool_id, g.generation,
+           (p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim))
+           AND (p_last_beat IS NULL OR COALESCE(s.heartbeat_at >= p_last_beat, FALSE)),
            EXISTS (SELECT 1 FROM holds WHERE released_at IS NULL)
       INTO v_server_state, v_incarnation, v_server_pool_id, v_generation, v_remembered, v_any_held
       FROM servers AS s

@@ -46,7 +46,8 @@ _SENDER = (
         Server.state,
         Server.incarnation,
         LedgerGeneration.generation,
-        sa.or_(sa.bindparam("newest_claim", type_=sa.BigInteger).is_(None), sa.exists().where(Claim.id == sa.bindparam("newest_claim"))).label("remembered"),
+        sa.or_(sa.bindparam("newest_claim", type_=sa.BigInteger).is_(None), sa.exists().where(Claim.id == sa.bindparam("newest_claim"))).label("knows_claim"),
+        Server.heartbeat_at,
     )
     .join_from(Server, LedgerGeneration, LedgerGeneration.id == 1)
     .where(Server.id == sa.bindparam("server_id"))
@@ -164,15 +165,16 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
 
 
 def _check_sender(connection: Connection, request: Request, now: dt.datetime) -> Refusal | None:
-    place = {"server_id": request.sender.server_id, "newest_claim": request.memory.newest_claim}
-    found = connection.execute(_SENDER, place).one_or_none()
+    memory = request.memory
+    found = connection.execute(_SENDER, {"server_id": request.sender.server_id, "newest_claim": memory.newest_claim}).one_or_none()
     if found is None:
         return Refusal(Verdict.UNREGISTERED, now)
     if found.incarnation != request.sender.incarnation:
         return Refusal(Verdict.OTHER_INCARNATION, now)
     if found.state != "active":
         return Refusal(Verdict.INACTIVE, now, found.state)
-    if found.generation != request.memory.generation or not found.remembered:
+    knows_beat = memory.last_beat is None or (found.heartbeat_at is not None and found.heartbeat_at >= memory.last_beat)
+    if found.generation != memory.generation or not found.knows_claim or not knows_beat:
         return Refusal(Verdict.WENT_BACK, now)
     return None
 

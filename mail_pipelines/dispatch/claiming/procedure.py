@@ -32,6 +32,7 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
         sender.run_id,
         memory.generation,
         memory.newest_claim,
+        memory.last_beat and memory.last_beat.replace(tzinfo=None),
         request.position.inode,
         request.position.offset,
         round(request.lease_seconds * 1_000_000),

@@ -29,10 +29,14 @@ class Sender:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a server remembers of the database: its generation and the newest claim opened in it."""
+    """What a server remembers of the database: its generation, the newest claim opened in it, and the server's last heartbeat there.
+
+    A database that does not know one of them is an older one: the claim would give out rows that this server, or another, has mailed since.
+    """
 
     generation: str
     newest_claim: int | None = None
+    last_beat: dt.datetime | None = None
 
 
 @dataclass(frozen=True)
