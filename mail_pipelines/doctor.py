@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from mail_pipelines import config, doors
+from mail_pipelines import __version__, config, doors
 from mail_pipelines.campaigns import archiving
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_now, is_mysql, open_engine, reading
@@ -119,7 +119,7 @@ def check_central_database(settings: config.Settings, *, is_centre: bool) -> Ite
                 yield from check_archive(connection, settings)
         yield from check_servers(engine, settings.server.heartbeat_seconds)
     except migrate.SchemaOutdated as error:
-        yield Finding("schema", str(error), "run `mail-pipelines init`")
+        yield Finding("schema", str(error), "upgrade the centre first, then its servers")
     except DatabaseError as error:
         yield Finding("database", str(error), "nothing is sent while the central database is away")
     finally:
@@ -174,6 +174,8 @@ def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]
             f"{len(silent)} of {len(active)} active servers are silent: {_names(silent)}",
             "start them (`mail-pipelines up` starts built-in catchers), or look into their logs",
         )
+    if other := [f"{server.key} ({release})" for server in active if (release := (server.health or {}).get("release", __version__)) != __version__]:
+        yield Finding("servers", f"not of this version ({__version__}): {_names(other)}", "upgrade the centre first, then its servers")
     for server in [server for server in active if server.shortage and server.key not in silent][:SHOWN]:
         yield Finding("servers", server.shortage, "make room on that disk; sending goes on by itself")
 

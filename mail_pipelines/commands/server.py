@@ -53,6 +53,8 @@ def list_servers() -> None:
 def _health(health: Mapping[str, Any]) -> dict[str, str]:
     """What the last heartbeat told."""
     found = {}
+    if "release" in health:
+        found["mail_pipelines"] = str(health["release"])
     if "version" in health:
         found["mail server"] = str(health["version"])
     if "load" in health:

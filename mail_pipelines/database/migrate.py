@@ -1,4 +1,4 @@
-"""Schema migrations (Alembic): `upgrade` brings any database to the newest schema, `require_schema` refuses an older one."""
+"""Schema migrations (Alembic): `upgrade` brings any database to the newest schema, `require_schema` refuses one that this version cannot work with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from mail_pipelines import __version__
 from mail_pipelines.database.boundary import installation as boundary
-from mail_pipelines.database.engine import DatabaseError, explained, transact
+from mail_pipelines.database.engine import DatabaseError, explained, reading, transact
 from mail_pipelines.database.models import DEFAULT_POOL, Brand, LedgerGeneration, Pool
 from mail_pipelines.database.procedures import installation
 
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 # In place of a revision: what was in this database is in another one now.
 _MOVED = "moved"
 _MIGRATIONS = Path(__file__).parent / "migrations"
+# The centre is upgraded first, so its servers work for a while with a schema that is newer than they know. This is the oldest they may know. A migration that
+# takes away or changes what they use sets it to its own number; one that only adds leaves it.
+OLDEST = "0013"
 
 
 class SchemaOutdated(DatabaseError):
-    """The database's schema is not the one this version works with."""
+    """This version does not work with the database's schema."""
 
 
 def alembic_config(engine: Engine) -> Config:
@@ -37,10 +41,16 @@ def alembic_config(engine: Engine) -> Config:
 
 
 def upgrade(engine: Engine) -> None:
-    """Create or upgrade the schema, with the stored procedures and the rows every installation has."""
+    """Create or upgrade the schema, with the stored procedures and the rows every installation has.
+
+    Raises `SchemaOutdated` for one that is newer than this version.
+    """
     from alembic import command
 
-    _require_here(revision(engine))
+    found = revision(engine)
+    _require_here(found)
+    if found is not None and found > newest_revision():
+        raise SchemaOutdated(f"the central database is at schema {found}, which mail_pipelines {__version__} does not know: install the version that made it")
     with explained(engine):
         command.upgrade(alembic_config(engine), "head")
     transact(engine, installation.install_missing)
@@ -63,6 +73,7 @@ def _seed(connection: Connection) -> None:
     ):
         if connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one() == 0:
             connection.execute(sa.insert(table).values(row))
+    connection.execute(sa.update(LedgerGeneration).values(oldest_schema=OLDEST))
 
 
 def revision(engine: Engine) -> str | None:
@@ -79,13 +90,23 @@ def newest_revision() -> str:
 
 
 def require_schema(engine: Engine) -> None:
-    """Raise `SchemaOutdated` unless the database is at the newest revision."""
+    """Raise `SchemaOutdated` unless the database is at this version's revision, or at a newer one that this version may work with."""
     found, wanted = revision(engine), newest_revision()
     _require_here(found)
     if found is None:
         raise SchemaOutdated("the central database has no tables yet: run `mail-pipelines init`")
-    if found != wanted:
+    if found < wanted:
         raise SchemaOutdated(f"the central database is at schema {found}, this version needs {wanted}: run `mail-pipelines database upgrade`")
+    if found > wanted and (oldest := _oldest(engine)) > wanted:
+        raise SchemaOutdated(
+            f"mail_pipelines {__version__} is too old for the central database: it knows schema {wanted}, and the database, at {found}, "
+            f"needs {oldest} at least: install the version of the centre here"
+        )
+
+
+def _oldest(engine: Engine) -> str:
+    with reading(engine) as connection:
+        return connection.execute(sa.select(LedgerGeneration.oldest_schema)).scalar_one()
 
 
 def mark_moved(connection: Connection) -> None:

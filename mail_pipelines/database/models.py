@@ -582,11 +582,12 @@ class SyncState(Base):
 
 
 class LedgerGeneration(Base):
-    """One row: which life of the ledger this is. Servers that know another one stop."""
+    """One row: which life of the ledger this is. Servers that know another one stop, as do those whose software knows only schemas before `oldest_schema`."""
 
     __tablename__ = "ledger_generation"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     generation: Mapped[str] = mapped_column(ascii_string(36))
+    oldest_schema: Mapped[str] = mapped_column(ascii_string(8), server_default="")
     created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     __table_args__ = (MYSQL,)
 

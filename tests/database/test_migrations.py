@@ -116,6 +116,19 @@ def test_old_and_empty_schemas_are_refused_by_name(tmp_path, engine: sa.Engine) 
         migrate.require_schema(engine)
 
 
+def test_an_older_version_goes_on_with_a_newer_schema_until_that_needs_more(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    migrate.require_schema(engine)
+    with pytest.raises(migrate.SchemaOutdated, match=r"at schema 9999, which .* does not know"):
+        migrate.upgrade(engine)
+    monkeypatch.setattr(migrate, "newest_revision", lambda: migrate.OLDEST)
+    migrate.require_schema(engine)
+    monkeypatch.setattr(migrate, "newest_revision", lambda: "0012")
+    with pytest.raises(migrate.SchemaOutdated, match=f"too old for the central database: it knows schema 0012, .* needs {migrate.OLDEST} at least"):
+        migrate.require_schema(engine)
+
+
 def test_partitions_are_made_ahead_and_once(engine: sa.Engine) -> None:
     today = dt.datetime.now(dt.UTC).date()
     assert partitions.extend(engine, today) == []

@@ -18,6 +18,7 @@ from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.files import DispatchError
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.dispatch.servers import Heartbeat, NameTaken
+from mail_pipelines.doctor import check_servers
 from tests.dispatch.world import World, make_world
 
 
@@ -158,6 +159,17 @@ def test_two_campaigns_that_meet_in_a_new_window_do_not_exceed_the_limit(world: 
         thread.join()
     assert sum(taken) == 6
     assert world.usage(server, "google")[3600] == 6
+
+
+def test_servers_of_another_version_are_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh(world, "s1")
+    fresh(world, "s2")
+    Heartbeat(world.engine, "s1", world.folders("s1"), 10).start()
+    monkeypatch.setattr(servers, "__version__", "0.0.9")
+    Heartbeat(world.engine, "s2", world.folders("s2"), 10).start()
+    (finding,) = check_servers(world.engine, 10)
+    assert "s2 (0.0.9)" in finding.problem
+    assert "s1" not in finding.problem
 
 
 def test_a_memory_that_a_power_loss_emptied_is_made_anew(world: World) -> None:
