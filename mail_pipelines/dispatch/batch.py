@@ -66,8 +66,8 @@ class Batch:
 
     @property
     def has_next(self) -> bool:
-        """Whether `composed` may have a row now."""
-        return self.turns.has_next or self.composer.busy
+        """Whether `composed` may have a row now that may still be offered: who asked in vain again and again would let nobody else have a turn."""
+        return time.monotonic() < self.deadline and (self.turns.has_next or self.composer.busy)
 
     @property
     def is_over(self) -> bool:
