@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from mail_pipelines.benchmarks.contract import Result, judge
 from mail_pipelines.benchmarks.rig import OPEN_STATES, UNSYNCED_SECONDS, Count, Rig, rig, wait_for
 from mail_pipelines.database.engine import database_now, reading
-from mail_pipelines.database.models import State
 from mail_pipelines.dispatch import journal
 from mail_pipelines.errors import MailPipelinesError
 
@@ -131,8 +130,7 @@ def _kill_the_daemon_of_dagster(host: Rig, _draw: random.Random) -> int:
 
 
 def _lose_power(host: Rig, draw: random.Random) -> int:
-    host.lose_power(draw.uniform(0, UNSYNCED_SECONDS), draw.randrange(60))
-    return host.in_states(host.latest, State.CLAIMED)
+    return host.lose_power(draw.uniform(0, UNSYNCED_SECONDS), draw.randrange(60))
 
 
 KINDS = (

@@ -228,8 +228,11 @@ class Rig:
             daemon.wait()
         self._daemons.clear()
 
-    def lose_power(self, unsynced_seconds: float, torn_bytes: int) -> None:
-        """End everything at once and boot again, without what the journal got in the last seconds and so many bytes before that."""
+    def lose_power(self, unsynced_seconds: float, torn_bytes: int) -> int:
+        """End everything at once and boot again, without what the journal got in the last seconds and so many bytes before that.
+
+        Returns how many rows were claimed: before Exim's process is there again, which settles them.
+        """
         group = self.daemon()
         for process in (self.exim, *(session.process for session in self.sessions)):
             process.kill()
@@ -247,7 +250,9 @@ class Rig:
         shutil.rmtree(self.folders.run)
         self._new_boot()
         self.database.start()
+        claimed = self.in_states(self.latest, State.CLAIMED)
         self.start_exim()
+        return claimed
 
     @contextmanager
     def crowded_log_disk(self) -> Iterator[Callable[[int], None]]:
