@@ -112,6 +112,14 @@ def send(quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter 
     _show("send", bench.run(quick), as_json)
 
 
+@app.command("far-centre")
+def far_centre(quick: Quick = False, as_json: Json = False) -> None:
+    """Messages sent a second where the central database is 80 ms away over a line that loses packets, against one nearby."""
+    from mail_pipelines.benchmarks import far_centre as bench
+
+    _show("far-centre", bench.run(quick), as_json)
+
+
 def _show(name: str, results: list[Result], as_json: bool) -> None:
     from rich.table import Table
 
