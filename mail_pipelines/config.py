@@ -154,7 +154,9 @@ class OperationSettings(Section):
     snapshot_cron: str = pydantic.Field(default="*/15 * * * *", description="when `refresh_snapshots` runs")
     maintenance_cron: str = pydantic.Field(default="40 3 * * *", description="when `maintenance` runs")
     inbox: str = pydantic.Field(default="{home}/inbox", description="folder watched by `dropped_files`: LIST/FILE.csv or LIST/FILE.parquet")
-    sensor_seconds: int = pydantic.Field(default=10, ge=1, description="shortest interval between two ticks of a sensor (s)")
+    sensor_seconds: int = pydantic.Field(
+        default=10, ge=1, description="shortest interval between two ticks of a sensor; of those that no campaign waits for three times that (s)"
+    )
     ui_host: str = pydantic.Field(default="127.0.0.1", description="address the Dagster UI listens on")
     ui_port: int = pydantic.Field(default=3000, ge=0, le=65535, description="port of the Dagster UI; 0 takes a free one")
     min_free_mb: int = pydantic.Field(default=500, ge=0, description="`doctor` warns below this much free disk (MB)")

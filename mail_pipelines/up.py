@@ -1,4 +1,7 @@
-"""What `mail-pipelines up` runs: Dagster's web server and daemon, and built-in mail catchers where no real server is registered."""
+"""What `mail-pipelines up` runs: Dagster's web server and daemon, and built-in mail catchers where no real server is registered.
+
+Web server and daemon share one code server. Left to themselves each would start its own, and the daemon a new one every minute.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import yaml
 from sqlalchemy.engine import Engine
 
+from mail_pipelines import code_server
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.dispatch import servers
 from mail_pipelines.errors import MailPipelinesError
-from mail_pipelines.home import checkout, environment
+from mail_pipelines.home import environment
 from mail_pipelines.supervision import Processes
 
 LOOPBACK = "127.0.0.1"
@@ -34,14 +39,33 @@ def lock(home: Path) -> Path:
 
 
 def start_dagster(processes: Processes, settings: Settings) -> str:
-    """Start the daemon and the web server, wait until the UI answers, and return its address."""
+    """Start the code server, the daemon and the web server, wait until the UI answers, and return its address."""
     host, port = settings.operation.ui_host, _ui_port(settings)
-    workspace = str(checkout() / "workspace.yaml")
-    _start(processes, settings, "daemon", ["dagster._daemon", "run", "-w", workspace])
-    _start(processes, settings, "web", ["dagster_webserver", "-w", workspace, "-h", host, "-p", str(port)])
+    _start_code(processes, settings)
+    start_daemon(processes, settings)
+    _start(processes, settings, "web", ["dagster_webserver", "-w", str(_workspace(settings)), "-h", host, "-p", str(port)])
     address = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     processes.wait_until_ready(lambda: _loaded(address), seconds=START_SECONDS, what="the Dagster UI")
     return address
+
+
+def _start_code(processes: Processes, settings: Settings) -> None:
+    """Start the code server and wait until it has loaded the definitions."""
+    port = _free_port(LOOPBACK)
+    place = {"host": LOOPBACK, "port": port, "location_name": code_server.LOCATION}
+    _workspace(settings).write_text(yaml.safe_dump({"load_from": [{"grpc_server": place}]}), encoding="utf-8")
+    _start(processes, settings, "code", ["mail_pipelines.code_server", LOOPBACK, str(port)])
+    processes.wait_until_ready(lambda: _listens(port), seconds=START_SECONDS, what="the code server")
+
+
+def start_daemon(processes: Processes, settings: Settings) -> None:
+    """Start the daemon, which needs the code server."""
+    _start(processes, settings, "daemon", ["dagster._daemon", "run", "-w", str(_workspace(settings))])
+
+
+def _workspace(settings: Settings) -> Path:
+    """The file that tells web server and daemon where the code server is."""
+    return settings.dagster_home / "workspace.yaml"
 
 
 def catchers(engine: Engine, settings: Settings) -> list[str]:
@@ -66,6 +90,11 @@ def _start(processes: Processes, settings: Settings, name: str, module: list[str
 def _free_port(host: str, port: int = 0) -> int:
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         return int(probe.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) == 0
 
 
 def _ui_port(settings: Settings) -> int:

@@ -55,7 +55,7 @@ def test_everything_runs_once_answers_and_ends_with_ctrl_c(running: tuple[subpro
     with urllib.request.urlopen(f"{address}/server_info") as reply:
         assert b"dagster_webserver" in reply.read()
     pids = _started(settings)
-    assert set(pids) == {"parent", "daemon", "web", *settings.server.catchers}
+    assert set(pids) == {"parent", "code", "daemon", "web", *settings.server.catchers}
     wait_for(lambda: not [finding for finding in doctor.examine() if finding.check in ("daemon", "servers")], seconds=60, what="a clean doctor")
     with reading(open_engine(settings.database)) as connection:
         assert {server.key for server in servers.all_servers(connection)} == set(settings.server.catchers)

@@ -19,6 +19,7 @@ from mail_pipelines.jobs import build_audience, report_campaign
 from mail_pipelines.ops.maintenance import close_open_rows
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sensors.runs import PARTITION_TAG, recent_failures, unfinished
+from mail_pipelines.sensors.ticks import instance_of
 
 KEYS_A_TICK = 50
 REPORTS_A_TICK = 50
@@ -49,7 +50,7 @@ def due_campaigns(context: dg.SensorEvaluationContext, database: CentralDatabase
         due = lifecycle.due(connection, now) + lifecycle.building(connection)
         campaign_keys = _campaign_keys(connection, now)
         segment_keys = connection.execute(sa.select(Segment.key).order_by(Segment.id)).scalars().all()
-    instance = context.instance
+    instance = instance_of(context)
     requests: list[dg.AddDynamicPartitionsRequest] = []
     known = set(instance.get_dynamic_partitions(partitions.campaigns.name or ""))
     for definition, wanted in ((partitions.campaigns, campaign_keys), (partitions.segments, segment_keys)):
@@ -95,12 +96,12 @@ def finished_campaigns(context: dg.SensorEvaluationContext, database: CentralDat
     finished = [campaign.key for campaign in ended if not opened.get(campaign.id)]
     finished += [campaign.key for campaign in running if not opened[campaign.id] and lifecycle.finish_if_done(engine, campaign.id, now)]
     requested = report_requests(finished, [campaign.key for campaign in running if campaign.key not in finished], now)
-    known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))
+    known = set(instance_of(context).get_dynamic_partitions(partitions.campaigns.name or ""))
     asked = set(json.loads(context.cursor or "[]"))
     new = [(key, run_key) for key, run_key in requested if key in known and run_key not in asked][:REPORTS_A_TICK]
     runs = [dg.RunRequest(job_name=report_campaign.name, partition_key=key, run_key=run_key) for key, run_key in new]
     if any(overdue.needs_closing(campaign, opened[campaign.id], now) for campaign in running + cancelled):
-        if not unfinished(context.instance, close_open_rows.name):
+        if not unfinished(instance_of(context), close_open_rows.name):
             runs.append(dg.RunRequest(job_name=close_open_rows.name))
     elif any(rows.get(State.UNKNOWN) for rows in opened.values()):
         runs.append(dg.RunRequest(job_name=close_open_rows.name, run_key=f"unknown:{now:%Y-%m-%dT%H}"))

@@ -16,6 +16,7 @@ from mail_pipelines.contacts.sets import slices
 from mail_pipelines.ops.maintenance import DroppedFile, import_contacts
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sensors.runs import unfinished
+from mail_pipelines.sensors.ticks import instance_of
 
 FILES_A_TICK = 20
 SUFFIXES = (".csv", ".parquet")
@@ -65,9 +66,9 @@ def dropped_files(context: dg.SensorEvaluationContext, database: CentralDatabase
     """Import contact files that were put into the inbox: again after an import that was killed or failed, up to three times a version."""
     inbox = Path(database.settings.operation.inbox)
     # Before the folder is read: a run that ends in between has moved its file away.
-    imported = {run.tags.get(FILE_TAG) for run in unfinished(context.instance, import_contacts.name)}
+    imported = {run.tags.get(FILE_TAG) for run in unfinished(instance_of(context), import_contacts.name)}
     waiting = list(waiting_files(inbox, time.time()))
-    left = _left_alone(context.instance, [file.version for file in waiting])
+    left = _left_alone(instance_of(context), [file.version for file in waiting])
     chosen = [file for file in waiting if file.tag not in imported and file.version not in left][:FILES_A_TICK]
     if not chosen:
         failed = f"; {len(left)} were tried and are left until they change, see the runs of {import_contacts.name}" if left else ""

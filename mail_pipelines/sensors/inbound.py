@@ -10,6 +10,7 @@ from mail_pipelines.inbound import reading
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sensors.runs import unfinished
+from mail_pipelines.sensors.ticks import instance_of
 
 # Mail is read so often at most: a run takes seconds, whether it has one message to read or thousands. A mailbox has to be asked.
 FILES_SECONDS = 60
@@ -25,6 +26,6 @@ def inbound_mail(context: dg.SensorEvaluationContext, database: CentralDatabase)
         period = MAILBOX_SECONDS
     else:
         return dg.SkipReason(f"no mail waits in {settings.inbound.folder}")
-    if unfinished(context.instance, read_inbound_mail.name):
+    if unfinished(instance_of(context), read_inbound_mail.name):
         return dg.SkipReason("mail is being read")
     return dg.RunRequest(run_key=f"inbound:{period}:{int(time.time()) // period}")

@@ -21,6 +21,7 @@ from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sensors.campaigns import missing_keys
 from mail_pipelines.sensors.runs import PARTITION_TAG, gone, report_gone, started
+from mail_pipelines.sensors.ticks import instance_of
 
 SEND_POOL = "dispatch"
 CENTRE_JOBS = tuple(
@@ -35,7 +36,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         fleet = servers.all_servers(connection)
         now = database_now(connection)
     speaking = [server for server in fleet if server.state == "active" and not server.is_silent(now, settings.server.heartbeat_seconds)]
-    _set_slots(context.instance, max(1, len(speaking) * settings.server.slots))
+    _set_slots(instance_of(context), max(1, len(speaking) * settings.server.slots))
     # What a server of this host left behind its next run settles, whoever is silent.
     elsewhere = [
         server
@@ -45,11 +46,11 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         and not ServerFolders.of(settings.server, server.key).journal.exists()
     ]
     watch = registry.Watch.read(json.loads(context.cursor) if context.cursor else None).look([server.key for server in elsewhere], now)
-    _end_runs_of(context.instance, watch.silent_for(dt.timedelta(seconds=servers.SILENT_BEATS * settings.server.heartbeat_seconds)))
-    _end_dead_sessions(context.instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
-    _end_dead_audits(context.instance, settings)
-    _end_dead_centre_runs(context.instance, settings)
-    new = missing_keys([server.key for server in fleet], context.instance.get_dynamic_partitions(partitions.servers.name or ""))
+    _end_runs_of(instance_of(context), watch.silent_for(dt.timedelta(seconds=servers.SILENT_BEATS * settings.server.heartbeat_seconds)))
+    _end_dead_sessions(instance_of(context), settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
+    _end_dead_audits(instance_of(context), settings)
+    _end_dead_centre_runs(instance_of(context), settings)
+    new = missing_keys([server.key for server in fleet], instance_of(context).get_dynamic_partitions(partitions.servers.name or ""))
     silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
     if silent:
         context.log.warning("silent servers: %s", ", ".join(silent))

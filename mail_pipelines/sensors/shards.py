@@ -18,6 +18,7 @@ from mail_pipelines.jobs import send_campaign
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG
 from mail_pipelines.sensors.runs import send_runs
+from mail_pipelines.sensors.ticks import instance_of
 
 
 def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:
@@ -30,14 +31,14 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
             context.log.warning("campaign %s %s", key, reason)
         # Whoever holds SQLite's write lock for ever is ended by the run that settles its claims, so that run must be asked for.
         allotments.fill(engine, settings.server.heartbeat_seconds)
-    known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))
+    known = set(instance_of(context).get_dynamic_partitions(partitions.campaigns.name or ""))
     with reading(engine) as connection:
         found = openings.find(
             connection,
             database_now(connection),
             slots=settings.server.slots,
             heartbeat_seconds=settings.server.heartbeat_seconds,
-            in_flight=send_runs(context.instance),
+            in_flight=send_runs(instance_of(context)),
         )
     runs = [
         dg.RunRequest(job_name=send_campaign.name, partition_key=partitions.batch_key(opening.campaign, opening.shard), tags={QUEUE_TAG: opening.server})
@@ -51,7 +52,7 @@ def finished_shards(context: dg.SensorEvaluationContext, database: CentralDataba
     """Materialise partitions whose shard the ledger calls final, also where no run ended them: unused, settled, expired."""
     cursor = json.loads(context.cursor or '{"complete": [], "partial": {}}')
     reported: dict[str, set[int]] = {key: set(numbers) for key, numbers in cursor["partial"].items()}
-    known = set(context.instance.get_dynamic_partitions(partitions.campaigns.name or ""))
+    known = set(instance_of(context).get_dynamic_partitions(partitions.campaigns.name or ""))
     with reading(database.engine) as connection:
         recent = final.recent_campaigns(connection, dt.datetime.now(dt.UTC))
         complete = {number for number in recent.values() if number in cursor["complete"]}

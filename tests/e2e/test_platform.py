@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import sqlite3
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -129,8 +128,7 @@ def test_a_killed_daemon_neither_loses_nor_repeats(platform: Platform) -> None:
     platform.processes._children.remove(daemon)
     from mail_pipelines import up
 
-    workspace = str(Path("workspace.yaml").resolve())
-    up._start(platform.processes, platform.settings, "daemon", ["dagster._daemon", "run", "-w", workspace])
+    up.start_daemon(platform.processes, platform.settings)
     totals = platform.wait_finished("killed")
     copies = platform.copies("killed")
     assert set(copies.values()) == {1}

@@ -90,8 +90,8 @@ class Fleet:
         self.processes._children.remove(child)
 
     def restart_dagster(self) -> None:
-        """Kill daemon and web server, and start them again."""
-        for name in ("daemon", "web"):
+        """Kill daemon, web server and code server, and start them again."""
+        for name in ("daemon", "web", "code"):
             self.end(name, signal.SIGKILL)
         self.platform.start_dagster()
 
