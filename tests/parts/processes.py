@@ -15,12 +15,15 @@ def wait_for(condition: Callable[[], T], *, seconds: float = 30, what: str | Cal
     """Poll until `condition` returns something true, and return that; fail with the last value otherwise, and what was waited for (asked then)."""
     end = time.monotonic() + seconds
     while True:
+        asked = time.monotonic()
         value = condition()
         if value:
             return value
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now > end:
             raise AssertionError(f"{what if isinstance(what, str) else what()} not met within {seconds} s (last value: {value!r})")
-        time.sleep(0.02)
+        # What is waited for needs the processor, too: a condition that takes long to look at is looked at less often.
+        time.sleep(max(0.02, min(9 * (now - asked), 1.0)))
 
 
 def free_port() -> int:
