@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from mail_pipelines import __version__, config, doors
 from mail_pipelines.campaigns import archiving
 from mail_pipelines.database import migrate
-from mail_pipelines.database.engine import DatabaseError, database_now, is_mysql, open_engine, reading
-from mail_pipelines.database.models import Campaign
+from mail_pipelines.database.engine import DatabaseError, database_id, database_now, is_mysql, open_engine, reading
+from mail_pipelines.database.models import Campaign, LedgerGeneration
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
 from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.dispatch.files import ServerFolders
@@ -114,6 +114,7 @@ def check_central_database(settings: config.Settings, *, is_centre: bool) -> Ite
         migrate.require_schema(engine)
         with reading(engine) as connection:
             yield from check_durability(connection)
+            yield from check_failover(connection)
             yield from check_holds(connection)
             if is_centre:
                 yield from check_archive(connection, settings)
@@ -135,6 +136,15 @@ def check_durability(connection: sa.Connection) -> Iterator[Finding]:
         yield Finding("durability", f"innodb_flush_log_at_trx_commit is {flush}: a power failure loses commits", "set it to 1 in the database's configuration")
     if binary_log and sync != 1:
         yield Finding("durability", f"sync_binlog is {sync}: a power failure loses binary log", "set it to 1 in the database's configuration")
+
+
+def check_failover(connection: sa.Connection) -> Iterator[Finding]:
+    """A copy of the database that has taken over may lack the last seconds."""
+    known, here = connection.execute(sa.select(LedgerGeneration.database_id)).scalar_one(), database_id(connection)
+    if known is not None and known != here:
+        yield Finding(
+            "failover", f"the ledger was on the database server with server_id {known}, and {here} answers: nothing is sent", "run `mail-pipelines recover`"
+        )
 
 
 def check_holds(connection: sa.Connection) -> Iterator[Finding]:

@@ -152,5 +152,6 @@ def _release(target: Engine, now: dt.datetime) -> None:
         if any(hold.by_whom == _BY for hold in holds.in_force(connection).holds):
             holds.release(connection, holds.Scope(), _BY, now)
         connection.execute(sa.delete(SyncState).filter_by(**_MARK))
+        migrate.remember_server(connection)
 
     transact(target, work)

@@ -171,6 +171,11 @@ def _words(error: sa.exc.DBAPIError) -> str:
     return str(arguments[1] if len(arguments) > 1 else error.orig)
 
 
+def database_id(connection: Connection) -> int | None:
+    """The `server_id` of the MySQL/MariaDB server that answers, which no two servers of a replication share; None on SQLite."""
+    return int(connection.exec_driver_sql("SELECT @@server_id").scalar_one()) if is_mysql(connection) else None
+
+
 def database_now(connection: Connection) -> dt.datetime:
     """The database's clock, the only one that leases are judged by (on SQLite that is this host's)."""
     return connection.execute(_NOW).scalar_one()

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines import __version__
 from mail_pipelines.database.boundary import installation as boundary
-from mail_pipelines.database.engine import DatabaseError, explained, reading, transact
+from mail_pipelines.database.engine import DatabaseError, database_id, explained, reading, transact
 from mail_pipelines.database.models import DEFAULT_POOL, Brand, LedgerGeneration, Pool
 from mail_pipelines.database.procedures import installation
 
@@ -74,6 +74,12 @@ def _seed(connection: Connection) -> None:
         if connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one() == 0:
             connection.execute(sa.insert(table).values(row))
     connection.execute(sa.update(LedgerGeneration).values(oldest_schema=OLDEST))
+    remember_server(connection)
+
+
+def remember_server(connection: Connection) -> None:
+    """Write down which database server the ledger is on, unless that is known: `doctor` and every claim compare it."""
+    connection.execute(sa.update(LedgerGeneration).where(LedgerGeneration.database_id.is_(None)).values(database_id=database_id(connection)))
 
 
 def revision(engine: Engine) -> str | None:

@@ -582,12 +582,16 @@ class SyncState(Base):
 
 
 class LedgerGeneration(Base):
-    """One row: which life of the ledger this is. Servers that know another one stop, as do those whose software knows only schemas before `oldest_schema`."""
+    """One row: which life of the ledger this is. Servers that know another one stop, as do those whose software knows only schemas before `oldest_schema`.
+
+    `database_id` is the `server_id` of the MySQL/MariaDB server it was begun on: another one is a copy, which may lack the last seconds.
+    """
 
     __tablename__ = "ledger_generation"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     generation: Mapped[str] = mapped_column(ascii_string(36))
     oldest_schema: Mapped[str] = mapped_column(ascii_string(8), server_default="")
+    database_id: Mapped[int | None] = mapped_column(sa.BigInteger)
     created_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     __table_args__ = (MYSQL,)
 

@@ -31,7 +31,7 @@ ME = "(SELECT MAX(id) FROM {central}.servers WHERE account = SUBSTRING_INDEX(USE
 VIEWS = (
     # --- what is the same for all: no recipients ---
     View("alembic_version", "SELECT", "SELECT version_num FROM {central}.alembic_version"),
-    View("ledger_generation", "SELECT", "SELECT id, generation, oldest_schema FROM {central}.ledger_generation"),
+    View("ledger_generation", "SELECT", "SELECT id, generation, oldest_schema, database_id FROM {central}.ledger_generation"),
     View("recoveries", "SELECT", "SELECT generation, began_at, finished_at FROM {central}.recoveries"),
     View("brands", "SELECT", "SELECT id, `key` FROM {central}.brands"),
     View("pools", "SELECT", "SELECT id, `key` FROM {central}.pools"),

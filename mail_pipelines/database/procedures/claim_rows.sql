@@ -54,7 +54,7 @@ BEGIN
 
   DECLARE v_server_state, v_campaign_state VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_incarnation, v_generation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin;
-  DECLARE v_remembered, v_any_held BOOLEAN;
+  DECLARE v_remembered, v_elsewhere, v_any_held BOOLEAN;
   DECLARE v_held VARCHAR(10) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_expire_at DATETIME(6);
   DECLARE v_version_id, v_brand_id, v_list_id, v_pool_id, v_overflow_pool_id, v_server_pool_id INT;
@@ -74,8 +74,9 @@ BEGIN
     SELECT s.state, s.incarnation, s.pool_id, g.generation,
            (p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim))
            AND (p_last_beat IS NULL OR COALESCE(s.heartbeat_at >= p_last_beat, FALSE)),
+           g.database_id <> @@server_id,
            EXISTS (SELECT 1 FROM holds WHERE released_at IS NULL)
-      INTO v_server_state, v_incarnation, v_server_pool_id, v_generation, v_remembered, v_any_held
+      INTO v_server_state, v_incarnation, v_server_pool_id, v_generation, v_remembered, v_elsewhere, v_any_held
       FROM servers AS s
       JOIN ledger_generation AS g ON g.id = 1
      WHERE s.id = p_server_id;
@@ -90,6 +91,9 @@ BEGIN
       LEAVE decision;
     ELSEIF v_generation <> p_generation OR NOT v_remembered THEN
       SET v_refusal = 'went_back';
+      LEAVE decision;
+    ELSEIF v_elsewhere THEN
+      SET v_refusal = 'other_database', v_detail = @@server_id;
       LEAVE decision;
     END IF;
 

@@ -20,6 +20,7 @@ class Verdict(enum.StrEnum):
     OTHER_INCARNATION = "other_incarnation"
     INACTIVE = "inactive"
     WENT_BACK = "went_back"
+    OTHER_DATABASE = "other_database"
     NO_CAMPAIGN = "no_campaign"
     NOT_SENDING = "not_sending"
     HELD = "held"
@@ -60,6 +61,11 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
             raise WrongServer(
                 f"the database went back in time: server {server} remembers a later state of it, so rows it has mailed may look unsent. "
                 "It sends nothing until `mail-pipelines recover` has been run"
+            )
+        case Verdict.OTHER_DATABASE:
+            raise WrongServer(
+                f"the database that answers (server_id {refusal.detail}) is not the one the ledger was on, as after a failover: it may lack the last seconds, "
+                "so rows that have been mailed may look unsent. Nothing is sent until `mail-pipelines recover` has been run"
             )
         case Verdict.NO_CAMPAIGN:
             return NothingClaimed("the campaign does not exist", ends_session=True)

@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from mail_pipelines.database.engine import database_id
 from mail_pipelines.database.models import LedgerGeneration, Recovery, RecoveryServer, Server
 from mail_pipelines.dispatch import audit
 
@@ -93,7 +94,7 @@ def begin(connection: Connection, now: dt.datetime) -> Standing:
     if found is not None and found.is_open:
         return found
     generation = str(uuid.uuid4())
-    connection.execute(sa.update(LedgerGeneration).values(generation=generation, created_at=now))
+    connection.execute(sa.update(LedgerGeneration).values(generation=generation, database_id=database_id(connection), created_at=now))
     connection.execute(sa.insert(Recovery).values(generation=generation, began_at=now, finished_at=None))
     audits = audit.standings(connection)
     columns = (Server.id, Server.key, Server.heartbeat_at, Server.incarnation, Server.boot_id)
