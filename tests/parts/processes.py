@@ -23,7 +23,7 @@ def wait_for(condition: Callable[[], T], *, seconds: float = 30, what: str | Cal
         if now > end:
             raise AssertionError(f"{what if isinstance(what, str) else what()} not met within {seconds} s (last value: {value!r})")
         # What is waited for needs the processor, too: a condition that takes long to look at is looked at less often.
-        time.sleep(max(0.02, min(9 * (now - asked), 1.0)))
+        time.sleep(max(0.02, min(4 * (now - asked), 0.2)))
 
 
 def free_port() -> int:
