@@ -1,1 +1,1 @@
-"""Counting and comparing; the cluster as a whole is in `production/test_cluster.py`."""
+"""`script/cluster`: counting and comparing, and the whole of it in small."""

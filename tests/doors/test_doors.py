@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mail_pipelines import config, doors, home
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.supervision import Processes
+from tests.doors.stranger import Answer, Question
 from tests.parts.hosts import Host, two_hosts
 from tests.parts.processes import wait_for
-from tests.production.stranger import Answer, Question
 from tests.production.test_units import INSTALLED
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("platform")]
@@ -65,7 +65,7 @@ class Centre:
 
     def ask(self, *questions: Question) -> list[Answer]:
         given = json.dumps({"trusted": str(self.folder / "tls/fullchain.pem"), "questions": [asdict(question) for question in questions]})
-        command = [*self.other.run, sys.executable, "-m", "tests.production.stranger"]
+        command = [*self.other.run, sys.executable, "-m", "tests.doors.stranger"]
         done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         return [Answer(**answer) for answer in json.loads(done.stdout)]

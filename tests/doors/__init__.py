@@ -1,0 +1,1 @@
+"""One door: what other hosts can reach."""
