@@ -284,7 +284,7 @@ def test_a_thief_opens_no_table_and_makes_none(theft: Theft) -> None:
         "CREATE OR REPLACE VIEW claims AS SELECT 1",
         "DROP VIEW claims",
         f"DROP PROCEDURE {schema}.claim_rows",
-        f"CALL {schema}.claim_rows({', '.join(['NULL'] * 14)})",
+        f"CALL {schema}.claim_rows({', '.join(['NULL'] * 15)})",
         f"CALL {schema}.suppress_bounced(1, NULL, '[1]')",
         "INSERT INTO campaigns (id) VALUES (9)",
         "UPDATE campaigns SET state = 'sending'",
@@ -378,14 +378,14 @@ def test_a_thief_gets_no_more_addresses_than_were_granted(theft: Theft) -> None:
     schema = world.engine.url.database
     for name in ("suppressions", "contacts", "allotments", "provider_usage", "holds", "servers", "campaigns", "deliveries"):
         with theft.engine.connect() as connection:
-            call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, 1, 0, 1))
+            call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, None, 1, 0, 1))
             connection.rollback()
             try:
                 connection.exec_driver_sql(f"RENAME TABLE {schema}.claim_rows_judged TO {schema}.{name}")
             except sa.exc.DBAPIError:
                 continue
             with pytest.raises(sa.exc.DBAPIError, match="Unknown column"):
-                call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, 1, 0, 1))
+                call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, None, 1, 0, 1))
             connection.rollback()
             connection.invalidate()
     while isinstance(claim(own), OpenClaim):
@@ -463,7 +463,7 @@ def test_an_account_that_was_revoked_is_nobody_on_an_open_connection(theft: Thef
         assert connection.exec_driver_sql("SELECT COUNT(*) FROM claims").scalar_one() == 0
         assert connection.exec_driver_sql("SELECT COUNT(*) FROM deliveries").scalar_one() == 0
         sender = theft.world.sender(theft.server)
-        arguments = (claims.new_id(), 1, 0, "google", 9, sender.server_id, sender.incarnation, "b", "r", "g", None, 1, 0, 1)
+        arguments = (claims.new_id(), 1, 0, "google", 9, sender.server_id, sender.incarnation, "b", "r", "g", None, None, 1, 0, 1)
         assert call(connection, "claim_rows", arguments)[0][0][0] == "unregistered"
         connection.rollback()
 

@@ -106,7 +106,7 @@ class TestOnMariaDB:
             with pytest.raises(sa.exc.OperationalError, match="denied"):
                 connection.exec_driver_sql("CREATE TEMPORARY TABLE suppressions (id INT)")
             sender, memory = world.sender(server), servers.recall(world.engine, world.folders(server.key))
-            arguments = (1, 1, 0, "google", 3, sender.server_id, sender.incarnation, "b", "r", memory.generation, None, 1, 0, 60_000_000)
+            arguments = (1, 1, 0, "google", 3, sender.server_id, sender.incarnation, "b", "r", memory.generation, None, None, 1, 0, 60_000_000)
             verdict, rows = call(connection, procedure.NAME, arguments)
             connection.rollback()
         assert verdict[0][0] is None
