@@ -33,7 +33,7 @@ def replicated(tmp_path: Path) -> Iterator[Replicated]:
 @pytest.mark.server
 @pytest.mark.timeout(280)
 def test_a_replica_that_lacks_the_last_seconds_repeats_nothing(replicated: Replicated, tmp_path: Path, kind: str, running: Servers) -> None:
-    recipients = 400
+    recipients = 1000
     os.environ["MAIL_PIPELINES_SERVER__HEARTBEAT_SECONDS"] = "1"
     engine = create_engine(replicated.primary.database())
     migrate.upgrade(engine)
@@ -46,7 +46,7 @@ def test_a_replica_that_lacks_the_last_seconds_repeats_nothing(replicated: Repli
     replicated.catch_up()
     replicated.cut()
     at_cut = len(world.kept())
-    wait_for(lambda: len(world.kept()) > at_cut + 150, what="sending")
+    wait_for(lambda: len(world.kept()) > at_cut + 500, what="sending")
     replicated.fail_over()
 
     for session in sessions:
