@@ -111,7 +111,7 @@ def test_dagster_takes_the_shipped_settings(made: config.Settings) -> None:
         assert not instance.telemetry_enabled
         assert isinstance(instance.run_launcher, DefaultRunLauncher)
         assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
-        assert instance.run_coordinator.dequeue_interval_seconds == 1
+        assert instance.run_coordinator.dequeue_interval_seconds == 2
         queue = instance.get_concurrency_config().run_queue_config
         assert queue is not None
         assert queue.max_concurrent_runs == 10
