@@ -55,7 +55,7 @@ def _start_code(processes: Processes, settings: Settings) -> None:
     place = {"host": LOOPBACK, "port": port, "location_name": code_server.LOCATION}
     _workspace(settings).write_text(yaml.safe_dump({"load_from": [{"grpc_server": place}]}), encoding="utf-8")
     _start(processes, settings, "code", ["mail_pipelines.code_server", LOOPBACK, str(port)])
-    processes.wait_until_ready(lambda: _listens(port), seconds=START_SECONDS, what="the code server")
+    processes.wait_until_ready(lambda: listens(port), seconds=START_SECONDS, what="the code server")
 
 
 def start_daemon(processes: Processes, settings: Settings) -> None:
@@ -92,7 +92,8 @@ def _free_port(host: str, port: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether anybody listens on a port of the loopback."""
     with socket.socket() as probe:
         return probe.connect_ex((LOOPBACK, port)) == 0
 

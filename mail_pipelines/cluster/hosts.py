@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime as dt
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ class Server:
         processes.start(f"worker-of-{self.name}", _command("worker", "run"), env=self.environ, log=self._worker_log)
 
     def is_up(self) -> bool:
-        return _listens(self.port) and _listens(self.destination_port) and is_ready(self._worker_log)
+        return up.listens(self.port) and up.listens(self.destination_port) and is_ready(self._worker_log)
 
 
 def wait(processes: Processes, centre: Centre, fleet: list[Server]) -> None:
@@ -148,8 +147,3 @@ def is_ready(log: Path) -> bool:
 
 def _command(*words: str) -> list[str]:
     return [sys.executable, "-m", "mail_pipelines", *words]
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((up.LOOPBACK, port)) == 0

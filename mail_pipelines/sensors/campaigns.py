@@ -96,12 +96,13 @@ def finished_campaigns(context: dg.SensorEvaluationContext, database: CentralDat
     finished = [campaign.key for campaign in ended if not opened.get(campaign.id)]
     finished += [campaign.key for campaign in running if not opened[campaign.id] and lifecycle.finish_if_done(engine, campaign.id, now)]
     requested = report_requests(finished, [campaign.key for campaign in running if campaign.key not in finished], now)
-    known = set(instance_of(context).get_dynamic_partitions(partitions.campaigns.name or ""))
+    instance = instance_of(context)
+    known = set(instance.get_dynamic_partitions(partitions.campaigns.name or ""))
     asked = set(json.loads(context.cursor or "[]"))
     new = [(key, run_key) for key, run_key in requested if key in known and run_key not in asked][:REPORTS_A_TICK]
     runs = [dg.RunRequest(job_name=report_campaign.name, partition_key=key, run_key=run_key) for key, run_key in new]
     if any(overdue.needs_closing(campaign, opened[campaign.id], now) for campaign in running + cancelled):
-        if not unfinished(instance_of(context), close_open_rows.name):
+        if not unfinished(instance, close_open_rows.name):
             runs.append(dg.RunRequest(job_name=close_open_rows.name))
     elif any(rows.get(State.UNKNOWN) for rows in opened.values()):
         runs.append(dg.RunRequest(job_name=close_open_rows.name, run_key=f"unknown:{now:%Y-%m-%dT%H}"))

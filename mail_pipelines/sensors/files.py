@@ -65,10 +65,11 @@ def waiting_files(inbox: Path, now: float) -> Iterator[WaitingFile]:
 def dropped_files(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult | dg.SkipReason:
     """Import contact files that were put into the inbox: again after an import that was killed or failed, up to three times a version."""
     inbox = Path(database.settings.operation.inbox)
+    instance = instance_of(context)
     # Before the folder is read: a run that ends in between has moved its file away.
-    imported = {run.tags.get(FILE_TAG) for run in unfinished(instance_of(context), import_contacts.name)}
+    imported = {run.tags.get(FILE_TAG) for run in unfinished(instance, import_contacts.name)}
     waiting = list(waiting_files(inbox, time.time()))
-    left = _left_alone(instance_of(context), [file.version for file in waiting])
+    left = _left_alone(instance, [file.version for file in waiting])
     chosen = [file for file in waiting if file.tag not in imported and file.version not in left][:FILES_A_TICK]
     if not chosen:
         failed = f"; {len(left)} were tried and are left until they change, see the runs of {import_contacts.name}" if left else ""

@@ -36,7 +36,8 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         fleet = servers.all_servers(connection)
         now = database_now(connection)
     speaking = [server for server in fleet if server.state == "active" and not server.is_silent(now, settings.server.heartbeat_seconds)]
-    _set_slots(instance_of(context), max(1, len(speaking) * settings.server.slots))
+    instance = instance_of(context)
+    _set_slots(instance, max(1, len(speaking) * settings.server.slots))
     # What a server of this host left behind its next run settles, whoever is silent.
     elsewhere = [
         server
@@ -46,11 +47,11 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         and not ServerFolders.of(settings.server, server.key).journal.exists()
     ]
     watch = registry.Watch.read(json.loads(context.cursor) if context.cursor else None).look([server.key for server in elsewhere], now)
-    _end_runs_of(instance_of(context), watch.silent_for(dt.timedelta(seconds=servers.SILENT_BEATS * settings.server.heartbeat_seconds)))
-    _end_dead_sessions(instance_of(context), settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
-    _end_dead_audits(instance_of(context), settings)
-    _end_dead_centre_runs(instance_of(context), settings)
-    new = missing_keys([server.key for server in fleet], instance_of(context).get_dynamic_partitions(partitions.servers.name or ""))
+    _end_runs_of(instance, watch.silent_for(dt.timedelta(seconds=servers.SILENT_BEATS * settings.server.heartbeat_seconds)))
+    _end_dead_sessions(instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
+    _end_dead_audits(instance, settings)
+    _end_dead_centre_runs(instance, settings)
+    new = missing_keys([server.key for server in fleet], instance.get_dynamic_partitions(partitions.servers.name or ""))
     silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
     if silent:
         context.log.warning("silent servers: %s", ", ".join(silent))

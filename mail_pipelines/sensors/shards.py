@@ -31,14 +31,15 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
             context.log.warning("campaign %s %s", key, reason)
         # Whoever holds SQLite's write lock for ever is ended by the run that settles its claims, so that run must be asked for.
         allotments.fill(engine, settings.server.heartbeat_seconds)
-    known = set(instance_of(context).get_dynamic_partitions(partitions.campaigns.name or ""))
+    instance = instance_of(context)
+    known = set(instance.get_dynamic_partitions(partitions.campaigns.name or ""))
     with reading(engine) as connection:
         found = openings.find(
             connection,
             database_now(connection),
             slots=settings.server.slots,
             heartbeat_seconds=settings.server.heartbeat_seconds,
-            in_flight=send_runs(instance_of(context)),
+            in_flight=send_runs(instance),
         )
     runs = [
         dg.RunRequest(job_name=send_campaign.name, partition_key=partitions.batch_key(opening.campaign, opening.shard), tags={QUEUE_TAG: opening.server})

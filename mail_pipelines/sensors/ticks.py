@@ -7,6 +7,7 @@ ticks. So a process that evaluates sensors opens it once, and sensors are given 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,9 @@ from dagster._core.instance.ref import InstanceRef
 
 from mail_pipelines.resources.database import CentralDatabase
 
-# One process evaluates for one instance.
+# One process evaluates for one instance, several sensors at once.
 _opened: list[tuple[InstanceRef, dg.DagsterInstance]] = []
+_opening = threading.Lock()
 Evaluate = Callable[[dg.SensorEvaluationContext, CentralDatabase], Any]
 
 
@@ -26,11 +28,10 @@ def instance_of(context: dg.SensorEvaluationContext) -> dg.DagsterInstance:
     if reference is None:
         # A test gave it.
         return context.instance
-    for known, instance in _opened:
-        if known == reference:
-            return instance
-    _opened[:] = [(reference, dg.DagsterInstance.from_ref(reference))]
-    return _opened[0][1]
+    with _opening:
+        if not _opened or _opened[0][0] != reference:
+            _opened[:] = [(reference, dg.DagsterInstance.from_ref(reference))]
+        return _opened[0][1]
 
 
 def sensor(evaluate: Evaluate, database: CentralDatabase, interval_seconds: int, **options: Any) -> dg.SensorDefinition:

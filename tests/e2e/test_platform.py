@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import os
 import sqlite3
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -96,11 +99,26 @@ def send_runs(platform: Platform) -> list[str]:
     return [status for job, status, _ in runs(platform) if job == "send_campaign"]
 
 
+def commands_of(group: int) -> list[bytes]:
+    """The command lines of the processes of a group."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        # It may have ended meanwhile.
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group:
+                found.append((process / "cmdline").read_bytes())
+    return found
+
+
 def test_a_run_that_is_terminated_is_canceled_and_leaves_nothing_in_doubt(platform: Platform) -> None:
     platform.limit(20.0)
     platform.schedule("terminated")
     run = wait_for(lambda: next(iter(platform.working_runs("terminated")), None), seconds=120, what="a session")
     wait_for(lambda: len(platform.copies("terminated")) > 50, what="messages under way")
+    # Runs are forks of the one process that has imported everything.
+    commands = commands_of(next(child.process.pid for child in platform.processes._children if child.name == "code"))
+    assert sum(b"forkserver" in command for command in commands) >= 2
+    assert not any(b"spawn_main" in command for command in commands)
     platform.graphql(TERMINATE, {"run": run})
     wait_for(lambda: platform.status(run) == "CANCELED", seconds=60, what="the end of the run")
     with reading(platform.engine) as connection:
