@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from mail_pipelines.dispatch.claiming import procedure
 from mail_pipelines.dispatch.claims import NothingClaimed, OpenClaim
 from mail_pipelines.dispatch.journal import Position
 from tests.dispatch.world import World, make_world
+from tests.parts.backups import Backup
 from tests.parts.processes import wait_for
 
 
@@ -71,10 +74,29 @@ def test_a_claim_that_fails_at_its_last_step_leaves_nothing_behind(world: World,
     assert everything(world.engine) == before
 
 
-def deadlocks(engine: sa.Engine) -> int:
-    """How many deadlocks the server has ended; no other test of this process runs meanwhile."""
+def status(engine: sa.Engine, name: str) -> int:
+    """A number of the server's status, for instance how many deadlocks it has ended; no other test of this process runs meanwhile."""
     with engine.connect() as connection:
-        return int(connection.exec_driver_sql("SHOW GLOBAL STATUS LIKE 'Innodb_deadlocks'").one()[1])
+        return int(connection.execute(sa.text("SHOW GLOBAL STATUS LIKE :name"), {"name": name}).one()[1])
+
+
+@pytest.mark.parametrize("database_url", [pytest.param("mariadb", marks=pytest.mark.server)], indirect=True)
+def test_a_claim_that_begins_during_a_restore_sees_that_the_database_went_back(world: World, server: servers.ServerInfo) -> None:
+    """Failure scenario 4: the server has claimed nothing since the backup, so only its heartbeat tells, and the claim waits for the campaign's row."""
+    earlier = dt.datetime(2026, 11, 24, 12, 0, tzinfo=dt.UTC)
+    later = earlier + dt.timedelta(minutes=5)
+    world.set_server(server.key, heartbeat_at=earlier)
+    backup = Backup(world.engine)
+    world.set_server(server.key, heartbeat_at=later)
+    memory = dataclasses.replace(servers.recall(world.engine, world.folders(server.key)), last_beat=later)
+    with ThreadPoolExecutor(1) as pool, world.engine.connect() as connection:
+        backup.put_back(connection)
+        asked = pool.submit(world.claim, server, memory=memory)
+        wait_for(lambda: status(world.engine, "Innodb_row_lock_current_waits") == 1, what="the claim to wait")
+        connection.commit()
+        with pytest.raises(claims.WrongServer, match="went back in time"):
+            asked.result()
+    assert world.states() == {State.PENDING: 40}
 
 
 @pytest.mark.parametrize("database_url", [pytest.param("mariadb", marks=pytest.mark.server)], indirect=True)
@@ -122,7 +144,7 @@ class TestOnMariaDB:
         servers.set_limits(world.engine, None, "*", {"per_hour": 1000})
         assert isinstance(world.claim(server, limit=1), OpenClaim)
         answers: list[Any] = []
-        before = deadlocks(world.engine)
+        before = status(world.engine, "Innodb_deadlocks")
         claimer = threading.Thread(target=lambda: answers.append(world.claim(server, limit=2)))
         with world.engine.connect() as connection:
             # Much written, so that not this transaction is the victim.
@@ -138,7 +160,7 @@ class TestOnMariaDB:
             connection.commit()
         claimer.join()
         assert len(answers[0].rows) == 2
-        assert deadlocks(world.engine) == before + 1
+        assert status(world.engine, "Innodb_deadlocks") == before + 1
         assert world.usage(server, "google") == {900: 3, 3600: 3, 86400: 3}
         world.check_counters()
 

@@ -22,15 +22,19 @@ class Backup:
 
     def restore(self, engine: sa.Engine) -> None:
         with engine.begin() as connection:
-            if connection.dialect.name != "sqlite":
-                connection.exec_driver_sql("SET SESSION foreign_key_checks = 0")
-            for table in reversed(self._rows):
-                connection.execute(sa.delete(table))
-            for table, rows in self._rows.items():
-                if rows:
-                    connection.execute(sa.insert(table), rows)
-            if connection.dialect.name != "sqlite":
-                connection.exec_driver_sql("SET SESSION foreign_key_checks = 1")
+            self.put_back(connection)
+
+    def put_back(self, connection: sa.Connection) -> None:
+        """Within the caller's transaction."""
+        if connection.dialect.name != "sqlite":
+            connection.exec_driver_sql("SET SESSION foreign_key_checks = 0")
+        for table in reversed(self._rows):
+            connection.execute(sa.delete(table))
+        for table, rows in self._rows.items():
+            if rows:
+                connection.execute(sa.insert(table), rows)
+        if connection.dialect.name != "sqlite":
+            connection.exec_driver_sql("SET SESSION foreign_key_checks = 1")
 
     def restore_table(self, engine: sa.Engine, table: sa.FromClause) -> None:
         with engine.begin() as connection:

@@ -70,6 +70,14 @@ BEGIN
   DECLARE v_domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin;
 
   decision: BEGIN
+    -- The campaign's row comes first: whoever pauses or cancels it, or puts back the whole database, waits until this claim is written, or was
+    -- waited for, and then all that is asked below is as they left it.
+    SELECT state, expire_at, version_id, brand_id, pool_id, overflow_pool_id, unsubscribe, unsubscribe_list_id
+      INTO v_campaign_state, v_expire_at, v_version_id, v_brand_id, v_pool_id, v_overflow_pool_id, v_unsubscribe, v_list_id
+      FROM campaigns
+     WHERE id = p_campaign_id
+      LOCK IN SHARE MODE;
+
     -- May this process speak for the server?
     SELECT s.state, s.incarnation, s.pool_id, g.generation,
            (p_newest_claim IS NULL OR EXISTS (SELECT 1 FROM claims WHERE id = p_newest_claim))
@@ -97,12 +105,7 @@ BEGIN
       LEAVE decision;
     END IF;
 
-    -- Is the campaign sending? Whoever pauses or cancels it waits until this claim is written.
-    SELECT state, expire_at, version_id, brand_id, pool_id, overflow_pool_id, unsubscribe, unsubscribe_list_id
-      INTO v_campaign_state, v_expire_at, v_version_id, v_brand_id, v_pool_id, v_overflow_pool_id, v_unsubscribe, v_list_id
-      FROM campaigns
-     WHERE id = p_campaign_id
-      LOCK IN SHARE MODE;
+    -- Is the campaign sending?
     IF v_campaign_state IS NULL THEN
       SET v_refusal = 'no_campaign';
       LEAVE decision;
