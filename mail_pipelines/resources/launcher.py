@@ -97,14 +97,23 @@ class QueueLauncher(CeleryRunLauncher):
 
         Dagster asks about runs that have begun and not ended. One that ended while Dagster's storage was away could not say so there.
         """
-        if self._has_ended(run.run_id):
+        if self._has_ended(run.run_id) or self._was_killed_after_another(run.run_id):
             return CheckRunHealthResult(WorkerStatus.FAILED, "The run's process has ended without a word to Dagster: see the worker's log.")
         return CheckRunHealthResult(WorkerStatus.RUNNING)
 
     def _has_ended(self, run_id: str) -> bool:
-        """Whether a worker said that it has ended; one that was revoked before it began says so to Dagster itself."""
+        """Whether a worker said that it has ended. One that was told to end is called revoked at once, and says itself when it has."""
         result = self.celery.AsyncResult(run_id)
         return bool(result.ready()) and result.state != "REVOKED" and result.result != tasks.IGNORED
+
+    def _was_killed_after_another(self, run_id: str) -> bool:
+        """Whether its process was killed that had finished a cancelled run before: Celery takes that for the late end of the cancellation, whatever
+        it executes by now. A run of which the worker says so has been cancelled itself, which Dagster knows first, or is such a one.
+        """
+        if self.celery.AsyncResult(run_id).state != "REVOKED":
+            return False
+        run = self._instance.get_run_by_id(run_id)
+        return run is not None and run.status is dg.DagsterRunStatus.STARTED
 
     def get_run_worker_debug_info(self, run: dg.DagsterRun, include_container_logs: bool | None = True) -> str | None:
         queue = run.tags.get(queues.QUEUE_TAG, queues.CENTRE)

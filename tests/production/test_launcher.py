@@ -73,3 +73,10 @@ def test_a_run_whose_process_works_says_itself_that_it_has_ended(launcher: Queue
     assert launcher.terminate(run.run_id)
     assert status(launcher, run) is Status.CANCELING
     assert launcher.check_run_worker_health(run).status.name == "RUNNING"
+
+
+def test_a_killed_process_that_had_finished_a_cancelled_run_fails_the_run_it_was_at(launcher: QueueLauncher) -> None:
+    """Celery says of it what it says of a run that has been told to end."""
+    run = started_run(launcher)
+    launcher.celery.backend.store_result(run.run_id, None, "REVOKED")
+    assert launcher.check_run_worker_health(run).status.name == "FAILED"
