@@ -67,7 +67,7 @@ class SendingSettings(Section):
     sender_id: str = pydantic.Field(default="mail-pipelines", description="constant last part of the Feedback-ID header, 5 to 15 characters")
     lease_seconds: int = pydantic.Field(default=120, ge=10, description="a claim not finished after this long is settled (s)")
     reply_timeout_seconds: float = pydantic.Field(default=60, gt=0, description="longest wait for one SMTP reply (s)")
-    linger_seconds: float = pydantic.Field(default=30, ge=0, description="a session with nothing due ends unless a row falls due within this (s)")
+    linger_seconds: float = pydantic.Field(default=600, ge=0, description="a session with nothing due ends unless a row falls due within this (s)")
     session_seconds: float = pydantic.Field(default=2700, gt=0, description="a session ends after this long (s)")
     first_retry_seconds: int = pydantic.Field(default=600, ge=1, description="wait before the first retry of a deferral (s); doubles per attempt")
     last_retry_seconds: int = pydantic.Field(default=14400, ge=1, description="longest wait between two attempts (s)")

@@ -27,8 +27,9 @@ from mail_pipelines.resources.server import DispatchServer
 def send_batches(context: dg.AssetExecutionContext, database: CentralDatabase, server: DispatchServer) -> Iterator[dg.MaterializeResult | dg.AssetObservation]:
     """One shard of a campaign, sent through the run's dispatch server. Green only when no recipient of the shard is open.
 
-    A run that stops earlier succeeds with an observation: open rows, reason, when the next ones are due. Nothing is sent
-    unless the campaign's state is sending, however often the partition is materialised.
+    When the shard has nothing due, the run goes on with others of the campaign. A run that stops before its shard is final succeeds with an
+    observation: open rows, reason, when the next ones are due. Nothing is sent unless the campaign's state is sending, however often the partition is
+    materialised.
     """
     campaign, shard = partitions.split_batch_key(context.partition_key)
     engine, settings = database.engine, database.settings
@@ -70,6 +71,7 @@ def _metadata(report: Report) -> dict[str, Any]:
         **{state.name.lower(): count for state, count in sorted(report.results.items())},
         **{f"settled_{state.name.lower()}": count for state, count in sorted(report.settled.items())},
         "claims": report.claims,
+        "shards": len(report.shards),
         "seconds": round(report.seconds, 2),
         "messages_per_second": round(report.sent / report.seconds, 1) if report.seconds else 0.0,
         "open": report.open_rows,

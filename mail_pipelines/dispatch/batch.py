@@ -114,18 +114,21 @@ class Batch:
 
     async def nearly_over(self) -> None:
         """Wait until it is time for the next claim. Rows that are held come soon, or not at all."""
-        await _until(self._low, self.deadline)
+        await set_within(self._low, self._time_left())
         if not self._met.is_set():
-            await _until(self._met, min(self.deadline, time.monotonic() + MEETING_SECONDS))
+            await set_within(self._met, min(self._time_left(), MEETING_SECONDS))
             if self._met.is_set():
-                await _until(self._low, self.deadline)
+                await set_within(self._low, self._time_left())
 
     async def over(self) -> None:
         """Wait until no row is handed out any more and no connection has one."""
-        await _until(self._over, self.deadline)
+        await set_within(self._over, self._time_left())
         self.turns.clear()
         self.composer.end()
         await self._left.wait()
+
+    def _time_left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
 
     def _draw(self) -> Row | None:
         row = self.turns.next()
@@ -163,10 +166,10 @@ def _set(event: asyncio.Event, value: bool) -> None:
         event.clear()
 
 
-async def _until(event: asyncio.Event, moment: float) -> None:
-    """Wait for the event, but not beyond a moment (monotonic seconds)."""
+async def set_within(event: asyncio.Event, seconds: float) -> None:
+    """Wait for the event, but no longer than this."""
     try:
-        async with asyncio.timeout(max(0.0, moment - time.monotonic())):
+        async with asyncio.timeout(seconds):
             await event.wait()
     except TimeoutError:
         pass

@@ -46,6 +46,19 @@ def senders(connection: Connection, campaign_id: int, second: float) -> dict[Pla
     return found
 
 
+def due_of_many(connection: Connection, campaign_id: int, count: int) -> dict[Place, float]:
+    """Where a campaign has so many deferred rows, and when the last of the first so many is due."""
+    here = (_deferred.campaign_id == campaign_id, _deferred.shard == _counts.shard, _deferred.provider == _counts.provider)
+    last = sa.select(_deferred.sort_key).where(*here).order_by(_deferred.sort_key).limit(1).offset(count - 1).correlate(shard_counts)
+    query = (
+        sa.select(_counts.shard, _counts.provider, last.scalar_subquery().label("due"))
+        .where(_counts.campaign_id == campaign_id, _counts.state == int(State.DEFERRED))
+        .group_by(_counts.shard, _counts.provider)
+        .having(sa.func.sum(_counts.count) >= count)
+    )
+    return {(row.shard, row.provider): float(row.due) for row in connection.execute(query) if row.due is not None}
+
+
 def _firsts(connection: Connection, campaign_id: int, shard: int | None, server_id: int | None) -> dict[Place, tuple[float, float]]:
     """By place when its first row is due, and when the first that does not wait for another server than this one (infinity: all wait).
 
@@ -103,15 +116,3 @@ def open_rows(connection: Connection, campaign_id: int, shard: int) -> int:
             )
         ).scalar_one()
     )
-
-
-def pending_elsewhere(connection: Connection, campaign_id: int, shard: int) -> bool:
-    """Whether another shard of the campaign has rows that were never offered, by the counters."""
-    pending = (
-        sa.select(_counts.shard)
-        .where(_counts.campaign_id == campaign_id, _counts.shard != shard, _counts.state == int(State.PENDING))
-        .group_by(_counts.shard)
-        .having(sa.func.sum(_counts.count) > 0)
-        .limit(1)
-    )
-    return connection.execute(pending).first() is not None

@@ -9,14 +9,19 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mail_pipelines.config import ServerSettings
 from mail_pipelines.errors import MailPipelinesError
+
+# Whoever only looks whether a lock is held has it for less than this.
+_LOOK_SECONDS = 0.05
 
 
 class DispatchError(MailPipelinesError):
@@ -118,10 +123,10 @@ def only_one(path: Path, what: str) -> Iterator[None]:
     """Hold an exclusive lock on `path` for as long as the block runs; `AlreadyRunning` if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AlreadyRunning(f"{what} is already running (lock {path})") from error
+        if not _lock(file):
+            time.sleep(_LOOK_SECONDS)
+            if not _lock(file):
+                raise AlreadyRunning(f"{what} is already running (lock {path})")
         yield
 
 
@@ -129,9 +134,14 @@ def is_locked(path: Path) -> bool:
     """Whether a living process holds the lock on `path`."""
     try:
         with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not _lock(file)
     except FileNotFoundError:
         return False
-    return False
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

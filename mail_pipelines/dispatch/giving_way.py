@@ -1,6 +1,11 @@
-"""When a session gives its slot to a campaign of higher priority, which would otherwise wait for as long as sessions last."""
+"""When a session gives its slot to another campaign, which would otherwise wait for as long as sessions last.
+
+One that sends gives way to a campaign of higher priority, one that only waits to any that has work.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -24,14 +29,20 @@ def waits_for_a_slot(connection: Connection, server: ServerInfo, run_id: str, *,
     }
     if len(sessions) < slots or run_id not in sessions or run_id != min(sessions, key=lambda run: (sessions[run][0], run)):
         return None
+    priority = sessions[run_id][0]
+    return campaign_with_work(connection, server, besides=[campaign_id for _, campaign_id in sessions.values()], above=priority)
+
+
+def campaign_with_work(connection: Connection, server: ServerInfo, *, besides: Collection[int], above: int | None = None) -> str | None:
+    """The key of the most urgent campaign, not one of these, with a priority `above` that, which a session on this server could send now."""
     waiting = (
         sa.select(Campaign.key)
         .join(Allotment, sa.and_(Allotment.campaign_id == Campaign.id, Allotment.server_id == server.id))
         .join(shard_counts, sa.and_(shard_counts.c.campaign_id == Campaign.id, shard_counts.c.provider == Allotment.provider))
         .where(
             Campaign.state == "sending",
-            Campaign.priority > sessions[run_id][0],
-            Campaign.id.not_in([campaign_id for _, campaign_id in sessions.values()]),
+            Campaign.priority > above if above is not None else sa.true(),
+            Campaign.id.not_in(besides),
             sa.or_(Campaign.pool_id == server.pool_id, Campaign.overflow_pool_id == server.pool_id),
             ~holds.over_campaigns(),
             Allotment.slot_start == slot_at(database_now(connection)),

@@ -44,7 +44,7 @@ CLAIM_ROWS = 500
 # Nothing of a claim is offered later than this after it was asked for, and no body sent without asking again: it bounds how long a pause or a
 # suppression takes to act.
 OFFER_SECONDS = 4.0
-# The next claim is opened when the rows that are left are sent in this time.
+# The next claim is opened when the rows that are left are sent in this time and that of a claim.
 EARLY_SECONDS = 0.25
 # A claim is recorded so long before its lease ends.
 LEASE_MARGIN_SECONDS = 3.0
@@ -124,21 +124,26 @@ class Lane:
 
     # --- claims -----------------------------------------------------------------------------------------------------
 
-    async def run(self, until: float) -> None:
-        """Claim and send until nothing is due (or allowed) for this provider, and every claim is recorded."""
+    async def run(self, until: float, shards: Sequence[int]) -> None:
+        """Claim from these shards, one after the other, and send until nothing is due there (or allowed), and every claim is recorded."""
         self._pace_from = time.monotonic(), self._offered
+        left = deque(shards)
         try:
             while time.monotonic() < until and not self.session.stopping.is_set():
                 self._raise_failures()
                 while len(self._concluding) >= CLAIMS_AT_ONCE:
                     await asyncio.wait(self._concluding, return_when=asyncio.FIRST_COMPLETED)
                     self._raise_failures()
-                batch = await self._claim()
-                if batch is None:
-                    break
+                batch = await self._claim(left[0])
+                if isinstance(batch, NothingClaimed):
+                    left.popleft()
+                    if not batch.only_here or not left:
+                        self._wait(batch.reason, batch.retry_at or time.time() + _NOTHING_SECONDS)
+                        break
+                    continue
                 await batch.nearly_over()
                 if batch.stopped:
-                    self._wait(f"the mail server takes no more: {batch.stopped}", _NO_SERVER_SECONDS)
+                    self._wait(f"the mail server takes no more: {batch.stopped}", time.time() + _NO_SERVER_SECONDS)
                     break
         finally:
             if self._concluding:
@@ -154,15 +159,14 @@ class Lane:
         if failures:
             raise failures[0]
 
-    def _wait(self, reason: str, seconds: float) -> None:
-        self.reason, self.wait_until = reason, time.time() + seconds
+    def _wait(self, reason: str, until: float) -> None:
+        self.reason, self.wait_until = reason, until
 
-    async def _claim(self) -> Batch | None:
-        """Open the next claim; None if there is nothing to claim now."""
+    async def _claim(self, shard: int) -> Batch | NothingClaimed:
+        """Open the next claim, of rows of a shard."""
         session = self.session
         if shortage := self._shortage():
-            self._wait(shortage, _NO_SERVER_SECONDS)
-            return None
+            return NothingClaimed(shortage, time.time() + _NO_SERVER_SECONDS)
         claim_id = claims.new_id()
         asked = time.monotonic()
         watch = await in_thread(session.follower.watch, claim_id)
@@ -170,23 +174,24 @@ class Lane:
         granted = permit.grant(session.folders.permits, claim_id, seconds=session.settings.sending.lease_seconds)
         batch: Batch | None = None
         try:
-            if not await self._heralded(granted.name):
-                return None
+            if error := await self._heralded(granted.name):
+                return NothingClaimed(error, time.time() + _NO_SERVER_SECONDS)
             if not self._staff():
-                self._wait("all connection slots are taken", _NO_SERVER_SECONDS)
-                return None
+                return NothingClaimed("all connection slots are taken", time.time() + _NO_SERVER_SECONDS)
             pace = self._pace()
-            answer = await in_thread(self._open, claim_id, position, min(CLAIM_ROWS, max(1, math.ceil(pace * self.claim_seconds))))
+            answer = await in_thread(self._open, claim_id, shard, position, min(CLAIM_ROWS, max(1, math.ceil(pace * self.claim_seconds))))
             if isinstance(answer, NothingClaimed):
                 if answer.ends_session:
                     raise SessionOver(answer.reason)
-                self.reason, self.wait_until = answer.reason, answer.retry_at or time.time() + _NOTHING_SECONDS
-                return None
+                return answer
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
             drafts = functools.partial(drafted, answer.ref.campaign_id, compiled, session.identity(sending_as))
-            times = asked + self.offer_seconds, int(pace * self.early_seconds)
-            batch = Batch(answer, granted, watch, tokens, drafts, session.signing, *times, self._meetings, self._end_offer)
+            # A database that is far away is asked so much earlier as this answer took; a row of this claim goes out before that.
+            took = time.monotonic() - asked
+            low_water = min(int(pace * (self.early_seconds + took)), max(0, len(answer.rows) - 1))
+            deadline = asked + self.offer_seconds
+            batch = Batch(answer, granted, watch, tokens, drafts, session.signing, deadline, low_water, self._meetings, self._end_offer)
         finally:
             if batch is None:
                 granted.release()
@@ -194,6 +199,7 @@ class Lane:
         session.follower.expect(watch, tokens.values())
         session.report.claims += 1
         session.report.claimed += len(answer.rows)
+        session.report.shards.add(shard)
         self.reason = ""
         self._concluding.add(asyncio.create_task(self._conclude(batch)))
         if not batch.is_over:
@@ -215,21 +221,22 @@ class Lane:
         """What a connection says before it offers rows of a claim."""
         return batch.granted.name
 
-    async def _heralded(self, permit_name: str) -> bool:
-        """Have the mail server write the claim's marker."""
+    async def _heralded(self, permit_name: str) -> str:
+        """Have the mail server write the claim's marker; why it does not."""
+        reason = ""
         for _ in range(2):
             try:
                 if not self._herald.is_open:
                     await self._herald.open()
                 await self._herald.greet(permit_name)
-                return True
+                return ""
             except ServerUnreachable as error:
                 # It may have closed a connection that was idle for long: once more on a new one.
-                self._wait(str(error), _NO_SERVER_SECONDS)
+                reason = str(error)
                 await self._herald.close()
                 self._herald = self._connection()
-        last_error.keep(self.session.folders, f"session {self.session.run_id}", self.reason)
-        return False
+        last_error.keep(self.session.folders, f"session {self.session.run_id}", reason)
+        return reason
 
     def _pace(self) -> float:
         """Rows a second that this lane offers; before any is offered, a few for each connection."""
@@ -243,7 +250,7 @@ class Lane:
     def _first_pace(self) -> float:
         return len(self._links) * 4 / CLAIM_SECONDS
 
-    def _open(self, claim_id: int, position: Position, limit: int) -> OpenClaim | NothingClaimed:
+    def _open(self, claim_id: int, shard: int, position: Position, limit: int) -> OpenClaim | NothingClaimed:
         session = self.session
         answer = claims.open_claim(
             session.engine,
@@ -251,7 +258,7 @@ class Lane:
             replace(session.memory, last_beat=servers.last_beat(session.folders)),
             claim_id=claim_id,
             campaign_id=session.campaign_id,
-            shard=session.shard,
+            shard=shard,
             provider=self.provider,
             limit=limit,
             position=position,

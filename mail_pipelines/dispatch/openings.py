@@ -1,5 +1,8 @@
 """Which send runs to start now: at most the free slots of each server, only where rows are due and a grant is unspent.
 
+A shard with much to send has sessions of its own. Where only some deferred rows are due, any session of the campaign takes them, so that the retries of
+hours do not become thousands of runs.
+
 A pure reading of the database; the sensor `open_shards` turns the answer into run requests.
 """
 
@@ -17,16 +20,16 @@ from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, Server, State
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import holds, servers
-from mail_pipelines.dispatch.due import senders
+from mail_pipelines.dispatch.due import Place, due_of_many, senders
 
 # A tick looks at no more campaigns and asks for no more runs than this.
 CAMPAIGNS_A_TICK = 50
 RUNS_A_TICK = 100
 # A run takes about so long to start, so it is asked for that much before its rows fall due.
 START_SECONDS = 3
-# A shard must have so many rows for each server that is already asked to work there, before another is asked in the same tick.
+# A shard must have so many rows for each server that is already asked to work there, before another is asked in the same tick; and so many deferred
+# rows of a provider that are due are much.
 ROWS_TO_JOIN = 200
-_WAITING = (int(State.PENDING), int(State.DEFERRED))
 
 
 @dataclass(frozen=True, order=True)
@@ -40,7 +43,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class _Work:
-    """A shard, how many rows wait there for providers of which some are due, and the ids of the servers that may send them."""
+    """Rows of a shard to be sent, how many (0: some deferred ones), and the ids of the servers that may send them."""
 
     campaign: str
     shard: int
@@ -63,44 +66,58 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
 
     def start(campaign: str, shard: int, server_id: int) -> None:
         found.append(Opening(campaign, shard, fleet[server_id].key))
+        at_work[campaign].add(fleet[server_id].key)
         free[server_id] -= 1
 
     taken = set(in_flight)
+    at_work: defaultdict[str, set[str]] = defaultdict(set)
+    for opening in taken:
+        at_work[opening.campaign].add(opening.server)
     for claim in _left_behind(connection):
         # The run settles its server's abandoned claims before it sends. A silent server needs it too, and needs no free slot for it.
-        opening = Opening(claim.key, claim.shard, active[claim.server_id].key) if claim.server_id in active else None
-        if opening is not None and opening not in taken and opening not in found:
-            found.append(opening)
+        if claim.server_id in active and (left := Opening(claim.key, claim.shard, active[claim.server_id].key)) not in taken.union(found):
+            found.append(left)
             if claim.server_id in free:
                 free[claim.server_id] -= 1
     waits: list[_Work] = []
     for campaign in _sending(connection) if any(count > 0 for count in free.values()) else ():
-        waiting = _waiting(connection, campaign.id)
-        due: defaultdict[int, dict[str, set[int] | None]] = defaultdict(dict)
-        for (shard, provider), may_send in senders(connection, campaign.id, now.timestamp() + START_SECONDS).items():
-            if not held.over_provider(provider):
-                due[shard][provider] = may_send
-        worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
-        # Shards that nobody works on first, the fullest before the others.
-        shards = sorted(waiting, key=lambda shard: (worked[shard], -sum(waiting[shard].values())))
-        unspent = _unspent(connection, campaign.id, slot_at(now))
         # A grant may be of a time before the server or the campaign changed its pool.
         members = [server for server in free if fleet[server].pool_id in (campaign.pool_id, campaign.overflow_pool_id)]
-        for shard in shards:
-            able = [server for server in members if _has_work(server, due[shard], unspent[server])]
-            waits.append(_Work(campaign.key, shard, sum(waiting[shard].get(provider, 0) for provider in due[shard]), able))
+        granted = _granted(connection, campaign.id, slot_at(now), members)
+        worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
+        full, few = _works(connection, campaign, granted, held, now.timestamp() + START_SECONDS)
+        # Shards that nobody works on first, the fullest before the others.
+        waits += sorted(full, key=lambda work: (worked[work.shard], -work.rows, work.shard)) + few
     # In each round one more server joins each shard: where there are fewer shards than slots, all servers work from the first tick on.
     for joining in range(max((len(work.able) for work in waits), default=0)):
         for work in waits:
+            if work.rows < joining * ROWS_TO_JOIN or (not work.rows and any(fleet[server].key in at_work[work.campaign] for server in work.able)):
+                continue
             able = [server for server in work.able if free[server] > 0 and Opening(work.campaign, work.shard, fleet[server].key) not in taken.union(found)]
-            if able and work.rows >= joining * ROWS_TO_JOIN and len(found) < RUNS_A_TICK:
+            if able and len(found) < RUNS_A_TICK:
                 start(work.campaign, work.shard, max(able, key=lambda server: (free[server], -server)))
     return found
 
 
-def _has_work(server_id: int, due: Mapping[str, Collection[int] | None], unspent: Collection[str]) -> bool:
-    """Whether a server has a grant for rows of a shard that are due and wait for no other. `due`: provider to the servers that may send (None: each)."""
-    return any(provider in unspent and (may_send is None or server_id in may_send) for provider, may_send in due.items())
+def _works(
+    connection: Connection, campaign: sa.Row[int, str, int, int | None], granted: Mapping[str, list[int]], held: holds.InForce, second: float
+) -> tuple[list[_Work], list[_Work]]:
+    """The shards of a campaign that have much to send, and some deferred rows for each set of servers of which one has to be at work."""
+    rows = _rows(connection, campaign.id, second)
+    full: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    few: dict[tuple[int, ...], int] = {}
+    for (shard, provider), may_send in senders(connection, campaign.id, second).items():
+        if held.over_provider(provider):
+            continue
+        able = [server for server in granted[provider] if may_send is None or server in may_send]
+        if count := rows[shard, provider]:
+            full[shard].update(dict.fromkeys(able, count))
+        else:
+            few.setdefault(tuple(able), shard)
+    return (
+        [_Work(campaign.key, shard, max(able.values(), default=0), list(able)) for shard, able in full.items()],
+        [_Work(campaign.key, shard, 0, list(able)) for able, shard in few.items()],
+    )
 
 
 def _sending(connection: Connection) -> list[sa.Row[int, str, int, int | None]]:
@@ -122,28 +139,32 @@ def _left_behind(connection: Connection) -> list[sa.Row[int, int, str]]:
     )
 
 
-def _unspent(connection: Connection, campaign_id: int, slot: int) -> defaultdict[int, set[str]]:
-    """Providers to which each server still has a grant for the campaign in this slot."""
-    unspent: defaultdict[int, set[str]] = defaultdict(set)
+def _granted(connection: Connection, campaign_id: int, slot: int, members: Collection[int]) -> defaultdict[str, list[int]]:
+    """By provider the servers of these that still have a grant for the campaign in this slot."""
+    granted: defaultdict[str, list[int]] = defaultdict(list)
     rows = connection.execute(
-        sa.select(Allotment.server_id, Allotment.provider).where(
-            Allotment.campaign_id == campaign_id, Allotment.slot_start == slot, Allotment.granted > Allotment.used
-        )
+        sa.select(Allotment.server_id, Allotment.provider)
+        .where(Allotment.campaign_id == campaign_id, Allotment.slot_start == slot, Allotment.granted > Allotment.used)
+        .order_by(Allotment.server_id)
     )
     for server_id, provider in rows:
-        unspent[server_id].add(provider)
-    return unspent
+        if server_id in members:
+            granted[provider].append(server_id)
+    return granted
 
 
-def _waiting(connection: Connection, campaign_id: int) -> dict[int, dict[str, int]]:
-    """Pending and deferred rows by shard and provider, from the counters."""
-    waiting: defaultdict[int, dict[str, int]] = defaultdict(dict)
-    rows = connection.execute(
-        sa.select(CampaignCounter.shard, CampaignCounter.provider, sa.func.sum(CampaignCounter.count))
-        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_(_WAITING))
-        .group_by(CampaignCounter.shard, CampaignCounter.provider)
+def _rows(connection: Connection, campaign_id: int, second: float) -> Counter[Place]:
+    """Rows to send by shard and provider: the pending ones, and the deferred ones where many are due."""
+    rows: Counter[Place] = Counter()
+    counts = (CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state)
+    waiting = connection.execute(
+        sa.select(*counts, sa.func.sum(CampaignCounter.count))
+        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_((int(State.PENDING), int(State.DEFERRED))))
+        .group_by(*counts)
         .having(sa.func.sum(CampaignCounter.count) > 0)
     )
-    for shard, provider, count in rows:
-        waiting[shard][provider] = int(count)
-    return waiting
+    many = {place for place, moment in due_of_many(connection, campaign_id, ROWS_TO_JOIN).items() if moment <= second}
+    for shard, provider, state, count in waiting:
+        if state == State.PENDING or (shard, provider) in many:
+            rows[shard, provider] += int(count)
+    return rows

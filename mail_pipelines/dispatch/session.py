@@ -1,7 +1,7 @@
-"""A send session: one process that sends the due rows of one shard of one campaign through one server.
+"""A send session: one process that sends the due rows of one campaign through one server, those of its own shard first.
 
-It keeps a lane for each provider, which claims, sends and records (`lane`). The session ends when its shard is final, nothing falls
-due soon, its time is up, a more urgent campaign needs its slot, or its own does not want mail sent.
+It keeps a lane for each provider, which claims, sends and records (`lane`). The session ends when nothing of the campaign falls due soon,
+its time is up, another campaign needs its slot more, or its own does not want mail sent.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import gc
+import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,10 +23,11 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
 from mail_pipelines.dispatch import composer, giving_way, last_error, servers, settlement
+from mail_pipelines.dispatch.batch import set_within
 from mail_pipelines.dispatch.burst import BurstLane
 from mail_pipelines.dispatch.claims import Sender
-from mail_pipelines.dispatch.due import due_times, next_due, open_rows, pending_elsewhere
-from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, only_one
+from mail_pipelines.dispatch.due import due_times, next_due, open_rows
+from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, is_locked, only_one
 from mail_pipelines.dispatch.follower import Follower
 from mail_pipelines.dispatch.interruption import on_first_signal
 from mail_pipelines.dispatch.journal import Journal
@@ -35,7 +37,13 @@ from mail_pipelines.domains.signing import SendingAs, sending_as
 from mail_pipelines.messages.compiled import CompiledMessage
 from mail_pipelines.messages.composing import SenderIdentity
 
-_IDLE_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5
+# A session that waits looks the more seldom the longer it has waited: after this part of that time, and so often at least.
+_POLL_PART, _LONGEST_POLL_SECONDS = 0.25, 5.0
+# How often a session looks what its campaign's other shards have, while only some of its lanes have something to do.
+_LOOK_AROUND_SECONDS = 5.0
+# Of how many of them a lane then takes rows before it looks again: others do so too.
+_SHARDS_AT_ONCE = 8
 # How often a session looks whether a campaign of higher priority waits for its slot.
 _GIVE_WAY_SECONDS = 5.0
 
@@ -52,6 +60,8 @@ class Report:
     results: Counter[State] = field(default_factory=Counter)
     settled: Counter[State] = field(default_factory=Counter)
     claims: int = 0
+    # From which rows were claimed.
+    shards: set[int] = field(default_factory=set)
     reason: str = ""
     interrupted: bool = False
     open_rows: int = 0
@@ -135,6 +145,7 @@ class Session:
     async def _run_lanes(self, lanes: dict[str, Lane], until: float) -> None:
         running: dict[str, asyncio.Task[None]] = {}
         last_progress = last_look = time.monotonic()
+        last_around = -math.inf
         try:
             while True:
                 if self.report.interrupted:
@@ -145,15 +156,19 @@ class Session:
                     last_look = time.monotonic()
                     if (key := await in_thread(self._wanted_by)) is not None:
                         raise SessionOver(f"campaign {key} has a higher priority and waits for a slot of this server")
-                for provider in await in_thread(self._due_providers):
+                around = not running or time.monotonic() - last_around >= _LOOK_AROUND_SECONDS
+                if around:
+                    last_around = time.monotonic()
+                for provider, shards in (await in_thread(self._due_shards, around)).items():
                     lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
                     if provider not in running and lane.wait_until <= time.time():
-                        running[provider] = asyncio.create_task(lane.run(until))
+                        running[provider] = asyncio.create_task(lane.run(until, shards))
                 claims_before = self.report.claims
                 if running:
-                    await asyncio.wait(running.values(), timeout=_IDLE_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(running.values(), timeout=_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 else:
-                    await asyncio.sleep(_IDLE_POLL_SECONDS)
+                    waited = time.monotonic() - last_progress
+                    await set_within(self.stopping, min(max(_POLL_SECONDS, waited * _POLL_PART), _LONGEST_POLL_SECONDS))
                 for provider in [provider for provider, task in running.items() if task.done()]:
                     running.pop(provider).result()
                 self.progress(self.report)
@@ -178,12 +193,18 @@ class Session:
         """A catcher delivers nothing onward, so it knows only one mode."""
         return BurstLane(self, provider, limits) if limits.mode == "burst" and self.server.kind == "exim" else Lane(self, provider, limits)
 
-    def _due_providers(self) -> list[str]:
+    def _due_shards(self, around: bool) -> dict[str, list[int]]:
+        """By provider the shards that have rows to send now: its own, or if that has none and the session looks `around`, the next ones of the campaign."""
         with reading(self.engine) as connection:
             # A session that waits has no claim by which it would notice.
             servers.check_time(connection, self.server.id, self.server.key, self.folders)
-            due = due_times(connection, self.campaign_id, self.shard, server_id=self.server.id)
-        return [provider for (_, provider), moment in due.items() if moment <= time.time()]
+            due = due_times(connection, self.campaign_id, None if around else self.shard, server_id=self.server.id)
+        now = time.time()
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        # Each session begins behind its own shard, so that they meet late.
+        for shard, provider in sorted((place for place, moment in due.items() if moment <= now), key=lambda place: (place[0] < self.shard, place)):
+            found[provider].append(shard)
+        return {provider: shards[:1] if shards[0] == self.shard else shards[:_SHARDS_AT_ONCE] for provider, shards in found.items()}
 
     def _wanted_by(self) -> str | None:
         """The campaign of higher priority that needs this session's slot; None if there is none."""
@@ -192,21 +213,20 @@ class Session:
 
     def _idle_reason(self, lanes: Mapping[str, Lane], waited: float) -> str | None:
         """Why to end now that no lane has anything to do and none has had for `waited` seconds; None if it is worth waiting."""
+        slots_taken = sum(is_locked(path) for path in self.folders.sessions.iterdir()) >= self.settings.server.slots
         with reading(self.engine) as connection:
-            due = due_times(connection, self.campaign_id, self.shard, server_id=self.server.id)
+            due = due_times(connection, self.campaign_id, server_id=self.server.id)
             left = open_rows(connection, self.campaign_id, self.shard)
-            elsewhere = pending_elsewhere(connection, self.campaign_id, self.shard)
-        if not left:
-            return "the shard is final"
+            # A slot that only waits is better used by whoever has work now.
+            waiting = giving_way.campaign_with_work(connection, self.server, besides=[self.campaign_id]) if slots_taken else None
         waits = [max(moment, lanes[provider].wait_until if provider in lanes else 0) for (_, provider), moment in due.items()]
         if not waits:
-            return "all open rows are with other sessions or unknown"
-        # A slot that only waits is better used by a shard that has work now.
-        linger = 0 if elsewhere else self.settings.sending.linger_seconds
+            return "all open rows are with other sessions or unknown" if left else "the shard is final"
+        linger = self.settings.sending.linger_seconds
         if min(waits) - time.time() > linger or waited > linger:
             refusals = {lane.reason for lane in lanes.values() if lane.reason}
             return "; ".join(sorted(refusals)) or "nothing falls due soon"
-        return None
+        return f"campaign {waiting} waits for a slot of this server" if waiting is not None else None
 
     def limits(self, provider: str) -> Limits:
         with reading(self.engine) as connection:

@@ -94,7 +94,7 @@ def test_rows_of_a_dead_domain_wait_and_cost_nothing(world: World, server: serve
     assert world.usage(server, "google") == {}
     with reading(world.engine) as connection:
         assert connection.execute(sa.select(sa.func.sum(Allotment.used))).scalar_one() == 0
-    assert world.claim(server) == NothingClaimed("nothing is due")
+    assert world.claim(server) == NothingClaimed("nothing is due", only_here=True)
     assert rows_of(world.claim(server, provider="yahoo")) == (20, 0)
     world.check_counters()
 

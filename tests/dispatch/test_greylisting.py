@@ -29,7 +29,7 @@ from tests.dispatch.world import Servers, World, make_world, write_play
 
 PLACE = (0, "google")
 Two = tuple[servers.ServerInfo, servers.ServerInfo]
-NOTHING = NothingClaimed("nothing is due")
+NOTHING = NothingClaimed("nothing is due", only_here=True)
 
 
 @pytest.fixture

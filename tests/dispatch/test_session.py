@@ -19,7 +19,7 @@ from mail_pipelines.campaigns import lifecycle, scheduling
 from mail_pipelines.campaigns import states as campaign_states
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, Server, State
+from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, Server, State
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.claims import WrongServer
 from mail_pipelines.dispatch.session import Report, Session, journal_of
@@ -37,8 +37,8 @@ pytestmark = pytest.mark.server
 def start(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> Start:
     """Makes a world with one server that runs."""
 
-    def begin(recipients: int = 100, limits: dict[str, Any] | None = None, sending: dict[str, Any] | None = None, **rule: Any) -> Any:
-        world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, **(sending or {}))
+    def begin(recipients: int = 100, limits: dict[str, Any] | None = None, sending: dict[str, Any] | None = None, shards: int = 1, **rule: Any) -> Any:
+        world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, shards=shards, **(sending or {}))
         server = world.server(**(limits or {}))
         return world, server, running.start(world, server, write_play(tmp_path / "play.toml", **rule))
 
@@ -60,6 +60,29 @@ def test_everybody_gets_one_message(start: Start) -> None:
     assert report.open_rows == 0
     assert world.open_claims() == 0
     world.check_counters()
+
+
+def test_a_session_sends_its_own_shard_and_then_the_others(start: Start) -> None:
+    world, server, _ = start(recipients=120, shards=3, limits={"connections": 1}, greylist_percent=20, greylist_seconds=1)
+    report = session(world, server).run()
+    assert report.reason == "the shard is final"
+    assert report.shards == {0, 1, 2}
+    assert world.states() == {State.DELIVERED: 120}
+    assert world.copies() == dict.fromkeys(range(1, 121), 1)
+    world.check_counters()
+    with reading(world.engine) as connection:
+        claimed = connection.execute(sa.select(Claim.provider, Claim.shard).order_by(Claim.opened_at)).all()
+    assert {next(shard for provider, shard in claimed if provider == own) for own in {provider for provider, _ in claimed}} == {0}
+
+
+def test_a_session_that_only_waits_gives_way_to_whoever_has_work(start: Start) -> None:
+    world, server, _ = start(recipients=4, sending={"linger_seconds": 100, "first_retry_seconds": 90, "last_retry_seconds": 90}, greylist_percent=100)
+    world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(session(world, server).run)
+        wait_for(lambda: world.states() == {State.DEFERRED: 4}, what="four deferrals")
+        another_campaign(world, priority=0)
+        assert run.result(30).reason == "campaign urgent waits for a slot of this server"
 
 
 def test_the_message_names_its_recipient_and_its_sender(start: Start) -> None:

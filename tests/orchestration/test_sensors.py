@@ -112,6 +112,28 @@ def test_all_servers_join_a_large_shard_at_once_and_a_small_one_has_one(world: W
     assert found() == [Opening("spring", 0, "s1"), Opening("spring", 0, "s2")]
 
 
+def test_a_few_deferred_rows_have_one_run_for_all_their_shards(world: World) -> None:
+    alive(world, "s1", "s2")
+    from mail_pipelines.capacity import allotments
+
+    allotments.fill(world.engine, 10)
+    for shard in range(4):
+        end_rows(world, shard, State.DEFERRED)
+
+    def found(*in_flight: Opening, many: int = 0) -> list[Opening]:
+        with world.engine.connect() as connection, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(openings, "ROWS_TO_JOIN", many or openings.ROWS_TO_JOIN)
+            return openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=in_flight)
+
+    assert len(found()) == 1
+    # Whatever shard it began with, and on whichever server.
+    assert found(Opening("spring", 9, "s2")) == []
+    assert len(found(Opening("autumn", 0, "s2"))) == 1
+    # 30 rows of each shard, all due.
+    assert {opening.shard for opening in found(many=30)} == {0, 1, 2, 3}
+    assert len(found(many=31)) == 1
+
+
 def test_a_server_without_room_for_its_log_gets_no_runs(world: World) -> None:
     alive(world, "s1", "s2")
     from mail_pipelines.capacity import allotments

@@ -89,4 +89,4 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
             length = refusal.window_seconds
             return NothingClaimed(f"the limit of {refusal.cap} in {length} s is used up", retry_at=second - second % length + length)
         case Verdict.NOTHING_DUE:
-            return NothingClaimed("nothing is due")
+            return NothingClaimed("nothing is due", only_here=True)

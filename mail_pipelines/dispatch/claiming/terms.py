@@ -100,9 +100,10 @@ class OpenClaim:
 class NothingClaimed:
     """No row may be sent now, and why. `retry_at` (epoch seconds): when that may change, if it is known.
 
-    `ends_session` tells a reason that concerns the whole campaign from one that concerns one provider.
+    `ends_session` tells a reason that concerns the whole campaign from one that concerns one provider, `only_here` one that concerns one shard.
     """
 
     reason: str
     retry_at: float | None = None
     ends_session: bool = False
+    only_here: bool = False
