@@ -30,11 +30,6 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
     (Path(environ["MAIL_PIPELINES_HOME"]) / f"{run_id}.done").write_text(report.reason)
 
 
-def run_here(server: str, campaign_id: str, key: str, shard: str, run_id: str) -> None:
-    """In this process, with what its environment says."""
-    _run(dict(os.environ), server, int(campaign_id), key, int(shard), run_id)
-
-
 class SessionProcess:
     """One session of a world's campaign, in its own process."""
 
