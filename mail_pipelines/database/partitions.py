@@ -93,7 +93,9 @@ def _drop_empty(connection: Connection, table: str, this_month: int) -> list[str
     """Drop the empty partitions of past months. The table is locked, since a row may come for any month; most nights there is none, and nobody waits."""
 
     def empty() -> list[int]:
-        return [bound for bound in _bounds(connection, table) if bound <= this_month and not _has_rows(connection, table, f"m{bound}")]
+        # All but the last, which is ahead of time: a table needs one.
+        bounds = _bounds(connection, table)[:-1]
+        return [bound for bound in bounds if bound <= this_month and not _has_rows(connection, table, f"m{bound}")]
 
     if not empty():
         return []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -36,13 +36,12 @@ _OVER = ("finished", "cancelled")
 _HOUR = 3600
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What a night has done."""
 
-    rolled_up: int = 0
-    deferrals_dropped: int = 0
-    partitions_dropped: list[str] = field(default_factory=list)
+    rolled_up: int
+    deferrals_dropped: int
+    partitions_dropped: list[str]
 
 
 def first_kept(today: dt.date, months: int) -> int:
