@@ -21,7 +21,8 @@ EVENTS = {"delivery_events": "month", "engagement_events": "month"}
 CAMPAIGNS_PER_BLOCK = 32
 BLOCKS_AHEAD = 4
 MONTHS_AHEAD = 3
-_LOCK_WAIT_TIMEOUT = 1205
+# Somebody uses the table, or has just dropped the partition.
+_IN_USE = (1205, 1735)
 
 
 def months_from(day: dt.date, count: int) -> list[int]:
@@ -97,9 +98,9 @@ def _drop_empty(connection: Connection, table: str, this_month: int) -> list[str
         bounds = _bounds(connection, table)[:-1]
         return [bound for bound in bounds if bound <= this_month and not _has_rows(connection, table, f"m{bound}")]
 
-    if not empty():
-        return []
     try:
+        if not empty():
+            return []
         connection.exec_driver_sql(f"LOCK TABLES {table} WRITE")
         return _drop(connection, table, empty(), "m")
     except sa.exc.OperationalError as error:
@@ -128,7 +129,7 @@ def _drop(connection: Connection, table: str, bounds: list[int], prefix: str) ->
 
 
 def _is_in_use(error: sa.exc.OperationalError) -> bool:
-    return error.orig is not None and error.orig.args[0] == _LOCK_WAIT_TIMEOUT
+    return error.orig is not None and error.orig.args[0] in _IN_USE
 
 
 def _may_get_rows(connection: Connection, first: int, bound: int) -> bool:

@@ -224,18 +224,18 @@ def test_two_at_once_and_somebody_who_writes_meanwhile(engine: sa.Engine, monkey
     monkeypatch.setattr(retention, "ROWS_AT_ONCE", 50)
     rows, late = events(2_000), events(400, seed=2)
     write(engine, rows)
-    seen = []
 
-    def add(start: int) -> None:
-        write(engine, late[start : start + 20])
-        seen.append(counted(engine))
+    def add() -> list[int]:
+        seen = []
+        for start in range(0, len(late), 20):
+            write(engine, late[start : start + 20])
+            seen.append(counted(engine))
+        return seen
 
     with ThreadPoolExecutor(3) as pool:
         movers = [pool.submit(roll_up, engine) for _ in range(2)]
-        adding = [pool.submit(add, start) for start in range(0, len(late), 20)]
+        seen = pool.submit(add).result()
         moved = sum(mover.result() for mover in movers)
-        for one in adding:
-            one.result()
     # Whoever looks sees each event once.
     assert seen == [2_000 + 20 * number for number in range(1, 21)]
     assert moved + roll_up(engine) == 2_400
