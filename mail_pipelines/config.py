@@ -85,6 +85,30 @@ class CampaignSettings(Section):
     )
 
 
+class RetentionSettings(Section):
+    """In whole calendar months that are over; 0 keeps for ever."""
+
+    engagement_months: int = pydantic.Field(
+        default=13,
+        ge=0,
+        description="single opens, clicks, unsubscribes and complaints are kept for so many whole months; then only how often, and when first and last, each "
+        "recipient did it, and the campaign's sum of each hour: segments find the same contacts; 0: for ever",
+    )
+    deferral_months: int = pydantic.Field(
+        default=12,
+        ge=0,
+        description="temporary refusals of campaigns that are over and not archived are kept for so many whole months, at least 3, then dropped; 0: for ever",
+    )
+
+    @pydantic.field_validator("deferral_months")
+    @classmethod
+    def _counted_refusals_stay(cls, months: int) -> int:
+        # Refusals of the last 60 days count against addresses (`delivery/suppression.toml`).
+        if 0 < months < 3:
+            raise ValueError("refusals of the last 60 days count against addresses: give 3 or more, or 0 to keep them for ever")
+        return months
+
+
 class DnsSettings(Section):
     servers: list[str] = pydantic.Field(
         default=[], description="addresses of the DNS servers to ask, with :PORT if it is not 53; none means this machine's own"
@@ -172,6 +196,7 @@ class Settings(Section):
     snapshots: SnapshotSettings = SnapshotSettings()
     sending: SendingSettings = SendingSettings()
     campaigns: CampaignSettings = CampaignSettings()
+    retention: RetentionSettings = RetentionSettings()
     dns: DnsSettings = DnsSettings()
     server: ServerSettings = ServerSettings()
     broker: BrokerSettings = BrokerSettings()

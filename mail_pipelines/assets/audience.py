@@ -8,6 +8,7 @@ import dagster as dg
 
 from mail_pipelines import partitions
 from mail_pipelines.campaigns import audience
+from mail_pipelines.delivery import retention
 from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.segments import criteria, evaluation, saved, snapshots
@@ -45,8 +46,10 @@ def contact_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
 @dg.asset(group_name=GROUP, owners=OWNERS, kinds={"parquet", "table"}, pool="snapshots")
 def engagement_snapshot(database: CentralDatabase) -> dg.MaterializeResult:
     """Columnar copy of opens, clicks and who received what, with a roll-up for each contact."""
-    archive = LedgerArchive(database.settings.campaigns.archive)
-    return _refreshed(functools.partial(snapshots.refresh_engagement, archive=archive), database)
+    settings = database.settings
+    kept_from = retention.first_kept(dt.datetime.now(dt.UTC).date(), settings.retention.engagement_months)
+    refresh = functools.partial(snapshots.refresh_engagement, archive=LedgerArchive(settings.campaigns.archive), singles_from=kept_from)
+    return _refreshed(refresh, database)
 
 
 @dg.asset(

@@ -21,8 +21,9 @@ from mail_pipelines.contacts.addresses import Address, parse
 from mail_pipelines.contacts.consent import Scope, campaign_scopes
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, EngagementEvent, Server, State, Subscription, Suppression
-from mail_pipelines.delivery import evidence
+from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, EngagementEvent, EngagementSum, Server, State, Subscription, Suppression
+from mail_pipelines.delivery import evidence, retention
+from mail_pipelines.delivery.events import DEFERRED
 from mail_pipelines.delivery.ledger_archive import ArchivedClaim, Event, LedgerArchive, LedgerArchiveError, Manifest, Recipient
 from mail_pipelines.segments import explaining, saved
 from mail_pipelines.segments.criteria import CriteriaError
@@ -83,6 +84,7 @@ class _Row:
     shard: int
     state: State
     sort_key: int
+    attempt: int
     claim_id: int | None
     words: str
     server: str | None
@@ -115,7 +117,8 @@ def of_campaign(engine: Engine, settings: Settings, email: str, key: str, now: d
         campaign = store.load(connection, key)
         row = _row(connection, campaign, person, archive)
         if row is not None:
-            return Answer(key, _sentence(campaign, row), _history(connection, campaign, row, archive))
+            kept_from = retention.first_kept(now.date(), settings.retention.deferral_months)
+            return Answer(key, _sentence(campaign, row), _history(connection, campaign, row, archive, kept_from))
         kept_out = [*_consent(connection, campaign, person), *_late(campaign, person)]
     if person.contact_id is not None:
         kept_out += _segments(engine, settings, campaign, person.contact_id, now)
@@ -144,7 +147,7 @@ def _row(connection: Connection, campaign: Campaign, person: _Person, archive: L
         # What was said instead is among the events.
         words = words if state == row.state else ""
     server = connection.execute(sa.select(Server.key).where(Server.id == row.server_id)).scalar_one_or_none()
-    return _Row(row.contact_id, row.provider, row.shard, state, row.sort_key, row.claim_id, words, server)
+    return _Row(row.contact_id, row.provider, row.shard, state, row.sort_key, row.attempt, row.claim_id, words, server)
 
 
 def _manifest(connection: Connection, campaign: Campaign) -> Manifest | None:
@@ -174,7 +177,7 @@ def _sentence(campaign: Campaign, row: _Row | None) -> str:
 # --- in the audience ---
 
 
-def _history(connection: Connection, campaign: Campaign, row: _Row, archive: LedgerArchive) -> list[Moment]:
+def _history(connection: Connection, campaign: Campaign, row: _Row, archive: LedgerArchive, kept_from: int) -> list[Moment]:
     size = (campaign.audience_counts or {}).get("audience", 0)
     segments = ", ".join(campaign.definition.include)
     began = Moment(campaign.started_at, f"frozen into the audience of {size:,} (segments {segments}), shard {row.shard}, provider {row.provider}")
@@ -183,7 +186,8 @@ def _history(connection: Connection, campaign: Campaign, row: _Row, archive: Led
     reached = None if state is State.PENDING else dt.datetime.fromtimestamp(row.sort_key, dt.UTC)
     ended = Moment(reached, f"{'due again' if state is State.DEFERRED else state.name.lower()}{row.words}")
     happened = [*_claims(connection, campaign, row, archive), *_said(connection, campaign, row, archive), *_did(connection, campaign, row), ended]
-    return [began, *sorted(happened, key=lambda moment: moment.at or _LAST)]
+    forgotten = _forgotten(connection, campaign, row, archive) if _month(campaign.started_at) < kept_from else []
+    return [began, *forgotten, *sorted(happened, key=lambda moment: moment.at or _LAST)]
 
 
 def _claims(connection: Connection, campaign: Campaign, row: _Row, archive: LedgerArchive) -> list[Moment]:
@@ -206,14 +210,39 @@ def _said(connection: Connection, campaign: Campaign, row: _Row, archive: Ledger
     return found
 
 
+def _month(moment: dt.datetime | None) -> int:
+    return 0 if moment is None else moment.year * 100 + moment.month
+
+
+def _forgotten(connection: Connection, campaign: Campaign, row: _Row, archive: LedgerArchive) -> list[Moment]:
+    """Attempts of which only the number is known: the answers were dropped with those of their month (`delivery.retention`)."""
+    told = {event.attempt for event in _events(connection, campaign, row.contact_id, archive) if event.kind == DEFERRED}
+    missing = len(set(range(row.attempt)) - told)
+    if not missing:
+        return []
+    times = "once" if missing == 1 else f"{missing} times"
+    return [Moment(None, f"put off {times} before: answers of so long ago are not kept")]
+
+
 def _servers(connection: Connection) -> dict[int | None, str]:
     return dict(connection.execute(sa.select(Server.id, Server.key)).tuples().all())
 
 
 def _did(connection: Connection, campaign: Campaign, row: _Row) -> list[Moment]:
-    columns = (EngagementEvent.occurred_at, EngagementEvent.kind, EngagementEvent.machine)
-    query = sa.select(*columns).where(EngagementEvent.contact_id == row.contact_id, EngagementEvent.campaign_id == campaign.id)
-    return [Moment(at, f"{kind}{' by a machine' if machine else ''}") for at, kind, machine in connection.execute(query).tuples()]
+    """What the recipient did, event by event; of what is long ago, when first and last and how often."""
+    event, kept = EngagementEvent, EngagementSum
+    events = sa.select(event.occurred_at.label("first_at"), event.occurred_at.label("last_at"), event.kind, event.machine, sa.literal(0).label("times"))
+    sums = sa.select(kept.first_at, kept.last_at, kept.kind, kept.machine, kept.count.label("times"))
+    # One statement: an event is not moved to the sums in between.
+    query = sa.union_all(
+        events.where(event.contact_id == row.contact_id, event.campaign_id == campaign.id),
+        sums.where(kept.contact_id == row.contact_id, kept.campaign_id == campaign.id),
+    )
+    found = []
+    for first_at, last_at, kind, machine, times in connection.execute(query).tuples():
+        more = f", {times} times until {last_at:%Y-%m-%d %H:%M:%S} UTC, of which only this sum is kept" if times > 1 else ""
+        found.append(Moment(first_at, f"{kind}{' by a machine' if machine else ''}{more}"))
+    return found
 
 
 def _words(*parts: object) -> str:

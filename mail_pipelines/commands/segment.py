@@ -71,6 +71,7 @@ def refresh() -> None:
     """Bring both snapshots up to date with the database."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+    from mail_pipelines.delivery import retention
     from mail_pipelines.delivery.ledger_archive import LedgerArchive
     from mail_pipelines.segments.snapshots import refresh_contacts, refresh_engagement
 
@@ -85,9 +86,10 @@ def refresh() -> None:
             bar.update(tasks[what], completed=done, total=total)
 
         archive = LedgerArchive(settings().campaigns.archive)
+        kept_from = retention.first_kept(now.date(), settings().retention.engagement_months)
         refreshed = [
             refresh_contacts(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress),
-            refresh_engagement(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress, archive=archive),
+            refresh_engagement(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress, archive=archive, singles_from=kept_from),
         ]
     for info in refreshed:
         console.print(

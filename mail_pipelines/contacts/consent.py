@@ -136,7 +136,7 @@ def _lists_in(scope: Scope) -> list[sa.ColumnElement[bool]]:
 def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
     """Forget a person: the contact and its subscriptions go, the suppression of the address stays. False if there is no such contact.
 
-    The ledger and the events keep the number of the contact, which then names nobody.
+    The ledger, the events and their sums keep the number of the contact, which then names nobody.
     """
     address_hash = connection.execute(sa.select(Contact.address_hash).where(Contact.id == contact_id).with_for_update()).scalar_one_or_none()
     if address_hash is None:

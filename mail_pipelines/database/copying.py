@@ -108,7 +108,8 @@ def _within(table: sa.Table, low: Key | None, high: Key | None) -> list[sa.Colum
 
 def _after(columns: Sequence[sa.Column[Any]], values: Key) -> sa.ColumnElement[bool]:
     """That the key comes after this one. Written out, since MariaDB finds no range in a comparison of tuples."""
-    column, value = columns[0], values[0]
+    # Bound, since a truth value as such cannot be compared by order.
+    column, value = columns[0], sa.literal(values[0], columns[0].type)
     later: sa.ColumnElement[bool] = column > value
     if len(columns) == 1:
         return later

@@ -124,9 +124,11 @@ def is_transient(error: sa.exc.DBAPIError) -> bool:
 
 
 @contextmanager
-def reading(engine: Engine) -> Iterator[Connection]:
-    """A read transaction, rolled back at its end."""
+def reading(engine: Engine, *, of_one_moment: bool = False) -> Iterator[Connection]:
+    """A read transaction, rolled back at its end. With `of_one_moment` all its statements see what the first one saw, as they always do on SQLite."""
     with explained(engine), engine.connect() as connection:
+        if of_one_moment and is_mysql(engine):
+            connection.execution_options(isolation_level="REPEATABLE READ")
         yield connection
 
 

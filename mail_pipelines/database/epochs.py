@@ -14,5 +14,6 @@ from mail_pipelines.database.engine import is_mysql
 def epoch_second(connection: Connection, moment: InstrumentedAttribute[dt.datetime]) -> sa.ColumnElement[int]:
     """The whole second (rounded down) of a `UtcDateTime` column."""
     # The connection's time zone is UTC (`database.engine`), so UNIX_TIMESTAMP does not shift anything.
-    second = sa.func.floor(sa.func.unix_timestamp(moment)) if is_mysql(connection) else sa.func.strftime("%s", moment)
+    # SQLite rounds to milliseconds, and so the last half of one to the next second: its fraction is cut off.
+    second = sa.func.floor(sa.func.unix_timestamp(moment)) if is_mysql(connection) else sa.func.strftime("%s", sa.func.substr(moment, 1, 19))
     return sa.cast(second, sa.BigInteger)

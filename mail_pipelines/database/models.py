@@ -523,6 +523,36 @@ class EngagementEvent(Base):
     __table_args__ = (sa.Index(None, "contact_id"), sa.Index(None, "campaign_id", "kind"), sa.Index(None, "recorded_at"), MYSQL)
 
 
+class EngagementSum(Base):
+    """What is kept of engagement events past their time: how often one recipient did one thing in one campaign, and when first and last.
+
+    An event is either here or in `engagement_events`: the transaction that adds it deletes it there (`delivery.retention`). `link_id` is 0 for no link.
+    """
+
+    __tablename__ = "engagement_sums"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    link_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    machine: Mapped[bool] = mapped_column(sa.Boolean, primary_key=True, autoincrement=False)
+    count: Mapped[int] = mapped_column(sa.Integer)
+    first_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    last_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "contact_id"), MYSQL)
+
+
+class EngagementHour(Base):
+    """The same events by the hour in which they occurred (its first epoch second), for a campaign's curves; whose they were is in `engagement_sums`."""
+
+    __tablename__ = "engagement_hours"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    hour: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
+    machine: Mapped[bool] = mapped_column(sa.Boolean, primary_key=True, autoincrement=False)
+    count: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (MYSQL,)
+
+
 class CampaignCounter(Base):
     """How many rows are in a state, by shard, provider and server; the sum over servers counts.
 

@@ -21,7 +21,8 @@ EVENTS = {"delivery_events": "month", "engagement_events": "month"}
 CAMPAIGNS_PER_BLOCK = 32
 BLOCKS_AHEAD = 4
 MONTHS_AHEAD = 3
-_LOCK_WAIT_TIMEOUT = 1205
+# Somebody uses the table, or has just dropped the partition.
+_IN_USE = (1205, 1735)
 
 
 def months_from(day: dt.date, count: int) -> list[int]:
@@ -67,13 +68,19 @@ def drop_archived(engine: Engine, today: dt.date) -> list[str]:
     """
     if not is_mysql(engine):
         return []
-    dropped: list[str] = []
     with _altering(engine) as connection:
-        dropped += _drop(connection, LEDGER, _archived_blocks(connection), "c")
-    for table, column in EVENTS.items():
+        dropped = _drop(connection, LEDGER, _archived_blocks(connection), "c")
+    return dropped + drop_empty_months(engine, today)
+
+
+def drop_empty_months(engine: Engine, today: dt.date) -> list[str]:
+    """The same for the events alone, whose months `delivery.retention` empties as well."""
+    if not is_mysql(engine):
+        return []
+    dropped: list[str] = []
+    for table in EVENTS:
         with _altering(engine) as connection:
-            past = [bound for bound in _bounds(connection, table) if bound <= months_from(today, 1)[0]]
-            dropped += _drop_empty(connection, table, column, past)
+            dropped += _drop_empty(connection, table, months_from(today, 1)[0])
     return dropped
 
 
@@ -83,21 +90,29 @@ def _archived_blocks(connection: Connection) -> list[int]:
     return [bound for first, bound in zip([0, *bounds], bounds, strict=False) if bound <= newest and not _may_get_rows(connection, first, bound)]
 
 
-def _drop_empty(connection: Connection, table: str, column: str, bounds: list[int]) -> list[str]:
-    """Drop those of the partitions that are empty, the oldest first. The table is locked, since a row may come for any month."""
-    if not bounds:
-        return []
+def _drop_empty(connection: Connection, table: str, this_month: int) -> list[str]:
+    """Drop the empty partitions of past months. The table is locked, since a row may come for any month; most nights there is none, and nobody waits."""
+
+    def empty() -> list[int]:
+        # All but the last, which is ahead of time: a table needs one.
+        bounds = _bounds(connection, table)[:-1]
+        return [bound for bound in bounds if bound <= this_month and not _has_rows(connection, table, f"m{bound}")]
+
     try:
+        if not empty():
+            return []
         connection.exec_driver_sql(f"LOCK TABLES {table} WRITE")
-        month = sa.column(column, sa.Integer)
-        oldest = connection.execute(sa.select(sa.func.min(month)).select_from(sa.table(table, month))).scalar_one()
-        return _drop(connection, table, [bound for bound in bounds if oldest is None or bound <= oldest], "m")
+        return _drop(connection, table, empty(), "m")
     except sa.exc.OperationalError as error:
         if not _is_in_use(error):
             raise
         return []
     finally:
         connection.exec_driver_sql("UNLOCK TABLES")
+
+
+def _has_rows(connection: Connection, table: str, partition: str) -> bool:
+    return connection.execute(sa.select(sa.literal(1)).select_from(sa.text(f"{table} PARTITION ({partition})")).limit(1)).first() is not None
 
 
 def _drop(connection: Connection, table: str, bounds: list[int], prefix: str) -> list[str]:
@@ -114,7 +129,7 @@ def _drop(connection: Connection, table: str, bounds: list[int], prefix: str) ->
 
 
 def _is_in_use(error: sa.exc.OperationalError) -> bool:
-    return error.orig is not None and error.orig.args[0] == _LOCK_WAIT_TIMEOUT
+    return error.orig is not None and error.orig.args[0] in _IN_USE
 
 
 def _may_get_rows(connection: Connection, first: int, bound: int) -> bool:

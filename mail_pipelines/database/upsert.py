@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,6 +28,39 @@ def put(connection: Connection, model: type[Base], rows: Sequence[dict[str, Any]
     """Insert `rows`, each with all columns; where a primary key exists, the new row takes the place of the old. Give the rows in key order."""
     if rows:
         connection.execute(_put_statement(model, is_mysql(connection)), list(rows))
+
+
+def fold_in(
+    connection: Connection,
+    model: type[Base],
+    selected: sa.Select[*tuple[Any, ...]],
+    *,
+    added: Sequence[str],
+    least: Sequence[str] = (),
+    greatest: Sequence[str] = (),
+) -> None:
+    """Insert what a query selects, all columns in their order; where a primary key exists, add, or keep the less or the greater of the two values.
+
+    `selected` needs a WHERE: SQLite takes the clause for a join otherwise.
+    """
+    table = model.__table__
+    assert isinstance(table, sa.Table)
+    if is_mysql(connection):
+        insert = mysql.insert(table).from_select(list(table.columns), selected)
+        changes = _folded(table, lambda name: sa.func.values(sa.column(name)), (added, least, greatest), (sa.func.least, sa.func.greatest))
+        connection.execute(insert.on_duplicate_key_update(changes))
+    else:
+        upsert = sqlite.insert(table)
+        changes = _folded(table, lambda name: upsert.excluded[name], (added, least, greatest), (sa.func.min, sa.func.max))
+        connection.execute(upsert.from_select(list(table.columns), selected).on_conflict_do_update(index_elements=list(table.primary_key), set_=changes))
+
+
+def _folded(
+    table: sa.Table, new: Callable[[str], sa.ColumnElement[Any]], names: tuple[Sequence[str], ...], ends: tuple[Callable[..., Any], Callable[..., Any]]
+) -> dict[str, Any]:
+    added, least, greatest = names
+    changes: dict[str, Any] = {name: table.c[name] + new(name) for name in added}
+    return changes | {name: end(table.c[name], new(name)) for chosen, end in zip((least, greatest), ends, strict=True) for name in chosen}
 
 
 @functools.cache

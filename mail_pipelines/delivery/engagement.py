@@ -1,7 +1,7 @@
 """What recipients did with a campaign's mail: opens, clicks, unsubscribes, complaints, and over time.
 
-What belongs here: counting `engagement_events` of one campaign in SQL, by the index (campaign_id, kind). What does not: deciding
-whether an event was a machine's (that is done when it is recorded), what became of messages (`statistics`).
+What belongs here: counting `engagement_events` of one campaign in SQL, by the index (campaign_id, kind), together with the sums that older ones are kept
+as. What does not: deciding whether an event was a machine's (that is done when it is recorded), what became of messages (`statistics`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.campaigns import progress
 from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.database.epochs import epoch_second
-from mail_pipelines.database.models import EngagementEvent, Link, State
+from mail_pipelines.database.models import EngagementEvent, EngagementHour, EngagementSum, Link, State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,23 +77,30 @@ def read(connection: Connection, campaign: Campaign) -> Engagement:
     )
 
 
-def _of(campaign_id: int, *kinds: str) -> sa.ColumnElement[bool]:
-    return sa.and_(EngagementEvent.campaign_id == campaign_id, EngagementEvent.kind.in_(kinds))
+def _acts(campaign_id: int, *kinds: str) -> sa.Subquery:
+    """Who did what how often: a row with count 1 for each event, and the sums. Read by one statement, so that none is moved in between."""
+    event, kept = EngagementEvent, EngagementSum
+    events = sa.select(event.kind, event.machine, event.contact_id, event.link_id, sa.literal(1).label("count"))
+    sums = sa.select(kept.kind, kept.machine, kept.contact_id, kept.link_id, kept.count)
+    return sa.union_all(
+        events.where(event.campaign_id == campaign_id, event.kind.in_(kinds)), sums.where(kept.campaign_id == campaign_id, kept.kind.in_(kinds))
+    ).subquery()
 
 
 def _totals(connection: Connection, campaign_id: int) -> tuple[dict[tuple[str, bool], int], dict[tuple[str, bool], int]]:
     """Opens and clicks by (kind, machine): events, and contacts."""
-    by = (EngagementEvent.kind, EngagementEvent.machine)
-    query = sa.select(*by, sa.func.count(), sa.func.count(EngagementEvent.contact_id.distinct())).where(_of(campaign_id, "open", "click")).group_by(*by)
+    acts = _acts(campaign_id, "open", "click").c
+    by = (acts.kind, acts.machine)
+    query = sa.select(*by, sa.func.sum(acts.count), sa.func.count(acts.contact_id.distinct())).group_by(*by)
     events = {(kind, machine): 0 for kind in ("open", "click") for machine in (False, True)}
     people = dict(events)
     for kind, machine, event_count, contact_count in connection.execute(query).tuples():
-        events[kind, machine], people[kind, machine] = event_count, contact_count
+        events[kind, machine], people[kind, machine] = int(event_count), contact_count
     return events, people
 
 
 def _contacts(connection: Connection, campaign_id: int, kind: str) -> int:
-    return connection.execute(sa.select(sa.func.count(EngagementEvent.contact_id.distinct())).where(_of(campaign_id, kind))).scalar_one()
+    return connection.execute(sa.select(sa.func.count(_acts(campaign_id, kind).c.contact_id.distinct()))).scalar_one()
 
 
 def _hourly(connection: Connection, campaign_id: int) -> pd.DataFrame:
@@ -101,16 +108,21 @@ def _hourly(connection: Connection, campaign_id: int) -> pd.DataFrame:
 
     second = epoch_second(connection, EngagementEvent.occurred_at)
     hour = (second - second % _HOUR).label("hour")
+    kept = EngagementHour
+    events = sa.select(hour, EngagementEvent.kind, EngagementEvent.machine, sa.literal(1).label("count")).where(
+        EngagementEvent.campaign_id == campaign_id, EngagementEvent.kind.in_(KINDS)
+    )
+    sums = sa.select(kept.hour, kept.kind, kept.machine, kept.count).where(kept.campaign_id == campaign_id, kept.kind.in_(KINDS))
+    acts = sa.union_all(events, sums).subquery().c
     columns: list[sa.ColumnElement[Any]] = [
-        _sum_where(EngagementEvent.kind == "open", EngagementEvent.machine.is_(False)),
-        _sum_where(EngagementEvent.kind == "open", EngagementEvent.machine),
-        _sum_where(EngagementEvent.kind == "click", EngagementEvent.machine.is_(False)),
-        _sum_where(EngagementEvent.kind == "click", EngagementEvent.machine),
-        _sum_where(EngagementEvent.kind == "unsubscribe"),
-        _sum_where(EngagementEvent.kind == "complaint"),
+        _sum_where(acts.count, acts.kind == "open", acts.machine.is_(False)),
+        _sum_where(acts.count, acts.kind == "open", acts.machine),
+        _sum_where(acts.count, acts.kind == "click", acts.machine.is_(False)),
+        _sum_where(acts.count, acts.kind == "click", acts.machine),
+        _sum_where(acts.count, acts.kind == "unsubscribe"),
+        _sum_where(acts.count, acts.kind == "complaint"),
     ]
-    # Grouped and ordered by the label: repeated expressions with parameters are not one expression to MariaDB.
-    query = sa.select(hour, *columns).where(_of(campaign_id, *KINDS)).group_by(sa.text("hour")).order_by(sa.text("hour"))
+    query = sa.select(acts.hour, *columns).group_by(acts.hour).order_by(acts.hour)
     frame = pd.DataFrame(connection.execute(query).all(), columns=["hour", *HOURLY]).astype("int64")
     return frame.assign(hour=pd.to_datetime(frame["hour"], unit="s", utc=True))
 
@@ -118,16 +130,16 @@ def _hourly(connection: Connection, campaign_id: int) -> pd.DataFrame:
 def _links(connection: Connection, campaign_id: int) -> pd.DataFrame:
     import pandas as pd
 
-    person = EngagementEvent.machine.is_(False)
+    acts = _acts(campaign_id, "click").c
+    person = acts.machine.is_(False)
     by_link = (
         sa.select(
-            EngagementEvent.link_id,
-            _sum_where(person).label("clicks"),
-            sa.func.count(sa.case((person, EngagementEvent.contact_id)).distinct()).label("clickers"),
-            _sum_where(EngagementEvent.machine).label("machine_clicks"),
+            acts.link_id,
+            _sum_where(acts.count, person).label("clicks"),
+            sa.func.count(sa.case((person, acts.contact_id)).distinct()).label("clickers"),
+            _sum_where(acts.count, acts.machine).label("machine_clicks"),
         )
-        .where(_of(campaign_id, "click"))
-        .group_by(EngagementEvent.link_id)
+        .group_by(acts.link_id)
         .subquery()
     )
     query = (
@@ -139,5 +151,5 @@ def _links(connection: Connection, campaign_id: int) -> pd.DataFrame:
     return pd.DataFrame(connection.execute(query).all(), columns=columns).astype(dict.fromkeys(columns[1:], "int64"))
 
 
-def _sum_where(*conditions: Any) -> sa.ColumnElement[Any]:
-    return sa.func.sum(sa.case((sa.and_(*conditions), 1), else_=0))
+def _sum_where(count: sa.ColumnElement[int], *conditions: Any) -> sa.ColumnElement[Any]:
+    return sa.func.sum(sa.case((sa.and_(*conditions), count), else_=0))

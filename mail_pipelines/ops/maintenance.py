@@ -1,5 +1,5 @@
-"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, ledgers of old campaigns, old pieces of the log archive, old runs of Dagster, the
-import of dropped files."""
+"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, ledgers of old campaigns, old events, old pieces of the log archive, old runs of
+Dagster, the import of dropped files."""
 
 import datetime as dt
 from pathlib import Path
@@ -10,9 +10,10 @@ from mail_pipelines.campaigns import archiving, lifecycle, overdue
 from mail_pipelines.contacts import importing
 from mail_pipelines.database import partitions as table_partitions
 from mail_pipelines.database.engine import reading
-from mail_pipelines.delivery import suppression, upkeep
+from mail_pipelines.delivery import retention, suppression, upkeep
 from mail_pipelines.dispatch.archive import Archive, ArchiveError
 from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.segments import snapshots
 
 KEEP_RUNS_DAYS = 30
 _RUNS_A_NIGHT = 5_000
@@ -64,6 +65,22 @@ def archive_campaigns(context: dg.OpExecutionContext, database: CentralDatabase)
 
 
 @dg.op(out=dg.Out(dg.Nothing))
+def retire_events(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Roll up or drop events past their retention, and drop the partitions that this empties."""
+    engine, settings = database.engine, database.settings
+    read_until = snapshots.engagement_read_until(engine, settings.snapshot_folder)
+    report = retention.keep(engine, settings.retention, dt.datetime.now(dt.UTC), read_until)
+    context.add_output_metadata(
+        {
+            "events_rolled_up": report.rolled_up,
+            "deferrals_dropped": report.deferrals_dropped,
+            "partitions_dropped": len(report.partitions_dropped),
+        }
+    )
+    context.log.info("%d engagement events rolled up, %d deferrals dropped", report.rolled_up, report.deferrals_dropped)
+
+
+@dg.op(out=dg.Out(dg.Nothing))
 def suppress_addresses(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
     """Suppress addresses that were refused again and again."""
     count = suppression.suppress_repeated(database.engine, dt.datetime.now(dt.UTC))
@@ -103,7 +120,7 @@ def prune_log_archive(context: dg.OpExecutionContext, database: CentralDatabase)
 
 @dg.job(
     description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, ledgers of old campaigns, "
-    "old logs and runs."
+    "old events, logs and runs."
 )
 def maintenance() -> None:
     close_rows()
@@ -111,6 +128,7 @@ def maintenance() -> None:
     prune_bookkeeping()
     suppress_addresses()
     archive_campaigns()
+    retire_events()
     prune_log_archive()
     prune_runs()
 

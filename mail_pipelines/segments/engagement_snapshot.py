@@ -1,7 +1,8 @@
 """The engagement snapshot: opens and clicks by month, roll-ups of them by contact, receivers by campaign.
 
 * events (`Month`): contact_id, campaign_id, kind (open, click), link_id, occurred_at, machine; sorted by campaign, kind, contact, so that
-  criteria about campaigns read only the row groups of these campaigns.
+  criteria about campaigns read only the row groups of these campaigns. Of months past retention only the last of each contact, campaign, kind and link is
+  kept: criteria look back from now, so of those that happened the last decides.
 * roll-ups: contact_id, opens, clicks, last_open_at, last_click_at, engaged (epoch second of the last of both); machines do not count.
   Layers add up: counts by sum, times by maximum.
 * receivers (`Received`): contact_id, received_at, by the ledger or its archive.
@@ -12,7 +13,8 @@ Times are naive UTC. What does not belong here: delivery results, which the coun
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import Campaign, CampaignCounter, Delivery, EngagementEvent, State
+from mail_pipelines.database.models import Campaign, CampaignCounter, Delivery, EngagementEvent, EngagementSum, State
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
 from mail_pipelines.segments import parts
 from mail_pipelines.segments.catalogue import read_campaigns
@@ -60,6 +62,10 @@ EVENT_SCHEMA = pa.schema(
         ("machine", pa.bool_()),
     ]
 )
+# As they are read: a sum stands for several.
+COUNTED_SCHEMA = EVENT_SCHEMA.append(pa.field("count", pa.int32()))
+# Of these only the last counts, where single events are past retention.
+THINNED_BY = ["campaign_id", "kind", "contact_id", "link_id", "machine"]
 ROLLUP_SCHEMA = pa.schema(
     [
         ("contact_id", pa.int64()),
@@ -73,7 +79,9 @@ ROLLUP_SCHEMA = pa.schema(
 RECEIVED_SCHEMA = pa.schema([("contact_id", pa.int64()), ("received_at", pa.timestamp("us"))])
 
 
-def refresh(engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, progress: Progress, archive: LedgerArchive) -> SnapshotInfo:
+def refresh(
+    engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, progress: Progress, archive: LedgerArchive, singles_from: int = 0
+) -> SnapshotInfo:
     """See `snapshots.refresh_engagement`."""
     with engagement_store(engine, folder).writing(now, min_free_mb) as writer:
         with reading(engine) as connection:
@@ -81,6 +89,7 @@ def refresh(engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, 
         old = writer.current or EngagementManifest(0, now, FeedPosition(now, 0, None), campaigns, 0)
         events = EventWriter(writer, old.months, old.rollups)
         position = _read_events(engine, writer, events, progress)
+        events.thin(singles_from)
         manifest = EngagementManifest(
             writer.version,
             now,
@@ -104,9 +113,11 @@ def refresh(engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, 
 def _read_events(engine: Engine, writer: Writer[EngagementManifest], events: EventWriter, progress: Progress) -> FeedPosition:
     waiting: list[pa.Table] = []
     rows = 0
-    with reading(engine) as connection:
+    # What is made anew needs the sums of older events too, as they were when the events were read: some may be moved there meanwhile.
+    anew = writer.current is None
+    with reading(engine, of_one_moment=anew) as connection:
         feed = Reading(EVENTS, connection, writer.path, writer.current.position if writer.current else None, writer.now)
-        for chunk in feed:
+        for chunk in itertools.chain(feed, _sums(connection) if anew else ()):
             if chunk:
                 waiting.append(_event_table([row[2:] for row in chunk]))
                 rows += len(chunk)
@@ -119,10 +130,21 @@ def _read_events(engine: Engine, writer: Writer[EngagementManifest], events: Eve
     return feed.position(writer.new_name("seen"))
 
 
+def _sums(connection: Connection) -> Iterator[Sequence[Any]]:
+    """Sums as chunks of events, each at its last time, with how many it stands for."""
+    kept = EngagementSum
+    link = sa.func.nullif(kept.link_id, 0)
+    statement = sa.select(sa.null(), sa.null(), kept.contact_id, kept.campaign_id, kept.kind, link, kept.last_at, kept.machine, kept.count)
+    statement = statement.where(kept.kind.in_(["open", "click"]))
+    yield from connection.execution_options(stream_results=True, yield_per=CHUNK_ROWS).execute(statement).partitions()
+
+
 def _event_table(rows: Sequence[Any]) -> pa.Table:
-    contact_ids, campaign_ids, kinds, link_ids, times, machine = zip(*rows, strict=True)
-    columns = [contact_ids, campaign_ids, kinds, link_ids, [time.replace(tzinfo=None) for time in times], machine]
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, EVENT_SCHEMA, strict=True)], schema=EVENT_SCHEMA)
+    """Rows of the columns of `EVENTS`, with how many each stands for behind them if it is not one."""
+    contact_ids, campaign_ids, kinds, link_ids, times, machine, *counts = zip(*rows, strict=True)
+    naive = [time.replace(tzinfo=None) for time in times]
+    columns = [contact_ids, campaign_ids, kinds, link_ids, naive, machine, *(counts or [(1,) * len(rows)])]
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, COUNTED_SCHEMA, strict=True)], schema=COUNTED_SCHEMA)
 
 
 class EventWriter:
@@ -131,18 +153,22 @@ class EventWriter:
     def __init__(self, writer: Writer[EngagementManifest], months: Sequence[Month], rollups: Sequence[Layer]) -> None:
         self._writer = writer
         self._months: dict[int, list[Part]] = {month.month: list(month.parts) for month in months}
+        # Months of which nothing but last events is left.
+        self._thin = {month.month for month in months if month.is_thin}
         self.rollups: tuple[Layer, ...] = tuple(rollups)
         self.rows = 0
 
     def months(self) -> tuple[Month, ...]:
-        return tuple(Month(month, tuple(kept)) for month, kept in sorted(self._months.items()))
+        return tuple(Month(month, tuple(kept), month in self._thin) for month, kept in sorted(self._months.items()))
 
-    def add(self, events: pa.Table) -> None:
-        self.rows += events.num_rows
+    def add(self, counted: pa.Table) -> None:
+        """Add events, of `COUNTED_SCHEMA`."""
+        self.rows += pc.sum(counted["count"]).as_py()
+        events = counted.select(EVENT_SCHEMA.names)
         months = pc.add(pc.multiply(pc.year(events["occurred_at"]), 100), pc.month(events["occurred_at"]))
         for month in sorted(pc.unique(months).to_pylist()):
             self._add_month(month, events.filter(pc.equal(months, month)))
-        rolled = roll_up(events)
+        rolled = roll_up(counted)
         if rolled.num_rows:
             layer = parts.LayerWriter(self._writer.path, self._writer.new_name, "rollup")
             layer.add(rolled)
@@ -150,6 +176,7 @@ class EventWriter:
 
     def _add_month(self, month: int, events: pa.Table) -> None:
         """Append a part; merge it with the parts before it while they are not several times larger (or the result too large to sort in memory)."""
+        self._thin.discard(month)
         kept = self._months.setdefault(month, [])
         tables = [events]
         rows = events.num_rows
@@ -159,6 +186,21 @@ class EventWriter:
             rows += part.rows
         merged = pa.concat_tables(tables).sort_by(EVENT_ORDER)
         kept.append(parts.write_part(self._writer.path, self._writer.new_name(f"events-{month}"), merged))
+
+    def thin(self, singles_from: int) -> None:
+        """Of the months before `singles_from` keep the last events. Part by part, so the last of each part: more would need a month in memory."""
+        for month in sorted(self._months.keys() - self._thin):
+            if month < singles_from:
+                self._months[month] = [self._thinned(month, part) for part in self._months[month]]
+                self._thin.add(month)
+
+    def _thinned(self, month: int, part: Part) -> Part:
+        events = parts.conform(pq.read_table(self._writer.path / part.name), EVENT_SCHEMA)
+        last = events.group_by(THINNED_BY).aggregate([("occurred_at", "max")])
+        if last.num_rows == events.num_rows:
+            return part
+        last = parts.conform(last.rename_columns([name.removesuffix("_max") for name in last.column_names]), EVENT_SCHEMA)
+        return parts.write_part(self._writer.path, self._writer.new_name(f"events-{month}"), last.sort_by(EVENT_ORDER))
 
     def _add_rollup(self, layer: Layer) -> None:
         self.rollups = (*self.rollups, layer)
@@ -170,17 +212,17 @@ class EventWriter:
             self.rollups = (*self.rollups[:-count], merged.layer())
 
 
-def roll_up(events: pa.Table) -> pa.Table:
+def roll_up(counted: pa.Table) -> pa.Table:
     """One row for each contact with an open or click that no machine made, in ascending order."""
-    human = events.filter(pc.invert(events["machine"]))
+    human = counted.filter(pc.invert(counted["machine"]))
     opened = pc.equal(human["kind"], "open")
     never = pa.scalar(None, pa.timestamp("us"))
-    one, none = pa.scalar(1, pa.int32()), pa.scalar(0, pa.int32())
+    none = pa.scalar(0, pa.int32())
     time = human["occurred_at"]
     columns = [
         human["contact_id"],
-        pc.if_else(opened, one, none),
-        pc.if_else(opened, none, one),
+        pc.if_else(opened, human["count"], none),
+        pc.if_else(opened, none, human["count"]),
         pc.if_else(opened, time, never),
         pc.if_else(opened, never, time),
         pc.cast(pc.divide(pc.cast(time, pa.int64()), 1_000_000), pa.uint32()),

@@ -84,10 +84,14 @@ class Received:
 
 @dataclass(frozen=True)
 class Month:
-    """Events of one month (YYYYMM in UTC) by the time they occurred; each part is sorted by campaign, kind, contact."""
+    """Events of one month (YYYYMM in UTC) by the time they occurred; each part is sorted by campaign, kind, contact.
+
+    `is_thin`: each part has of events that differ by their time alone only the last.
+    """
 
     month: int
     parts: tuple[Part, ...]
+    is_thin: bool = False
 
 
 @dataclass(frozen=True)

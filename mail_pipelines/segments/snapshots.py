@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.segments.catalogue import Catalogue
 from mail_pipelines.segments.manifest import ContactManifest, EngagementManifest, SnapshotInfo
-from mail_pipelines.segments.store import SnapshotBusy, contact_store, engagement_store
+from mail_pipelines.segments.store import SnapshotBusy, SnapshotMissing, contact_store, engagement_store
 
 # Called with what is being read, how much is done, and of how much if that is known.
 Progress = Callable[[str, int, int | None], None]
@@ -79,15 +79,30 @@ def refresh_engagement(
     min_free_mb: int = MIN_FREE_MB,
     progress: Progress | None = None,
     archive: LedgerArchive | None = None,
+    singles_from: int = 0,
 ) -> SnapshotInfo:
     """Bring the engagement snapshot up to date: new events, and receivers of campaigns whose delivered counter changed. Otherwise as `refresh_contacts`.
 
-    `archive` has the receivers of archived campaigns, which are needed if the snapshot is made anew; raises `LedgerArchiveError` if it is away then.
+    Single events stay only of the month `singles_from` (YYYYMM) and later ones (`delivery.retention`). `archive` has the receivers of archived campaigns,
+    which are needed if the snapshot is made anew; raises `LedgerArchiveError` if it is away then.
     """
     from mail_pipelines.segments import engagement_snapshot
 
     archive = archive or LedgerArchive("")
-    return engagement_snapshot.refresh(engine, folder, now=now, min_free_mb=min_free_mb, progress=progress or _silent, archive=archive)
+    return engagement_snapshot.refresh(
+        engine, folder, now=now, min_free_mb=min_free_mb, progress=progress or _silent, archive=archive, singles_from=singles_from
+    )
+
+
+def engagement_read_until(engine: Engine, folder: Path) -> dt.datetime | None:
+    """The engagement snapshot has all events that were recorded before this, and does not ask for them again; None if it is still to be made."""
+    from mail_pipelines.segments.feed import OVERLAP
+
+    try:
+        with engagement_store(engine, folder).pinned() as manifest:
+            return manifest.position.read_at - OVERLAP
+    except SnapshotMissing:
+        return None
 
 
 def in_turn(refresh: Callable[[], SnapshotInfo]) -> SnapshotInfo:

@@ -1,13 +1,17 @@
-"""Nightly upkeep of what Dagster keeps: old runs go, what they achieved stays."""
+"""Nightly upkeep: old runs of Dagster go and what they achieved stays, old events become sums."""
 
 from __future__ import annotations
 
+import datetime as dt
+
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 
 from mail_pipelines import partitions
 from mail_pipelines.assets.sending import send_batches
-from mail_pipelines.database.models import State
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import DeliveryEvent, EngagementEvent, EngagementSum, State
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.ops import maintenance
 from mail_pipelines.resources.database import CentralDatabase
@@ -52,3 +56,23 @@ def test_young_and_unfinished_runs_are_kept(world: World, instance: dg.DagsterIn
     monkeypatch.setattr(maintenance, "KEEP_RUNS_DAYS", -1)
     prune(instance)
     assert (instance.has_run(young.run_id), instance.has_run(working.run_id)) == (False, True)
+
+
+@pytest.mark.slow
+def test_old_events_are_rolled_up_and_the_night_says_how_many(world: World, instance: dg.DagsterInstance) -> None:
+    at = dt.datetime.now(dt.UTC) - dt.timedelta(days=500)
+    event = {"month": at.year * 100 + at.month, "occurred_at": at, "campaign_id": world.campaign_id, "contact_id": 1}
+    opened = [event | {"id": number, "recorded_at": at, "kind": "open", "machine": False} for number in range(3)]
+    world.set_campaign(state="finished")
+
+    def write(connection: sa.Connection) -> None:
+        connection.execute(sa.insert(EngagementEvent), opened)
+        connection.execute(sa.insert(DeliveryEvent).values(event | {"id": 9, "attempt": 0, "kind": "deferred"}))
+
+    transact(world.engine, write)
+    job = build_defs().resolve_job_def("maintenance")
+    result = job.execute_in_process(instance=instance, resources={"database": DATABASE})
+    (told,) = [event.step_output_data.metadata for event in result.events_for_node("retire_events") if event.is_successful_output]
+    assert (told["events_rolled_up"].value, told["deferrals_dropped"].value) == (3, 1)
+    with reading(world.engine) as connection:
+        assert connection.execute(sa.select(EngagementSum.count)).scalars().all() == [3]
