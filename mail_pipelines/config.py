@@ -121,9 +121,7 @@ class BrokerSettings(Section):
         "broker that carries runs to workers: amqps://USER:PASSWORD@HOST:5671/VHOST, on its own host amqp:// and 5672, or filesystem:///FOLDER"
     )
     ca: str = pydantic.Field(default="", description="file of the authority that signed the certificate of an amqps:// broker; empty: those this host trusts")
-    results: str | None = secret(
-        "where workers say that a run has begun or ended: db+mysql+pymysql://USER:PASSWORD@HOST/SCHEMA?ssl_ca=FILE, or file:///FOLDER"
-    )
+    results: str | None = secret("where workers say that a run has begun or ended: db+mysql+pymysql://USER:PASSWORD@HOST/SCHEMA?ssl_ca=FILE, or file:///FOLDER")
     signing_key: str | None = secret("key by which the centre signs orders to workers; nowhere else; `mail-pipelines init --production` makes one")
     verify_key: str = pydantic.Field(
         default="", pattern="^([0-9a-f]{64})?$", description="key by which workers tell the centre's orders from others; the same everywhere, and no secret"
