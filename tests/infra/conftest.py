@@ -1,10 +1,11 @@
-"""One installation for all tests of this folder: both hosts take a minute."""
+"""One installation for all tests of a file: both hosts take a minute."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def tree() -> Path:
     return ROOT / ".machines" / suite
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hosts(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Two bare hosts. The centre finds the Python packages of these tests where it would install the same ones: that would take most of the time."""
     # Sockets of SSH have short paths.
@@ -33,12 +34,18 @@ def hosts(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inst
         yield installation
 
 
-@pytest.fixture(scope="session")
-def first_play(hosts: Installation) -> Play:
-    return hosts.play()
+@pytest.fixture(scope="module")
+def variables() -> dict[str, Any]:
+    """Of the units only the one that does without Dagster: the others take a minute of the processor to start. `script/centre` starts them all."""
+    return {"units": {"inbound": 25}}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def first_play(hosts: Installation, variables: dict[str, Any]) -> Play:
+    return hosts.play(**variables)
+
+
+@pytest.fixture(scope="module")
 def installed(hosts: Installation, first_play: Play) -> Installation:
     assert (first_play.status, first_play.failed) == ("successful", []), first_play.output
     return hosts

@@ -38,8 +38,8 @@ class Installation:
     centre: Machine
     folder: Path
 
-    def play(self) -> Play:
-        """Run centre.yml by SSH, as an operator does from a third machine."""
+    def play(self, **variables: Any) -> Play:
+        """Run centre.yml by SSH, as an operator does from a third machine; `variables` take the place of the roles' own."""
         found = Play()
 
         def on_event(event: dict[str, Any]) -> bool:
@@ -62,7 +62,7 @@ class Installation:
             private_data_dir=str(work),
             project_dir=str(ROOT / "infra/ansible"),
             playbook="centre.yml",
-            inventory={"all": {"vars": {"public_name": PUBLIC, "bounce_host": BOUNCES, "ansible_user": "root"}, "children": hosts}},
+            inventory={"all": {"vars": {"public_name": PUBLIC, "bounce_host": BOUNCES, "ansible_user": "root", **variables}, "children": hosts}},
             quiet=True,
             event_handler=on_event,
             cancel_callback=lambda: False,
