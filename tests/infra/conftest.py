@@ -1,4 +1,4 @@
-"""One installation for all tests of a file: both hosts take a minute."""
+"""One installation for all tests of a file: both hosts take a minute or more."""
 
 from __future__ import annotations
 

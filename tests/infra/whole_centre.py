@@ -27,7 +27,7 @@ def variables() -> dict[str, Any]:
 
 
 def graphql(centre: Machine, query: str) -> dict[str, dict[str, object]]:
-    """Ask Dagster through the proxy as the first operator, whose password curl reads from its own input."""
+    """Ask Dagster through the proxy as the first operator, whose password goes by standard input."""
     login = centre.run("cat", "/etc/mail-pipelines/operator.password").stdout.strip()
     code = (
         "import base64, json, ssl, sys, urllib.request as r\n"
