@@ -45,7 +45,7 @@ def secret(description: str) -> Any:
 class DatabaseSettings(Section):
     url: str = pydantic.Field(
         default="sqlite:///{home}/central.sqlite3",
-        description="SQLAlchemy URL of the central database; {home} is the home folder",
+        description="SQLAlchemy URL of the central database; {home} is the home folder; ?ssl_ca=FILE at its end encrypts, and trusts nobody else",
         json_schema_extra={"url": True},
     )
     password: str | None = secret("password for the URL, so that the URL itself can be shown")
@@ -141,8 +141,11 @@ class ServerSettings(Section):
 class BrokerSettings(Section):
     """Only for a centre with workers on other hosts; without, runs are processes of this one."""
 
-    url: str | None = secret("broker that carries runs to workers: amqp://USER:PASSWORD@HOST:5672/VHOST, or filesystem:///FOLDER on one host")
-    results: str | None = secret("where workers say that a run has begun or ended: db+mysql+pymysql://USER:PASSWORD@HOST/SCHEMA, or file:///FOLDER on one host")
+    url: str | None = secret(
+        "broker that carries runs to workers: amqps://USER:PASSWORD@HOST:5671/VHOST, on its own host amqp:// and 5672, or filesystem:///FOLDER"
+    )
+    ca: str = pydantic.Field(default="", description="file of the authority that signed the certificate of an amqps:// broker; empty: those this host trusts")
+    results: str | None = secret("where workers say that a run has begun or ended: db+mysql+pymysql://USER:PASSWORD@HOST/SCHEMA?ssl_ca=FILE, or file:///FOLDER")
     signing_key: str | None = secret("key by which the centre signs orders to workers; nowhere else; `mail-pipelines init --production` makes one")
     verify_key: str = pydantic.Field(
         default="", pattern="^([0-9a-f]{64})?$", description="key by which workers tell the centre's orders from others; the same everywhere, and no secret"
@@ -162,6 +165,10 @@ class InboundSettings(Section):
     folder: str = pydantic.Field(default="{home}/inbound", description="mail that came back: maildirs, and spool and log of the Exim that receives it")
     listen: list[str] = pydantic.Field(default=["127.0.0.1"], description="addresses that `inbound run` listens on; 0.0.0.0 and ::0 are all")
     port: int = pydantic.Field(default=2525, ge=1, le=65535, description="port that `inbound run` listens on; other hosts send to port 25")
+    certificate: str = pydantic.Field(
+        default="", description="file with the certificate (and its chain) of `sending.bounce_host`: mail is then taken by STARTTLS too; none if empty"
+    )
+    certificate_key: str = pydantic.Field(default="", description="file with its key, which the user that Exim runs as can read")
     complaints: str = pydantic.Field(default="fbl", pattern=r"^[A-Za-z0-9._-]+$", description="local part of the address given to feedback loops")
     keep_days: float = pydantic.Field(default=14, ge=0, description="read messages are kept this long (days)")
     imap_url: str = pydantic.Field(

@@ -53,9 +53,5 @@ def _environ(account: str, password: str, port: int, broker: str) -> dict[str, s
         "MAIL_PIPELINES_DATABASE__URL": f"{at}/mail",
         "MAIL_PIPELINES_BROKER__URL": broker,
         "MAIL_PIPELINES_BROKER__RESULTS": f"db+{at}/results",
-        "DAGSTER_MYSQL_HOST": "127.0.0.1",
-        "DAGSTER_MYSQL_PORT": str(port),
-        "DAGSTER_MYSQL_DB": "dagster",
-        "DAGSTER_MYSQL_USER": account,
-        "DAGSTER_MYSQL_PASSWORD": password,
+        "DAGSTER_MYSQL_URL": f"mysql+mysqlconnector://{account}:{password}@127.0.0.1:{port}/dagster",
     }

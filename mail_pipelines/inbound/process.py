@@ -23,7 +23,15 @@ def run(settings: Settings) -> None:
     folders = InboundFolders.of(inbound)
     binary = instance.find_binary()
     receiver = Receiver(
-        binary, instance.account_for(binary), folders, tuple(inbound.listen), inbound.port, settings.sending.bounce_host, inbound.complaints.lower()
+        binary,
+        instance.account_for(binary),
+        folders,
+        tuple(inbound.listen),
+        inbound.port,
+        settings.sending.bounce_host,
+        inbound.complaints.lower(),
+        inbound.certificate,
+        inbound.certificate_key,
     )
     with only_one(folders.run / "lock", "receiving mail"):
         instance.prepare(receiver)

@@ -12,7 +12,7 @@ from mail_pipelines.inbound.folders import InboundFolders
 
 @dataclass(frozen=True)
 class Receiver:
-    """`addresses` to listen on, `complaints` the local part of the address for feedback loops."""
+    """`addresses` to listen on, `complaints` the local part of the address for feedback loops; without a certificate, no STARTTLS."""
 
     binary: str
     account: Account
@@ -21,6 +21,8 @@ class Receiver:
     port: int
     hostname: str
     complaints: str
+    certificate: str = ""
+    certificate_key: str = ""
 
     options = ("-q1m",)
     template = "inbound.conf"
@@ -28,7 +30,8 @@ class Receiver:
 
     @property
     def macros(self) -> dict[str, str]:
-        return {
+        certificate = {"MP_CERTIFICATE": self.certificate, "MP_KEY": self.certificate_key} if self.certificate else {}
+        return certificate | {
             "MP_HOSTNAME": self.hostname,
             "MP_USER": self.account.user,
             "MP_GROUP": self.account.group,

@@ -7,6 +7,7 @@ what a worker does at its end (`worker`).
 from __future__ import annotations
 
 import signal
+import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ def make_app(settings: Settings, server: str | None = None) -> Celery:
         raise ConfigError("broker.url and broker.results are not set: runs cannot be carried to workers (docs/production.md)")
     app = Celery("mail_pipelines", backend=given.results)
     app.conf.update(
-        **_broker(given.url),
+        **_broker(given.url, given.ca),
         broker_connection_retry_on_startup=True,
         # For ever: a broker that is away for a night must not end the workers.
         broker_connection_max_retries=None,
@@ -89,12 +90,17 @@ def control(app: Celery, exchange: str) -> Control:
     return other
 
 
-def _broker(url: str) -> dict[str, Any]:
+def _broker(url: str, ca: str) -> dict[str, Any]:
     """Celery's settings of a broker. `filesystem:///FOLDER` is a broker for the processes of one host."""
     parts = urlsplit(url)
     if parts.scheme != "filesystem":
         # With it, what the broker has not confirmed is an error at once, and no run that waits for ever.
-        return {"broker_url": url, "broker_transport_options": {"confirm_publish": True}}
+        settings: dict[str, Any] = {"broker_url": url, "broker_transport_options": {"confirm_publish": True}}
+        if parts.scheme == "amqps":
+            # By itself, Celery would encrypt for whomever it has reached.
+            authority = ca or ssl.get_default_verify_paths().cafile
+            settings["broker_use_ssl"] = {"ca_certs": authority, "cert_reqs": ssl.CERT_REQUIRED, "server_hostname": parts.hostname}
+        return settings
     folder = Path(parts.path)
     for name in ("queue", "control", "done"):
         (folder / name).mkdir(parents=True, exist_ok=True)

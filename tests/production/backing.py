@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
@@ -66,11 +67,7 @@ def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
         "MAIL_PIPELINES_DATABASE__URL": database.database(),
         "MAIL_PIPELINES_BROKER__URL": broker.url("centre"),
         "MAIL_PIPELINES_BROKER__RESULTS": f"db+{results.replace('root@', 'results@')}",
-        "DAGSTER_MYSQL_HOST": "127.0.0.1",
-        "DAGSTER_MYSQL_PORT": str(database.port),
-        "DAGSTER_MYSQL_DB": "dagster",
-        "DAGSTER_MYSQL_USER": _ACCOUNT,
-        "DAGSTER_MYSQL_PASSWORD": _PASSWORD,
+        "DAGSTER_MYSQL_URL": f"mysql+mysqlconnector://{_ACCOUNT}:{quote(_PASSWORD, safe='')}@127.0.0.1:{database.port}/dagster",
     }
     return Backing(environ, {name: {"MAIL_PIPELINES_BROKER__URL": broker.url(name)} for name in SERVERS}, broker, database)
 

@@ -59,8 +59,7 @@ def test_its_environment_opens_no_address(fleet: Fleet) -> None:
     environ, central = fleet.environ(STOLEN), str(fleet.platform.engine.url.database)
     urls = [sa.make_url(environ["MAIL_PIPELINES_DATABASE__URL"]).set(password=environ["MAIL_PIPELINES_DATABASE__PASSWORD"])]
     urls.append(sa.make_url(environ["MAIL_PIPELINES_BROKER__RESULTS"].removeprefix("db+")))
-    dagster = {name: environ[f"DAGSTER_MYSQL_{name}"] for name in ("USER", "PASSWORD", "HOST", "PORT", "DB")}
-    urls.append(sa.URL.create("mysql+pymysql", dagster["USER"], dagster["PASSWORD"], dagster["HOST"], int(dagster["PORT"]), dagster["DB"]))
+    urls.append(sa.make_url(environ["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql"))
     for url in urls:
         engine = create_engine(url.render_as_string(hide_password=False))
         for table in ("contacts", "suppressions", "deliveries", "dkim_keys"):

@@ -1,0 +1,1 @@
+"""Hosts as the playbooks of `infra/ansible` make them."""
