@@ -109,6 +109,11 @@ class Lane:
         server = self.session.server
         return Connection(server.host, server.port, self.session.settings.sending.reply_timeout_seconds)
 
+    @property
+    def has_claims(self) -> bool:
+        """Whether any is open."""
+        return bool(self._concluding)
+
     def offer_no_more(self) -> None:
         """Hand out no more rows of the claims that are open."""
         for batch in self._batches:

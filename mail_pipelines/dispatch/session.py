@@ -172,7 +172,8 @@ class Session:
                 for provider in [provider for provider, task in running.items() if task.done()]:
                     running.pop(provider).result()
                 self.progress(self.report)
-                if running or self.report.claims > claims_before:
+                # One that only asks in vain makes no progress.
+                if self.report.claims > claims_before or any(lane.has_claims for lane in lanes.values()):
                     last_progress = time.monotonic()
                     continue
                 waited = time.monotonic() - last_progress

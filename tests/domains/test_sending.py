@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.config import Settings
-from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import State
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import Delivery, State
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.session import Session, journal_of
 from mail_pipelines.domains import rotation, signing, store
@@ -44,6 +45,11 @@ def send(world: World, shard: int) -> None:
     Session(world.engine, world.settings, server, world.campaign_id, world.campaign_key, shard, f"run-{shard}", journal).run()
 
 
+def wait(world: World, *, shard: int, until: int | None) -> None:
+    later = sa.update(Delivery).where(Delivery.shard == shard).values(not_before=until)
+    transact(world.engine, lambda connection: connection.execute(later))
+
+
 def publish_all(world: World, zone: Zone) -> None:
     with reading(world.engine) as connection:
         publish(zone, store.load(connection, "shop.test"))
@@ -60,9 +66,12 @@ def verified(world: World, zone: Zone) -> Counter[tuple[str, bool]]:
 
 
 def test_all_that_arrives_verifies_and_the_old_key_does_as_long_as_it_is_published(world: World, zone: Zone) -> None:
+    # Half of them are due later.
+    wait(world, shard=1, until=int(time.time()) + 3600)
     send(world, 0)
     for _ in range(2):
         rotation.rotate(world.engine, world.settings, "shop.test", NOW, allow_unverified=True)
+    wait(world, shard=1, until=None)
     send(world, 1)
     assert world.states() == {State.DELIVERED: 60}
     assert set(verified(world, zone)) == {("mp20260302", False), ("mp20260302-2", False)}
