@@ -40,7 +40,7 @@ def make(engine: Engine, campaign_id: int, shards: int, rows_per_shard: int, pro
                 name="Bench",
                 state="sending",
                 brand_id=1,
-                segments={},
+                segments={"include": [], "exclude": []},
                 unsubscribe="all",
                 on_unknown="hold",
                 priority=1,
