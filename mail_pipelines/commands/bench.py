@@ -72,14 +72,6 @@ def claim(quick: Quick = False, as_json: Json = False, database: Database = None
     _show("claim", bench.run(quick, database), as_json)
 
 
-@app.command("ledger")
-def ledger(quick: Quick = False, as_json: Json = False) -> None:
-    """Claims, results, sensors and pages on MariaDB with 0.1, 1 and 10 million contacts, a third of them in campaigns that are sent."""
-    from mail_pipelines.benchmarks import ledger as bench
-
-    _show("ledger", bench.run(quick), as_json)
-
-
 @app.command("audit")
 def audit(quick: Quick = False, as_json: Json = False) -> None:
     """Lines of a server's log read a second and held against the ledger on MariaDB."""
