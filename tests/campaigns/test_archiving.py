@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import os
-import signal
 import sys
-import traceback
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveE
 from mail_pipelines.segments.snapshots import open_snapshots, refresh_contacts, refresh_engagement
 from tests.campaigns.parts import NOW, contact_rows, fill_ledger, load, make_campaign, refresh_snapshots
 from tests.dispatch.test_hold_commands import says
+from tests.parts.kills import killed_at
 from tests.parts.processes import wait_for
 from tests.parts.transactions import sizes_of_transactions
 
@@ -326,32 +327,11 @@ def test_an_archive_that_is_away_or_full_costs_nothing_but_a_night(old: Old) -> 
     assert old.archive_it() == sum(kept.values())
 
 
-def killed_at(old: Old, url: str, step: int) -> bool:
-    """Archive in another process, which is killed at its `step`th statement, commit, or use of a file; whether it came so far."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            steps = 0
-
-            def one_more(*_args: Any) -> None:
-                nonlocal steps
-                steps += 1
-                if steps == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            engine = create_engine(url)
-            sa.event.listen(engine, "before_cursor_execute", one_more)
-            sa.event.listen(engine, "commit", one_more)
-            in_archive = str(old.folder)
-            sys.addaudithook(lambda name, given: one_more() if name in ("open", "os.rename", "os.mkdir", "os.remove") and in_archive in str(given) else None)
-            archiving.archive_one(engine, old.archive, load(engine), LATER)
-        except BaseException:  # noqa: BLE001 (a child of a test must not go on with the test)
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+def archive_in_steps(old: Old, engine: sa.Engine, one_more: Callable[..., None]) -> None:
+    """Each use of a file in the archive is a step, too."""
+    in_archive = str(old.folder)
+    sys.addaudithook(lambda name, given: one_more() if name in ("open", "os.rename", "os.mkdir", "os.remove") and in_archive in str(given) else None)
+    archiving.archive_one(engine, old.archive, load(engine), LATER)
 
 
 def test_killed_anywhere_it_goes_on_without_loss(old: Old, database_url: str) -> None:
@@ -360,7 +340,7 @@ def test_killed_anywhere_it_goes_on_without_loss(old: Old, database_url: str) ->
     step, kills = 1, 0
     while load(old.engine).archived_at is None:
         old.engine.dispose()
-        if not killed_at(old, database_url, step):
+        if not killed_at(step, database_url, functools.partial(archive_in_steps, old)):
             break
         kills += 1
         assert old.rows() == kept or load(old.engine).archive is not None

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 import random
-import signal
 import subprocess
 import sys
-import traceback
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +25,7 @@ from mail_pipelines.database.models import Delivery, DeliveryEvent, EngagementEv
 from mail_pipelines.delivery import retention, suppression
 from mail_pipelines.delivery.evidence import Kind
 from tests.campaigns.parts import NOW, add_contacts, contact_rows, fill_ledger, make_campaign
+from tests.parts.kills import killed_at
 from tests.parts.processes import wait_for
 from tests.parts.transactions import sizes_of_transactions
 
@@ -145,32 +143,6 @@ def test_a_night_does_not_go_on_for_ever(engine: sa.Engine) -> None:
     assert sums(engine) == summed(rows)
 
 
-def killed_at(url: str, step: int) -> bool:
-    """Roll up in another process, which is killed at its `step`th statement or commit; whether it came so far."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            steps = 0
-
-            def one_more(*_args: Any) -> None:
-                nonlocal steps
-                steps += 1
-                if steps == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            engine = create_engine(url)
-            sa.event.listen(engine, "before_cursor_execute", one_more)
-            sa.event.listen(engine, "commit", one_more)
-            roll_up(engine)
-        except BaseException:  # noqa: BLE001 (a child of a test must not go on with the test)
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
 def test_killed_anywhere_nothing_is_lost_or_counted_twice(engine: sa.Engine, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "ROWS_AT_ONCE", 20)
     rows = events(300)
@@ -178,7 +150,7 @@ def test_killed_anywhere_nothing_is_lost_or_counted_twice(engine: sa.Engine, dat
     step, kills = 1, 0
     while left(engine):
         engine.dispose()
-        if not killed_at(database_url, step):
+        if not killed_at(step, database_url, lambda engine, _: roll_up(engine)):
             break
         kills += 1
         assert counted(engine) == 300

@@ -1,0 +1,41 @@
+"""Killing work at any of its steps, as SIGKILL or a power loss would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable
+
+import sqlalchemy as sa
+
+from mail_pipelines.database.engine import create_engine
+
+
+def killed_at(step: int, url: str, work: Callable[[sa.Engine, Callable[..., None]], object]) -> bool:
+    """Do `work` in another process, which is killed at its `step`th statement or commit; whether it came so far.
+
+    `work` gets an engine of its own and what counts one step more, for steps that are none of the database's.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            steps = 0
+
+            def one_more(*_args: object) -> None:
+                nonlocal steps
+                steps += 1
+                if steps == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            engine = create_engine(url)
+            sa.event.listen(engine, "before_cursor_execute", one_more)
+            sa.event.listen(engine, "commit", one_more)
+            work(engine, one_more)
+        except BaseException:  # noqa: BLE001 (a child of a test must not go on with the test)
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
