@@ -11,7 +11,9 @@ import os
 import socket
 import sys
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from sqlalchemy.engine import Engine
@@ -26,6 +28,7 @@ from mail_pipelines.supervision import Processes
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 90
+_ANSWER_SECONDS = 10
 LOAD_QUERY = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus locationOrLoadError { ... on PythonError { message } } } } } }"
 
 
@@ -108,13 +111,18 @@ def _ui_port(settings: Settings) -> int:
         raise UpError(f"the UI cannot listen on {host} port {port}: {reason}; set operation.ui_host and operation.ui_port") from error
 
 
+def graphql(address: str, query: str, variables: Mapping[str, object] | None = None) -> Any:
+    """Ask the web server at an address; raises `OSError` if it does not answer."""
+    body = json.dumps({"query": query, "variables": variables or {}}).encode()
+    request = urllib.request.Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as reply:
+        return json.load(reply)["data"]
+
+
 def _loaded(address: str) -> bool:
     """Whether the UI answers and has loaded the definitions; raises `UpError` if they cannot be loaded."""
-    body = json.dumps({"query": LOAD_QUERY}).encode()
-    request = urllib.request.Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
-            entries = json.load(reply)["data"]["workspaceOrError"]["locationEntries"]
+        entries = graphql(address, LOAD_QUERY)["workspaceOrError"]["locationEntries"]
     except OSError:
         return False
     for entry in entries:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -16,16 +18,17 @@ from mail_pipelines.delivery import counters
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.messages.content import Content
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
 PROVIDER = "other"
 _ATTRIBUTES = json.dumps({"first_name": "Maria", "city": "Berlin", "orders": 3})
 
 
-def make(engine: Engine, campaign_id: int, shards: int, rows_per_shard: int) -> None:
-    """A sending campaign `bench-<id>` with version `campaign_id`, new contacts of provider `other`, and a pending row for each of them."""
-    import numpy as np
-    import pyarrow as pa
-
-    total = shards * rows_per_shard
+def make(engine: Engine, campaign_id: int, shards: int, rows_per_shard: int, providers: Sequence[str] = (PROVIDER,)) -> None:
+    """A sending campaign `bench-<id>` with version `campaign_id`, new contacts in turn at each provider, and a pending row for each of them."""
     now = dt.datetime.now(dt.UTC)
     partitions.extend(engine, now.date())
 
@@ -37,7 +40,7 @@ def make(engine: Engine, campaign_id: int, shards: int, rows_per_shard: int) -> 
                 name="Bench",
                 state="sending",
                 brand_id=1,
-                segments={},
+                segments={"include": [], "exclude": []},
                 unsubscribe="all",
                 on_unknown="hold",
                 priority=1,
@@ -49,50 +52,74 @@ def make(engine: Engine, campaign_id: int, shards: int, rows_per_shard: int) -> 
         )
 
     transact(engine, campaign)
+    moves: Counter[counters.Place] = Counter()
+    for ids, first in add_contacts(engine, shards * rows_per_shard, providers):
+        moves.update(_add_rows(engine, campaign_id, ids, (ids - first) // rows_per_shard, providers))
+    transact(engine, lambda connection: counters.add(connection, campaign_id, counters.CENTRE, moves, now))
+
+
+def add_contacts(engine: Engine, total: int, providers: Sequence[str] = (PROVIDER,)) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """New contacts, portion by portion: their numbers, and the first number of all."""
+    import numpy as np
+    import pyarrow as pa
+
+    now = dt.datetime.now(dt.UTC)
     with engine.connect() as connection:
         first = (connection.execute(sa.select(sa.func.max(Contact.id))).scalar() or 0) + 1
     for start in range(0, total, bulk.CHUNK_ROWS):
-        places = np.arange(start, min(start + bulk.CHUNK_ROWS, total), dtype=np.int64)
-        ids = places + first
+        ids = np.arange(start, min(start + bulk.CHUNK_ROWS, total), dtype=np.int64) + first
         count = len(ids)
-        hashes = [number.to_bytes(16, "big") for number in ids.tolist()]
-        addresses = [f"person{number}@other.test" for number in ids.tolist()]
+        at = [providers[number % len(providers)] for number in ids.tolist()]
+        addresses = [f"person{number}@{provider}.test" for number, provider in zip(ids.tolist(), at, strict=True)]
         when = pa.array([now.replace(tzinfo=None)] * count, pa.timestamp("us"))
         contacts = pa.table(
             {
                 "id": ids,
                 "email": addresses,
                 "address": addresses,
-                "address_hash": pa.array(hashes, pa.binary(16)),
-                "domain": ["other.test"] * count,
-                "provider": [PROVIDER] * count,
+                "address_hash": _hashes(ids),
+                "domain": [f"{provider}.test" for provider in at],
+                "provider": at,
                 "attributes": [_ATTRIBUTES] * count,
                 "tracking_allowed": pa.array([True] * count),
                 "created_at": when,
                 "updated_at": when,
             }
         )
-        ledger = pa.table(
-            {
-                "campaign_id": np.full(count, campaign_id, dtype=np.int32),
-                "contact_id": ids,
-                "address_hash": pa.array(hashes, pa.binary(16)),
-                "shard": (places // rows_per_shard).astype(np.int16),
-                "provider": [PROVIDER] * count,
-                "state": np.zeros(count, dtype=np.int16),
-                "sort_key": (ids % 365).astype(np.int32),
-                "attempt": np.zeros(count, dtype=np.int16),
-                "variant": np.zeros(count, dtype=np.int16),
-            }
-        )
+        transact(engine, lambda connection, contacts=contacts: bulk.load(connection, _table(Contact), contacts, ignore_duplicates=True))  # type: ignore[misc]
+        yield ids, first
 
-        def work(connection: sa.Connection, contacts: pa.Table = contacts, ledger: pa.Table = ledger) -> None:
-            bulk.load(connection, _table(Contact), contacts, ignore_duplicates=True)
-            bulk.load(connection, _table(Delivery), ledger, ignore_duplicates=True)
 
-        transact(engine, work)
-    moves = {(shard, PROVIDER, State.PENDING, ""): rows_per_shard for shard in range(shards)}
-    transact(engine, lambda connection: counters.add(connection, campaign_id, counters.CENTRE, moves, now))
+def _add_rows(engine: Engine, campaign_id: int, ids: npt.NDArray[np.int64], shards: npt.NDArray[np.int64], providers: Sequence[str]) -> Counter[counters.Place]:
+    """A pending row for each contact; returns how many by shard and provider."""
+    import numpy as np
+    import pyarrow as pa
+
+    from mail_pipelines.segments.ranks import places, ranks_of
+
+    count = len(ids)
+    at = [providers[number % len(providers)] for number in ids.tolist()]
+    ledger = pa.table(
+        {
+            "campaign_id": np.full(count, campaign_id, dtype=np.int32),
+            "contact_id": ids,
+            "address_hash": _hashes(ids),
+            "shard": shards.astype(np.int16),
+            "provider": at,
+            "state": np.zeros(count, dtype=np.int16),
+            "sort_key": places(ranks_of(ids % 365), ids),
+            "attempt": np.zeros(count, dtype=np.int16),
+            "variant": np.zeros(count, dtype=np.int16),
+        }
+    )
+    transact(engine, lambda connection: bulk.load(connection, _table(Delivery), ledger, ignore_duplicates=True))
+    return Counter((shard, provider, State.PENDING, "") for shard, provider in zip(shards.tolist(), at, strict=True))
+
+
+def _hashes(ids: npt.NDArray[np.int64]) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array([number.to_bytes(16, "big") for number in ids.tolist()], pa.binary(16))
 
 
 def letter(paragraphs: int) -> Content:

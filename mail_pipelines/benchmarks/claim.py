@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ _CAMPAIGN = 1
 # Claims, then as many references.
 _ROUND = 16
 # Belongs to no schema, so that no layout of ours makes the references faster or slower.
-_PLAIN = sa.Table("plain_rows", sa.MetaData(), sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False), sa.Column("note", sa.String(100)))
+PLAIN = sa.Table("plain_rows", sa.MetaData(), sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False), sa.Column("note", sa.String(100)))
 _NOTE = "As much text as an address and some merge fields of a recipient, in a single column"
 
 
@@ -70,36 +70,39 @@ def fill(engine: Engine, shards: int, rows_per_shard: int) -> None:
     servers.set_limits(engine, None, "*", {"per_second": 1e6})
 
 
-def _claim(engine: Engine, server: int, shard: int, memory: Memory, limit: int) -> OpenClaim | claims.NothingClaimed:
+def claim_rows(
+    engine: Engine, server: int, shard: int, memory: Memory, limit: int, *, campaign: int = _CAMPAIGN, provider: str = PROVIDER
+) -> OpenClaim | claims.NothingClaimed:
     return claims.open_claim(
         engine,
         Sender(server, f"s{server}", "i", "boot", "run"),
         memory,
         claim_id=claims.new_id(),
-        campaign_id=_CAMPAIGN,
+        campaign_id=campaign,
         shard=shard,
-        provider=PROVIDER,
+        provider=provider,
         limit=limit,
         position=Position(1, 0),
         lease_seconds=120,
     )
 
 
-def _record(engine: Engine, claim: OpenClaim) -> int:
-    outcomes = [Outcome(row.contact_id, row.attempt, State.DELIVERED, 250, "2.0.0") for row in claim.rows]
+def record_rows(engine: Engine, claim: OpenClaim, state: State = State.DELIVERED) -> int:
+    code, enhanced = (250, "2.0.0") if state is State.DELIVERED else (None, None)
+    outcomes = [Outcome(row.contact_id, row.attempt, state, code, enhanced) for row in claim.rows]
     transact(engine, lambda connection: record(connection, claim.ref, outcomes, claim_state="open"))
     return len(outcomes)
 
 
 def claims_of(engine: Engine) -> Iterator[OpenClaim]:
     """Claim all rows of the first shard by the first server, and record them as delivered, claim by claim."""
-    memory = _generation(engine)
-    while isinstance(claim := _claim(engine, 1, 0, memory, CLAIM_ROWS), OpenClaim):
-        _record(engine, claim)
+    memory = memory_of(engine)
+    while isinstance(claim := claim_rows(engine, 1, 0, memory, CLAIM_ROWS), OpenClaim):
+        record_rows(engine, claim)
         yield claim
 
 
-def _generation(engine: Engine) -> Memory:
+def memory_of(engine: Engine) -> Memory:
     with engine.connect() as connection:
         return Memory(connection.execute(sa.select(LedgerGeneration.generation)).scalar_one())
 
@@ -107,18 +110,18 @@ def _generation(engine: Engine) -> Memory:
 def _claimer(url: str, server: int, shard: int, begin: Any, seconds: float, done: Any) -> None:
     """Claim and record for so many seconds; tells the number of rows and the seconds they took."""
     engine = create_engine(url)
-    memory = _generation(engine)
+    memory = memory_of(engine)
     begin.wait()
     rows, start = 0, time.monotonic()
     while time.monotonic() - start < seconds:
-        claim = _claim(engine, server, shard, memory, CLAIM_ROWS)
+        claim = claim_rows(engine, server, shard, memory, CLAIM_ROWS)
         if not isinstance(claim, OpenClaim):
             break
-        rows += _record(engine, claim)
+        rows += record_rows(engine, claim)
     done.put((rows, time.monotonic() - start))
 
 
-def _inserter(url: str, server: int, _shard: int, begin: Any, seconds: float, done: Any) -> None:
+def inserter(url: str, server: int, _shard: int, begin: Any, seconds: float, done: Any) -> None:
     """The reference: as many rows at a time into a plain table, one commit each."""
     engine = create_engine(url)
     begin.wait()
@@ -131,12 +134,12 @@ def _inserter(url: str, server: int, _shard: int, begin: Any, seconds: float, do
 
 
 def _insert_plain(connection: sa.Connection, first: int, count: int) -> None:
-    connection.execute(sa.insert(_PLAIN), [{"id": number, "note": _NOTE} for number in range(first, first + count)])
+    connection.execute(sa.insert(PLAIN), [{"id": number, "note": _NOTE} for number in range(first, first + count)])
 
 
 def _write_and_read_plain(engine: Engine, first: int) -> None:
     """The reference of one claim: insert as many rows into a plain table, read them back, commit."""
-    rows = sa.select(_PLAIN).where(_PLAIN.c.id.between(first, first + SINGLE_CLAIM_ROWS - 1))
+    rows = sa.select(PLAIN).where(PLAIN.c.id.between(first, first + SINGLE_CLAIM_ROWS - 1))
 
     def work(connection: sa.Connection) -> int:
         _insert_plain(connection, first, SINGLE_CLAIM_ROWS)
@@ -145,16 +148,21 @@ def _write_and_read_plain(engine: Engine, first: int) -> None:
     assert transact(engine, work) == SINGLE_CLAIM_ROWS
 
 
-def _together(url: str, work: Any, shards: int, seconds: float) -> float:
-    """Rows a second of eight processes that start at the same moment."""
+def at_once(url: str, work: Any, places: Sequence[Any], seconds: float) -> list[Any]:
+    """What processes tell that start at the same moment, one for each place: `work(url, number, place, begin, seconds, done)`."""
     context = multiprocessing.get_context("spawn")
-    begin, done = context.Barrier(CLAIMERS), context.Queue()
-    processes = [context.Process(target=work, args=(url, number + 1, number % shards, begin, seconds, done)) for number in range(CLAIMERS)]
+    begin, done = context.Barrier(len(places)), context.Queue()
+    processes = [context.Process(target=work, args=(url, number, place, begin, seconds, done)) for number, place in enumerate(places, 1)]
     for process in processes:
         process.start()
     results = [done.get() for _ in processes]
     for process in processes:
         process.join()
+    return results
+
+
+def rate(results: Sequence[tuple[int, float]]) -> float:
+    """Rows a second of all together, each (rows, seconds)."""
     return float(sum(rows for rows, _ in results) / max(taken for _, taken in results))
 
 
@@ -178,14 +186,15 @@ def run(quick: bool, url: str | None = None) -> list[Result]:
         engine = create_engine(database)
         migrate.upgrade(engine)
         fill(engine, shards, ROWS_PER_SHARD)
-        _PLAIN.create(engine)
+        PLAIN.create(engine)
         single, reference_single = _one_at_a_time(engine, shards, 3 if quick else 10)
         seconds = 4 if quick else 15
-        claimed = _together(database, _claimer, shards, seconds)
-        inserted = _together(database, _inserter, shards, seconds)
+        places = [number % shards for number in range(CLAIMERS)]
+        claimed = rate(at_once(database, _claimer, places, seconds))
+        inserted = rate(at_once(database, inserter, places, seconds))
         still_open = transact(engine, lambda connection: connection.execute(sa.select(sa.func.count()).where(Claim.state != "closed")).scalar_one())
         assert still_open == 0
-        _PLAIN.drop(engine)
+        PLAIN.drop(engine)
         engine.dispose()
     memory_small, memory_large = (_memory(recipients) for recipients in ((10_000, 100_000) if quick else (10_000, 1_000_000)))
     return [
@@ -199,16 +208,16 @@ def run(quick: bool, url: str | None = None) -> list[Result]:
 def _one_at_a_time(engine: Engine, shards: int, rounds: int) -> tuple[float, float]:
     """Median seconds of a claim of `SINGLE_CLAIM_ROWS` rows, one shard after the other, and of its reference: round by round, so that both meet
     the same machine."""
-    memory = _generation(engine)
+    memory = memory_of(engine)
     durations: list[float] = []
     references: list[float] = []
     for number in range(rounds):
         for step in range(_ROUND):
             begin = time.perf_counter()
-            claim = _claim(engine, 1, step % shards, memory, SINGLE_CLAIM_ROWS)
+            claim = claim_rows(engine, 1, step % shards, memory, SINGLE_CLAIM_ROWS)
             durations.append(time.perf_counter() - begin)
             assert isinstance(claim, OpenClaim)
-            _record(engine, claim)
+            record_rows(engine, claim)
         for step in range(_ROUND):
             begin = time.perf_counter()
             _write_and_read_plain(engine, (number * _ROUND + step) * SINGLE_CLAIM_ROWS)

@@ -61,6 +61,8 @@ def _load_chunk(engine: Engine, campaign_id: int, chunk: pa.Table, now: dt.datet
 def _ledger_rows(rows: pa.Table, campaign_id: int) -> pa.Table:
     import pyarrow as pa
 
+    from mail_pipelines.segments.ranks import places
+
     def constant(value: int) -> pa.Array:
         return pa.repeat(pa.scalar(value, pa.int32()), rows.num_rows)
 
@@ -72,7 +74,7 @@ def _ledger_rows(rows: pa.Table, campaign_id: int) -> pa.Table:
             "shard": rows["shard"],
             "provider": rows["provider"],
             "state": constant(int(State.PENDING)),
-            "sort_key": rows["engagement_rank"],
+            "sort_key": places(rows["engagement_rank"].to_numpy(), rows["contact_id"].to_numpy()),
             "attempt": constant(0),
             "variant": constant(0),
         }

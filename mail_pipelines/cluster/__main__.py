@@ -8,17 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, suppress
 
 from rich.console import Console
 
-from mail_pipelines.cluster import backing, campaigns, destinations, hosts, verdict, watch
+from mail_pipelines.cluster import campaigns, destinations, hosts, running, verdict, watch
 from mail_pipelines.cluster.hosts import SERVERS, Centre, Server
 from mail_pipelines.cluster.verdict import Verdict
 from mail_pipelines.database.engine import reading
@@ -26,51 +22,10 @@ from mail_pipelines.demo.reporting import reported
 from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.supervision import Processes, Stopped
 
-_TMPFS = Path("/dev/shm")
 _REPORT_SECONDS = 180
 _LEAST_RECIPIENTS = 1_000
 
 console = Console(stderr=True, soft_wrap=True)
-
-
-@contextmanager
-def folders() -> Iterator[tuple[Path, Path]]:
-    """A folder on disk, and one on tmpfs for what is in /run on a real host. They are removed, but after an error: then their logs tell more."""
-    made = [Path(tempfile.mkdtemp(prefix="mail-pipelines-cluster-", dir=place)) for place in (None, _TMPFS if _TMPFS.is_dir() else None)]
-    for folder in made:
-        # Exim's own user has to pass; what is in there is closed to others.
-        folder.chmod(0o711)
-    failed = True
-    try:
-        yield made[0], made[1]
-        failed = False
-    except Stopped:
-        failed = False
-        raise
-    finally:
-        if failed:
-            console.print(f"kept, for you to look into and to remove: {made[0]} {made[1]}", style="yellow", markup=False)
-        else:
-            for folder in made:
-                shutil.rmtree(folder)
-
-
-def start(folder: Path, run_folder: Path, processes: Processes, stack: ExitStack) -> tuple[Centre, list[Server]]:
-    """Everything but Dagster: database, broker, the hosts' homes and processes."""
-    with console.status("starting MariaDB and RabbitMQ"):
-        given = backing.start(folder, SERVERS, stack)
-    # Before those two, and all at once.
-    stack.callback(processes.stop_all)
-    stack.callback(processes.terminate)
-    processes.check()
-    with console.status("making the homes of the centre and of the servers"):
-        centre = Centre.make(folder / "centre", given.environ[backing.CENTRE], processes)
-        stack.callback(centre.engine.dispose)
-        fleet = [Server.make(name, folder / name, run_folder / name, given.environ[name], centre) for name in SERVERS]
-    centre.start_worker()
-    for server in fleet:
-        server.start(processes)
-    return centre, fleet
 
 
 def send(centre: Centre, fleet: list[Server]) -> Verdict:
@@ -90,8 +45,8 @@ def send(centre: Centre, fleet: list[Server]) -> Verdict:
 def run(recipients: int, *, as_json: bool, stay: bool) -> None:
     """Raises `MailPipelinesError` if not everything agrees, or something does not work."""
     begin = time.monotonic()
-    with folders() as (folder, run_folder), Processes() as processes, ExitStack() as stack:
-        centre, fleet = start(folder, run_folder, processes, stack)
+    with running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
+        centre, fleet = running.start(folder, run_folder, SERVERS, processes, stack, console)
         with console.status(f"importing {recipients:,} contacts"):
             campaigns.prepare(centre.engine, centre.settings, centre.settings.home / "files", recipients, processes.check)
             campaigns.limit(centre.engine, list(SERVERS), recipients)

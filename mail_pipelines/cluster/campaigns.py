@@ -77,12 +77,18 @@ def prepare(engine: Engine, settings: Settings, folder: Path, recipients: int, c
     check()
     for path, list_name in files.imports:
         importing.import_file(engine, path, list_name=list_name, now=now, progress=lambda *_: check())
+    segment(engine, settings)
+    check()
+
+
+def segment(engine: Engine, settings: Settings) -> None:
+    """The domain that campaigns come from, the segments, and the snapshots that they are counted in."""
+    now = dt.datetime.now(dt.UTC)
     domains.add(engine, Names.of(FROM_DOMAIN), settings.token_key(), now)
     for text in SEGMENTS:
         saved.save(engine, saved.from_yaml(text), now=now)
     snapshots.refresh_contacts(engine, settings.snapshot_folder, now=now)
     snapshots.refresh_engagement(engine, settings.snapshot_folder, now=now)
-    check()
 
 
 def limit(engine: Engine, fleet: list[str], recipients: int) -> None:

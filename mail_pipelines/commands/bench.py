@@ -72,6 +72,14 @@ def claim(quick: Quick = False, as_json: Json = False, database: Database = None
     _show("claim", bench.run(quick, database), as_json)
 
 
+@app.command("ledger")
+def ledger(quick: Quick = False, as_json: Json = False) -> None:
+    """Claims, results, sensors and pages on MariaDB with 0.1, 1 and 10 million contacts, a third of them in campaigns that are sent."""
+    from mail_pipelines.benchmarks import ledger as bench
+
+    _show("ledger", bench.run(quick), as_json)
+
+
 @app.command("audit")
 def audit(quick: Quick = False, as_json: Json = False) -> None:
     """Lines of a server's log read a second and held against the ledger on MariaDB."""
@@ -118,6 +126,27 @@ def far_centre(quick: Quick = False, as_json: Json = False) -> None:
     from mail_pipelines.benchmarks import far_centre as bench
 
     _show("far-centre", bench.run(quick), as_json)
+
+
+@app.command("scale")
+def scale(quick: Annotated[bool, typer.Option("--quick", help="fewer runs: about two minutes")] = False, as_json: Json = False) -> None:
+    """What a send run with nothing to send costs in a warm worker, and what runs leave in Dagster's storage."""
+    from mail_pipelines.cluster import scale as bench
+
+    _show("scale", bench.run(quick, console), as_json)
+
+
+@app.command("campaign")
+def campaign(
+    recipients: Annotated[int | None, typer.Option(min=1000, help="1,000,000 if not given, --quick: 4,000")] = None,
+    servers: Annotated[int, typer.Option(min=1, help="each with its own Exim")] = 4,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer recipients: about two minutes")] = False,
+    as_json: Json = False,
+) -> None:
+    """One campaign from import to report, by a centre and several servers with Exim: seconds of each stage, messages a second, lost, duplicates."""
+    from mail_pipelines.cluster import benchmark as bench
+
+    _show("campaign", bench.run(recipients or (4_000 if quick else 1_000_000), servers, console), as_json)
 
 
 def _show(name: str, results: list[Result], as_json: bool) -> None:

@@ -453,8 +453,8 @@ class Claim(Base):
 class Delivery(Base):
     """The ledger: one small row for each recipient of a frozen audience.
 
-    `sort_key` is the engagement rank of a pending row (lowest first), the due second of a deferred one, and in every
-    other state the second in which that state was reached. `attempt` counts offers: it rises only on an explicit
+    `sort_key` is the place of a pending row in the order of sending (`segments.ranks`), the due second of a deferred one, and in
+    every other state the second in which that state was reached. `attempt` counts offers: it rises only on an explicit
     refusal, so a retry after silence carries the same Message-ID. `code` and `enhanced` are the destination's reply.
     `server_id` is the server of the last claim, for which a greylisted row waits (`dispatch.greylisting`).
     """

@@ -16,7 +16,9 @@ from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.segments import snapshots
 
 KEEP_RUNS_DAYS = 30
-_RUNS_A_NIGHT = 5_000
+# Twice as many as a day has at most, so that an installation that was off for a while catches up.
+_RUNS_A_NIGHT = 2 * 24 * 400
+_RUNS_AT_ONCE = 500
 
 
 @dg.op(out=dg.Out(dg.Nothing))
@@ -92,10 +94,12 @@ def prune_runs(context: dg.OpExecutionContext, database: CentralDatabase) -> Non
     """Delete Dagster runs older than 30 days; what they achieved is in the central database and in runless materializations."""
     before = dt.datetime.now(dt.UTC) - dt.timedelta(days=KEEP_RUNS_DAYS)
     finished = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
-    old = context.instance.get_run_records(dg.RunsFilter(statuses=finished, created_before=before), limit=_RUNS_A_NIGHT)
-    for record in old:
-        context.instance.delete_run(record.dagster_run.run_id)
-    context.log.info("%d old runs deleted", len(old))
+    old, deleted = dg.RunsFilter(statuses=finished, created_before=before), 0
+    while deleted < _RUNS_A_NIGHT and (records := context.instance.get_run_records(old, limit=_RUNS_AT_ONCE, ascending=True)):
+        for record in records:
+            context.instance.delete_run(record.dagster_run.run_id)
+        deleted += len(records)
+    context.log.info("%d old runs deleted", deleted)
     if database.settings.broker.results:
         from mail_pipelines.resources import tasks
 

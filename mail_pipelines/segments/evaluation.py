@@ -33,7 +33,7 @@ class SegmentCount:
 def members(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> pa.Table:
     """Everyone who matches, once, in no order: `contact_id` int64, `provider` string, `engagement_rank` int32.
 
-    The rank is the number of whole days since the last open or click (not by a machine), at most 9998; 9999 if there was none. Lowest is most engaged.
+    The rank (`ranks`) goes by the whole days since the last open or click (not by a machine); 9999 if there was none. Lowest is most engaged.
     """
     import pyarrow as pa
 

@@ -24,9 +24,9 @@ from mail_pipelines.segments.compilation import CONTACT_ID, PROVIDER, both, colu
 from mail_pipelines.segments.criteria import AllOf, AnyOf, Behaviour, Criteria, Not
 from mail_pipelines.segments.manifest import ContactManifest, EngagementManifest, Layer, Part
 from mail_pipelines.segments.parts import read_columns
+from mail_pipelines.segments.ranks import NEVER_ENGAGED, ranks_of
 
 BATCH_ROWS = 500_000
-NEVER_ENGAGED = 9999
 # Columns of a roll-up by kind of behaviour.
 ROLLUP_TIMES = {"opened": "last_open_at", "clicked": "last_click_at"}
 EVENT_KINDS = {"opened": "open", "clicked": "click"}
@@ -118,11 +118,11 @@ class EngagementMarker:
         return engaged
 
     def ranks(self, ids: np.ndarray, engaged: np.ndarray) -> np.ndarray:
-        """Whole days since the last open or click by a human (`engaged`), at most 9998; 9999 if there was none."""
+        """The rank of each contact by its last open or click by a human (`engaged`)."""
         last = len(engaged) - 1
         seconds = engaged[ids] if int(ids.max(initial=0)) <= last else np.where(ids <= last, engaged[np.minimum(ids, last)], 0)
         days = np.clip((int(self._now.timestamp()) - seconds.astype(np.int64)) // 86_400, 0, NEVER_ENGAGED - 1)
-        return np.where(seconds == 0, NEVER_ENGAGED, days).astype(np.int32)
+        return ranks_of(np.where(seconds == 0, NEVER_ENGAGED, days))
 
 
 class ContactMatcher:

@@ -58,6 +58,11 @@ def of_manifest(settings: Settings, campaign: Campaign) -> set[int]:
     return set(pq.read_table(manifest.folder(settings) / campaign.audience_manifest["file"])["contact_id"].to_pylist())
 
 
+def never_engaged(contact_id: int) -> int:
+    """The place of somebody who was never engaged."""
+    return (9999 << 16) + contact_id // 1024
+
+
 def test_everybody_who_matches_becomes_one_pending_row(engine: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "RECIPIENTS_PER_SHARD", 500)
     make_people(engine, settings, 1100)
@@ -75,7 +80,7 @@ def test_everybody_who_matches_becomes_one_pending_row(engine: sa.Engine, settin
         contact = expected[row.contact_id]
         assert (row.address_hash, row.provider, row.shard) == (contact["address_hash"], contact["provider"], shard_of(row.contact_id, 2))
         assert (row.state, row.attempt, row.version_id, row.server_id, row.claim_id, row.variant) == (0, 0, None, None, None, 0)
-        assert row.sort_key == 9999
+        assert row.sort_key == never_engaged(row.contact_id)
     assert counters_equal_ledger(engine, campaign.id)
     with reading(engine) as connection:
         assert progress.totals(connection, built.campaign).check().pending == 1100
@@ -97,9 +102,9 @@ def test_who_engages_goes_first(engine: sa.Engine, settings: Settings) -> None:
     make_people(engine, settings, 10)
     campaign = scheduled(engine)
     audience.build(engine, settings, campaign.key, NOW)
-    ranks = {row.contact_id: row.sort_key for row in rows(engine, campaign)}
-    assert ranks[5] == 3
-    assert {rank for contact_id, rank in ranks.items() if contact_id != 5} == {9999}
+    places = {row.contact_id: row.sort_key for row in rows(engine, campaign)}
+    assert places.pop(5) == 3 << 16
+    assert places == {contact_id: never_engaged(contact_id) for contact_id in places}
 
 
 def test_consent_is_asked_of_the_database_after_the_snapshot_and_counted_by_reason(engine: sa.Engine, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -374,19 +375,20 @@ def test_a_thief_gets_no_more_addresses_than_were_granted(theft: Theft) -> None:
         assert theft.call("release_rows", claim_id, theft.other.id, str(contact_ids)) == [[(released,)]]
     assert world.usage(theft.server, "google") == dict.fromkeys((900, 3600, 86400), 3)
     assert world.usage(theft.other, "google") == dict.fromkeys((900, 3600, 86400), 5)
-    # The procedure's own table is within reach of whoever has called it, and of no use to him.
+    # The procedure's own tables are within reach of whoever has called it, and of no use to him.
     schema = world.engine.url.database
-    for name in ("suppressions", "contacts", "allotments", "provider_usage", "holds", "servers", "campaigns", "deliveries"):
+    real = ("suppressions", "contacts", "allotments", "provider_usage", "holds", "servers", "campaigns", "deliveries")
+    for own_table, name in itertools.product(("claim_rows_found", "claim_rows_places"), real):
         with theft.engine.connect() as connection:
             call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, None, 1, 0, 1))
-            connection.rollback()
+            connection.connection.rollback()
             try:
-                connection.exec_driver_sql(f"RENAME TABLE {schema}.claim_rows_judged TO {schema}.{name}")
+                connection.exec_driver_sql(f"RENAME TABLE {schema}.{own_table} TO {schema}.{name}")
             except sa.exc.DBAPIError:
                 continue
             with pytest.raises(sa.exc.DBAPIError, match="Unknown column"):
                 call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, None, 1, 0, 1))
-            connection.rollback()
+            connection.connection.rollback()
             connection.invalidate()
     while isinstance(claim(own), OpenClaim):
         pass

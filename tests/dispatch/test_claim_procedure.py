@@ -17,7 +17,7 @@ from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, DatabaseUnreachable, create_engine, transact
-from mail_pipelines.database.models import Allotment, Contact, ProviderUsage, State
+from mail_pipelines.database.models import Allotment, Contact, Delivery, ProviderUsage, State
 from mail_pipelines.database.procedures import installation
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.dispatch import claims, servers
@@ -163,6 +163,36 @@ class TestOnMariaDB:
         assert status(world.engine, "Innodb_deadlocks") == before + 1
         assert world.usage(server, "google") == {900: 3, 3600: 3, 86400: 3}
         world.check_counters()
+
+    def test_a_connection_goes_on_where_its_last_claim_ended_and_leaves_nothing_behind(self, world: World, server: servers.ServerInfo) -> None:
+        """Else each claim would read the index entries of all rows that were claimed in the last seconds."""
+
+        def contacts(limit: int) -> list[int]:
+            opened = world.claim(server, limit=limit)
+            assert isinstance(opened, OpenClaim)
+            return [row.contact_id for row in opened.rows]
+
+        def give_back(contact_ids: list[int]) -> None:
+            rows = sa.update(Delivery).where(Delivery.contact_id.in_(contact_ids)).values(state=int(State.PENDING), claim_id=None)
+            transact(world.engine, lambda connection: connection.execute(rows))
+
+        everybody = contacts(40)
+        assert len(everybody) == 10
+        give_back(everybody)
+        world.engine.dispose()
+        assert contacts(2) == everybody[:2]
+        give_back(everybody[:2])
+        assert contacts(2) == everybody[1:3]
+        # More than are left there: the others too.
+        assert contacts(8) == [*everybody[3:], *everybody[:1]]
+        give_back(everybody)
+        assert contacts(1) == everybody[-1:]
+        give_back(everybody)
+        transact(world.engine, lambda connection: connection.exec_driver_sql("UPDATE claim_rows_places SET since = since - 11"))
+        assert contacts(1) == everybody[:1]
+        give_back(everybody)
+        world.engine.dispose()
+        assert contacts(1) == everybody[:1]
 
     def test_a_dump_without_procedures_is_mended_by_init(self, world: World, server: servers.ServerInfo) -> None:
         transact(world.engine, lambda connection: installation.remove(connection, procedure.NAME))

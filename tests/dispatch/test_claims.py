@@ -212,6 +212,7 @@ def test_released_rows_give_their_debit_back_and_keep_their_place(world: World, 
     finish(world, opened, Result(ids[0], 0, State.DELIVERED, 250), *(Result(contact, 0, State.PENDING) for contact in ids[1:]))
     assert world.usage(server, "google") == {900: 1, 3600: 1, 86400: 1}
     assert world.states() == {State.PENDING: 39, State.DELIVERED: 1}
+    world.claim_from_the_first()
     again = claim(world, server, limit=3)
     assert sorted(row.contact_id for row in again.rows) == sorted(ids[1:])
     assert {row.attempt for row in again.rows} == {0}
@@ -269,6 +270,7 @@ def send_again(world: World, opened: OpenClaim) -> None:
 def test_a_second_copy_that_a_cancel_stopped_is_not_called_cancelled(world: World, server: servers.ServerInfo, end: State) -> None:
     """The first copy may have arrived, so nobody may later say that nothing was sent."""
     send_again(world, claim(world, server, limit=2))
+    world.claim_from_the_first()
     again = claim(world, server, limit=5)
     world.set_campaign(state="cancelled")
     reply = {} if end is State.PENDING else {"code": 451, "due": 1}

@@ -433,6 +433,8 @@ def ask(engine: sa.Engine, situation: Situation) -> list[Any]:
         generation = connection.execute(sa.select(LedgerGeneration.generation)).scalar_one() if situation.generation_known else "another"
     answers: list[Any] = []
     for number, (provider, limit) in enumerate(situation.asked):
+        # A new connection begins at the first row, as SQLite always does.
+        engine.dispose()
         try:
             answer = claims.open_claim(
                 engine,

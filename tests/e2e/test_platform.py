@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import os
 import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -157,8 +158,14 @@ def test_a_killed_daemon_neither_loses_nor_repeats(platform: Platform) -> None:
 def test_doctor_is_content_and_names_a_stopped_sensor(platform: Platform) -> None:
     content = platform.command("mail-pipelines", "doctor", check=False)
     assert (content.returncode, content.stdout.strip()) == (0, "nothing is wrong"), content.stdout + content.stderr
-    platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
-    named = platform.command("mail-pipelines", "doctor", check=False)
+
+    # A tick of that moment can write the state back that it has read before: Dagster's daemon reads, and then writes, all of it.
+    def stopped() -> subprocess.CompletedProcess[str] | None:
+        platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
+        said = platform.command("mail-pipelines", "doctor", check=False)
+        return said if said.returncode else None
+
+    named = wait_for(stopped, seconds=60, what="the stopped sensor named")
     platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
     assert named.returncode == 1
     assert "open_shards" in named.stdout + named.stderr

@@ -20,7 +20,7 @@ from mail_pipelines.resources.server import DispatchServer
 from tests.dispatch.world import Running, World, write_play
 
 RESOURCES = {"database": CentralDatabase(), "server": DispatchServer()}
-SHARDS = (0, 1, 2, 3, 63)
+SHARDS = (0, 3, 63)
 
 pytestmark = pytest.mark.server
 
@@ -56,20 +56,19 @@ def freeze(instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
     return result
 
 
-@pytest.mark.parametrize("state", ["draft", "scheduled", "paused", "cancelled", "finished"])
-def test_materialising_everything_sends_nothing(world: World, catcher: Running, instance: dg.DagsterInstance, state: str) -> None:
-    instance.add_dynamic_partitions("campaigns", ["spring"])
-    world.set_campaign(state=state, start_at=dt.datetime.now(dt.UTC) + dt.timedelta(days=1))
+def test_materialising_everything_sends_nothing(world: World, catcher: Running, instance: dg.DagsterInstance) -> None:
     before = world.states()
-    for _ in range(2):
+    for state in ("draft", "scheduled", "paused", "cancelled", "finished"):
+        world.set_campaign(state=state, start_at=dt.datetime.now(dt.UTC) + dt.timedelta(days=1))
+        # Again with nothing in Dagster that tells of the time before.
+        instance.add_dynamic_partitions("campaigns", ["spring"])
         freeze(instance)
         for shard in SHARDS:
             send(instance, shard)
         instance.wipe_assets([send_batches.key, campaign_audiences.key])
         instance.delete_dynamic_partition("campaigns", "spring")
-        instance.add_dynamic_partitions("campaigns", ["spring"])
-    assert world.kept() == []
-    assert world.states() == before
+        assert (state, world.kept()) == (state, [])
+        assert (state, world.states()) == (state, before)
     world.check_counters()
 
 

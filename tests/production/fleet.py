@@ -17,6 +17,7 @@ from celery import Celery
 
 from mail_pipelines import home
 from mail_pipelines.campaigns.progress import Totals
+from mail_pipelines.cluster import scale
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.supervision import Child, Processes
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
 CONTACTS = 2_000
 FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 SERVERS = ("catcher-1", "catcher-2")
-LAUNCH = """
-mutation($job: String!, $tags: [ExecutionTag!]!) {
-  launchRun(executionParams: {
-    selector: {repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", jobName: $job}, mode: "default", executionMetadata: {tags: $tags}
-  }) { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } }
-}
-"""
 TERMINATE = "mutation($run: String!) { terminateRun(runId: $run) { __typename ... on PythonError { message } } }"
 
 
@@ -118,10 +112,7 @@ class Fleet:
         )
 
     def launch(self, job: str, **tags: str) -> str:
-        given = [{"key": key, "value": value} for key, value in tags.items()]
-        done = self.platform.graphql(LAUNCH, {"job": job, "tags": given})["launchRun"]
-        assert done["__typename"] == "LaunchRunSuccess", done
-        return str(done["run"]["runId"])
+        return scale.launch(self.platform.address, job, tags)
 
     def terminate(self, run_id: str) -> None:
         done = self.platform.graphql(TERMINATE, {"run": run_id})["terminateRun"]

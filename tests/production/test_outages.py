@@ -15,7 +15,8 @@ pytestmark = [
 
 
 def test_killed_surroundings_neither_lose_nor_repeat(fleet: Fleet) -> None:
-    fleet.platform.limit(6.0)
+    # So slow that on a busy machine as well rows are left after all of it.
+    fleet.platform.limit(1.0)
     fleet.platform.schedule("outages")
     fleet.sending("outages")
     fleet.restart_dagster()

@@ -16,7 +16,7 @@ from mail_pipelines.database.engine import create_engine
 from mail_pipelines.segments import evaluation, explaining
 from mail_pipelines.segments.criteria import parse
 from mail_pipelines.segments.snapshots import Snapshots, open_snapshots
-from tests.segments.world import FIELDS, NOW, World, truth
+from tests.segments.world import FIELDS, NOW, World, rank_of, truth
 
 CAMPAIGNS = {"spring": 40, "summer": 9, "autumn": 3}
 LAST = ["autumn", "summer", "spring"]
@@ -162,7 +162,7 @@ def _check(snapshots: Snapshots, tree: dict[str, Any], people: dict[int, dict[st
         person = people[contact_id]
         engaged = [time for _, time, machine in (*person["opened"], *person["clicked"]) if not machine]
         assert row["provider"] == person["attributes"]["provider"]
-        assert row["engagement_rank"] == ((now - max(engaged)).days if engaged else 9999)
+        assert row["engagement_rank"] == (rank_of((now - max(engaged)).days) if engaged else 9999)
     # One of each kind: every question is a scan of its own.
     for contact_id in [*sorted(expected)[:1], *sorted(people.keys() - expected)[:1]]:
         assert bool(explaining.unmet(tree, snapshots, contact_id, now)) is (contact_id not in expected)

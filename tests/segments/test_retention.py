@@ -19,7 +19,7 @@ from mail_pipelines.delivery import engagement, retention
 from mail_pipelines.segments.criteria import AllOf
 from mail_pipelines.segments.evaluation import members
 from mail_pipelines.segments.snapshots import engagement_read_until, open_snapshots, refresh_engagement
-from tests.segments.world import NOW, World, truth
+from tests.segments.world import NOW, World, rank_of, truth
 
 DAY = dt.timedelta(days=1)
 PEOPLE = range(1, 41)
@@ -88,7 +88,7 @@ class Past:
             ranks = {row["contact_id"]: row["engagement_rank"] for row in members(AllOf(()), snapshots, now=now).to_pylist()}
         for number, person in self.people.items():
             engaged = [time for _, time, machine in (*person["opened"], *person["clicked"]) if not machine]
-            assert ranks[number] == ((now - max(engaged)).days if engaged else 9999)
+            assert ranks[number] == (rank_of((now - max(engaged)).days) if engaged else 9999)
 
     def refresh(self, now: dt.datetime = NOW) -> None:
         refresh_engagement(self.world.engine, self.world.folder, now=now, min_free_mb=0, singles_from=KEPT_FROM)

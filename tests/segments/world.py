@@ -250,3 +250,9 @@ def _compare(tree: Mapping[str, Any], attributes: Mapping[str, Any], now: dt.dat
         case "between":
             return bool(wanted[0] <= value <= wanted[1])
     raise AssertionError(tree)
+
+
+def rank_of(days: int) -> int:
+    """The rank of somebody who was last engaged so many whole days ago."""
+    width = 1 if days < 14 else 7 if days < 91 else 28
+    return days - days % width

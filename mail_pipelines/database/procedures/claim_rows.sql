@@ -41,9 +41,11 @@ BEGIN
   DECLARE c_spread INT DEFAULT 60;
   -- Of `dispatch.greylisting`: so long after it fell due, a greylisted row waits for the server that was greylisted.
   DECLARE c_greylist_wait INT DEFAULT 14400;
-  -- The sort key of a deferred row is the second in which it is due; that of a pending row is a rank, and each will do.
-  DECLARE c_first_rank INT DEFAULT -2147483648;
-  DECLARE c_last_rank INT DEFAULT 2147483647;
+  -- The sort key of a deferred row is the second in which it is due; that of a pending row is its place, and each will do.
+  DECLARE c_first_place INT DEFAULT -2147483648;
+  DECLARE c_last_place INT DEFAULT 2147483647;
+  -- So many seconds a connection goes on from its last claim, and does not see rows that were given back before that place.
+  DECLARE c_go_on INT DEFAULT 10;
 
   DECLARE v_now DATETIME(6) DEFAULT UTC_TIMESTAMP(6);
   -- Not UNIX_TIMESTAMP, which follows the caller's time zone.
@@ -64,7 +66,7 @@ BEGIN
   DECLARE v_limits_of VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin;
 
   DECLARE v_state TINYINT;
-  DECLARE v_earliest, v_latest BIGINT;
+  DECLARE v_earliest, v_latest, v_last_place, v_since BIGINT;
   DECLARE v_found, v_from_pending, v_from_deferred, v_size INT;
   DECLARE v_asking INT;
   DECLARE v_domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin;
@@ -186,10 +188,11 @@ BEGIN
 
     -- The rows of this claim. The table lives as long as the connection, since making one takes longer than emptying it; in memory, as its
     -- content means nothing outside this call. If its columns change, so must its name.
-    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_judged (
+    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_found (
       position INT NOT NULL AUTO_INCREMENT PRIMARY KEY,
       contact_id BIGINT NOT NULL,
       state TINYINT NOT NULL,
+      sort_key INT NOT NULL,
       attempt TINYINT NOT NULL,
       hindrance VARCHAR(24) CHARACTER SET ascii COLLATE ascii_bin,
       email VARCHAR(254) CHARACTER SET utf8mb4,
@@ -201,7 +204,20 @@ BEGIN
       to_state TINYINT,
       to_provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin
     ) ENGINE = MEMORY;
-    DELETE FROM claim_rows_judged;
+    DELETE FROM claim_rows_found;
+    -- Where this connection's last claim ended. Index entries of rows that were claimed stay until the server has purged them, seconds later: whoever
+    -- begins at the first entry reads them all, and with several servers at work that takes longer than all the rest.
+    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_places (
+      campaign_id INT NOT NULL,
+      shard TINYINT NOT NULL,
+      provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+      last_place INT NOT NULL,
+      since BIGINT NOT NULL,
+      PRIMARY KEY (campaign_id, shard, provider)
+    ) ENGINE = MEMORY;
+    SELECT last_place, since INTO v_last_place, v_since
+      FROM claim_rows_places
+     WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND since BETWEEN v_second - c_go_on AND v_second;
 
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
     -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts. Where they
@@ -216,11 +232,11 @@ BEGIN
     IF v_earliest IS NOT NULL THEN
       SET v_state = c_deferred, v_latest = v_second;
     ELSE
-      SET v_state = c_pending, v_earliest = c_first_rank, v_latest = c_last_rank;
+      SET v_state = c_pending, v_earliest = COALESCE(v_last_place, c_first_place), v_latest = c_last_place;
     END IF;
     queues: LOOP
-      INSERT INTO claim_rows_judged (contact_id, state, attempt, hindrance, email, address_hash, provider, domain, dead_until)
-      SELECT d.contact_id, v_state, d.attempt,
+      INSERT INTO claim_rows_found (contact_id, state, sort_key, attempt, hindrance, email, address_hash, provider, domain, dead_until)
+      SELECT d.contact_id, v_state, d.sort_key, d.attempt,
              CASE
                WHEN c.id IS NULL THEN 'erased'
                WHEN EXISTS (
@@ -237,7 +253,7 @@ BEGIN
              END,
              c.email, c.address_hash, c.provider, h.domain, h.dead_until
         FROM (
-               SELECT contact_id, attempt, address_hash
+               SELECT contact_id, sort_key, attempt, address_hash
                  FROM deliveries
                 WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = v_state
                   AND sort_key BETWEEN v_earliest AND v_latest
@@ -251,13 +267,22 @@ BEGIN
         LEFT JOIN contacts AS c ON c.id = d.contact_id
         LEFT JOIN domain_health AS h ON h.domain = c.domain;
       SET v_room = v_room - ROW_COUNT();
-      IF v_state = c_pending OR v_room = 0 THEN
+      IF v_room = 0 OR v_state = c_pending AND v_earliest = c_first_place THEN
         LEAVE queues;
+      ELSEIF v_state = c_deferred THEN
+        SET v_state = c_pending, v_earliest = COALESCE(v_last_place, c_first_place), v_latest = c_last_place;
+      ELSE
+        -- What is left lies before that place.
+        SET v_latest = v_last_place - 1, v_earliest = c_first_place, v_last_place = NULL;
       END IF;
-      SET v_state = c_pending, v_earliest = c_first_rank, v_latest = c_last_rank;
     END LOOP;
+    REPLACE INTO claim_rows_places (campaign_id, shard, provider, last_place, since)
+    SELECT p_campaign_id, p_shard, p_provider, MAX(sort_key), IF(v_last_place IS NULL, v_second, v_since)
+      FROM claim_rows_found
+     WHERE state = c_pending
+    HAVING MAX(sort_key) IS NOT NULL;
     IF v_unsubscribe = 'list' THEN
-      UPDATE claim_rows_judged AS q
+      UPDATE claim_rows_found AS q
         JOIN subscriptions AS s ON s.contact_id = q.contact_id AND s.list_id = v_list_id AND NOT s.subscribed
          SET q.hindrance = 'unsubscribed'
        WHERE q.hindrance IS NULL OR q.hindrance IN ('moved', 'dead');
@@ -267,7 +292,7 @@ BEGIN
     asking: LOOP
       SET v_asking = NULL;
       SELECT position, domain INTO v_asking, v_domain
-        FROM claim_rows_judged
+        FROM claim_rows_found
        WHERE hindrance = 'dead' AND dead_until <= v_now
        ORDER BY domain, position
        LIMIT 1;
@@ -278,13 +303,13 @@ BEGIN
          SET dead_until = v_now + INTERVAL c_answer_wait SECOND
        WHERE domain = v_domain AND dead_until <= v_now;
       IF ROW_COUNT() = 1 THEN
-        UPDATE claim_rows_judged SET hindrance = NULL WHERE position = v_asking;
+        UPDATE claim_rows_found SET hindrance = NULL WHERE position = v_asking;
       END IF;
-      UPDATE claim_rows_judged SET dead_until = v_now + INTERVAL c_answer_wait SECOND WHERE domain = v_domain;
+      UPDATE claim_rows_found SET dead_until = v_now + INTERVAL c_answer_wait SECOND WHERE domain = v_domain;
     END LOOP;
     SELECT COUNT(*), COUNT(IF(hindrance IS NULL AND state = c_pending, 1, NULL)), COUNT(IF(hindrance IS NULL AND state = c_deferred, 1, NULL))
       INTO v_found, v_from_pending, v_from_deferred
-      FROM claim_rows_judged;
+      FROM claim_rows_found;
     SET v_size = v_from_pending + v_from_deferred;
     IF v_found = 0 THEN
       SET v_refusal = 'nothing_due';
@@ -292,7 +317,7 @@ BEGIN
     END IF;
 
     IF v_size > 0 THEN
-      UPDATE claim_rows_judged AS q
+      UPDATE claim_rows_found AS q
         STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
          SET d.state = c_claimed, d.claim_id = p_claim_id, d.server_id = p_server_id, d.version_id = COALESCE(v_version_id, 0)
        WHERE q.hindrance IS NULL;
@@ -311,11 +336,11 @@ BEGIN
           ON DUPLICATE KEY UPDATE count = count + VALUES(count);
     END IF;
     IF v_found > v_size THEN
-      UPDATE claim_rows_judged AS q
+      UPDATE claim_rows_found AS q
          SET q.hindrance = 'duplicate_address'
        WHERE q.hindrance = 'moved' AND EXISTS (SELECT 1 FROM deliveries AS d WHERE d.campaign_id = p_campaign_id AND d.address_hash = q.address_hash);
       -- Whoever was sent it again is not called suppressed: the first copy may have arrived.
-      UPDATE claim_rows_judged AS q
+      UPDATE claim_rows_found AS q
          SET q.to_provider = IF(q.hindrance = 'moved', q.provider, p_provider),
              q.to_state = CASE
                             WHEN q.hindrance = 'moved' THEN q.state
@@ -326,7 +351,7 @@ BEGIN
                           END
        WHERE q.hindrance IS NOT NULL;
       -- What the old address was answered says nothing about the new one, above all not that it is greylisted.
-      UPDATE claim_rows_judged AS q
+      UPDATE claim_rows_found AS q
         STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
          SET d.state = q.to_state, d.provider = q.to_provider,
              d.address_hash = IF(q.hindrance = 'moved', q.address_hash, d.address_hash),
@@ -339,14 +364,14 @@ BEGIN
              d.reason = CASE q.hindrance WHEN 'moved' THEN NULL WHEN 'dead' THEN 'no_connection' ELSE q.hindrance END
        WHERE q.hindrance IS NOT NULL;
       INSERT INTO campaign_counters (campaign_id, shard, provider, server_id, state, count)
-      SELECT p_campaign_id, p_shard, p_provider, p_server_id, state, -COUNT(*) FROM claim_rows_judged WHERE hindrance IS NOT NULL GROUP BY state
+      SELECT p_campaign_id, p_shard, p_provider, p_server_id, state, -COUNT(*) FROM claim_rows_found WHERE hindrance IS NOT NULL GROUP BY state
           ON DUPLICATE KEY UPDATE count = campaign_counters.count + VALUES(count);
       INSERT INTO campaign_counters (campaign_id, shard, provider, server_id, state, count)
-      SELECT p_campaign_id, p_shard, to_provider, p_server_id, to_state, COUNT(*) FROM claim_rows_judged WHERE hindrance IS NOT NULL
+      SELECT p_campaign_id, p_shard, to_provider, p_server_id, to_state, COUNT(*) FROM claim_rows_found WHERE hindrance IS NOT NULL
        GROUP BY to_provider, to_state
           ON DUPLICATE KEY UPDATE count = campaign_counters.count + VALUES(count);
       INSERT INTO campaign_minutes (campaign_id, minute, provider, server_id, state, reason, count)
-      SELECT p_campaign_id, v_second DIV 60, p_provider, p_server_id, to_state, hindrance, COUNT(*) FROM claim_rows_judged
+      SELECT p_campaign_id, v_second DIV 60, p_provider, p_server_id, to_state, hindrance, COUNT(*) FROM claim_rows_found
        WHERE hindrance IS NOT NULL AND hindrance NOT IN ('moved', 'dead')
        GROUP BY to_state, hindrance
           ON DUPLICATE KEY UPDATE count = campaign_minutes.count + VALUES(count);
@@ -362,7 +387,7 @@ BEGIN
   IF v_refusal IS NULL THEN
     -- Who was erased since the statement above is as if erased after the claim; what is gone is not given out.
     SELECT q.contact_id, q.attempt, q.email, COALESCE(c.attributes, '{}'), q.domain IS NOT NULL
-      FROM claim_rows_judged AS q
+      FROM claim_rows_found AS q
       LEFT JOIN contacts AS c ON c.id = q.contact_id
      WHERE q.hindrance IS NULL
      ORDER BY q.position;

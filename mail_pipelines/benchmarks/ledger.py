@@ -1,0 +1,264 @@
+"""Benchmark: the ledger on MariaDB as the database grows: claims and results by eight servers at once, beside an import, and what sensors and pages ask.
+
+A database of its own for each size, of which the campaigns have three tenths. References measured in the same run: as many rows inserted into a plain table
+by as many processes; for times, the budget.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from mail_pipelines.benchmarks import campaigns, claim
+from mail_pipelines.benchmarks.claim import CLAIM_ROWS, CLAIMERS
+from mail_pipelines.benchmarks.contract import Result, judge
+from mail_pipelines.benchmarks.mariadb import MariaDB
+from mail_pipelines.campaigns import progress, store
+from mail_pipelines.campaigns.shards import MAX_SHARDS, shards_for
+from mail_pipelines.capacity import allotments
+from mail_pipelines.contacts.providers import providers
+from mail_pipelines.database import migrate
+from mail_pipelines.database.engine import create_engine, database_now, is_transient, reading, transact
+from mail_pipelines.database.models import Allotment, Delivery, Server, State
+from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
+from mail_pipelines.dispatch import final, openings, servers
+from mail_pipelines.dispatch.claims import OpenClaim
+
+CAMPAIGNS = 3
+SIZES, QUICK_SIZES = (100_000, 1_000_000, 10_000_000), (100_000,)
+IMPORTED, QUICK_IMPORTED = 1_000_000, 50_000
+SECONDS, QUICK_SECONDS = 15.0, 3.0
+# Beside an import each server asks as in operation: for as many rows as it sends in two seconds.
+PACED_ROWS, PACE_SECONDS = 50, 2.0
+# Of the plain rows that as many processes insert; see `claim`.
+TARGET_TOGETHER = claim.TARGET_TOGETHER
+CLAIM_MILLISECONDS, TICK_MILLISECONDS, STATUS_MILLISECONDS = 20.0, 1000.0, 50.0
+_HEARTBEAT_SECONDS = 3600.0
+_MOST_PER_SECOND = 25_000
+# What a database host of this kind would have.
+_OPTIONS = ("--innodb-buffer-pool-size=4G", "--innodb-log-file-size=1G")
+
+
+@dataclass
+class Figures:
+    """Of one size: rows a second, milliseconds."""
+
+    contacts: int
+    together: float = 0.0
+    inserted: float = 0.0
+    beside_a_held_provider: float = 0.0
+    retries: int = 0
+    paced: list[float] = field(default_factory=list)
+    ticks: Mapping[str, float] = field(default_factory=dict)
+    status: float = 0.0
+
+
+def run(quick: bool, advance: Callable[[Figures], None] = lambda _: None) -> list[Result]:
+    """Measure each size; `advance` is called after each."""
+    found: list[Result] = []
+    for contacts in QUICK_SIZES if quick else SIZES:
+        with tempfile.TemporaryDirectory(prefix="mail-pipelines-bench-") as folder:
+            server = MariaDB(Path(folder), options=_OPTIONS).start()
+            try:
+                figures = _measure(server.database(), Path(folder), contacts, quick)
+            finally:
+                server.stop()
+        advance(figures)
+        found += _judged(figures)
+    return found
+
+
+def _judged(figures: Figures) -> list[Result]:
+    of = f"{figures.contacts:,} contacts"
+    others = figures.together * (1 - 1 / CLAIMERS)
+    paced = f"{of}: a claim of {PACED_ROWS} rows beside an import"
+    p99 = statistics.quantiles(figures.paced, n=100)[98]
+    return [
+        judge(f"{of}: claimed and recorded by {CLAIMERS} servers", figures.together, "rows/s", figures.inserted, target=TARGET_TOGETHER, better="higher"),
+        judge(f"{of}: by the others while rows of one provider are held", figures.beside_a_held_provider, "rows/s", others, target=0.85, better="higher"),
+        judge(f"{of}: transactions tried again", figures.retries, "of a hundred each", CLAIMERS * 100, target=1, better="lower"),
+        judge(f"{paced}, median", statistics.median(figures.paced), "ms", CLAIM_MILLISECONDS, target=1, better="lower"),
+        judge(f"{paced}, 99 of 100", p99, "ms", CLAIM_MILLISECONDS, target=1, better="lower"),
+        *(judge(f"{of}: {name}", value, "ms", TICK_MILLISECONDS, target=1, better="lower") for name, value in figures.ticks.items()),
+        judge(f"{of}: status of a campaign", figures.status, "ms", STATUS_MILLISECONDS, target=1, better="lower"),
+    ]
+
+
+def _measure(url: str, folder: Path, contacts: int, quick: bool) -> Figures:
+    engine = create_engine(url)
+    migrate.upgrade(engine)
+    to = providers()[:CLAIMERS]
+    _fill(engine, contacts, to)
+    figures = Figures(contacts)
+    figures.ticks = _ticks(engine)
+    figures.status = _milliseconds(lambda: _status(engine))
+    # Small campaigns are claimed to the end in longer.
+    seconds = min(QUICK_SECONDS if quick else SECONDS, CAMPAIGNS * contacts / 10 / _MOST_PER_SECOND / 3)
+    figures.paced = _beside_an_import(engine, folder, QUICK_IMPORTED if quick else IMPORTED, to)
+    claim.PLAIN.create(engine)
+    with engine.connect() as holder:
+        holder.execute(_rows_of(to[0]))
+        figures.beside_a_held_provider, retries = _together(url, to, seconds)
+        holder.rollback()
+    figures.together, more = _together(url, to, seconds)
+    figures.retries = retries + more
+    figures.inserted = claim.rate(claim.at_once(url, claim.inserter, to, seconds))
+    engine.dispose()
+    return figures
+
+
+def _fill(engine: Engine, contacts: int, to: Sequence[str]) -> None:
+    """Campaigns of a tenth each, people in none, and servers that speak and have grants."""
+    shards = shards_for(contacts // 10)
+    rows_per_shard = contacts // 10 // shards
+    for number in range(1, CAMPAIGNS + 1):
+        campaigns.make(engine, number, shards, rows_per_shard, to)
+    for _ in campaigns.add_contacts(engine, contacts - CAMPAIGNS * shards * rows_per_shard, to):
+        pass
+    with reading(engine) as connection:
+        now = database_now(connection)
+    fleet = [
+        {"id": number, "key": f"s{number}", "kind": "catcher", "state": "active", "host": "h", "port": 1, "incarnation": "i", "created_at": now}
+        | {"heartbeat_at": now}
+        for number in range(1, CLAIMERS + 1)
+    ]
+    grants = [
+        {
+            "campaign_id": campaign,
+            "server_id": server["id"],
+            "provider": provider,
+            "slot_start": slot_at(now) + step * SLOT_SECONDS,
+            "granted": 2**30,
+            "used": 0,
+        }
+        for campaign, server, provider, step in itertools.product(range(1, CAMPAIGNS + 1), fleet, to, range(4))
+    ]
+
+    def work(connection: sa.Connection) -> None:
+        connection.execute(sa.insert(Server), fleet)
+        connection.execute(sa.insert(Allotment), grants)
+
+    transact(engine, work)
+    servers.set_limits(engine, None, "*", {"per_second": 1e6})
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ANALYZE TABLE contacts, deliveries, campaign_counters")
+
+
+def _milliseconds(work: Callable[[], object], runs: int = 7) -> float:
+    """The median of several."""
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1000
+
+
+def _ticks(engine: Engine) -> dict[str, float]:
+    """What the busiest sensors ask of the database."""
+
+    def find() -> None:
+        with reading(engine) as connection:
+            openings.find(connection, database_now(connection), slots=2, heartbeat_seconds=_HEARTBEAT_SECONDS, in_flight=())
+
+    def finished() -> None:
+        with reading(engine) as connection:
+            final.final_shards(connection, final.recent_campaigns(connection, dt.datetime.now(dt.UTC)), MAX_SHARDS, {})
+
+    return {
+        "tick of open_shards, grants": _milliseconds(lambda: allotments.fill(engine, _HEARTBEAT_SECONDS)),
+        "tick of open_shards, runs": _milliseconds(find),
+        "tick of finished_shards": _milliseconds(finished),
+    }
+
+
+def _status(engine: Engine) -> None:
+    with reading(engine) as connection:
+        campaign = store.load(connection, "bench-1")
+        progress.totals(connection, campaign)
+        progress.by_provider(connection, 1)
+        progress.per_minute(connection, 1, State.DELIVERED, dt.datetime.now(dt.UTC))
+
+
+def _rows_of(provider: str) -> sa.Select[int]:
+    """Locks the pending rows of a provider in one campaign, as a statement that nobody has foreseen might."""
+    place = (Delivery.campaign_id == 1, Delivery.provider == provider, Delivery.shard == 0, Delivery.state == int(State.PENDING))
+    return sa.select(Delivery.contact_id).where(*place).with_for_update()
+
+
+# --- claims -------------------------------------------------------------------------------------------------------
+
+
+def _claimer(url: str, server: int, provider: str, begin: Any, seconds: float, done: Any) -> None:
+    """Claim rows to one provider from all campaigns and record them, for so many seconds or until none is left; tells rows, seconds and retries."""
+    engine = create_engine(url)
+    retries = 0
+
+    @event.listens_for(engine, "handle_error")
+    def count(context: sa.engine.ExceptionContext) -> None:
+        nonlocal retries
+        error = context.sqlalchemy_exception
+        retries += isinstance(error, sa.exc.DBAPIError) and is_transient(error)
+
+    memory = claim.memory_of(engine)
+    begin.wait()
+    rows, start = 0, time.monotonic()
+    for campaign, shard in itertools.product(range(1, CAMPAIGNS + 1), range(MAX_SHARDS)):
+        while time.monotonic() - start < seconds and isinstance(
+            opened := claim.claim_rows(engine, server, shard, memory, CLAIM_ROWS, campaign=campaign, provider=provider), OpenClaim
+        ):
+            rows += claim.record_rows(engine, opened)
+    done.put((rows, time.monotonic() - start, retries))
+
+
+def _together(url: str, to: Sequence[str], seconds: float) -> tuple[float, int]:
+    """Rows a second of eight servers, each to a provider of its own; and how many transactions were tried again."""
+    results = claim.at_once(url, _claimer, to, seconds)
+    return claim.rate([(rows, taken) for rows, taken, _ in results if rows]), sum(retries for *_, retries in results)
+
+
+def _import(url: str, file: str) -> None:
+    from mail_pipelines.contacts import importing
+
+    importing.import_file(create_engine(url), Path(file), list_name="news", now=dt.datetime.now(dt.UTC))
+
+
+def _beside_an_import(engine: Engine, folder: Path, people: int, to: Sequence[str]) -> list[float]:
+    """Milliseconds of each claim that eight servers make at their pace, while new contacts are imported; its rows go back unsent."""
+    file = folder / "contacts.csv"
+    with file.open("w", encoding="utf-8") as out:
+        out.write("email,first_name,city\n")
+        out.writelines(f"reader{number}@place{number % 500}.test,Maria,Berlin\n" for number in range(people))
+    writer = multiprocessing.get_context("spawn").Process(target=_import, args=(engine.url.render_as_string(hide_password=False), str(file)))
+    writer.start()
+    memory = claim.memory_of(engine)
+
+    def ask(server: int) -> list[float]:
+        times = []
+        while writer.is_alive():
+            begin = time.monotonic()
+            opened = claim.claim_rows(engine, server, 0, memory, PACED_ROWS, campaign=1, provider=to[server - 1])
+            times.append((time.monotonic() - begin) * 1000)
+            if isinstance(opened, OpenClaim):
+                claim.record_rows(engine, opened, State.PENDING)
+            writer.join(max(0.0, PACE_SECONDS + begin - time.monotonic()))
+        return times
+
+    with ThreadPoolExecutor(CLAIMERS) as pool:
+        times = [moment for found in pool.map(ask, range(1, CLAIMERS + 1)) for moment in found]
+    writer.join()
+    assert writer.exitcode == 0
+    return times
