@@ -164,11 +164,11 @@ def table(verdict: Verdict) -> Table:
 
 def lines(verdict: Verdict) -> list[str]:
     """The verdict in words."""
-    first = verdict.ended_first
     said = [
         f"{verdict.recipients:,} recipients; {verdict.duplicates:,} duplicates, {verdict.lost:,} lost, {verdict.unknown:,} unknown",
-        f"{verdict.per_second:,.0f} messages arrived a second in {verdict.seconds:,} s; all servers sent in {verdict.together:,} of them, "
-        f"both campaigns in {verdict.both:,}",
-        f"{first.campaign} (priority {first.priority}) ended first",
+        f"{verdict.per_second:,.0f} messages arrived a second in {verdict.seconds:,} s; all servers sent in {verdict.together:,} of them",
     ]
+    if len(verdict.campaigns) > 1:
+        first = verdict.ended_first
+        said += [f"all campaigns were sent in {verdict.both:,} of them; {first.campaign} (priority {first.priority}) ended first"]
     return said + [f"DISAGREEMENT: {words}" for words in verdict.disagreements]
