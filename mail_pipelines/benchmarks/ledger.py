@@ -81,6 +81,32 @@ def run(quick: bool, advance: Callable[[Figures], None] = lambda _: None) -> lis
     return found
 
 
+def plot(found: Sequence[Figures], place: Path) -> None:
+    """How rates and times grow with the number of contacts, as a picture of the kind that the file's name says."""
+    from matplotlib.figure import Figure
+
+    contacts = [figures.contacts for figures in found]
+    picture = Figure(figsize=(9, 4), layout="constrained")
+    rates, times = picture.subplots(1, 2)
+    rates.plot(contacts, [figures.inserted for figures in found], "o--", color="0.6", label="inserted into a plain table")
+    rates.plot(contacts, [figures.together for figures in found], "o-", label=f"claimed and recorded by {CLAIMERS} servers")
+    rates.set_title("rows a second")
+    claims = [statistics.quantiles(figures.paced, n=100) for figures in found]
+    times.plot(contacts, [quantiles[49] for quantiles in claims], "o-", label="claim beside an import, median")
+    times.plot(contacts, [quantiles[98] for quantiles in claims], "o-", label="claim beside an import, 99 of 100")
+    for name in found[0].ticks:
+        times.plot(contacts, [figures.ticks[name] for figures in found], "o-", label=name)
+    times.plot(contacts, [figures.status for figures in found], "o-", label="status of a campaign")
+    times.set_title("milliseconds")
+    times.set_yscale("log")
+    for axes in (rates, times):
+        axes.set_xscale("log")
+        axes.set_xlabel("contacts")
+        axes.legend(fontsize="x-small")
+    rates.set_ylim(bottom=0)
+    picture.savefig(place)
+
+
 def _judged(figures: Figures) -> list[Result]:
     of = f"{figures.contacts:,} contacts"
     others = figures.together * (1 - 1 / CLAIMERS)
