@@ -188,7 +188,7 @@ class TestOnMariaDB:
         give_back(everybody)
         assert contacts(1) == everybody[-1:]
         give_back(everybody)
-        transact(world.engine, lambda connection: connection.exec_driver_sql("UPDATE claim_rows_places SET since = since - 11"))
+        transact(world.engine, lambda connection: connection.exec_driver_sql("UPDATE claim_rows_places SET since = since - 31"))
         assert contacts(1) == everybody[:1]
         give_back(everybody)
         world.engine.dispose()

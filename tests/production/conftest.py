@@ -40,10 +40,11 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         platform.start_dagster()
         for name in ("the centre", *SERVERS):
             running.wait_for_worker(f"worker of {name}")
+        # Tests that want no fleet are of this process, too; those that do get its environment back.
+        os.environ.clear()
+        os.environ.update(before)
         yield running
         processes.terminate()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

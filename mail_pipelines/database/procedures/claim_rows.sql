@@ -45,7 +45,7 @@ BEGIN
   DECLARE c_first_place INT DEFAULT -2147483648;
   DECLARE c_last_place INT DEFAULT 2147483647;
   -- So many seconds a connection goes on from its last claim, and does not see rows that were given back before that place.
-  DECLARE c_go_on INT DEFAULT 10;
+  DECLARE c_go_on INT DEFAULT 30;
 
   DECLARE v_now DATETIME(6) DEFAULT UTC_TIMESTAMP(6);
   -- Not UNIX_TIMESTAMP, which follows the caller's time zone.
