@@ -28,7 +28,7 @@ from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 from tests.campaigns.parts import NOW, counters_equal_ledger, fill_ledger, ledger_states, make_campaign
 from tests.dispatch.world import CONTENT
 from tests.inbound.mails import complaint, dsn, request
-from tests.inbound.receiving import KEY, Receiving
+from tests.inbound.receiving import KEY, Receiving, key_ring
 from tests.parts.processes import wait_for
 
 pytestmark = pytest.mark.server
@@ -99,7 +99,7 @@ def test_a_forged_header_of_the_receiving_server_is_taken_out(receiving: Receivi
     data = path.read_bytes()
     path.unlink()
     assert other.encode() not in data
-    found = reports.read(data, KEY.encode(), NOW)
+    found = reports.read(data, key_ring(), NOW)
     assert isinstance(found, Evidence)
     assert (found.kind, found.contact_id) == (Kind.BOUNCE_REPORT, 12)
 
