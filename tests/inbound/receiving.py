@@ -31,8 +31,9 @@ class Receiving:
     def __init__(self, database: Path) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="mail-pipelines-"))
         self.base.chmod(0o711)
-        (self.base / "home").mkdir()
-        shutil.copy(database, self.base / "home" / "central.sqlite3")
+        self.database = self.base / "home" / "central.sqlite3"
+        self.database.parent.mkdir()
+        shutil.copy(database, self.database)
         self.port = free_port()
         self.folders = InboundFolders.of(InboundSettings(folder=str(self.base / "inbound")))
         self.process = self._start()
