@@ -57,7 +57,9 @@ class SnapshotSettings(Section):
 
 
 class SendingSettings(Section):
-    token_key: str | None = secret("key of the tokens in return paths and links, also seals DKIM keys; `mail-pipelines init` makes one")
+    token_key: str | None = secret(
+        "key of the tokens in return paths and links, also seals DKIM keys; `mail-pipelines init` makes one, for a dispatch server `server account` does"
+    )
     return_path_domain: str = pydantic.Field(default="bounces.example.test", description="domain of the envelope sender (VERP); sending domains have their own")
     public_url: str = pydantic.Field(
         default="https://mail.example.test", description="base URL of unsubscribe and tracking links; sending domains have their own host"

@@ -18,9 +18,11 @@ from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_id, database_now, is_mysql, open_engine, reading
 from mail_pipelines.database.models import Campaign, LedgerGeneration
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
-from mail_pipelines.dispatch import holds, servers
+from mail_pipelines.dispatch import holds, servers, token_keys
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.recovery import standing
+from mail_pipelines.dispatch.token_keys import InUse
+from mail_pipelines.domains import store
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -118,6 +120,7 @@ def check_central_database(settings: config.Settings, *, is_centre: bool) -> Ite
             yield from check_holds(connection)
             if is_centre:
                 yield from check_archive(connection, settings)
+                yield from check_server_keys(connection, settings)
         yield from check_servers(engine, settings.server.heartbeat_seconds)
     except migrate.SchemaOutdated as error:
         yield Finding("schema", str(error), "upgrade the centre first, then its servers")
@@ -166,6 +169,33 @@ def check_archive(connection: sa.Connection, settings: config.Settings) -> Itera
             LedgerArchive(settings.campaigns.archive).check()
         except LedgerArchiveError as error:
             yield Finding("archive", str(error), "`why` has no answers about archived campaigns, and nothing is archived, until it is there")
+
+
+def check_server_keys(connection: sa.Connection, settings: config.Settings) -> Iterator[Finding]:
+    """Servers on hosts of their own: each has a token key that makes tokens of its own mail alone, and DKIM keys that it can open by that."""
+    if not settings.sending.token_key:
+        return
+    remote = token_keys.remote(connection)
+    uses = {server.key: token_keys.in_use(server, settings.token_key()) for server in remote}
+    if shared := [key for key, use in uses.items() if use is InUse.INSTALLATION]:
+        yield Finding(
+            "token key",
+            f"who steals {_names(shared)} can unsubscribe everybody: the installation's token key is there",
+            "drain each, then `mail-pipelines server account NAME`, which says what to copy there",
+        )
+    if foreign := [key for key, use in uses.items() if use is InUse.FOREIGN]:
+        yield Finding(
+            "token key",
+            f"{_names(foreign)}: bounces and links of its mail are not recognised, since its token key is none of this installation",
+            "pause each, then `mail-pipelines server account NAME`, which says what to copy there",
+        )
+    lacking = store.without_key(connection, [server.id for server in token_keys.with_own(remote, settings.token_key())])
+    for server in [server for server in remote if server.id in lacking][:SHOWN]:
+        yield Finding(
+            "DKIM keys",
+            f"server {server.key} sends nothing from {_names(lacking[server.id])}: it has no DKIM key of its own there",
+            f"`mail-pipelines server dkim {server.key}`",
+        )
 
 
 def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]:

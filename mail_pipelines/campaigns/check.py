@@ -59,6 +59,8 @@ def check(
         problems = [*_times(campaign, now, start_at), *_content(connection, version)]
     named = [*_segments(engine, campaign.definition)]
     problems += [*_sender(settings, campaign, now), *named]
+    if version is not None and settings.sending.token_key:
+        problems += _signing(engine, settings, campaign, version.content)
     if not named:
         problems += _audience(engine, settings, campaign.definition, now)
     if version is not None and not (allow_unverified or settings.sending.allow_unverified):
@@ -102,6 +104,21 @@ def _from_domain(engine: Engine, settings: Settings, content: Content, now: dt.d
             yield Problem(part, str(finding))
     except DomainError as error:
         yield Problem(part, str(error))
+
+
+def _signing(engine: Engine, settings: Settings, campaign: Campaign, content: Content) -> Iterator[Problem]:
+    """A server with a token key of its own cannot open the DKIM key of all servers: without one of its own its share of the campaign would wait."""
+    from mail_pipelines.dispatch import pools, token_keys
+    from mail_pipelines.domains import store as domains
+
+    with reading(engine) as connection:
+        allowed = pools.of_campaign(connection, campaign.id)
+        servers = [server for server in token_keys.with_own(token_keys.remote(connection), settings.token_key()) if server.pool_id in allowed]
+        lacking = domains.without_key(connection, [server.id for server in servers])
+    for server in servers:
+        if content.from_domain in lacking.get(server.id, ()):
+            advice = f"`mail-pipelines server dkim {server.key}` makes it"
+            yield Problem("content.from_address", f"server {server.key} has no DKIM key of its own for {content.from_domain}: {advice}")
 
 
 def _sender(settings: Settings, campaign: Campaign, now: dt.datetime) -> Iterator[Problem]:

@@ -30,6 +30,7 @@ from mail_pipelines.dispatch import tail
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.dispatch.session import journal_of
+from mail_pipelines.messages.keyring import keys_of
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 
 _RUNNING = (CampaignState.SENDING, CampaignState.PAUSED)
@@ -191,9 +192,9 @@ def evidence(engine: Engine, settings: Settings, campaign: str, contact_id: int,
     folders = ServerFolders.of(settings.server, claim.key)
     lines: tuple[str, ...] | None = None
     if folders.journal.exists():
-        token = sign_delivery(DeliveryToken(scope.campaign_id, contact_id, doubt.attempt), settings.token_key())
-        start = Position(claim.journal_inode, claim.journal_offset)
-        found = tail.lines_about(journal_of(folders, claim.kind), start, token, now.timestamp())
+        message, start = DeliveryToken(scope.campaign_id, contact_id, doubt.attempt), Position(claim.journal_inode, claim.journal_offset)
+        tokens = [sign_delivery(message, key) for key in keys_of(settings.token_key(), claim.key)]
+        found = [line for token in tokens for line in tail.lines_about(journal_of(folders, claim.kind), start, token, now.timestamp())]
         lines = tuple(mask_addresses(line.decode("utf-8", "backslashreplace")) for line in found)
     return Evidence(doubt, claim.opened_at, claim.closed_at, claim.run_id, events, lines)
 

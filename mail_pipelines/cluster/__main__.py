@@ -37,7 +37,7 @@ def send(centre: Centre, fleet: list[Server]) -> Verdict:
         for key in campaigns.KEYS:
             centre.processes.wait_until_ready(lambda key=key: reported(centre.settings, key), seconds=_REPORT_SECONDS, what=f"the results of {key}")  # type: ignore[misc]
     with console.status("counting at the destinations"):
-        arrived = {server.name: destinations.count(server.destinations, centre.settings.token_key()) for server in fleet}
+        arrived = {server.name: destinations.count(server.destinations, server.settings.token_key()) for server in fleet}
         with reading(centre.engine) as connection:
             return verdict.judge(connection, campaigns.KEYS, arrived)
 
@@ -50,6 +50,7 @@ def run(recipients: int, *, as_json: bool, stay: bool) -> None:
         with console.status(f"importing {recipients:,} contacts"):
             campaigns.prepare(centre.engine, centre.settings, centre.settings.home / "files", recipients, processes.check)
             campaigns.limit(centre.engine, list(SERVERS), recipients)
+            campaigns.sign(centre.engine, centre.settings, list(SERVERS))
         with console.status("starting Dagster"):
             address = centre.start_dagster()
             hosts.wait(processes, centre, fleet)

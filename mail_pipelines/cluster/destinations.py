@@ -25,7 +25,7 @@ class Arrived:
 
 
 def count(folders: ServerFolders, token_key: bytes) -> dict[int, Arrived]:
-    """By the campaign's id."""
+    """By the campaign's id; `token_key` is that of the server."""
     found: defaultdict[int, Arrived] = defaultdict(Arrived)
     for message in kept(folders.mail):
         token = read_delivery(message.token, token_key)

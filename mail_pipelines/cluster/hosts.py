@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from mail_pipelines.cluster.backing import CENTRE
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import open_engine
 from mail_pipelines.dispatch import servers
-from mail_pipelines.dispatch.files import ServerFolders
+from mail_pipelines.dispatch.files import ServerFolders, replace_file
+from mail_pipelines.messages.keyring import derive
 from mail_pipelines.supervision import Processes
 
 SERVERS = ("mx1", "mx2", "mx3")
@@ -99,7 +99,8 @@ class Server:
         keys = folder / "home" / "secrets"
         for private in (keys.parent, keys):
             private.mkdir(mode=0o700)
-        shutil.copy(centre.settings.home / "secrets" / "token_key", keys)
+        # As `mail-pipelines server account` makes it: whoever has this host makes no tokens of another one's mail.
+        replace_file(keys / "token_key", derive(centre.settings.token_key(), name).decode("ascii"))
         home.make(environ, production=True)
         server = cls(name, free_port(), free_port(), environ, config.load(environ))
         servers.register(centre.engine, name, kind="exim", host=up.LOOPBACK, port=server.port, now=dt.datetime.now(dt.UTC))

@@ -45,7 +45,7 @@ def add(
     return_path: Annotated[str | None, typer.Option(help="domain of the envelope sender, which takes bounces [default: bounces.DOMAIN]")] = None,
     tracking: Annotated[str | None, typer.Option(help="host of unsubscribe and tracking links [default: links.DOMAIN]")] = None,
 ) -> None:
-    """Register a domain, make its first DKIM key, and print the records to publish."""
+    """Register a domain, make its first DKIM keys, and print the records to publish."""
     from mail_pipelines.domains import domain as domains
     from mail_pipelines.domains import store
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -95,7 +96,7 @@ def show(name: str) -> None:
 
     from mail_pipelines.capacity import breakers
     from mail_pipelines.database.engine import database_now, reading
-    from mail_pipelines.dispatch import audit, holds, pools, registry, servers
+    from mail_pipelines.dispatch import audit, holds, pools, registry, servers, token_keys
 
     interval = settings().server.heartbeat_seconds
     with reading(open_engine()) as connection:
@@ -121,6 +122,9 @@ def show(name: str) -> None:
     table.add_row("heartbeat", f"{server.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC{' (silent)' if silent else ''}" if server.heartbeat_at else "never")
     if server.shortage:
         table.add_row("sends nothing", server.shortage)
+    # Only the centre has the key by which others are told.
+    if settings().this_server is None and (key := token_keys.in_use(server, settings().token_key())):
+        table.add_row("token key", key)
     for what, value in _health(server.health or {}).items():
         table.add_row(what, escape(value))
     if shipped := _shipped(server):
@@ -202,18 +206,63 @@ def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its hos
 
 @app.command("account")
 def account(name: str) -> None:
-    """Make the database account of a server on another host, or give it a new password, and keep that in the home for you to copy there."""
+    """Make the database account of a server on another host, or give it a new password, with its token key and DKIM keys; what it needs is kept in the home."""
     from mail_pipelines.dispatch import accounts
     from mail_pipelines.dispatch.files import replace_file
 
     given = accounts.give(open_engine(), name)
-    folder = settings().home / "secrets" / "servers"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    place = folder / f"{name}.password"
+    place, key_place = _secrets_of(name)
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(place, given.password + "\n")
     console.print(f"server {name} has an account; on its host set", markup=False)
     console.print(f"MAIL_PIPELINES_DATABASE__URL={given.url}", markup=False, highlight=False)
     console.print(f"and MAIL_PIPELINES_DATABASE__PASSWORD_FILE to a copy of {place}", markup=False, highlight=False)
+    try:
+        own = accounts.token_key_of(open_engine(), name, settings().token_key())
+    except accounts.KeyHeld as held:
+        console.print(str(held), markup=False, highlight=False)
+        return
+    replace_file(key_place, own.decode("ascii") + "\n")
+    console.print(f"and put a copy of {key_place} into its home as secrets/token_key", markup=False, highlight=False)
+    _equip(name, allow_unverified=False)
+
+
+def _secrets_of(name: str) -> tuple[Path, Path]:
+    """Where the centre keeps a server's password and token key, to be copied to its host."""
+    folder = settings().home / "secrets" / "servers"
+    return folder / f"{name}.password", folder / f"{name}.token_key"
+
+
+@app.command("dkim")
+def dkim(
+    name: str,
+    allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="take its keys into use whatever the DNS has: for test domains")] = False,
+) -> None:
+    """Give a server DKIM keys of its own for all domains: the first time makes them, repeated once they are published takes them into use."""
+    if _equip(name, allow_unverified=allow_unverified):
+        raise typer.Exit(1)
+    console.print(f"server {name} signs the mail of all domains with keys of its own", markup=False)
+
+
+def _equip(name: str, *, allow_unverified: bool) -> bool:
+    """Take the next step of each DKIM key of a server; whether records wait to be published."""
+    import datetime as dt
+
+    from mail_pipelines.database.engine import reading
+    from mail_pipelines.dispatch import servers
+    from mail_pipelines.domains import records, rotation
+    from mail_pipelines.domains.domain import KeyState
+
+    engine = open_engine()
+    with reading(engine) as connection:
+        server = servers.find(connection, name)
+    steps = rotation.equip(engine, settings(), server.id, dt.datetime.now(dt.UTC), allow_unverified=allow_unverified)
+    waiting = [step for step in steps if step.key.state is KeyState.WAITING]
+    for step in waiting:
+        typer.echo(records.dkim_record(step.domain, step.key).zone_line())
+    if waiting:
+        console.print(f"publish the DKIM records above, then run: mail-pipelines server dkim {name}", markup=False)
+    return bool(waiting)
 
 
 @app.command("revoke")
@@ -225,7 +274,8 @@ def revoke(name: str) -> None:
     from mail_pipelines.resources import broker_accounts
 
     done = accounts.revoke(open_engine(), name, dt.datetime.now(dt.UTC))
-    (settings().home / "secrets" / "servers" / f"{name}.password").unlink(missing_ok=True)
+    for place in _secrets_of(name):
+        place.unlink(missing_ok=True)
     console.print(f"server {name} is revoked; {done.unknown:,} recipients it had in hand are unknown now")
     for record in done.records:
         console.print(f"remove from the DNS at once: {record}", markup=False, highlight=False)

@@ -10,6 +10,7 @@ whatever its order and however often it comes:
 - A row whose outcome nobody knows gets it from evidence of its own attempt: that it arrived, or else that it bounced. The former is
   stronger, since a person has acted on the message, and may correct the latter.
 - Evidence of an older attempt is kept and changes nothing. What a person asks for is done, whichever copy it came from.
+- What is proved by a token under the key of one server counts only about rows that this server was the last to claim, or has reported on.
 - The row of an archived campaign changes no more, wherever it is: its state follows from it and the evidence kept since, and only counters move.
 """
 
@@ -72,7 +73,10 @@ _ENGAGEMENT = {Kind.COMPLAINT: "complaint", Kind.UNSUBSCRIBE: "unsubscribe"}
 
 @dataclass(frozen=True)
 class Evidence:
-    """One proof about one offer of a message. `at` is when it came; `code`, `enhanced` and `text` are the destination's words, if it is a refusal."""
+    """One proof about one offer of a message. `at` is when it came; `code`, `enhanced` and `text` are the destination's words, if it is a refusal.
+
+    `signed_by` is the server whose key the token was under, which is the only proof; 0 for the installation's, and for what a server's own log says.
+    """
 
     kind: Kind
     campaign_id: int
@@ -82,6 +86,7 @@ class Evidence:
     code: int | None = None
     enhanced: str | None = None
     text: str = ""
+    signed_by: int = 0
 
 
 class Effect(enum.StrEnum):
@@ -95,6 +100,8 @@ class Effect(enum.StrEnum):
     TOO_EARLY = "too_early"
     # The ledger has no such row or attempt.
     UNMATCHED = "unmatched"
+    # Its token was made by a server that has nothing to do with the row: nothing is done.
+    FORGED = "forged"
     # The row is in an archive that is away: to be applied again. What a person asks for is done for the contact that has the number now.
     ARCHIVE_AWAY = "archive_away"
 
@@ -178,11 +185,12 @@ def _campaigns(connection: Connection, campaign_ids: Collection[int]) -> dict[in
 
 @dataclass
 class _Change:
-    """What becomes of one row: its columns as `_read` selects them, what was known, and what is new."""
+    """What becomes of one row: its columns as `_read` selects them, what was known, and what is new. `servers`: its last, and those that reported on it."""
 
     row: Any
     before: Known
     new: list[Evidence]
+    servers: frozenset[int]
 
     def after(self) -> Known:
         kept = self.before.kept | {(piece.attempt, piece.kind) for piece in self.new}
@@ -200,14 +208,16 @@ def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence
         changes = _read(connection, scopes, sorted({piece.contact_id for piece in pieces}), archive)
     except LedgerArchiveError as error:
         _log.warning("evidence about campaign %d waits: %s", scopes.campaign_id, error)
-        _grant(connection, scopes, pieces, {}, now)
+        # What a server has signed can be held against its rows only when they are here again.
+        _grant(connection, scopes, [piece for piece in pieces if not piece.signed_by], {}, now)
         return [Effect.ARCHIVE_AWAY] * len(pieces)
     effects = [_place(changes.get(piece.contact_id), piece) for piece in pieces]
+    genuine = [piece for piece, effect in zip(pieces, effects, strict=True) if effect is not Effect.FORGED]
     _write_events(connection, changes.values(), now)
     _move(connection, scopes, changes.values(), now)
     _count_facts(connection, scopes.campaign_id, changes.values())
     _suppress(connection, scopes.campaign_id, changes, now)
-    _grant(connection, scopes, pieces, changes, now)
+    _grant(connection, scopes, genuine, changes, now)
     return effects
 
 
@@ -226,23 +236,35 @@ def _read(connection: Connection, scopes: _Scopes, contact_ids: list[int], archi
         Delivery.server_id,
     )
     rows: list[Any] = list(connection.execute(sa.select(*columns).where(*ours).order_by(Delivery.contact_id).with_for_update()))
-    about = sa.select(DeliveryEvent.contact_id, DeliveryEvent.attempt, DeliveryEvent.kind).where(
-        DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id.in_(contact_ids), DeliveryEvent.kind.in_([BOUNCED, *Kind])
+    about = sa.select(DeliveryEvent.contact_id, DeliveryEvent.attempt, DeliveryEvent.kind, DeliveryEvent.server_id).where(
+        DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id.in_(contact_ids)
     )
     about_each: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)
-    for event in connection.execute(about):
-        about_each[event.contact_id].add((event.attempt, event.kind))
+    reporters: defaultdict[int, set[int]] = defaultdict(set)
+    told: list[Any] = list(connection.execute(about))
     if scopes.archive is not None:
         # Of a ledger that is being deleted some rows are still here, with their events.
         gone = set(contact_ids) - {row.contact_id for row in rows}
         rows += archive.recipients(campaign_id, scopes.archive, gone).values()
-        for old in archive.events(campaign_id, scopes.archive, gone):
-            about_each[old.contact_id].add((old.attempt, old.kind))
-    return {row.contact_id: _Change(row, known(row.state, row.attempt, about_each[row.contact_id], is_archived=scopes.is_archived), []) for row in rows}
+        told += archive.events(campaign_id, scopes.archive, gone)
+    for event in told:
+        about_each[event.contact_id].add((event.attempt, event.kind))
+        reporters[event.contact_id].add(event.server_id or counters.CENTRE)
+    return {
+        row.contact_id: _Change(
+            row,
+            known(row.state, row.attempt, about_each[row.contact_id], is_archived=scopes.is_archived),
+            [],
+            frozenset({row.server_id or counters.CENTRE, *reporters[row.contact_id]}),
+        )
+        for row in rows
+    }
 
 
 def _place(change: _Change | None, piece: Evidence) -> Effect:
     """Put a piece to what is new about its row; its effect."""
+    if piece.signed_by and (change is None or piece.signed_by not in change.servers):
+        return Effect.FORGED
     if change is None or piece.attempt > change.before.attempt:
         return Effect.UNMATCHED
     in_hand = change.before.state is State.CLAIMED and piece.attempt == change.before.attempt

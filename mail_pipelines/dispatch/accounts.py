@@ -1,7 +1,7 @@
 """Database accounts of dispatch servers: each has one, which may do what `database.boundary` lists and is known to the database as that server.
 
-What belongs here: making an account, giving it another password, and ending it with all that the server has in hand. What does not: what an account
-may do, and the server's account at the broker (`resources.broker_accounts`).
+What belongs here: making an account, giving it another password, when a server may get a token key of its own, and ending it with all that the server
+has in hand. What does not: what an account may do, and the server's account at the broker (`resources.broker_accounts`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines.database.boundary import installation as boundary
 from mail_pipelines.database.engine import explained, is_mysql, transact
 from mail_pipelines.database.models import Server
-from mail_pipelines.dispatch import registry, servers
+from mail_pipelines.dispatch import registry, servers, token_keys
 from mail_pipelines.dispatch.files import DispatchError
+from mail_pipelines.dispatch.token_keys import InUse
 from mail_pipelines.domains import store
+from mail_pipelines.messages.keyring import derive
 
 # MySQL takes names of 32 characters.
 _LONGEST_SCHEMA = 21
@@ -38,6 +40,10 @@ class Account:
     server: str
     url: str
     password: str
+
+
+class KeyHeld(AccountError):
+    """A server cannot be given a token key of its own while it may have claims under the one that it has."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,26 @@ def give(engine: Engine, key: str) -> Account:
         central = engine.url
         url = sa.URL.create(central.drivername, account, None, central.host, central.port, boundary.schema_of(connection), central.query)
     return Account(key, url.render_as_string(), password)
+
+
+def token_key_of(engine: Engine, key: str, token_key: bytes) -> bytes:
+    """The token key of a server's own, derived from the installation's; its own DKIM keys are sealed for it. Raises `KeyHeld`.
+
+    A server that works under another one has to be at rest: what it has in hand is named in its log by tokens that it could no longer read.
+    """
+
+    def work(connection: Connection) -> bytes:
+        server = servers.find(connection, key)
+        at_rest = server.heartbeat_at is None or server.state != registry.ServerState.ACTIVE
+        if token_keys.in_use(server, token_key) is not InUse.OWN and not (at_rest and registry.open_claims(connection, server.id) == 0):
+            raise KeyHeld(
+                f"server {key} works under another token key: `mail-pipelines server drain {key}`, and when `mail-pipelines server show {key}` says that it is "
+                "drained, repeat this for a key of its own"
+            )
+        store.reseal_keys_of(connection, server.id, key, token_key)
+        return derive(token_key, key)
+
+    return transact(engine, work)
 
 
 def revoke(engine: Engine, key: str, now: dt.datetime) -> Revoked:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from mail_pipelines.config import MetricsSettings, Settings
 from mail_pipelines.database.engine import DatabaseUnreachable, open_engine, reading
-from mail_pipelines.dispatch import permit, servers
+from mail_pipelines.dispatch import permit, servers, token_keys
 from mail_pipelines.dispatch.archive import Shipper
 from mail_pipelines.dispatch.files import ServerFolders, only_one
 from mail_pipelines.dispatch.session import journal_of
 from mail_pipelines.dispatch.settler import Settler
+from mail_pipelines.messages.tokens import fingerprint
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,12 @@ def speaking_for(settings: Settings, key: str, facts: Callable[[], Mapping[str, 
         shipper = Shipper(url, key, folders, journal_of(folders, info.kind)) if url else None
 
         def all_facts() -> Mapping[str, object]:
-            return {**facts(), "settled": settler.tally.finished_at, **(shipper.standing() if shipper is not None else {})}
+            return {
+                **facts(),
+                token_keys.FACT: fingerprint(settings.token_key()),
+                "settled": settler.tally.finished_at,
+                **(shipper.standing() if shipper is not None else {}),
+            }
 
         heartbeat = servers.Heartbeat(engine, key, folders, interval, all_facts)
         heartbeat.start()

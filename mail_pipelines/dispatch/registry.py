@@ -26,6 +26,7 @@ from mail_pipelines.database.models import Claim, Server
 from mail_pipelines.dispatch import audit, servers, settlement
 from mail_pipelines.dispatch.archive import Archive, ArchiveError
 from mail_pipelines.dispatch.files import DispatchError
+from mail_pipelines.domains import store
 
 # So long a server may be silent before the centre declares it lost.
 LOST_AFTER = dt.timedelta(minutes=30)
@@ -127,6 +128,7 @@ def retire(engine: Engine, key: str, heartbeat_seconds: float, archive: Archive 
             move(connection, key, "retire")
         if waits := left(connection, server, heartbeat_seconds):
             raise ServerStateError(f"server {key} cannot be retired yet: {'; '.join(waits)}. For a host that will not come back: --lost")
+        store.retire_keys_of(connection, server.id, database_now(connection))
         return server
 
     server = transact(engine, work)
@@ -161,7 +163,12 @@ def retire_lost(engine: Engine, key: str) -> int:
         if servers.find(connection, key).state == _S.RETIRED:
             move(connection, key, "retire")
     rows = lose(engine, key) or 0
-    transact(engine, lambda connection: move(connection, key, "retire"))
+
+    def work(connection: Connection) -> None:
+        move(connection, key, "retire")
+        store.retire_keys_of(connection, servers.find(connection, key).id, database_now(connection))
+
+    transact(engine, work)
     return rows
 
 

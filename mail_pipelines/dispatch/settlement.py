@@ -7,13 +7,15 @@ The rule (one table for both):
   neither, and the journal provably covers the claim         → released: pending again, debit refunded
   anything else                                              → unknown
 
+A journal that names messages of the claim by tokens under another key, since the server's was changed, covers nothing.
+
 It may be used only once the claim's permit is withdrawn, and only on the server whose journal it is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ from mail_pipelines.dispatch import greylisting, permit
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders
 from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, Position, process_alive
-from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
+from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery, sign_delivery
 
 _POLL_SECONDS = 0.05
 # How long a settler waits for the mail server to finish messages that are at their destinations: its own longest wait for a reply, and some more.
@@ -54,6 +56,19 @@ class Offered:
 def token_of(ref: ClaimRef, contact_id: int, attempt: int, token_key: bytes) -> str:
     """The token by which the journal names the message of a row of this claim."""
     return sign_delivery(DeliveryToken(ref.campaign_id, contact_id, attempt), token_key)
+
+
+def speaks_another_key(evidence: Evidence, tokens: Set[str], token_key: bytes) -> bool:
+    """Whether the journal names messages by tokens of another key: then it may name those of `tokens` so, too, and their absence proves nothing."""
+    return any(not _is_under(token, token_key) for token in (evidence.intents.keys() | evidence.outcomes.keys()) - tokens)
+
+
+def _is_under(token: str, token_key: bytes) -> bool:
+    try:
+        read_delivery(token, token_key)
+    except TokenError:
+        return False
+    return True
 
 
 def conclude(rows: Iterable[Offered], evidence: Evidence, ref: ClaimRef, settings: SendingSettings, now: float, *, same_life: bool = True) -> list[Result]:
@@ -193,7 +208,7 @@ def settle(
         time.sleep(_POLL_SECONDS)
     # A process may end between its last line and the look at it: what it wrote is read once more.
     evidence = journal.evidence(position, claim_id)
-    same_life = claim.incarnation == sender.incarnation and claim.boot_id == sender.boot_id
+    same_life = claim.incarnation == sender.incarnation and claim.boot_id == sender.boot_id and not speaks_another_key(evidence, tokens, token_key)
     results = conclude(rows, evidence, ref, settings, time.time(), same_life=same_life)
     return transact(engine, lambda connection: record(connection, ref, results, claim_state="settling"))
 

@@ -1,7 +1,7 @@
 """RSA keys for DKIM: made, written as the DNS wants them, sealed for the database and opened again.
 
-A private key is at rest only as AES-256-GCM under a key derived from the installation's token key (HKDF), bound to its domain and
-selector. What does not belong here: where sealed keys are kept (`store`).
+A private key is at rest only as AES-256-GCM under a key derived from a token key (HKDF), bound to its domain and selector: the installation's, or for a
+key of one server that server's own, which is all that the server may have. What does not belong here: where sealed keys are kept (`store`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mail_pipelines.domains.domain import DomainError
+from mail_pipelines.messages.keyring import derive
 
 # 2048 bits: what large providers ask for, and the longest that every resolver and control panel copes with (RFC 8301 §3.2).
 BITS = 2048
@@ -53,11 +54,27 @@ def unseal(sealed: bytes, secret: bytes, domain: str, selector: str) -> rsa.RSAP
         # Without the cause: its traceback would be of no use, and nothing near a key belongs into a log.
         raise KeyNotOpened(
             f"the DKIM key {selector} of {domain} does not open with this token key: bring back the token key it was made with, "
-            f"or make another key with `mail-pipelines domain rotate {domain}`"
+            f"make another key with `mail-pipelines domain rotate {domain}`, or, on a server with a token key of its own, give it DKIM keys of its own with "
+            "`mail-pipelines server dkim NAME` at the centre"
         ) from None
     key = serialization.load_der_private_key(der, password=None)
     assert isinstance(key, rsa.RSAPrivateKey)
     return key
+
+
+def seal_own(key: rsa.RSAPrivateKey, token_key: bytes, server: str | None, domain: str, selector: str) -> bytes:
+    """`seal` at the centre for a server of this name, under the token key that is derived for it; for all servers (None) under `token_key`."""
+    return seal(key, token_key if server is None else derive(token_key, server), domain, selector)
+
+
+def unseal_own(sealed: bytes, token_key: bytes, server: str | None, domain: str, selector: str) -> rsa.RSAPrivateKey:
+    """What `seal_own` or, before servers had token keys, `seal` has made, by the installation's token key or the server's own. Raises `KeyNotOpened`."""
+    try:
+        return unseal(sealed, token_key, domain, selector)
+    except KeyNotOpened:
+        if server is None:
+            raise
+        return unseal(sealed, derive(token_key, server), domain, selector)
 
 
 def _cipher(secret: bytes) -> AESGCM:

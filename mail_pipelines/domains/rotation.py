@@ -49,6 +49,26 @@ def rotate(engine: Engine, settings: Settings, domain: str, now: dt.datetime, *,
     return transact(engine, lambda connection: _switch(connection, registered, waiting, now))
 
 
+def equip(engine: Engine, settings: Settings, server_id: int, now: dt.datetime, *, allow_unverified: bool = False) -> list[Step]:
+    """The steps towards a key of a server's own for every domain: keys are made where it has none, and taken into use once they are published.
+
+    A step whose key waits has its record still to be published. When nothing is left to do there are none.
+    """
+    with reading(engine) as connection:
+        domains = store.all_domains(connection)
+    steps = []
+    for domain in domains:
+        waiting = domain.key(KeyState.WAITING, server_id)
+        if waiting is None and domain.key(KeyState.ACTIVE, server_id) is not None:
+            continue
+        try:
+            steps.append(rotate(engine, settings, domain.names.domain, now, server_id=server_id, allow_unverified=allow_unverified))
+        except NotPublished:
+            assert waiting is not None
+            steps.append(Step(domain.names.domain, waiting, None))
+    return steps
+
+
 def _make(engine: Engine, domain: SendingDomain, secret: bytes, server_id: int, now: dt.datetime) -> DkimKey:
     private = keys.generate()
 
@@ -57,7 +77,8 @@ def _make(engine: Engine, domain: SendingDomain, secret: bytes, server_id: int, 
         if made := present.key(KeyState.WAITING, server_id):
             return made
         selector = store.new_selector(tuple(key.selector for key in present.keys), now)
-        sealed = keys.seal(private, secret, domain.names.domain, selector)
+        server = connection.execute(sa.select(models.Server.key).where(models.Server.id == server_id)).scalar_one_or_none()
+        sealed = keys.seal_own(private, secret, server, domain.names.domain, selector)
         store.insert_key(connection, domain.id, selector, server_id, KeyState.WAITING, keys.public_text(private), sealed, now)
         made = store.load(connection, domain.names.domain).key(KeyState.WAITING, server_id)
         assert made is not None

@@ -25,12 +25,13 @@ class SendingAs:
 def sending_as(connection: Connection, from_domain: str, server_id: int, secret: bytes) -> SendingAs | None:
     """For a registered domain (in A-labels), with the server's own active key before the one of all servers; None for another domain.
 
-    Raises `KeyNotOpened`.
+    `secret` is the token key of this host, be it the installation's or the server's own. Raises `KeyNotOpened`.
     """
-    domain, key = models.SendingDomain, models.DkimKey
+    domain, key, server = models.SendingDomain, models.DkimKey, models.Server
     query = (
-        sa.select(domain.return_path_domain, domain.tracking_domain, key.selector, key.private_key)
+        sa.select(domain.return_path_domain, domain.tracking_domain, key.selector, key.private_key, server.key.label("server"))
         .join(key, key.domain_id == domain.id)
+        .outerjoin(server, server.id == key.server_id)
         .where(domain.domain == from_domain, key.state == KeyState.ACTIVE.value, key.server_id.in_((ALL_SERVERS, server_id)))
         .order_by(key.server_id.desc())
         .limit(1)
@@ -38,5 +39,5 @@ def sending_as(connection: Connection, from_domain: str, server_id: int, secret:
     row = connection.execute(query).one_or_none()
     if row is None:
         return None
-    private = keys.unseal(row.private_key, secret, from_domain, row.selector)
+    private = keys.unseal_own(row.private_key, secret, row.server, from_domain, row.selector)
     return SendingAs(row.return_path_domain, f"https://{row.tracking_domain}", Signer(from_domain, row.selector, private))

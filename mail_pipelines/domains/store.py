@@ -6,6 +6,7 @@ What belongs here: reading and writing rows. What does not: when a key changes (
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -13,24 +14,31 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database import models
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.domains import keys
 from mail_pipelines.domains.domain import ALL_SERVERS, DkimKey, DomainError, Finding, KeyState, Names, SendingDomain, Status, Verdict
 from mail_pipelines.errors import nearest
 
 
 def add(engine: Engine, names: Names, secret: bytes, now: dt.datetime) -> SendingDomain:
-    """Register a domain with its first key, which signs from now on. Raises `DomainError` if it is there already."""
-    private = keys.generate()
-    selector = new_selector((), now)
-    sealed = keys.seal(private, secret, names.domain, selector)
+    """Register a domain with its first keys, which sign from now on: one for all servers, and one for each that has an account, and so one host, of its own.
+
+    Raises `DomainError` if it is there already.
+    """
+    with reading(engine) as connection:
+        owners: list[tuple[int, str | None]] = [(ALL_SERVERS, None), *_with_account(connection)]
+    made: dict[str, tuple[int, str, bytes]] = {}
+    for server_id, server in owners:
+        private, selector = keys.generate(), new_selector(tuple(made), now)
+        made[selector] = server_id, keys.public_text(private), keys.seal_own(private, secret, server, names.domain, selector)
 
     def work(connection: Connection) -> SendingDomain:
         if find(connection, names.domain) is not None:
             raise DomainError(f"sending domain {names.domain} is there already: `mail-pipelines domain show {names.domain}` prints its records")
         connection.execute(sa.insert(models.SendingDomain).values(**asdict(names), ready=False, created_at=now))
         domain_id = connection.execute(sa.select(models.SendingDomain.id).where(models.SendingDomain.domain == names.domain)).scalar_one()
-        insert_key(connection, domain_id, selector, ALL_SERVERS, KeyState.ACTIVE, keys.public_text(private), sealed, now)
+        for selector, (server_id, public_key, sealed) in made.items():
+            insert_key(connection, domain_id, selector, server_id, KeyState.ACTIVE, public_key, sealed, now)
         return load(connection, names.domain)
 
     return transact(engine, work)
@@ -47,6 +55,33 @@ def new_selector(taken: tuple[str, ...], now: dt.datetime) -> str:
     """A selector by the day, so that who reads the zone sees a key's age; the second key of a day has a number."""
     day = f"mp{now:%Y%m%d}"
     return next(name for name in (day, *(f"{day}-{number}" for number in range(2, len(taken) + 2))) if name not in taken)
+
+
+def _with_account(connection: Connection) -> list[tuple[int, str]]:
+    """The servers in use that have an account of the database, by id."""
+    server = models.Server
+    query = sa.select(server.id, server.key).where(server.account.is_not(None), server.state != "retired").order_by(server.id)
+    return list(connection.execute(query).tuples())
+
+
+def reseal_keys_of(connection: Connection, server_id: int, server: str, token_key: bytes) -> None:
+    """Seal the keys of a server for the token key that is derived for it; those that are so already, too. Raises `KeyNotOpened`."""
+    table, domain = models.DkimKey, models.SendingDomain
+    query = sa.select(table.id, table.selector, table.private_key, domain.domain).join(domain, domain.id == table.domain_id)
+    for row in connection.execute(query.where(table.server_id == server_id, table.private_key.is_not(None))).all():
+        private = keys.unseal_own(row.private_key, token_key, server, row.domain, row.selector)
+        sealed = keys.seal_own(private, token_key, server, row.domain, row.selector)
+        connection.execute(sa.update(table).where(table.id == row.id).values(private_key=sealed))
+
+
+def without_key(connection: Connection, servers: Collection[int]) -> dict[int, list[str]]:
+    """Of these servers those that have no key of their own to sign mail with, each with the domains of which they lack it."""
+    table, domain = models.DkimKey, models.SendingDomain
+    names = dict(connection.execute(sa.select(domain.id, domain.domain).order_by(domain.domain)).tuples().all())
+    active = sa.select(table.server_id, table.domain_id).where(table.server_id.in_(servers), table.state == KeyState.ACTIVE.value)
+    present = set(connection.execute(active).tuples())
+    lacking = {number: [name for domain_id, name in names.items() if (number, domain_id) not in present] for number in sorted(servers)}
+    return {number: domains for number, domains in lacking.items() if domains}
 
 
 def retire_keys_of(connection: Connection, server_id: int, now: dt.datetime) -> tuple[str, ...]:

@@ -10,8 +10,6 @@ import enum
 import re
 from collections.abc import Iterator
 
-from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery
-
 _LOCAL_PART = re.compile(r"([bu])\+([a-z2-7]{48})", re.IGNORECASE | re.ASCII)
 _TOKEN = re.compile(rb"(?<![a-z0-9])(?:([bu])\+)?([a-z2-7]{48})@", re.IGNORECASE)
 # So many different candidates are tried in one message: hostile mail must not buy much time with little text.
@@ -23,12 +21,10 @@ class Purpose(enum.StrEnum):
     UNSUBSCRIBE = "u"
 
 
-def read_local_part(local_part: str, key: bytes) -> tuple[Purpose, DeliveryToken]:
-    """What an address of ours is for, and its token. Raises `TokenError` for any other."""
+def token_of(local_part: str) -> str | None:
+    """What stands where an address of ours has its token; None if it is no such address."""
     form = _LOCAL_PART.fullmatch(local_part)
-    if form is None:
-        raise TokenError("not an address of ours: expected b+ or u+ and a delivery token")
-    return Purpose(form[1].lower()), read_delivery(form[2], key)
+    return form[2] if form is not None else None
 
 
 def candidates(text: bytes) -> Iterator[tuple[Purpose | None, str]]:

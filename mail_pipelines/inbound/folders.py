@@ -41,6 +41,11 @@ class InboundFolders:
         return self.run / "verifier"
 
     @property
+    def servers(self) -> Path:
+        """The servers whose keys are accepted, as the database last told them."""
+        return self.root / "servers.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that reads the maildirs."""
         return self.root / "reading.lock"

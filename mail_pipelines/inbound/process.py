@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
 from mail_pipelines.config import Settings
+from mail_pipelines.database.engine import DatabaseError, open_engine, reading
+from mail_pipelines.dispatch import token_keys
 from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.dispatch.exim.process import watch
 from mail_pipelines.dispatch.files import only_one
 from mail_pipelines.dispatch.presence import until_signal
 from mail_pipelines.inbound import verifier
 from mail_pipelines.inbound.folders import InboundFolders
+from mail_pipelines.inbound.known_keys import KnownKeys, LookUpFailed
 from mail_pipelines.inbound.receiver import Receiver
 
 
@@ -19,8 +25,9 @@ def run(settings: Settings) -> None:
 
     Raises `AlreadyRunning` if another process does, `EximError` if Exim cannot be started or ends by itself, `VerifierError`.
     """
-    inbound, key = settings.inbound, settings.token_key()
+    inbound, engine = settings.inbound, open_engine(settings.database)
     folders = InboundFolders.of(inbound)
+    keys = KnownKeys(settings.token_key(), lambda: _servers(engine), folders.servers)
     binary = instance.find_binary()
     receiver = Receiver(
         binary,
@@ -36,7 +43,7 @@ def run(settings: Settings) -> None:
     with only_one(folders.run / "lock", "receiving mail"):
         instance.prepare(receiver)
         # Until Exim's last process has ended: each may still have a question.
-        with verifier.listening(folders.verifier, key, receiver.account.gid):
+        with verifier.listening(folders.verifier, keys, receiver.account.gid):
             output = receiver.log_folder / "exim.out"
             daemon = instance.start(receiver, output)
             try:
@@ -44,3 +51,12 @@ def run(settings: Settings) -> None:
             finally:
                 instance.stop(daemon.pid)
                 daemon.wait()
+
+
+def _servers(engine: Engine) -> dict[int, str]:
+    """All registered servers. Raises `LookUpFailed`."""
+    try:
+        with reading(engine) as connection:
+            return token_keys.names(connection)
+    except (DatabaseError, SQLAlchemyError) as error:
+        raise LookUpFailed(f"the central database does not say which servers there are: {error}") from error

@@ -13,15 +13,17 @@ from pathlib import Path
 from sqlalchemy.engine import Engine
 
 from mail_pipelines.config import Settings
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.delivery import evidence
 from mail_pipelines.delivery.evidence import Effect, Evidence
 from mail_pipelines.delivery.ledger_archive import LedgerArchive
+from mail_pipelines.dispatch import token_keys
 from mail_pipelines.dispatch.files import only_one
 from mail_pipelines.inbound import mailbox, maildir, reports
 from mail_pipelines.inbound.folders import InboundFolders
 from mail_pipelines.inbound.maildir import Waiting
 from mail_pipelines.inbound.reports import Ignored
+from mail_pipelines.messages.keyring import KeyRing
 
 # So many messages of each maildir are read in one go; the rest waits for the next.
 MESSAGES_AT_ONCE = 20_000
@@ -54,23 +56,25 @@ def read(engine: Engine, settings: Settings, now: dt.datetime) -> Report:
     A message about something that a server has in hand, or whose row is in an archive that is away, waits for the next call. Raises
     `AlreadyRunning` if another process reads, and `MailboxError` if the IMAP mailbox cannot be polled, after the maildirs have been read.
     """
-    folders, key, report = InboundFolders.of(settings.inbound), settings.token_key(), Report()
+    folders, report = InboundFolders.of(settings.inbound), Report()
     with only_one(folders.lock, "reading inbound mail"):
         try:
             if settings.inbound.imap_url:
                 report.fetched = mailbox.fetch(settings.inbound, folders.mail / "mailbox")
         finally:
             archive = LedgerArchive(settings.campaigns.archive)
+            with reading(engine) as connection:
+                keys = token_keys.accepted(connection, settings.token_key())
             for folder in folders.maildirs():
-                _read_maildir(engine, folder, key, now, report, archive)
+                _read_maildir(engine, folder, keys, now, report, archive)
                 maildir.prune(folder, now - dt.timedelta(days=settings.inbound.keep_days))
     return report
 
 
-def _read_maildir(engine: Engine, folder: Path, key: bytes, now: dt.datetime, report: Report, archive: LedgerArchive) -> None:
+def _read_maildir(engine: Engine, folder: Path, keys: KeyRing, now: dt.datetime, report: Report, archive: LedgerArchive) -> None:
     messages = maildir.waiting(folder, MESSAGES_AT_ONCE)
     for start in range(0, len(messages), evidence.BATCH):
-        found = [(message, piece) for message in messages[start : start + evidence.BATCH] if (piece := _piece(message, key, report)) is not None]
+        found = [(message, piece) for message in messages[start : start + evidence.BATCH] if (piece := _piece(message, keys, report)) is not None]
         if not found:
             continue
         pieces = [piece for _, piece in found]
@@ -84,10 +88,10 @@ def _read_maildir(engine: Engine, folder: Path, key: bytes, now: dt.datetime, re
                 message.finish()
 
 
-def _piece(message: Waiting, key: bytes, report: Report) -> Evidence | None:
+def _piece(message: Waiting, keys: KeyRing, report: Report) -> Evidence | None:
     """What a message proves; one that proves nothing, or cannot be read, is put away and counted."""
     try:
-        piece = reports.read(message.read(reports.READ_OCTETS), key, message.at)
+        piece = reports.read(message.read(reports.READ_OCTETS), keys, message.at)
     except Exception as error:  # noqa: BLE001 (Python's parser fails on hostile bytes in ways that nobody lists, and the rest has to be read)
         message.put_aside(f"{type(error).__name__}: {error}")
         report.bad += 1

@@ -12,6 +12,7 @@ import enum
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from email.message import Message
 from email.utils import getaddresses
 
@@ -19,7 +20,8 @@ from flufl.bounce import all_failures
 
 from mail_pipelines.delivery.evidence import Evidence, Kind
 from mail_pipelines.inbound.addresses import Purpose, candidates
-from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery
+from mail_pipelines.messages.keyring import KeyRing
+from mail_pipelines.messages.tokens import DeliveryToken, TokenError
 
 # It logs each detector that stumbles over a mail, with a traceback, and goes on with the next.
 logging.getLogger("flufl.bounce").setLevel(logging.CRITICAL)
@@ -51,7 +53,7 @@ class Ignored(enum.StrEnum):
     NO_REPORT = "no_report"
 
 
-def read(data: bytes, key: bytes, at: dt.datetime) -> Evidence | Ignored:
+def read(data: bytes, keys: KeyRing, at: dt.datetime) -> Evidence | Ignored:
     """The evidence in a mail that came at `at`, or why there is none. For hostile bytes Python's parser may raise anything."""
     message = email.message_from_bytes(data[:READ_OCTETS])
     tried = False
@@ -59,13 +61,19 @@ def read(data: bytes, key: bytes, at: dt.datetime) -> Evidence | Ignored:
     for purpose, text, is_recipient in _places(message, data[:READ_OCTETS]):
         tried = True
         try:
-            found = read_delivery(text, key), purpose if is_recipient else None
+            found = keys.read_delivery(text), purpose if is_recipient else None
             break
         except TokenError:
             continue
     if found is None:
         return Ignored.FOREIGN_TOKEN if tried else Ignored.NO_TOKEN
-    token, purpose = found
+    (token, owner), purpose = found
+    said = _said(message, data[:READ_OCTETS], token, purpose, at)
+    return replace(said, signed_by=owner) if isinstance(said, Evidence) else said
+
+
+def _said(message: Message, data: bytes, token: DeliveryToken, purpose: Purpose | None, at: dt.datetime) -> Evidence | Ignored:
+    """What a mail says about the message of this token, which it carries; `purpose` is that of the address it came to."""
     if purpose is Purpose.UNSUBSCRIBE:
         return _evidence(Kind.UNSUBSCRIBE, token, at)
     parts = list(_parts(message))
@@ -73,7 +81,7 @@ def read(data: bytes, key: bytes, at: dt.datetime) -> Evidence | Ignored:
     if feedback is not None:
         return _feedback(feedback, token, at)
     status = next((part for part in parts if part.get_content_type() == "message/delivery-status"), None)
-    return (None if status is None else _status(status, token, at)) or _other_bounce(data[:READ_OCTETS], parts, token, at)
+    return (None if status is None else _status(status, token, at)) or _other_bounce(data, parts, token, at)
 
 
 def _evidence(kind: Kind, token: DeliveryToken, at: dt.datetime, words: str = "", status: str = "") -> Evidence:

@@ -3,7 +3,7 @@
 What belongs here: how a token is packed, signed, written and read. What does not: the addresses and URLs it is put
 into (`composing`), and what is done with one that comes back.
 
-Two forms, both with a key id byte, so that a key can be replaced while old mail is still answered:
+Two forms, both with a key id byte, which says under which of several keys a token is (`keyring` has those that are accepted):
 
 - *delivery token*: campaign, contact and attempt in lower-case base32, for places that relays may change to upper case
   (the local part of a return path). 30 bytes, 48 characters: ``campaign u32 · contact u64 · attempt u8 · key id u8 · hash 16``.
@@ -91,6 +91,16 @@ def _keyed_hash(key: bytes, purpose: bytes, size: int) -> _KeyedHash:
     return _KeyedHash(blake2b(key=fixed, digest_size=size, person=purpose), blake2b(key, digest_size=1, person=b"token key id").digest()[0])
 
 
+def key_id(key: bytes) -> int:
+    """The byte by which tokens name this key; several keys may have the same. Raises `TokenError` if the key is empty."""
+    return _delivery_hash(key).key_id
+
+
+def fingerprint(key: bytes) -> str:
+    """By which two hosts can tell whether they have the same key: 16 hexadecimal digits, which say as much of the key as any token does."""
+    return blake2b(key, digest_size=8, person=b"token key name").hexdigest()
+
+
 def _delivery_hash(key: bytes) -> _KeyedHash:
     return _keyed_hash(key, b"delivery", _DELIVERY_HASH_SIZE)
 
@@ -110,11 +120,20 @@ def sign_delivery(token: DeliveryToken, key: bytes) -> str:
 
 def read_delivery(text: str, key: bytes) -> DeliveryToken:
     """What `sign_delivery` wrote, in either letter case. Raises `TokenError`."""
-    if not _DELIVERY_TEXT.fullmatch(text):
-        raise TokenError(f"not a delivery token: expected 48 characters of base32, got {len(text)} characters")
-    packed = _checked(_from_base32(text), _DELIVERY.size, _delivery_hash(key))
+    packed = _checked(_signed_delivery(text), _DELIVERY.size, _delivery_hash(key))
     campaign_id, contact_id, attempt, _ = _DELIVERY.unpack(packed)
     return DeliveryToken(campaign_id, contact_id, attempt)
+
+
+def delivery_key_id(text: str) -> int:
+    """The byte by which a delivery token names its key, whoever has written it there. Raises `TokenError`."""
+    return _signed_delivery(text)[_DELIVERY.size - 1]
+
+
+def _signed_delivery(text: str) -> bytes:
+    if not _DELIVERY_TEXT.fullmatch(text):
+        raise TokenError(f"not a delivery token: expected 48 characters of base32, got {len(text)} characters")
+    return _from_base32(text)
 
 
 def sign_link(token: LinkToken, key: bytes) -> str:
@@ -144,14 +163,23 @@ def sign_links(campaign_id: int, contact_id: int, link_ids: Sequence[int], kind:
 
 def read_link(text: str, key: bytes) -> LinkToken:
     """What `sign_link` wrote. Raises `TokenError`."""
-    if not _LINK_TEXT.fullmatch(text):
-        raise TokenError(f"not a link token: expected 48 characters of URL-safe base64, got {len(text)} characters")
-    packed = _checked(base64.urlsafe_b64decode(text), _LINK.size, _link_hash(key))
+    packed = _checked(_signed_link(text), _LINK.size, _link_hash(key))
     campaign_id, contact_id, link_id, kind, _ = _LINK.unpack(packed)
     try:
         return LinkToken(campaign_id, contact_id, link_id, LinkKind(kind))
     except ValueError as error:
         raise TokenError(f"link token of unknown kind {kind}: it was made by a newer version") from error
+
+
+def link_key_id(text: str) -> int:
+    """The byte by which a link token names its key, whoever has written it there. Raises `TokenError`."""
+    return _signed_link(text)[_LINK.size - 1]
+
+
+def _signed_link(text: str) -> bytes:
+    if not _LINK_TEXT.fullmatch(text):
+        raise TokenError(f"not a link token: expected 48 characters of URL-safe base64, got {len(text)} characters")
+    return base64.urlsafe_b64decode(text)
 
 
 def _checked(signed: bytes, size: int, keyed: _KeyedHash) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from mail_pipelines import config
 from mail_pipelines.commands import context
 from mail_pipelines.commands import server as commands
 from mail_pipelines.contacts import consent
@@ -26,7 +27,7 @@ from mail_pipelines.database.models import Base, Claim, Contact, Delivery, DkimK
 from mail_pipelines.database.procedures import installation as procedures
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.delivery.recording import Result, record
-from mail_pipelines.dispatch import accounts, audit, claims, servers, settlement
+from mail_pipelines.dispatch import accounts, audit, claims, servers, settlement, token_keys
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.giving_way import waits_for_a_slot
@@ -36,9 +37,12 @@ from mail_pipelines.dispatch.recovery.reading import take_part
 from mail_pipelines.dispatch.recovery.standing import Part
 from mail_pipelines.dispatch.session import Session, journal_of
 from mail_pipelines.dispatch.settler import Settler
-from mail_pipelines.domains import keys, store
-from mail_pipelines.domains.domain import KeyState, Names
+from mail_pipelines.dispatch.token_keys import InUse
+from mail_pipelines.domains import store
+from mail_pipelines.domains.domain import ALL_SERVERS, Names
+from mail_pipelines.domains.keys import KeyNotOpened
 from mail_pipelines.domains.signing import sending_as
+from mail_pipelines.messages.keyring import derive
 from tests.dispatch.test_audit import Log
 from tests.dispatch.test_giving_way import another_campaign
 from tests.dispatch.world import Servers, World, make_world, write_play
@@ -154,10 +158,11 @@ def test_a_server_sends_a_campaign_with_nothing_but_its_own_rights(fleet: Accoun
         "MAIL_PIPELINES_DATABASE__URL": fleet.given["s1"].url,
         "MAIL_PIPELINES_DATABASE__PASSWORD": fleet.given["s1"].password,
         "MAIL_PIPELINES_SERVER": "s1",
+        "MAIL_PIPELINES_SENDING__TOKEN_KEY": derive(SECRET, "s1").decode(),
     }
     with mock.patch.dict(os.environ, environ):
         running.start(world, server, write_play(tmp_path / "play.toml", refuse_percent=20, greylist_percent=30, greylist_seconds=1))
-        own = replace(world, engine=engine, settings=world.settings.model_copy(update={"this_server": "s1"}))
+        own = replace(world, engine=engine, settings=config.load())
         journal = journal_of(own.folders("s1"), server.kind)
         report = Session(engine, own.settings, servers_seen_by(engine, "s1"), world.campaign_id, world.campaign_key, 0, "run-1", journal).run()
         Settler(engine, own.settings, server).round(dt.datetime.now(dt.UTC))
@@ -167,14 +172,16 @@ def test_a_server_sends_a_campaign_with_nothing_but_its_own_rights(fleet: Accoun
     assert states[State.SUPPRESSED] == 2
     assert states[State.BOUNCED] > 0
     assert states[State.DELIVERED] + states[State.BOUNCED] == 78
-    assert set(world.copies().values()) == {1}
+    # By the tokens of what arrived, all of them under its own key.
+    assert set(own.copies().values()) == {1}
     assert found.disagreeing == {}
     assert found.foreign == 0
     with reading(world.engine) as connection:
         suppressed = connection.execute(sa.select(sa.func.count()).where(Suppression.reason == "bounce")).scalar_one()
-        beaten = connection.execute(sa.select(Server.heartbeat_at)).scalar_one()
+        centre_sees = servers.find(connection, "s1")
     assert suppressed == states[State.BOUNCED]
-    assert beaten is not None
+    assert centre_sees.heartbeat_at is not None
+    assert token_keys.in_use(centre_sees, SECRET) is InUse.OWN
     assert world.open_claims() == 0
     world.check_counters()
 
@@ -408,27 +415,25 @@ def test_a_thief_suppresses_nobody_but_those_it_says_have_bounced(theft: Theft) 
 
 
 def test_a_thief_signs_with_no_selector_of_another_server(theft: Theft) -> None:
-    world = theft.world
+    """One domain was registered when the servers had accounts, the other before that: of this it sees the key of all, which its token key does not open."""
+    world, stolen = theft.world, derive(SECRET, "s1")
     shop, other = (store.add(world.engine, Names.of(f"{name}.test"), SECRET, NOW) for name in ("shop", "other"))
-
-    def add_keys(connection: sa.Connection) -> None:
-        for server, selector in ((theft.server, "mine"), (theft.other, "theirs")):
-            private = keys.generate()
-            sealed = keys.seal(private, SECRET, "shop.test", selector)
-            store.insert_key(connection, shop.id, selector, server.id, KeyState.ACTIVE, keys.public_text(private), sealed, NOW)
-
-    transact(world.engine, add_keys)
+    own = sa.and_(DkimKey.domain_id == other.id, DkimKey.server_id != ALL_SERVERS)
+    transact(world.engine, lambda connection: connection.execute(sa.delete(DkimKey).where(own)))
+    common, mine, theirs = (key.selector for key in shop.keys)
     # The key of all only where it has none of its own.
-    assert {row[0] for row in theft.rows("SELECT selector FROM dkim_keys")} == {"mine", other.keys[0].selector}
+    assert {tuple(row) for row in theft.rows("SELECT domain_id, selector FROM dkim_keys")} == {(shop.id, mine), (other.id, other.keys[0].selector)}
     with reading(theft.engine) as connection:
-        found = sending_as(connection, "shop.test", theft.server.id, SECRET)
-    assert found is not None
-    assert found.signer.selector == "mine"
+        found = sending_as(connection, "shop.test", theft.server.id, stolen)
+        assert found is not None
+        assert found.signer.selector == mine
+        with pytest.raises(KeyNotOpened):
+            sending_as(connection, "other.test", theft.server.id, stolen)
     done = accounts.revoke(world.engine, "s1", NOW)
-    assert done.records == ("mine._domainkey.shop.test",)
+    assert done.records == (f"{mine}._domainkey.shop.test",)
     with reading(world.engine) as connection:
         left = connection.execute(sa.select(DkimKey.selector).where(DkimKey.private_key.is_not(None))).scalars().all()
-    assert sorted(left) == sorted([shop.keys[0].selector, other.keys[0].selector, "theirs"])
+    assert sorted(left) == sorted([common, theirs, other.keys[0].selector])
 
 
 # --- the end of an account --------------------------------------------------------------------------------------------
@@ -474,20 +479,37 @@ def test_the_command_keeps_the_password_in_a_file_and_shows_it_nowhere(fleet: Ac
     world = fleet.world
     world.server()
     context.settings.cache_clear()
+    store.add(world.engine, Names.of("shop.test"), SECRET, NOW)
     passwords = []
+    secrets = world.settings.home / "secrets" / "servers"
     for _ in range(2):
         done = CliRunner().invoke(commands.app, ["account", "s1"])
         assert done.exit_code == 0, done.output
-        place = world.settings.home / "secrets" / "servers" / "s1.password"
-        passwords.append(place.read_text().strip())
-        assert place.stat().st_mode & 0o777 == 0o600
-        assert passwords[-1] not in done.output
+        passwords.append((secrets / "s1.password").read_text().strip())
+        own_key = (secrets / "s1.token_key").read_text().strip()
+        assert own_key.encode() == derive(SECRET, "s1")
+        for place, secret in (("s1.password", passwords[-1]), ("s1.token_key", own_key)):
+            assert (secrets / place).stat().st_mode & 0o777 == 0o600
+            assert secret not in done.output
+        # Its DKIM key was made with the account, and waits until its record is published.
+        assert ("._domainkey.shop.test. 3600 IN TXT" in done.output) == ("mail-pipelines server dkim s1" in done.output) == (len(passwords) == 1)
+        taken = CliRunner().invoke(commands.app, ["dkim", "s1", "--allow-unverified"])
+        assert (taken.exit_code, taken.output) == (0, "server s1 signs the mail of all domains with keys of its own\n")
+        with reading(world.engine) as connection:
+            assert sending_as(connection, "shop.test", 1, own_key.encode()) is not None
         (url,) = re.findall(r"DATABASE__URL=(\S+)", done.output)
         fleet.given["s1"] = accounts.Account("s1", url, passwords[-1])
         assert servers_seen_by(fleet.connect("s1"), "s1").key == "s1"
     old = create_engine(url, passwords[0])
     with pytest.raises(DatabaseUnreachable, match="Access denied"), reading(old):
         pass
+    # One at work gets another password, and keeps the key that it has.
+    world.set_server("s1", heartbeat_at=NOW)
+    (secrets / "s1.token_key").unlink()
+    done = CliRunner().invoke(commands.app, ["account", "s1"])
+    assert "server drain s1" in done.output
+    assert not (secrets / "s1.token_key").exists()
+    fleet.given["s1"] = accounts.Account("s1", url, (secrets / "s1.password").read_text().strip())
     # An upgrade of the schema keeps what accounts may do.
     migrate.upgrade(world.engine)
     with reading(fleet.connect("s1")) as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.inbound.receiving import Receiving
 
 
 @pytest.fixture(scope="module")
-def receiving() -> Iterator[Receiving]:
-    receiving = Receiving()
+def receiving(_sqlite_template: Path) -> Iterator[Receiving]:
+    receiving = Receiving(_sqlite_template)
     yield receiving
     receiving.end()

@@ -14,17 +14,26 @@ from pathlib import Path
 
 from mail_pipelines.config import InboundSettings
 from mail_pipelines.inbound.folders import InboundFolders
+from mail_pipelines.messages.keyring import KeyRing
 from tests.parts.processes import free_port, listens, stop, wait_for
 
 KEY = "a key for tests"
 
 
-class Receiving:
-    """The command as a process with folders of its own, which the user that Exim runs as can reach."""
+def key_ring(key: str = KEY) -> KeyRing:
+    """That of an installation without servers of their own keys."""
+    return KeyRing.of(key.encode(), {})
 
-    def __init__(self) -> None:
+
+class Receiving:
+    """The command as a process with folders of its own, which the user that Exim runs as can reach. `database` is an empty central database in SQLite."""
+
+    def __init__(self, database: Path) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="mail-pipelines-"))
         self.base.chmod(0o711)
+        self.database = self.base / "home" / "central.sqlite3"
+        self.database.parent.mkdir()
+        shutil.copy(database, self.database)
         self.port = free_port()
         self.folders = InboundFolders.of(InboundSettings(folder=str(self.base / "inbound")))
         self.process = self._start()

@@ -19,16 +19,19 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines import config
+from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import State
 from mail_pipelines.delivery.evidence import Evidence, Kind
+from mail_pipelines.dispatch import servers
 from mail_pipelines.inbound import reading, reports
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.messages.composing import Recipient, SenderIdentity, compose
+from mail_pipelines.messages.keyring import derive
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 from tests.campaigns.parts import NOW, counters_equal_ledger, fill_ledger, ledger_states, make_campaign
 from tests.dispatch.world import CONTENT
-from tests.inbound.mails import complaint, dsn, request
-from tests.inbound.receiving import KEY, Receiving
+from tests.inbound.mails import complaint, dsn, request, token
+from tests.inbound.receiving import KEY, Receiving, key_ring
 from tests.parts.processes import wait_for
 
 pytestmark = pytest.mark.server
@@ -99,7 +102,7 @@ def test_a_forged_header_of_the_receiving_server_is_taken_out(receiving: Receivi
     data = path.read_bytes()
     path.unlink()
     assert other.encode() not in data
-    found = reports.read(data, KEY.encode(), NOW)
+    found = reports.read(data, key_ring(), NOW)
     assert isinstance(found, Evidence)
     assert (found.kind, found.contact_id) == (Kind.BOUNCE_REPORT, 12)
 
@@ -133,6 +136,21 @@ def test_without_the_verifier_senders_are_asked_to_come_again(receiving: Receivi
         receiving.folders.verifier.unlink()
     away.rename(receiving.folders.verifier)
     assert receiving.offer([good]) == [b"250 Accepted"]
+
+
+def test_mail_of_a_server_is_taken_also_while_the_database_is_away(receiving: Receiving) -> None:
+    own, other = (f"b+{token(12, 1, 7, key=derive(KEY.encode(), name).decode())}@x.test" for name in ("mx1", "mx2"))
+    engine = create_engine(f"sqlite:///{receiving.database}")
+    servers.register(engine, "mx1", kind="exim", host="127.0.0.1", port=25, now=NOW)
+    engine.dispose()
+    wait_for(lambda: receiving.offer([own]) == [b"250 Accepted"], what="the key of the new server")
+    away = receiving.database.rename(receiving.database.with_name("away"))
+    receiving.restart()
+    # The other one may be new: its sender tries again.
+    assert receiving.offer([own, other]) == [b"250 Accepted", b"451 4.3.0 cannot look up addresses now"]
+    away.rename(receiving.database)
+    receiving.restart()
+    assert receiving.offer([own, other]) == [b"250 Accepted", b"550 5.1.1 no such address"]
 
 
 def test_a_death_of_either_part_ends_the_other_and_a_new_start_takes_over(receiving: Receiving) -> None:

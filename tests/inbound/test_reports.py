@@ -13,14 +13,14 @@ from mail_pipelines.delivery.evidence import Evidence, Kind
 from mail_pipelines.inbound import reports
 from mail_pipelines.inbound.reports import Ignored
 from tests.inbound.mails import AT, complaint, dsn, headers, qmail_bounce, request, token, vacation
-from tests.inbound.receiving import KEY
+from tests.inbound.receiving import key_ring
 
 NOW = dt.datetime(2026, 3, 2, 9, 0, tzinfo=dt.UTC)
 OWN = token(12, 1, 7)
 
 
 def read(data: bytes) -> Evidence | Ignored:
-    return reports.read(data, KEY.encode(), NOW)
+    return reports.read(data, key_ring(), NOW)
 
 
 def kind(data: bytes) -> Kind | Ignored:

@@ -18,15 +18,16 @@ from mail_pipelines.dispatch.journal import Journal, Position
 from mail_pipelines.dispatch.recovery import reading
 from mail_pipelines.dispatch.recovery.reading import Found, Offers
 from mail_pipelines.dispatch.recovery.standing import Part, ServerPart
+from mail_pipelines.messages.keyring import KeyRing
 
 # Longer than a session may take between a line and what it records of it, and than two clocks may differ.
 OVERLAP = reading.OVERLAP
 
 
-def read(archive: Archive, part: ServerPart, journal: Journal, token_key: bytes, store: Callable[[Offers], None]) -> tuple[Part, str] | None:
+def read(archive: Archive, part: ServerPart, journal: Journal, keys: KeyRing, store: Callable[[Offers], None]) -> tuple[Part, str] | None:
     """Give `store` what the archive has of a server since the backup; what its part is by that, and why it is not the whole. None: nothing is there.
 
-    `journal` says how the lines of this kind of server are read. Raises `ArchiveError` if the archive is away.
+    `journal` says how the lines of this kind of server are read, `keys` has those that it may have worked with. Raises `ArchiveError` if the archive is away.
     """
     since = part.heartbeat_at - OVERLAP if part.heartbeat_at is not None else None
     incarnations = archive.incarnations(part.server)
@@ -38,13 +39,14 @@ def read(archive: Archive, part: ServerPart, journal: Journal, token_key: bytes,
         if not recent:
             continue
         blocks = _blocks(archive, part.server, incarnation, recent)
-        found.append(reading.read(journal, blocks, since, token_key, store))
+        found.append(reading.read(journal, blocks, since, keys, store))
         if incarnation == part.incarnation:
             complete = _missing(archive, part, incarnation, pieces, recent)
     if len(found) == 1:
         return None
     if complete is None or len(found) > 2:
         complete = "its log folder was replaced"
+    complete = complete or reading.foreign(sum(one.foreign for one in found))
     unreadable = sum(one.unreadable for one in found)
     notes = [complete, f"{unreadable} lines could not be read" if unreadable else ""]
     return (Part.INCOMPLETE if complete else Part.READ), "; ".join(["from the archive", *filter(None, notes)])

@@ -5,7 +5,6 @@ What belongs here: reading the log and telling whether it has everything. What d
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,8 @@ from mail_pipelines.dispatch.files import ServerFolders, boot_id
 from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, Torn, UnknownForm, process_alive
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.recovery.standing import Part, ServerPart
-from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery
+from mail_pipelines.messages.keyring import KeyRing
+from mail_pipelines.messages.tokens import DeliveryToken, TokenError
 
 # What a ledger that has forgotten it has to be told. Of the others nothing reached a destination.
 TOLD = frozenset({Kind.DELIVERED, Kind.BOUNCED, Kind.DEFERRED, Kind.UNKNOWN})
@@ -37,10 +37,11 @@ _NO_OUTCOME = Outcome(Kind.UNKNOWN)
 
 
 class Found(NamedTuple):
-    """Damaged lines of a log, and messages that are still at a destination."""
+    """Damaged lines of a log, messages that are still at a destination, and ends of messages whose token is under no key that is accepted."""
 
     unreadable: int
     in_flight: int
+    foreign: int = 0
 
 
 # Offers by their token: the second in which the end of each was logged, and how it ended.
@@ -95,11 +96,11 @@ def _contribute(engine: Engine, settings: Settings, server: servers.ServerInfo, 
         return
     store = Store(engine, server.id)
     since = part.heartbeat_at - OVERLAP if part.heartbeat_at else None
-    found = read(journal, tail.blocks(journal, None, now), since, settings.token_key(), store)
+    found = read(journal, tail.blocks(journal, None, now), since, KeyRing([(server.id, settings.token_key())]), store)
     if found.in_flight or journal.end() != end:
         # Whoever ended while the log was read may have written more.
         return
-    note = missing(journal, part, folders.incarnation(), boot_id())
+    note = missing(journal, part, folders.incarnation(), boot_id()) or foreign(found.foreign)
     result = Part.INCOMPLETE if note else Part.READ
     if found.unreadable:
         note = f"{note}{'; ' if note else ''}{found.unreadable} lines could not be read"
@@ -117,16 +118,21 @@ def missing(journal: Journal, part: ServerPart, incarnation: str, boot_id: str) 
     return ""
 
 
-def read(journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | None, token_key: bytes, store: Callable[[Offers], None]) -> Found:
+def foreign(count: int) -> str:
+    """What a log lacks of which so many ends of messages cannot be told; "" if nothing."""
+    return f"{count} messages are under another token key than its server's" if count else ""
+
+
+def read(journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | None, keys: KeyRing, store: Callable[[Offers], None]) -> Found:
     """Give `store` the ends of all offers that were logged after `since` (None: all) in blocks of a log, which `journal` knows how to read.
 
     A later end of an offer takes the place of an earlier one. A damaged line hides an offer only if both its INTENT and its end are damaged.
-    Tokens under another key are left out.
+    Tokens under no key of `keys` are left out, and counted.
     """
     evidence = Evidence()
     started: dict[str, int] = {}
     begin = int(since.timestamp()) if since else 0
-    second = unreadable = damaged_before = 0
+    second = unreadable = damaged_before = others = 0
     for block in blocks:
         offers: Offers = {}
         evidence.outcomes.clear()
@@ -145,7 +151,7 @@ def read(journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | No
                     started[token] = second
                 outcome = evidence.take(said)
                 if outcome is not None and outcome.kind in TOLD and second >= begin:
-                    _note(offers, token, second, outcome, token_key)
+                    others += not _note(offers, token, second, outcome, keys)
                 if token not in evidence.intents:
                     started.pop(token, None)
         if offers:
@@ -153,14 +159,19 @@ def read(journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | No
     without_end: Offers = {}
     for token in evidence.intents:
         if started[token] >= begin:
-            _note(without_end, token, started[token], _NO_OUTCOME, token_key)
+            others += not _note(without_end, token, started[token], _NO_OUTCOME, keys)
     store(without_end)
-    return Found(unreadable, sum(map(process_alive, evidence.intents.values())))
+    return Found(unreadable, sum(map(process_alive, evidence.intents.values())), others)
 
 
-def _note(offers: Offers, text: str, second: int, outcome: Outcome, token_key: bytes) -> None:
-    with contextlib.suppress(TokenError):
-        offers[read_delivery(text, token_key)] = second, outcome
+def _note(offers: Offers, text: str, second: int, outcome: Outcome, keys: KeyRing) -> bool:
+    """Whether the token can be read."""
+    try:
+        token, _ = keys.read_delivery(text)
+    except TokenError:
+        return False
+    offers[token] = second, outcome
+    return True
 
 
 def _second(stamp: bytes, before: int) -> int:

@@ -27,6 +27,7 @@ from mail_pipelines.dispatch.recovery.standing import Part, Standing
 from mail_pipelines.dispatch.session import journal_of
 from mail_pipelines.inbound import maildir
 from mail_pipelines.inbound.folders import InboundFolders
+from mail_pipelines.messages.keyring import KeyRing
 
 HELD = "the database was restored from a backup: check that this campaign is still wanted as it is here, then resume it"
 # Of campaigns in these states, what the logs say is needed when their audience is frozen.
@@ -85,7 +86,8 @@ def lose(engine: Engine, settings: Settings, key: str) -> Lost:
     journal = journal_of(ServerFolders.of(settings.server, key), server.kind)
     result, note = Part.LOST, ""
     if archive is not None:
-        result, note = archived.read(archive, part, journal, settings.token_key(), store) or (Part.LOST, "the archive has nothing of it since the backup")
+        keys = KeyRing.of(settings.token_key(), {server.id: key})
+        result, note = archived.read(archive, part, journal, keys, store) or (Part.LOST, "the archive has nothing of it since the backup")
     if result is Part.READ:
         # It was retired after the backup was made.
         registry.retire_lost(engine, key)
