@@ -38,7 +38,7 @@ def read(archive: Archive, part: ServerPart, journal: Journal, token_key: bytes,
         if not recent:
             continue
         blocks = _blocks(archive, part.server, incarnation, recent)
-        found.append(reading.read(journal, blocks, since, token_key, store))
+        found.append(reading.read(part.server, journal, blocks, since, token_key, store))
         if incarnation == part.incarnation:
             complete = _missing(archive, part, incarnation, pieces, recent)
     if len(found) == 1:
