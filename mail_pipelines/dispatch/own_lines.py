@@ -38,6 +38,8 @@ class OwnLines:
 
     def has(self, entry: Entry) -> bool:
         """Whether an entry is the server's own. What names neither a claim nor a message is everybody's."""
+        if entry.mark is None and not self._claims and not self._messages:
+            return True
         names = [name for name in (entry.token, entry.message) if name]
         if entry.mark is not None:
             if entry.server not in ("", self._server):

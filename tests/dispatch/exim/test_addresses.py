@@ -82,9 +82,10 @@ def test_each_server_sends_from_its_own_address_by_its_own_name_and_limits(engin
 
 
 def test_what_is_killed_of_one_server_is_settled_without_touching_the_other(engine: sa.Engine, tmp_path: Path, running: Servers) -> None:
-    recipients = 240
+    recipients = 400
     world = make_world(engine, tmp_path / "home", recipients=recipients, shards=2, kind="exim")
-    limits = {key: {"connections": 4, "per_second": 30.0} for key in FROM}
+    # One server alone would be at it for longer than the settlement of the other takes.
+    limits = {key: {"connections": 4, "per_second": 5.0} for key in FROM}
     exim, worlds = running.start_two(world, write_play(tmp_path / "play.toml", reply_seconds=[0.1, 0.5]), **limits)
     first, second = (session(world, key) for key in FROM)
     wait_for(lambda: set(Counter(message.peer for message in world.kept())) == {address for address, _ in FROM.values()}, what="both servers' mail")
@@ -101,6 +102,8 @@ def test_what_is_killed_of_one_server_is_settled_without_touching_the_other(engi
     exim.kill()
     first.kill()
     exim.start()
+    for key in FROM:
+        servers.set_limits(engine, key, "*", {"connections": 8, "per_second": 200.0})
     finish(world)
     states = check_promise(world, recipients)
     assert set(states.values()) <= {State.DELIVERED, State.UNKNOWN}
