@@ -5,6 +5,9 @@ What does not: anything that belongs to one campaign, server or contact (the cen
 
 A key `[section] name` of `config.toml` is also `MAIL_PIPELINES_<SECTION>__<NAME>`. A secret may be given as `name_file` or
 `MAIL_PIPELINES_<SECTION>__<NAME>_FILE`, the path of a file that holds it ({home} is the home folder).
+
+What a process does for one dispatch server is done by that server's settings: `servers/<server>.toml` in the home folder, if it is there, changes
+both again, for this server alone. So a host may speak for several.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ LEASE_SLACK_SECONDS = 8
 CONFIG_FILE = "config.toml"
 # (section, name) of each key that was given: its value and the place that gave it.
 Given: TypeAlias = dict[tuple[str, str], tuple[Any, str]]
-# Names of the prefix that are no `SECTION__NAME` settings: where the home is and which server this process speaks for.
-PLAIN_VARIABLES = frozenset({"MAIL_PIPELINES_HOME", "MAIL_PIPELINES_SERVER"})
+# The dispatch server that a process speaks for, or several, with commas between them.
+SERVER_VARIABLE = "MAIL_PIPELINES_SERVER"
+# Names of the prefix that are no `SECTION__NAME` settings.
+PLAIN_VARIABLES = frozenset({"MAIL_PIPELINES_HOME", SERVER_VARIABLE})
 
 
 class ConfigError(MailPipelinesError):
@@ -138,6 +143,13 @@ class ServerSettings(Section):
         default=2, ge=1, description="send runs at once on one server; above 2, raise the limits in `dagster/dagster.yaml` as well: `doctor` compares them"
     )
     heartbeat_seconds: float = pydantic.Field(default=10, gt=0, description="interval of a server's heartbeat (s)")
+    hostname: str = pydantic.Field(
+        default="", description="name that it greets destinations with, as the reverse DNS of its sending address has it; empty: this host's own"
+    )
+    address: str = pydantic.Field(default="", description="address of this host that it sends from; empty: whichever the system takes")
+    exim: str = pydantic.Field(
+        default="", description="the server of this host whose Exim, and so whose journal, it shares: for a host with several addresses; empty: it has its own"
+    )
 
 
 class BrokerSettings(Section):
@@ -199,7 +211,7 @@ class Settings(Section):
     """All settings, with `{home}` already replaced by the home folder."""
 
     home: Path
-    # The dispatch server that this process speaks for (MAIL_PIPELINES_SERVER); None at the centre, which on one host speaks for all.
+    # The dispatch server that this process speaks for (the first of MAIL_PIPELINES_SERVER); None at the centre, which on one host speaks for all.
     this_server: str | None = None
     database: DatabaseSettings = DatabaseSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
@@ -267,7 +279,7 @@ def _read_secret(path: str, home: Path, named_by: str) -> str:
         raise ConfigError(f"{named_by} names {path}, which cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _from_file(path: Path) -> Given:
+def _from_file(path: Path, home: Path) -> Given:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -289,7 +301,7 @@ def _from_file(path: Path) -> Given:
             if (section, name) in found:
                 raise ConfigError(f"{path}: {section}.{name} and {section}.{name}_file are both given; keep one")
             if by_file:
-                value = _read_secret(str(value), path.parent, f"{path}: {section}.{given}")
+                value = _read_secret(str(value), home, f"{path}: {section}.{given}")
             found[section, name] = (value, str(path))
     return found
 
@@ -330,11 +342,22 @@ def _extra(section: str, name: str) -> dict[str, Any]:
 
 
 def _collect(home: Path, environ: Mapping[str, str]) -> Given:
-    return {**_from_file(home / CONFIG_FILE), **_from_environment(environ, home)}
+    own = _from_file(home / "servers" / f"{servers[0]}.toml", home) if (servers := servers_of_this_host(environ)) else {}
+    return {**_from_file(home / CONFIG_FILE, home), **_from_environment(environ, home), **own}
+
+
+def servers_of_this_host(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The dispatch servers this process speaks for, that with the Exim first; none at the centre."""
+    return tuple(name.strip() for name in environ.get(SERVER_VARIABLE, "").split(",") if name.strip())
+
+
+def load_for(server: str, environ: Mapping[str, str] = os.environ) -> Settings:
+    """The configuration by which one of the servers of this host is spoken for. Raises as `load` does."""
+    return load({**environ, SERVER_VARIABLE: server})
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read and check the whole configuration.
+    """Read and check the whole configuration; where a process speaks for several servers, that of the first.
 
     Raises `ConfigError` for an unknown key (naming the nearest), an unreadable file or a value of the wrong type.
     """
@@ -346,7 +369,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         values |= {name: value for (where, name), (value, _) in given.items() if where == section}
         document[section] = {name: value.replace("{home}", str(home)) if isinstance(value, str) else value for name, value in values.items()}
     try:
-        settings = Settings(home=home, this_server=environ.get("MAIL_PIPELINES_SERVER") or None, **document)
+        settings = Settings(home=home, this_server=next(iter(servers_of_this_host(environ)), None), **document)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         section, name = str(first["loc"][0]), str(first["loc"][1])

@@ -15,6 +15,9 @@ Every setting has a default. `{CONFIG_FILE}` in the home folder changes it, and 
 value is the home folder, which is `MAIL_PIPELINES_HOME` or else `.mail_pipelines/` beside `workspace.yaml`. A secret may also be given by
 the path of a file: `name_file` in `{CONFIG_FILE}`, or the variable with `_FILE` behind it. An unknown key or variable is an error that
 names the nearest known one. `mail-pipelines config show` prints the values in force, each with its origin.
+
+What is done for one dispatch server (`MAIL_PIPELINES_SERVER`) is done by these settings and, before all others, those in `servers/NAME.toml` of the home
+folder, if that is there: so one host may be [several servers](production.md#a-host-with-several-addresses).
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from mail_pipelines.database.engine import DatabaseError, database_id, database_
 from mail_pipelines.database.models import Campaign, LedgerGeneration
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
 from mail_pipelines.dispatch import holds, servers, token_keys
-from mail_pipelines.dispatch.files import ServerFolders
+from mail_pipelines.dispatch.files import DispatchError, ServerFolders
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.token_keys import InUse
 from mail_pipelines.domains import store
@@ -56,6 +57,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         *check_dagster_home(settings, environ),
         *check_disk(settings),
         *check_doors(settings),
+        *check_addresses(environ),
         *check_central_database(settings, is_centre=queues.this_server(environ) is None),
         *check_broker(settings),
         *check_dagster(settings),
@@ -101,13 +103,58 @@ def check_doors(settings: config.Settings) -> Iterator[Finding]:
     engine = open_engine(settings.database)
     try:
         with reading(engine) as connection:
-            here = [server for server in servers.all_servers(connection) if ServerFolders.of(settings.server, server.key).journal.exists()]
+            own = config.servers_of_this_host()
+            fleet = servers.all_servers(connection)
+            here = [server for server in fleet if server.key in own or ServerFolders.of(settings.server, server.key).journal.exists()]
     except (DatabaseError, sa.exc.SQLAlchemyError):
         here = []
     finally:
         engine.dispose()
     for door in doors.open_doors(settings, here):
         yield Finding("doors", f"{door.what} is open to other hosts at {door.listener}", door.remedy)
+
+
+def check_addresses(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """One server is one sending address, of this host; and one account and port."""
+    from mail_pipelines.dispatch.exim import instance, process
+
+    try:
+        members = {name: config.load_for(name, environ) for name in config.servers_of_this_host(environ)}
+        if len(members) > 1:
+            process.check(members)
+    except (config.ConfigError, instance.EximError) as error:
+        yield Finding("addresses", str(error), "docs/production.md has how a host is several servers")
+        return
+    for name, settings in members.items():
+        if (address := settings.server.address) and not _is_of_this_host(address):
+            yield Finding("addresses", f"server {name} is to send from {address}, which no interface of this host has", "give it to one, or set server.address")
+    if len(members) < 2:
+        return
+    ports: dict[int, str] = {}
+    for name, settings in members.items():
+        engine = open_engine(settings.database)
+        try:
+            with reading(engine) as connection:
+                port = servers.find(connection, name).port
+        except (DatabaseError, DispatchError) as error:
+            yield Finding("addresses", f"server {name}: {error}", "each server of a host has an account of its own at the central database")
+            continue
+        finally:
+            engine.dispose()
+        if port in ports:
+            yield Finding("addresses", f"servers {ports[port]} and {name} have the same port {port}", f"`mail-pipelines server add {name} --port` another one")
+        ports[port] = name
+    if (told := [settings.metrics.port for settings in members.values() if settings.metrics.port]) and len(told) != len(set(told)):
+        yield Finding("addresses", "servers of this host tell their metrics at the same port", "set metrics.port in the file of each server")
+
+
+def _is_of_this_host(address: str) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def check_central_database(settings: config.Settings, *, is_centre: bool) -> Iterator[Finding]:

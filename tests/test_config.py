@@ -107,6 +107,23 @@ def test_an_unknown_variable_is_named_with_the_nearest(home: Path) -> None:
     assert config.load(_environ(home, MAIL_PIPELINES_SERVER="s1", UNRELATED="x")).server.slots == 2
 
 
+def test_each_server_of_a_host_has_settings_of_its_own(home: Path) -> None:
+    (home / "servers").mkdir()
+    (home / "secret").write_text("hunter2\n")
+    (home / "servers/s2.toml").write_text('[server]\nexim = "s1"\nslots = 5\n[database]\npassword_file = "{home}/secret"\n', encoding="utf-8")
+    environ = _environ(home, MAIL_PIPELINES_SERVER="s1, s2", MAIL_PIPELINES_SERVER__SLOTS="3")
+    assert config.servers_of_this_host(environ) == ("s1", "s2")
+    assert config.servers_of_this_host(_environ(home)) == ()
+    first, second = config.load(environ), config.load_for("s2", environ)
+    assert (first.this_server, first.server.slots, first.server.exim, first.database.password) == ("s1", 3, "", None)
+    assert (second.this_server, second.server.slots, second.server.exim, second.database.password) == ("s2", 5, "s1", "hunter2")
+    assert _origin(home, "server.slots", MAIL_PIPELINES_SERVER="s2") == (5, str(home / "servers/s2.toml"))
+    (home / "servers/s2.toml").write_text("[server]\nslot = 5\n", encoding="utf-8")
+    assert config.load(environ) == first
+    with pytest.raises(ConfigError, match=r"servers/s2\.toml: unknown key server\.slot; did you mean 'slots'"):
+        config.load_for("s2", environ)
+
+
 def test_a_wrong_value_of_a_secret_or_url_is_not_repeated(home: Path) -> None:
     _write(home, "[sending]\ntoken_key = 424242\n")
     with pytest.raises(ConfigError, match=r"sending\.token_key") as caught:

@@ -221,7 +221,7 @@ class Shipper:
                 break
         else:
             self._end = self._end or start
-        self._shipped_at = now
+            self._shipped_at = now
         return count
 
     def _start(self, archive: Archive, incarnation: str) -> Position | None:

@@ -36,6 +36,7 @@ from mail_pipelines.dispatch import greylisting, tail
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
 from mail_pipelines.dispatch.journal import Evidence as JournalEvidence
 from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, Torn, UnknownForm, process_alive
+from mail_pipelines.dispatch.own_lines import OwnLines
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.settlement import result_of
 from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery, sign_delivery
@@ -79,7 +80,7 @@ class Standing:
 
     `intents` are offers without an end at that place: token → id of the mail server's process; `messages` the mail server's own names of messages
     that were queued before it, with their tokens. `in_hand` are outcomes whose rows somebody
-    else was about to record: they are held against the ledger once more.
+    else was about to record: they are held against the ledger once more. `others` are the claims and the messages of other servers that share the log.
     """
 
     incarnation: str = ""
@@ -91,6 +92,7 @@ class Standing:
     audited_at: dt.datetime | None = None
     last_alarm_at: dt.datetime | None = None
     version: int = 0
+    others: tuple[Sequence[str], Sequence[str]] = ((), ())
 
 
 @dataclass
@@ -136,7 +138,8 @@ def _standing(value: Any, version: int) -> Standing:
     position = Position(**value["position"]) if value["position"] else None
     in_hand = {token: Outcome(Kind(kind), *rest) for token, (kind, *rest) in value["in_hand"].items()}
     before = value["intents"], value.get("messages", {}), in_hand
-    return Standing(value["incarnation"], position, *before, value["totals"], times["audited_at"], times["last_alarm_at"], version)
+    others = value.get("others", ((), ()))
+    return Standing(value["incarnation"], position, *before, value["totals"], times["audited_at"], times["last_alarm_at"], version, others)
 
 
 def _save(engine: Engine, key: str, standing: Standing, now: dt.datetime) -> Standing:
@@ -150,6 +153,7 @@ def _save(engine: Engine, key: str, standing: Standing, now: dt.datetime) -> Sta
         "totals": dict(standing.totals),
         "audited_at": standing.audited_at.isoformat() if standing.audited_at else None,
         "last_alarm_at": standing.last_alarm_at.isoformat() if standing.last_alarm_at else None,
+        "others": standing.others,
     }
     values = {"value": value, "version": standing.version + 1, "changed_at": now}
 
@@ -190,7 +194,7 @@ def run(engine: Engine, settings: Settings, server: ServerInfo, journal: Journal
         with reading(engine) as connection:
             standing = standings(connection).get(server.key, Standing())
         if standing.incarnation != folders.incarnation():
-            standing = replace(standing, incarnation=folders.incarnation(), position=None, intents={}, messages={}, in_hand={})
+            standing = replace(standing, incarnation=folders.incarnation(), position=None, intents={}, messages={}, in_hand={}, others=((), ()))
         return _Auditor(engine, settings, server, journal, folders, standing, now).run()
 
 
@@ -239,6 +243,7 @@ class _Auditor:
     def __post_init__(self) -> None:
         self.found = Audit(self.server.key)
         self.intents, self.messages = dict(self.standing.intents), dict(self.standing.messages)
+        self.own = OwnLines(self.server.key, *self.standing.others)
         self.torn: set[str] = set()
         # Of `found.bad_lines`, those that may hide anything.
         self.hiding = 0
@@ -264,14 +269,15 @@ class _Auditor:
         return self.found
 
     def _save(self) -> None:
+        others = (self.own.claims, self.own.messages)
+        standing = replace(self.standing, intents=self.intents, messages=self.messages, in_hand=self.in_hand, others=others)
         if not self.keeps:
-            self.standing = replace(self.standing, intents=self.intents, messages=self.messages, in_hand=self.in_hand)
+            self.standing = standing
             return
         numbers = self.found.numbers()
         self.totals.update({name: count - self.counted.get(name, 0) for name, count in numbers.items()})
         alarm = self.now if numbers["alarms"] > self.counted.get("alarms", 0) else self.standing.last_alarm_at
         self.counted = numbers
-        standing = replace(self.standing, intents=self.intents, messages=self.messages, in_hand=self.in_hand)
         standing = replace(standing, totals=self.totals, audited_at=self.now, last_alarm_at=alarm)
         self.standing = _save(self.engine, self.server.key, standing, self.now)
 
@@ -286,12 +292,12 @@ class _Auditor:
                 if isinstance(error, Torn):
                     self.torn |= error.tokens
                     for own in error.entries:
-                        if own.token:
+                        if self.own.has(own) and own.token:
                             found.take(own)
             elif entry.alarm:
                 self.found.alarms += 1
                 self._keep_aside(block, start, end, "alarm")
-            else:
+            elif self.own.has(entry):
                 found.bad_lines = self.hiding
                 if (outcome := found.take(entry)) is not None:
                     minutes[data[start : start + _MINUTE], outcome.kind] += 1

@@ -39,10 +39,14 @@ class ServerFolders:
     run: Path
     log: Path
     mail: Path
+    # The log folder of the server whose Exim, and so whose journal, it shares.
+    shares: Path | None = None
 
     @classmethod
     def of(cls, settings: ServerSettings, server: str) -> ServerFolders:
-        return cls(Path(settings.run_folder) / server, Path(settings.log_folder) / server, Path(settings.mail_folder) / server)
+        logs = Path(settings.log_folder)
+        shares = logs / settings.exim if settings.exim not in ("", server) else None
+        return cls(Path(settings.run_folder) / server, logs / server, Path(settings.mail_folder) / server, shares)
 
     @property
     def permits(self) -> Path:
@@ -67,7 +71,7 @@ class ServerFolders:
 
     @property
     def journal(self) -> Path:
-        return self.log / "main.log"
+        return (self.shares or self.log) / "main.log"
 
     @property
     def heartbeat(self) -> Path:
@@ -86,12 +90,12 @@ class ServerFolders:
             folder.mkdir(parents=True, exist_ok=True)
 
     def incarnation(self) -> str:
-        """The server's identity: made once, kept beside the log, so that a replaced log disk is another incarnation."""
-        path = self.log / "incarnation"
+        """The server's identity: made once, kept beside the journal, so that a replaced log disk is another incarnation."""
+        path = self.journal.with_name("incarnation")
         try:
             return path.read_text(encoding="ascii").strip()
         except FileNotFoundError:
-            self.log.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, str(uuid.uuid4()))
             return path.read_text(encoding="ascii").strip()
 

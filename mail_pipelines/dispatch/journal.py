@@ -62,6 +62,7 @@ class Entry(NamedTuple):
     `unless_known`: the outcome counts only while the message has an INTENT and no other outcome, and no line is damaged or torn that may be one.
     `early`: it was said before the body, so it says nothing of a message whose body has gone out.
     `permit`: the permit under which the message was offered, where the line names it.
+    `server`: whose the permit of a `mark` is, where several servers share the log.
     `alarm`: the mail server does what it should never have to do, and somebody should look why.
     """
 
@@ -74,6 +75,7 @@ class Entry(NamedTuple):
     alarm: bool = False
     message: str = ""
     permit: str = ""
+    server: str = ""
 
 
 class UnknownForm(ValueError):

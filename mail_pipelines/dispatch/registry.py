@@ -32,6 +32,9 @@ from mail_pipelines.domains import store
 LOST_AFTER = dt.timedelta(minutes=30)
 # Who has not looked for so long has watched no silence: the centre was stopped, or the database away, and all seemed silent afterwards.
 LONGEST_GAP = dt.timedelta(minutes=5)
+# An audit, or a shipping to the end, that is later than the end of a claim by this has found all lines about it: what a rotation leaves for the next
+# reader are seconds, and clocks differ by less.
+LAST_LINES = dt.timedelta(minutes=5)
 
 
 class ServerState(enum.StrEnum):
@@ -97,13 +100,32 @@ def left(connection: Connection, server: servers.ServerInfo, heartbeat_seconds: 
     if server.heartbeat_at is None:
         # It never ran.
         return found
+    standing = audit.standings(connection).get(server.key)
+    last = _last_claim(connection, server)
     if server.is_silent(database_now(connection), heartbeat_seconds):
         found.append("it is silent, so nobody knows the end of its log: start its process")
-    elif audit.unread(server, audit.standings(connection).get(server.key)):
+    elif audit.unread(server, standing) and not _is_after(standing.audited_at if standing is not None else None, last):
         found.append("its log has lines that were not read: the hourly audit reads them, or the job audit_delivery_logs")
-    elif reason := unshipped(server):
+    elif (reason := unshipped(server)) and not _is_after(_shipped_at(server), last):
         found.append(reason)
     return found
+
+
+def _last_claim(connection: Connection, server: servers.ServerInfo) -> dt.datetime | None:
+    """When the last claim ended of a server that shares its log: what comes later is the others', and has no end. None where it is alone."""
+    if not server.shares_log:
+        return None
+    never = dt.datetime.fromtimestamp(0, dt.UTC)
+    return connection.execute(sa.select(sa.func.max(Claim.closed_at)).where(Claim.server_id == server.id)).scalar_one() or never
+
+
+def _is_after(moment: dt.datetime | None, last: dt.datetime | None) -> bool:
+    return moment is not None and last is not None and moment - last > LAST_LINES
+
+
+def _shipped_at(server: servers.ServerInfo) -> dt.datetime | None:
+    shipped = (server.health or {}).get("shipped") or {}
+    return dt.datetime.fromtimestamp(shipped["at"], dt.UTC) if shipped.get("at") and not shipped["error"] else None
 
 
 def unshipped(server: servers.ServerInfo) -> str:

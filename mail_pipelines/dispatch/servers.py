@@ -63,6 +63,16 @@ class ServerInfo:
         return self.heartbeat_at is None or now - self.heartbeat_at > dt.timedelta(seconds=SILENT_BEATS * heartbeat_seconds)
 
     @property
+    def worker(self) -> str:
+        """The server by whose name its worker is known: its own, or that of the first one of a host with several."""
+        return str((self.health or {}).get("worker", self.key))
+
+    @property
+    def shares_log(self) -> bool:
+        """Whether other servers of its host have their lines in its log, too, by its last heartbeat."""
+        return "worker" in (self.health or {})
+
+    @property
     def shortage(self) -> str:
         """Why it claims nothing, by its last heartbeat: there is too little room for its journal. Empty if there is enough."""
         return short_of_space(self.key, (self.health or {}).get("free_mb", MIN_FREE_MB))

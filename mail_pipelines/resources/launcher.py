@@ -84,9 +84,12 @@ class QueueLauncher(CeleryRunLauncher):
         if queue == queues.CENTRE:
             return [tasks.control_exchange(None)]
         with reading(CentralDatabase().engine) as connection:
-            fleet = [server.key for server in servers.all_servers(connection)]
-        server = queues.server_of(queue, fleet)
-        return [tasks.control_exchange(key) for key in ([server] if server else fleet)]
+            fleet = servers.all_servers(connection)
+        keys = [server.key for server in fleet]
+        own = queues.server_of(queue, keys)
+        # One worker for all servers of a host. What a server says of itself counts only if it is one.
+        workers = {server.worker if server.worker in keys else server.key for server in fleet if own in (None, server.key)}
+        return [tasks.control_exchange(worker) for worker in sorted(workers)]
 
     @property
     def supports_resume_run(self) -> bool:

@@ -11,12 +11,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import dagster as dg
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from mail_pipelines import config
 from mail_pipelines.database.models import Campaign
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import DispatchError
@@ -33,8 +34,8 @@ AUDIT = ("audit_delivery_logs", "delivery_logs")
 
 
 def this_server(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The dispatch server this process speaks for; None at the centre."""
-    return environ.get("MAIL_PIPELINES_SERVER") or None
+    """The dispatch server this process speaks for, of several the first; None at the centre."""
+    return next(iter(config.servers_of_this_host(environ)), None)
 
 
 def control_queue(server: str) -> str:
@@ -42,8 +43,8 @@ def control_queue(server: str) -> str:
     return f"{server}-ctl"
 
 
-def sending_queues(server: str) -> tuple[str, ...]:
-    return (DISPATCH, server)
+def sending_queues(*servers: str) -> tuple[str, ...]:
+    return (DISPATCH, *servers)
 
 
 def own_queues(server: str | None) -> tuple[str, ...]:
@@ -51,7 +52,7 @@ def own_queues(server: str | None) -> tuple[str, ...]:
     return (*sending_queues(server), control_queue(server)) if server else (CENTRE,)
 
 
-def server_of(queue: str, fleet: list[str]) -> str | None:
+def server_of(queue: str, fleet: Iterable[str]) -> str | None:
     """The server whose queue this is; None for the centre's and the shared one."""
     return next((server for server in fleet if queue in (server, control_queue(server))), None)
 

@@ -6,6 +6,7 @@ what a worker does at its end (`worker`).
 
 from __future__ import annotations
 
+import os
 import signal
 import ssl
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from dagster._utils.interrupts import capture_interrupts
 
 from mail_pipelines import config
 from mail_pipelines.config import ConfigError, Settings
-from mail_pipelines.dispatch.files import AlreadyRunning, only_one
+from mail_pipelines.dispatch.files import AlreadyRunning, ServerFolders, is_locked, only_one
 from mail_pipelines.resources import orders, queues
 from mail_pipelines.resources.orders import OrderRefused
 
@@ -134,11 +135,11 @@ def _own_signals() -> Iterator[None]:
 def execute_run(text: object = None, signature: object = None) -> int:
     """Execute the run of an order; 0 if it ended well, 1 if not, `IGNORED` if it has begun before. Raises `OrderRefused`."""
     with _own_signals():
-        settings, server = config.load(), queues.this_server()
+        settings = config.load()
         if not settings.broker.verify_key:
             raise OrderRefused("broker.verify_key is not set, so no order can be verified: it is on the centre's `config show`")
         order = orders.read(text, signature, settings.broker.verify_key)
-        with dg.DagsterInstance.get() as instance, _only_here(settings, order.run_id) as alone:
+        with _speaking_for_one(order.queue) as server, dg.DagsterInstance.get() as instance, _only_here(settings, order.run_id) as alone:
             record = instance.get_run_record_by_id(order.run_id)
             if record is None:
                 raise OrderRefused(f"there is no run {order.run_id}")
@@ -154,6 +155,30 @@ def execute_run(text: object = None, signature: object = None) -> int:
                 raise OrderRefused(reason)
             # Dagster's own body of a run process, as dagster-celery's task has it.
             return _execute_run_command_body(run.run_id, instance, lambda _event: None, set_exit_code_on_failure=True)
+
+
+@contextmanager
+def _speaking_for_one(queue: str) -> Iterator[str | None]:
+    """Speak for one of the servers of this host alone, as long as the run from a queue lasts: that whose queue it is.
+
+    A run of the queue of all goes to the server with the fewest sessions. One of nobody's here is for `refusal` to see.
+    """
+    servers = config.servers_of_this_host()
+    if len(servers) < 2:
+        yield queues.this_server()
+        return
+    server = queues.server_of(queue, servers) or min(servers, key=_sessions)
+    before = os.environ[config.SERVER_VARIABLE]
+    os.environ[config.SERVER_VARIABLE] = server
+    try:
+        yield server
+    finally:
+        os.environ[config.SERVER_VARIABLE] = before
+
+
+def _sessions(server: str) -> int:
+    folder = ServerFolders.of(config.load_for(server).server, server).sessions
+    return sum(map(is_locked, folder.glob("*")))
 
 
 @contextmanager

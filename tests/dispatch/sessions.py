@@ -33,8 +33,8 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
 class SessionProcess:
     """One session of a world's campaign, in its own process."""
 
-    def __init__(self, world: World, server: str, run_id: str, shard: int = 0) -> None:
-        environ = {name: value for name, value in os.environ.items() if name.startswith("MAIL_PIPELINES_")}
+    def __init__(self, world: World, server: str, run_id: str, shard: int = 0, **environment: str) -> None:
+        environ = {name: value for name, value in os.environ.items() if name.startswith("MAIL_PIPELINES_")} | environment
         self.result = world.settings.home / f"{run_id}.done"
         self.process: ForkServerProcess = _processes.Process(
             target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id), daemon=True

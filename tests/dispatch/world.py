@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -377,8 +378,12 @@ class RunningExim(Running):
             self.destinations = self.command(
                 "catcher", "destinations", f"far-{self.server.key}", "--port", str(self.far), "--play", str(self.play), port=self.far
             )
-        words = ("exim", "run", self.server.key, "--hostname", "mail.example.test", "--destination", f"127.0.0.1:{self.far}", *self.elsewhere)
+        words = ("exim", "run", *self.as_whom, "--destination", f"127.0.0.1:{self.far}", *self.elsewhere)
         self.process = self.command(*words, port=self.server.port)
+
+    @property
+    def as_whom(self) -> tuple[str, ...]:
+        return self.server.key, "--hostname", "mail.example.test"
 
     def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
         """An Exim that a killed process has left listens, too."""
@@ -423,6 +428,14 @@ class RunningExim(Running):
         self.destinations.wait(20)
 
 
+class RunningTwo(RunningExim):
+    """One Exim of the servers s1 and s2, which by their own settings send from 127.0.0.11 and 127.0.0.12."""
+
+    @property
+    def as_whom(self) -> tuple[str, ...]:
+        return ("s1,s2",)
+
+
 class Servers:
     """The servers that a test has started, for their end."""
 
@@ -431,7 +444,24 @@ class Servers:
 
     def start(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str) -> Any:
         """Start the server `server` of the world's kind, with destinations that behave as `play` says; `destinations` of some domains are elsewhere."""
-        running = (Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations)
+        return self._keep((Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations))
+
+    def start_two(self, world: World, play: Path, **limits: Mapping[str, Any]) -> tuple[RunningTwo, dict[str, World]]:
+        """Start one Exim for the servers s1 and s2, with limits of their own; the world as each of them sees it."""
+        own = world.settings.home / "servers"
+        own.mkdir(parents=True)
+        for number, key in enumerate(("s1", "s2"), 1):
+            words = [f'address = "127.0.0.1{number}"', f'hostname = "{key}.example.test"', *(['exim = "s1"'] if number == 2 else [])]
+            (own / f"{key}.toml").write_text("\n".join(["[server]", *words]), encoding="utf-8")
+        worlds = {key: replace(world, settings=config.load_for(key)) for key in ("s1", "s2")}
+        infos = {key: one.server(key) for key, one in worlds.items()}
+        for key, values in limits.items():
+            servers.set_limits(world.engine, key, "*", {"mode": "burst" if world.kind == "burst" else "cutthrough"} | dict(values))
+        for key, one in worlds.items():
+            one.grant(infos[key])
+        return self._keep(RunningTwo(worlds["s1"], infos["s1"], play)), worlds
+
+    def _keep(self, running: Any) -> Any:
         self._running.append(running)
         return running
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -137,6 +139,23 @@ def test_an_order_that_comes_twice_is_followed_once(fleet: Fleet) -> None:
     assert last.get(30) == tasks.IGNORED
     assert fleet.messages(run_id).count("Started process for run") == 1
     assert fleet.status(run_id) is Status.SUCCESS
+
+
+def test_one_worker_for_two_servers_speaks_for_each_by_its_own_account(fleet: Fleet) -> None:
+    own = fleet.platform.settings.home / "servers"
+    own.mkdir()
+    for name in SERVERS:
+        environ = fleet.backing.of_server.get(name, {})
+        given = {key: environ.get(f"MAIL_PIPELINES_DATABASE__{key.upper()}") for key in ("url", "password")}
+        words = [f"{key} = {json.dumps(value)}" for key, value in given.items() if value]
+        (own / f"{name}.toml").write_text("\n".join(["[database]", *words]), encoding="utf-8")
+    name = "control worker of both"
+    fleet.start_worker(name, ",".join(SERVERS), "--control")
+    audits = {server: fleet.launch("audit_delivery_logs", **{"dagster/partition": server}) for server in SERVERS}
+    for server, run_id in audits.items():
+        assert fleet.wait_for_status(run_id, Status.SUCCESS, 90).tags[QUEUE_TAG] == f"{server}-ctl"
+    fleet.end(name)
+    shutil.rmtree(own)
 
 
 def waiting_run(fleet: Fleet) -> str:

@@ -1,16 +1,21 @@
-"""Cancelling a run of which the worker has said how it ended, and Dagster's storage has not."""
+"""Cancelling a run: of which the worker has said how it ended, and Dagster's storage has not; and whom that is told."""
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 from dagster._serdes import ConfigurableClassData
+from sqlalchemy.engine import Engine
 
 from mail_pipelines import home
+from mail_pipelines.database.models import Server
+from mail_pipelines.dispatch import servers
 from mail_pipelines.resources import queues, tasks
 from mail_pipelines.resources.launcher import QueueLauncher
 
@@ -80,3 +85,16 @@ def test_a_killed_process_that_had_finished_a_cancelled_run_fails_the_run_it_was
     run = started_run(launcher)
     launcher.celery.backend.store_result(run.run_id, None, "REVOKED")
     assert launcher.check_run_worker_health(run).status.name == "FAILED"
+
+
+def test_a_cancellation_goes_to_the_worker_that_may_have_the_run(engine: Engine, launcher: QueueLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = dt.datetime.now(dt.UTC)
+    for key in ("s1", "s2", "s3"):
+        servers.register(engine, key, kind="exim", host="127.0.0.1", port=25, now=now)
+    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string(hide_password=False))
+    with engine.begin() as connection:
+        connection.execute(sa.update(Server).where(Server.key != "s3").values(health={"worker": "s1"}))
+        # It would have the centre's account make an exchange of this name.
+        connection.execute(sa.update(Server).where(Server.key == "s3").values(health={"worker": "amq.direct"}))
+    assert [launcher._listening(queue) for queue in ("s1", "s2-ctl", "s3", "centre")] == [["s1"], ["s1"], ["s3"], ["centre"]]
+    assert launcher._listening("dispatch") == ["s1", "s3"]

@@ -10,15 +10,19 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from sqlalchemy.engine import Engine
 
 from mail_pipelines import config, doctor, home
 from mail_pipelines.campaigns import store, yaml_form
+from mail_pipelines.commands import context, worker
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Allotment, Server
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.files import ServerFolders, only_one
 from mail_pipelines.resources import orders, queues, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.e2e.platform import CAMPAIGN
@@ -77,6 +81,52 @@ def test_a_worker_executes_only_its_own_queues_and_a_server_nothing_of_the_centr
     assert queues.own_queues(None) == ("centre",)
     assert queues.own_queues("s1") == ("dispatch", "s1", "s1-ctl")
     assert "is not of mail_pipelines.definitions" in (tasks.refusal(run_of("maintenance"), "centre", None) or "")
+
+
+# --- a host with several servers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that speaks for s1 and s2, each with an address."""
+    monkeypatch.setenv("MAIL_PIPELINES_SERVER", "s1,s2")
+    own = config.home_folder() / "servers"
+    own.mkdir(parents=True)
+    (own / "s1.toml").write_text('[server]\naddress = "127.0.0.11"\n', encoding="utf-8")
+    (own / "s2.toml").write_text('[server]\naddress = "127.0.0.12"\nexim = "s1"\nslots = 3\n', encoding="utf-8")
+
+
+@pytest.mark.usefixtures("two")
+def test_one_worker_takes_the_runs_of_all_servers_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[list[str]] = []
+    context.settings.cache_clear()
+    monkeypatch.setattr(os, "execve", lambda _program, words, _environ: began.append(words))
+    worker.run()
+    worker.run(control=True)
+    told = [{option: words[words.index(option) + 1] for option in ("-Q", "-n", "-c")} for words in began]
+    assert told == [{"-Q": "dispatch,s1,s2", "-n": "s1@%h", "-c": "5"}, {"-Q": "s1-ctl,s2-ctl", "-n": "s1-ctl@%h", "-c": "1"}]
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(
+    ("queue", "server"), [("s1", "s1"), ("s2", "s2"), ("s2-ctl", "s2"), ("dispatch", "s2"), ("s3", "s2"), ("centre", "s2")], ids=lambda value: value
+)
+def test_a_run_executes_as_the_server_whose_queue_it_is_of_and_never_as_another(queue: str, server: str) -> None:
+    folder = ServerFolders.of(config.load().server, "s1").sessions
+    folder.mkdir(parents=True)
+    # s1 has a session, so that it does not get the run that any server may take.
+    with only_one(folder / "run", "a session"), tasks._speaking_for_one(queue) as own:
+        assert (own, queues.this_server(), config.load().server.address) == (server, server, f"127.0.0.1{server[1]}")
+        refused = tasks.refusal(ours("send_campaign"), queue, own)
+        assert bool(refused) == (queue in ("s3", "centre"))
+    assert config.servers_of_this_host() == ("s1", "s2")
+
+
+def ours(job: str) -> dg.DagsterRun:
+    """A run of this project's definitions, as an order must be for."""
+    code = ModuleCodePointer("mail_pipelines.definitions", "defs", None)
+    origin = JobPythonOrigin(job, RepositoryPythonOrigin("python", code, None, None, None))
+    return dg.DagsterRun(job_name=job, job_code_origin=origin)
 
 
 # --- the home ---------------------------------------------------------------------------------------------------
@@ -160,3 +210,27 @@ def test_doctor_names_a_broker_that_is_away_and_keys_that_do_not_match(centre: c
 def test_doctor_has_nothing_to_say_of_a_broker_where_there_is_none() -> None:
     home.make()
     assert broker_findings() == []
+
+
+@pytest.mark.usefixtures("two")
+def test_doctor_names_what_is_wrong_with_a_host_of_several_servers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string(hide_password=False))
+    servers.register(engine, "s1", kind="exim", host="127.0.0.1", port=2525, now=dt.datetime.now(dt.UTC))
+    own = config.home_folder() / "servers/s2.toml"
+
+    def said() -> list[str]:
+        return [finding.problem for finding in doctor.check_addresses(os.environ)]
+
+    assert said() == ["server s2: no server is called 's2'; there are s1"]
+    servers.register(engine, "s2", kind="exim", host="127.0.0.1", port=2525, now=dt.datetime.now(dt.UTC))
+    assert said() == ["servers s1 and s2 have the same port 2525"]
+    servers.register(engine, "s2", kind="exim", host="127.0.0.1", port=2526, now=dt.datetime.now(dt.UTC))
+    assert said() == []
+    own.write_text('[server]\naddress = "192.0.2.77"\nexim = "s1"\n', encoding="utf-8")
+    assert said() == ["server s2 is to send from 192.0.2.77, which no interface of this host has"]
+    own.write_text('[server]\naddress = "127.0.0.11"\nexim = "s1"\n', encoding="utf-8")
+    assert said() == ["servers s1 and s2 both send from 127.0.0.11: one server is one sending address"]
+    own.write_text('[server]\nexim = "s1"\n', encoding="utf-8")
+    assert "server s2 shares an Exim, so it needs an address of its own" in said()[0]
+    own.unlink()
+    assert "server s2 does not share the Exim of s1" in said()[0]

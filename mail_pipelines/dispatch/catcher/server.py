@@ -96,6 +96,7 @@ class Conversation(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self.peer: str = transport.get_extra_info("peername")[0]
         self.catcher.conversations.add(self)
         self.catcher.count()
         self.reply("220 catcher ESMTP")
@@ -248,7 +249,7 @@ class Conversation(asyncio.Protocol):
                 if body.startswith(b"."):
                     body = body[1:]
                 data = body.replace(b"\r\n..", b"\r\n.")
-                if not self.catcher.store.keep(token=token, permit=permit, sender=sender, recipient=recipient, data=data):
+                if not self.catcher.store.keep(token=token, permit=permit, sender=sender, recipient=recipient, data=data, peer=self.peer):
                     outcome = _NO_SPACE
             self.catcher.journal.write(log.done(token, outcome, permit))
         except OSError:

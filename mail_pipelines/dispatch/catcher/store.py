@@ -15,7 +15,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Kept:
-    """One message as it arrived. `at` is epoch seconds, `file` and `offset` say where its bytes begin, `size` how many."""
+    """One message as it arrived. `at` is epoch seconds, `permit` the name in the greeting, `peer` the address it came from.
+
+    `file` and `offset` say where its bytes begin, `size` how many.
+    """
 
     at: float
     token: str
@@ -23,6 +26,7 @@ class Kept:
     sender: str
     recipient: str
     size: int
+    peer: str = ""
     file: str = ""
     offset: int = 0
 
@@ -39,9 +43,9 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / f"{time.time_ns()}-{os.getpid()}.mail", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
 
-    def keep(self, *, token: str, permit: str, sender: str, recipient: str, data: bytes) -> bool:
+    def keep(self, *, token: str, permit: str, sender: str, recipient: str, data: bytes, peer: str = "") -> bool:
         """Write one message; false, with nothing left behind, if there is no space for it."""
-        header = Kept(time.time(), token, permit, sender, recipient, len(data))
+        header = Kept(time.time(), token, permit, sender, recipient, len(data), peer)
         fields = {name: value for name, value in asdict(header).items() if name not in ("file", "offset")}
         record = json.dumps(fields).encode() + b"\n" + data + b"\n"
         before = os.fstat(self._file).st_size

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mail_pipelines.config import project_folder
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, replace_file
@@ -46,6 +46,10 @@ class Account:
     gid: int
 
 
+# Ports with what holds for the connections that come in there.
+Table = Mapping[int, str]
+
+
 class Exim(Protocol):
     """What it takes to run one Exim: `Instance` is the dispatch server, `inbound.receiver.Receiver` the host that takes bounces."""
 
@@ -64,7 +68,8 @@ class Exim(Protocol):
         """The file of `infra/exim` that follows the macros."""
 
     @property
-    def macros(self) -> Mapping[str, str]: ...
+    def macros(self) -> Mapping[str, str | Table]:
+        """By name a value, or one for each port that is listened on."""
 
     @property
     def configuration(self) -> Path:
@@ -88,9 +93,23 @@ class Exim(Protocol):
         """Make all folders."""
 
 
+class Speaker(NamedTuple):
+    """A server that sends through an Exim: where it hands over, by which name it greets destinations, and from which address (empty: any)."""
+
+    key: str
+    folders: ServerFolders
+    address: str
+    port: int
+    hostname: str
+    interface: str = ""
+
+
 @dataclass(frozen=True)
 class Instance:
     """What one Exim needs to know: the macros of `infra/exim/dispatch.conf`.
+
+    `folders` to `hostname`, `key` and `interface` are those of its own server, and `others` share it: which one a message is of says the port at which it
+    is handed over. Where there are others each has its own queues, and the log says whose a claim is.
 
     `destinations` are (address, port) in place of mail exchangers, and `routes` others for the mail of some domains: (domain, (address, port)).
     """
@@ -103,6 +122,18 @@ class Instance:
     hostname: str
     destinations: tuple[tuple[str, int], ...] = ()
     routes: tuple[tuple[str, tuple[str, int]], ...] = ()
+    key: str = ""
+    interface: str = ""
+    others: tuple[Speaker, ...] = ()
+
+    @property
+    def speakers(self) -> tuple[Speaker, ...]:
+        """All servers that send through it."""
+        return (Speaker(self.key, self.folders, self.address, self.port, self.hostname, self.interface), *self.others)
+
+    def queue_prefix(self, key: str) -> str:
+        """What the names of a server's queues begin with."""
+        return f"{key}." if self.others else ""
 
     @property
     def spool(self) -> Path:
@@ -125,17 +156,24 @@ class Instance:
         return "dispatch.conf"
 
     @property
-    def macros(self) -> dict[str, str]:
-        values = {
+    def macros(self) -> dict[str, str | Table]:
+        speakers = self.speakers
+        from_address = [speaker for speaker in speakers if speaker.interface]
+        values: dict[str, str | Table] = {
             "MP_HOSTNAME": self.hostname,
             "MP_USER": self.account.user,
             "MP_GROUP": self.account.group,
-            "MP_ADDRESS": self.address,
-            "MP_PORT": str(self.port),
+            "MP_ADDRESS": " ; ".join(speaker.address for speaker in speakers),
+            "MP_LISTEN": " ; ".join(f"[{speaker.address}]:{speaker.port}" for speaker in speakers),
             "MP_SPOOL": str(self.spool),
             "MP_LOGS": str(self.folders.log),
-            "MP_PERMITS": str(self.folders.permits),
-            "MP_GATES": str(self.folders.gates),
+            "MP_PERMITS": {speaker.port: str(speaker.folders.permits) for speaker in speakers},
+            "MP_GATES": {speaker.port: str(speaker.folders.gates) for speaker in speakers},
+            "MP_HELOS": {speaker.port: speaker.hostname for speaker in speakers},
+            "MP_NAMES": {speaker.port: speaker.key for speaker in speakers if self.others},
+            "MP_INTERFACES": {speaker.port: speaker.interface for speaker in from_address},
+            # Exim would reach these hosts from whichever address it has.
+            "MP_UNREACHED": {speaker.port: "0.0.0.0/0" if ":" in speaker.interface else "::/0" for speaker in from_address},
         }
         if self.destinations:
             values["MP_DESTINATIONS"] = ":".join(f"{address}::{port}" for address, port in self.destinations)
@@ -146,14 +184,16 @@ class Instance:
     @property
     def needs(self) -> dict[Path, int]:
         read, write = os.R_OK | os.X_OK, os.W_OK | os.X_OK
-        return {self.folders.permits: read, self.folders.gates: read, self.folders.log: write, self.spool: write}
+        asked = [folder for speaker in self.speakers for folder in (speaker.folders.permits, speaker.folders.gates)]
+        return {**dict.fromkeys(asked, read), self.folders.log: write, self.spool: write}
 
     @property
     def remedy(self) -> str:
         return "set server.run_folder and server.log_folder"
 
     def make(self) -> None:
-        self.folders.make()
+        for speaker in self.speakers:
+            speaker.folders.make()
         self.spool.mkdir(exist_ok=True)
         for folder in (self.spool / "input", *self.spool.glob("*/input")):
             _clean(folder)
@@ -177,9 +217,9 @@ def version(binary: str) -> str:
     return f"Exim {words[2]}" if len(words) > 2 else "Exim"
 
 
-def queue_length(spool: Path) -> int:
-    """Messages in the queue, those of each provider's burst with them: one header file each."""
-    return sum(1 for folder in (spool, *spool.glob("*")) for _ in folder.glob("input/*-H"))
+def queue_length(spool: Path, prefix: str = "") -> int:
+    """Messages in the queue, those of each provider's burst with them: one header file each. `prefix`: only in queues whose names begin with it."""
+    return sum(1 for folder in ([] if prefix else [spool], spool.glob(f"{prefix}*")) for place in folder for _ in place.glob("input/*-H"))
 
 
 def account_for(binary: str) -> Account:
@@ -200,10 +240,13 @@ def configure(exim: Exim) -> str:
     project = project_folder()
     if project is None:
         raise EximError(f"no checkout found, and with it no infra/exim/{exim.template}: run this from the checkout")
-    for name, value in exim.macros.items():
-        if not _PLAIN.fullmatch(value) or "MP_" in value:
-            raise EximError(f"{name} is {value!r}: expected only letters, digits and any of . / : ; [ ] @ _ - and spaces, and not MP_")
-    head = [f"{name} = {value}" for name, value in exim.macros.items()]
+    head = []
+    for name, given in exim.macros.items():
+        for value in [given] if isinstance(given, str) else given.values():
+            if not _PLAIN.fullmatch(value) or "MP_" in value:
+                raise EximError(f"{name} is {value!r}: expected only letters, digits and any of . / : ; [ ] @ _ - and spaces, and not MP_")
+        # A key of digits alone would be the number of a field.
+        head.append(f"{name} = {given}" if isinstance(given, str) else " ".join([f"{name} =", *(f'p{port}="{value}"' for port, value in given.items())]))
     # Written out: Exim's own utilities look for this line and understand no macro in it.
     head.append(f"exim_path = {exim.binary}")
     return "\n".join(head) + "\n\n" + (project / "infra/exim" / exim.template).read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 A line is `<date> <time> [<pid>] [<message id>] …`, the date in UTC. What follows, and what it says of a message (the token in the
 envelope sender names it):
 
-  MARK <permit>                                   a sender greeted (our ACL)
+  MARK <permit> [<server>]                        a sender greeted (our ACL); whose, where several servers share the Exim
   INTENT <token> <pid> <permit>                   the body is here (our ACL)
   >> … F=<…> … C="250 …"                          delivered: the destination's own reply
   … F=<…> rejected after DATA: … C="5…"           bounced
@@ -43,14 +43,14 @@ _HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )
 # With the process, which the beginning of every record of ours names.
 _SECOND = re.compile(_STAMP + rb"(?: [+-]\d{4})? \[\d{1,10}\] ")
 # What an INTENT or a MARK is known by, wherever it stands in joined lines.
-_OWN = re.compile(rb"INTENT ([a-z2-7]{48}) \d|MARK (c\d+\.\d+)\Z")
+_OWN = re.compile(rb"INTENT ([a-z2-7]{48}) \d|MARK (c\d+\.\d+)(?: [a-z0-9-]+)?\Z")
 _ANY_TOKEN = re.compile(rb"(?<![a-z2-7])[a-z2-7]{48}(?![a-z2-7])")
 # The process of an INTENT that may be forged: one that does not live, so that nobody waits for it.
 _NO_PROCESS = 0
 # Octets of a stamp up to the month.
 _YEAR = 5
 _RECORD = re.compile(_STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:(" + _MESSAGE_ID + rb") )?(.*)", re.DOTALL)
-_MARK = re.compile(rb"MARK (c\d+\.\d+)")
+_MARK = re.compile(rb"MARK (c\d+\.\d+)(?: ([a-z0-9-]+))?")
 _PERMIT = rb"c\d+\.\d+"
 # Logs of before it have no permit there.
 _INTENT = re.compile(rb"INTENT ([a-z2-7]{48}) (\d{1,10})(?: (" + _PERMIT + rb"))?")
@@ -230,7 +230,7 @@ def _own(rest: bytes) -> Entry:
     if (intent := _INTENT.fullmatch(rest)) is not None:
         return Entry(intent[1].decode(), intent_pid=int(intent[2]), permit=(intent[3] or b"").decode())
     if (mark := _MARK.fullmatch(rest)) is not None:
-        return Entry(mark=mark[1].decode())
+        return Entry(mark=mark[1].decode(), server=(mark[2] or b"").decode())
     if (void := _VOID.fullmatch(rest)) is not None:
         return Entry(void[1].decode(), outcome=_NO_PERMIT, permit=(void[2] or b"").decode())
     raise ValueError(f"neither MARK nor INTENT nor VOID: {rest[:40]!r}")

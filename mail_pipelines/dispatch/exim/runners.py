@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mail_pipelines.dispatch.exim.instance import EximError, Instance
+from mail_pipelines.dispatch.exim.instance import EximError, Instance, Speaker
 from mail_pipelines.dispatch.smtp import ServerUnreachable
 
 _REQUEST = re.compile(rb"([a-z0-9_-]{1,32}) (\d{1,6})\n")
@@ -49,11 +49,14 @@ async def run_queue(path: Path, provider: str, messages: int) -> None:
         raise ServerUnreachable(f"the queue of {provider} was not run: Exim has been stopped, or main.log says why")
 
 
-async def serve(own: Instance, group: int) -> None:
-    """Answer requests until cancelled. Runners join the process group of the daemon, so that whoever ends that ends them.
+async def serve(own: Instance, group: int, speaker: Speaker | None = None) -> None:
+    """Answer the requests of one server of the Exim until cancelled; without `speaker` those of its first.
 
+    Runners join the process group of the daemon, so that whoever ends that ends them.
     Raises `EximError` if it cannot listen.
     """
+    speaker = speaker or own.speakers[0]
+    prefix = own.queue_prefix(speaker.key)
     conversations: set[asyncio.Task[None]] = set()
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -63,7 +66,7 @@ async def serve(own: Instance, group: int) -> None:
         try:
             async with asyncio.timeout(_REQUEST_SECONDS):
                 request = _REQUEST.fullmatch(await reader.readline())
-            if request is not None and await _run(own, group, request[1].decode(), int(request[2]), reader) == 0:
+            if request is not None and await _run(own, group, prefix + request[1].decode(), int(request[2]), reader) == 0:
                 writer.write(_DONE)
         except (TimeoutError, OSError, asyncio.CancelledError):
             pass
@@ -71,7 +74,7 @@ async def serve(own: Instance, group: int) -> None:
             conversations.discard(task)
             writer.close()
 
-    path = own.folders.runners
+    path = speaker.folders.runners
     path.unlink(missing_ok=True)
     try:
         server = await asyncio.start_unix_server(converse, path, backlog=1024)
@@ -86,10 +89,10 @@ async def serve(own: Instance, group: int) -> None:
         await asyncio.gather(*conversations, return_exceptions=True)
 
 
-async def _run(own: Instance, group: int, provider: str, messages: int, asker: asyncio.StreamReader) -> int:
+async def _run(own: Instance, group: int, queue: str, messages: int, asker: asyncio.StreamReader) -> int:
     """The status with which the runner ended."""
     account: dict[str, Any] = {"user": own.account.uid, "group": own.account.gid, "extra_groups": []} if os.geteuid() == 0 else {}
-    words = ["-C", str(own.configuration), f"-oB{messages}", f"-qG{provider}"]
+    words = ["-C", str(own.configuration), f"-oB{messages}", f"-qG{queue}"]
     null, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
     # All processes of its deliveries inherit the pipe: it ends with the last of them.
     runner = await asyncio.create_subprocess_exec(own.binary, *words, stdin=null, stdout=pipe, stderr=null, process_group=group, **account)

@@ -39,7 +39,7 @@ def read(archive: Archive, part: ServerPart, journal: Journal, keys: KeyRing, st
         if not recent:
             continue
         blocks = _blocks(archive, part.server, incarnation, recent)
-        found.append(reading.read(journal, blocks, since, keys, store))
+        found.append(reading.read(part.server, journal, blocks, since, keys, store))
         if incarnation == part.incarnation:
             complete = _missing(archive, part, incarnation, pieces, recent)
     if len(found) == 1:

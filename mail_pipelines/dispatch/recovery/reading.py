@@ -22,6 +22,7 @@ from mail_pipelines.dispatch import permit, servers, settlement, tail
 from mail_pipelines.dispatch.claims import Memory, Sender
 from mail_pipelines.dispatch.files import ServerFolders, boot_id
 from mail_pipelines.dispatch.journal import Evidence, Journal, Kind, Outcome, Torn, UnknownForm, process_alive
+from mail_pipelines.dispatch.own_lines import OwnLines
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.recovery.standing import Part, ServerPart
 from mail_pipelines.messages.keyring import KeyRing
@@ -96,7 +97,7 @@ def _contribute(engine: Engine, settings: Settings, server: servers.ServerInfo, 
         return
     store = Store(engine, server.id)
     since = part.heartbeat_at - OVERLAP if part.heartbeat_at else None
-    found = read(journal, tail.blocks(journal, None, now), since, KeyRing([(server.id, settings.token_key())]), store)
+    found = read(server.key, journal, tail.blocks(journal, None, now), since, KeyRing([(server.id, settings.token_key())]), store)
     if found.in_flight or journal.end() != end:
         # Whoever ended while the log was read may have written more.
         return
@@ -123,13 +124,13 @@ def foreign(count: int) -> str:
     return f"{count} messages are under another token key than its server's" if count else ""
 
 
-def read(journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | None, keys: KeyRing, store: Callable[[Offers], None]) -> Found:
-    """Give `store` the ends of all offers that were logged after `since` (None: all) in blocks of a log, which `journal` knows how to read.
+def read(server: str, journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | None, keys: KeyRing, store: Callable[[Offers], None]) -> Found:
+    """Give `store` the ends of all offers of a server that were logged after `since` (None: all) in blocks of a log, which `journal` knows how to read.
 
     A later end of an offer takes the place of an earlier one. A damaged line hides an offer only if both its INTENT and its end are damaged.
     Tokens under no key of `keys` are left out, and counted.
     """
-    evidence = Evidence()
+    evidence, own = Evidence(), OwnLines(server)
     started: dict[str, int] = {}
     begin = int(since.timestamp()) if since else 0
     second = unreadable = damaged_before = others = 0
@@ -146,6 +147,8 @@ def read(journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | No
                 evidence.bad_lines += 1
                 unreadable += second >= begin
             for said in error.entries if isinstance(error, Torn) else (entry,) if entry is not None else ():
+                if not own.has(said):
+                    continue
                 token = said.token or evidence.messages.get(said.message, "")
                 if said.intent_pid is not None:
                     started[token] = second

@@ -25,15 +25,18 @@ from tests.dispatch.test_smtp import GOOD, serve
 from tests.parts.dns import Zone, serving
 from tests.parts.processes import listens, wait_for
 
-RESOLVER, FIRST, SECOND, DEAD = "10.9.9.1", "10.9.9.2", "10.9.9.3", "10.9.9.4"
-ADDRESSES = (RESOLVER, FIRST, SECOND, DEAD)
+RESOLVER, FIRST, SECOND, DEAD, SIX = "10.9.9.1", "10.9.9.2", "10.9.9.3", "10.9.9.4", "fd00::9"
+ADDRESSES = (RESOLVER, FIRST, SECOND, DEAD, SIX)
 RECORDS = (
     f"mx1.host.test. 60 IN A {FIRST}",
     f"mx2.host.test. 60 IN A {SECOND}",
     # Nobody listens there.
     f"dead.host.test. 60 IN A {DEAD}",
     "local.host.test. 60 IN A 127.0.0.1",
+    f"dual.host.test. 60 IN A {FIRST}",
+    f"dual.host.test. 60 IN AAAA {SIX}",
     "plain.test. 60 IN MX 10 mx1.host.test.",
+    "dual.test. 60 IN MX 10 dual.host.test.",
     "backup.test. 60 IN MX 10 dead.host.test.",
     "backup.test. 60 IN MX 20 mx2.host.test.",
     f"address-only.test. 60 IN A {FIRST}",
@@ -42,18 +45,18 @@ RECORDS = (
     "ours.test. 60 IN MX 10 local.host.test.",
     "broken-mx.test. 60 IN MX 10 nowhere.host.test.",
 )
-DOMAINS = ("plain", "backup", "address-only", "takes-none", "dead", "ours", "broken-mx", "not-registered", "failing")
+DOMAINS = ("plain", "dual", "backup", "address-only", "takes-none", "dead", "ours", "broken-mx", "not-registered", "failing")
 
 
 async def main(folder: Path) -> None:
     zone = Zone()
     zone.publish(*RECORDS)
     zone.failing.add("failing.test")
-    received: dict[str, list[bytes]] = {FIRST: [], SECOND: []}
+    received: dict[str, list[bytes]] = {FIRST: [], SECOND: [], SIX: []}
     servers = [await serve(GOOD, received[address], port=25, host=address) for address in received]
     folders = ServerFolders(folder / "run", folder / "log", folder / "mail")
     binary = instance.find_binary()
-    own = instance.Instance(binary, instance.account_for(binary), folders, "127.0.0.1", 2500, "mail.example.test")
+    own = instance.Instance(binary, instance.account_for(binary), folders, "127.0.0.1", 2500, "mail.example.test", interface=RESOLVER)
     instance.prepare(own)
     with serving(zone, RESOLVER, 53):
         daemon = instance.start(own, folders.log / "exim.out")

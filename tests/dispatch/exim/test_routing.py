@@ -42,7 +42,7 @@ def both() -> Iterator[Seen]:
         resolver.write_text(f"nameserver {RESOLVER}\n")
         subprocess.run([*run, "ip", "link", "set", "lo", "up"], check=True)
         for address in ADDRESSES:
-            subprocess.run([*run, "ip", "address", "add", f"{address}/24", "dev", "lo"], check=True)
+            subprocess.run([*run, "ip", "address", "add", f"{address}/{64 if ':' in address else 24}", "dev", "lo"], check=True)
         answer = subprocess.run([*run, sys.executable, "-m", "tests.dispatch.exim.internet", str(folder)], capture_output=True, text=True, check=False)
         assert answer.returncode == 0, answer.stderr + (folder / "log" / "main.log").read_text()
         yield json.loads(answer.stdout)
@@ -56,6 +56,12 @@ def both() -> Iterator[Seen]:
 def test_mail_goes_to_the_best_exchanger_that_answers(seen: Seen, domain: str, exchanger: str) -> None:
     kind, _, _, at = seen[domain]
     assert (kind, at) == ("delivered", [exchanger])
+
+
+def test_an_exchanger_is_reached_only_from_the_servers_own_address(seen: Seen) -> None:
+    """Exim would take its address of version 6, which the server's own cannot reach, first."""
+    kind, _, _, at = seen["dual"]
+    assert (kind, at) == ("delivered", [FIRST])
 
 
 @pytest.mark.parametrize(("domain", "code"), [("not-registered", "5.1.2"), ("takes-none", "5.1.10"), ("ours", "5.4.4"), ("broken-mx", "5.4.4")])
