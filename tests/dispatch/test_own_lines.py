@@ -18,6 +18,7 @@ from mail_pipelines.dispatch.journal import Journal, Kind
 from mail_pipelines.dispatch.own_lines import OwnLines
 from mail_pipelines.dispatch.recovery import reading as recovery
 from mail_pipelines.dispatch.recovery.reading import Offers
+from mail_pipelines.messages.keyring import KeyRing
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 from tests.dispatch.world import make_world
 
@@ -100,7 +101,7 @@ def test_a_recovery_is_told_by_each_server_what_it_has_offered(tmp_path: Path) -
     told: dict[str, set[tuple[int, Kind]]] = {}
     for server in ("s1", "s2"):
         offers: Offers = {}
-        recovery.read(server, journal, tail.blocks(journal, None, 2e9), None, KEY, offers.update)
+        recovery.read(server, journal, tail.blocks(journal, None, 2e9), None, KeyRing([(1, KEY)]), offers.update)
         told[server] = {(token.contact_id, outcome.kind) for token, (_, outcome) in offers.items()}
     assert told == {"s1": {(1, Kind.DELIVERED), (2, Kind.DELIVERED)}, "s2": {(2, Kind.DELIVERED), (3, Kind.DEFERRED)}}
 
