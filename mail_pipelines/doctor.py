@@ -18,7 +18,7 @@ from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_id, database_now, is_mysql, open_engine, reading
 from mail_pipelines.database.models import Campaign, LedgerGeneration
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
-from mail_pipelines.dispatch import holds, servers
+from mail_pipelines.dispatch import clock, holds, servers
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.recovery import standing
 
@@ -115,6 +115,7 @@ def check_central_database(settings: config.Settings, *, is_centre: bool) -> Ite
         with reading(engine) as connection:
             yield from check_durability(connection)
             yield from check_failover(connection)
+            yield from check_clock(connection)
             yield from check_holds(connection)
             if is_centre:
                 yield from check_archive(connection, settings)
@@ -145,6 +146,12 @@ def check_failover(connection: sa.Connection) -> Iterator[Finding]:
         yield Finding(
             "failover", f"the ledger was on the database server with server_id {known}, and {here} answers: nothing is sent", "run `mail-pipelines recover`"
         )
+
+
+def check_clock(connection: sa.Connection) -> Iterator[Finding]:
+    """This host's clock. Those of servers their heartbeats tell."""
+    if problem := clock.error("this host", clock.read(connection).ahead_seconds):
+        yield Finding("clock", problem, clock.REMEDY)
 
 
 def check_holds(connection: sa.Connection) -> Iterator[Finding]:
@@ -188,6 +195,8 @@ def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]
         yield Finding("servers", f"not of this version ({__version__}): {_names(other)}", "upgrade the centre first, then its servers")
     for server in [server for server in active if server.shortage and server.key not in silent][:SHOWN]:
         yield Finding("servers", server.shortage, "make room on that disk; sending goes on by itself")
+    for server in [server for server in active if server.clock_error and server.key not in silent][:SHOWN]:
+        yield Finding("clock", server.clock_error, clock.REMEDY)
 
 
 def check_broker(settings: config.Settings) -> Iterator[Finding]:
