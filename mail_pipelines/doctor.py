@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 SHOWN = 5
+# A database that takes connections may never answer. No question of ours takes it long.
+ANSWER_SECONDS = 10.0
+# Dagster and Celery connect to theirs themselves, several times, and wait without an end.
+STORAGE_SECONDS = 30.0
+_HANGS = "look at its database and the host of that (full disk? no memory?)"
 # So many nights in vain are no accident.
 ARCHIVING_LATE = dt.timedelta(days=5)
 
@@ -96,7 +103,7 @@ def check_disk(settings: config.Settings) -> Iterator[Finding]:
 
 def check_doors(settings: config.Settings) -> Iterator[Finding]:
     """Ports that ask for no login and are open to other hosts. Without the database, those of registered servers are not known."""
-    engine = open_engine(settings.database)
+    engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
     try:
         with reading(engine) as connection:
             here = [server for server in servers.all_servers(connection) if ServerFolders.of(settings.server, server.key).journal.exists()]
@@ -109,7 +116,7 @@ def check_doors(settings: config.Settings) -> Iterator[Finding]:
 
 
 def check_central_database(settings: config.Settings, *, is_centre: bool) -> Iterator[Finding]:
-    engine = open_engine(settings.database)
+    engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
     try:
         migrate.require_schema(engine)
         with reading(engine) as connection:
@@ -219,20 +226,30 @@ def check_broker(settings: config.Settings) -> Iterator[Finding]:
         return
     except OperationalError as error:
         yield Finding("broker", f"the broker does not answer: {error}", "runs wait until it does; sessions that work go on")
-    try:
-        app.backend.get_task_meta("none")
-    except sa.exc.SQLAlchemyError as error:
-        first_line = str(error).partition("\n")[0]
-        yield Finding("broker", f"the database of results cannot be used: {first_line}", "look at broker.results, and at the rights of its account")
+
+    def look() -> list[Finding]:
+        try:
+            app.backend.get_task_meta("none")
+        except sa.exc.SQLAlchemyError as error:
+            first_line = str(error).partition("\n")[0]
+            return [Finding("broker", f"the database of results cannot be used: {first_line}", "look at broker.results, and at the rights of its account")]
+        return []
+
+    yield from _within(STORAGE_SECONDS, look, Finding("broker", f"the database of results does not answer within {STORAGE_SECONDS:g} s", _HANGS))
 
 
 def check_dagster(settings: config.Settings) -> Iterator[Finding]:
     """Dagster's daemon, sensors and schedules, as its own storage has them."""
-    import dagster as dg
-
     # Without the file an instance would make a new, empty storage.
     if not (settings.dagster_home / "dagster.yaml").is_file():
         return
+    late = Finding("Dagster", f"Dagster's storage does not answer within {STORAGE_SECONDS:g} s", _HANGS)
+    yield from _within(STORAGE_SECONDS, lambda: list(_look_at_dagster(settings)), late)
+
+
+def _look_at_dagster(settings: config.Settings) -> Iterator[Finding]:
+    import dagster as dg
+
     try:
         with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
             yield from check_daemon(instance)
@@ -281,6 +298,23 @@ def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterato
     total = next((pool.limit for pool in instance.event_log_storage.get_pool_limits() if pool.name == SEND_POOL), 0)
     if 0 <= most < total:
         yield Finding("slots", f"the servers have {total} send slots, but Dagster has at most {most} runs at once", f"raise max_concurrent_runs in {place}")
+
+
+def _within(seconds: float, look: Callable[[], list[Finding]], late: Finding) -> list[Finding]:
+    """What `look` finds; `late` if that takes longer. Its thread is left behind then, and keeps no process from ending."""
+    found: Future[list[Finding]] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(look())
+        except Exception as error:  # noqa: BLE001 (raised again where it is waited for)
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return found.result(seconds)
+    except TimeoutError:
+        return [late]
 
 
 def _names(names: list[str]) -> str:
