@@ -6,7 +6,9 @@ import datetime as dt
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_id, database_now, is_mysql, open_engine, reading
 from mail_pipelines.database.models import Campaign, LedgerGeneration
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
-from mail_pipelines.dispatch import holds, servers, token_keys
+from mail_pipelines.dispatch import clock, holds, servers, token_keys
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.token_keys import InUse
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 SHOWN = 5
+# A database that takes connections may never answer. No question of ours takes it long.
+ANSWER_SECONDS = 10.0
+# Dagster and Celery connect to theirs themselves, several times, and wait without an end.
+STORAGE_SECONDS = 30.0
+_HANGS = "look at its database and the host of that (full disk? no memory?)"
 # So many nights in vain are no accident.
 ARCHIVING_LATE = dt.timedelta(days=5)
 
@@ -100,7 +107,7 @@ def check_disk(settings: config.Settings) -> Iterator[Finding]:
 
 def check_doors(settings: config.Settings) -> Iterator[Finding]:
     """Ports that ask for no login and are open to other hosts. Without the database, those of registered servers are not known."""
-    engine = open_engine(settings.database)
+    engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
     try:
         with reading(engine) as connection:
             own = config.servers_of_this_host()
@@ -132,7 +139,7 @@ def check_addresses(environ: Mapping[str, str]) -> Iterator[Finding]:
         return
     ports: dict[int, str] = {}
     for name, settings in members.items():
-        engine = open_engine(settings.database)
+        engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
         try:
             with reading(engine) as connection:
                 port = servers.find(connection, name).port
@@ -158,12 +165,13 @@ def _is_of_this_host(address: str) -> bool:
 
 
 def check_central_database(settings: config.Settings, *, is_centre: bool) -> Iterator[Finding]:
-    engine = open_engine(settings.database)
+    engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
     try:
         migrate.require_schema(engine)
         with reading(engine) as connection:
             yield from check_durability(connection)
             yield from check_failover(connection)
+            yield from check_clock(connection)
             yield from check_holds(connection)
             if is_centre:
                 yield from check_archive(connection, settings)
@@ -195,6 +203,12 @@ def check_failover(connection: sa.Connection) -> Iterator[Finding]:
         yield Finding(
             "failover", f"the ledger was on the database server with server_id {known}, and {here} answers: nothing is sent", "run `mail-pipelines recover`"
         )
+
+
+def check_clock(connection: sa.Connection) -> Iterator[Finding]:
+    """This host's clock. Those of servers their heartbeats tell."""
+    if problem := clock.error("this host", clock.read(connection).ahead_seconds):
+        yield Finding("clock", problem, clock.REMEDY)
 
 
 def check_holds(connection: sa.Connection) -> Iterator[Finding]:
@@ -265,6 +279,8 @@ def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]
         yield Finding("servers", f"not of this version ({__version__}): {_names(other)}", "upgrade the centre first, then its servers")
     for server in [server for server in active if server.shortage and server.key not in silent][:SHOWN]:
         yield Finding("servers", server.shortage, "make room on that disk; sending goes on by itself")
+    for server in [server for server in active if server.clock_error and server.key not in silent][:SHOWN]:
+        yield Finding("clock", server.clock_error, clock.REMEDY)
 
 
 def check_broker(settings: config.Settings) -> Iterator[Finding]:
@@ -287,20 +303,30 @@ def check_broker(settings: config.Settings) -> Iterator[Finding]:
         return
     except OperationalError as error:
         yield Finding("broker", f"the broker does not answer: {error}", "runs wait until it does; sessions that work go on")
-    try:
-        app.backend.get_task_meta("none")
-    except sa.exc.SQLAlchemyError as error:
-        first_line = str(error).partition("\n")[0]
-        yield Finding("broker", f"the database of results cannot be used: {first_line}", "look at broker.results, and at the rights of its account")
+
+    def look() -> list[Finding]:
+        try:
+            app.backend.get_task_meta("none")
+        except sa.exc.SQLAlchemyError as error:
+            first_line = str(error).partition("\n")[0]
+            return [Finding("broker", f"the database of results cannot be used: {first_line}", "look at broker.results, and at the rights of its account")]
+        return []
+
+    yield from _within(STORAGE_SECONDS, look, Finding("broker", f"the database of results does not answer within {STORAGE_SECONDS:g} s", _HANGS))
 
 
 def check_dagster(settings: config.Settings) -> Iterator[Finding]:
     """Dagster's daemon, sensors and schedules, as its own storage has them."""
-    import dagster as dg
-
     # Without the file an instance would make a new, empty storage.
     if not (settings.dagster_home / "dagster.yaml").is_file():
         return
+    late = Finding("Dagster", f"Dagster's storage does not answer within {STORAGE_SECONDS:g} s", _HANGS)
+    yield from _within(STORAGE_SECONDS, lambda: list(_look_at_dagster(settings)), late)
+
+
+def _look_at_dagster(settings: config.Settings) -> Iterator[Finding]:
+    import dagster as dg
+
     try:
         with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
             yield from check_daemon(instance)
@@ -349,6 +375,23 @@ def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterato
     total = next((pool.limit for pool in instance.event_log_storage.get_pool_limits() if pool.name == SEND_POOL), 0)
     if 0 <= most < total:
         yield Finding("slots", f"the servers have {total} send slots, but Dagster has at most {most} runs at once", f"raise max_concurrent_runs in {place}")
+
+
+def _within(seconds: float, look: Callable[[], list[Finding]], late: Finding) -> list[Finding]:
+    """What `look` finds; `late` if that takes longer. Its thread is left behind then, and keeps no process from ending."""
+    found: Future[list[Finding]] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(look())
+        except Exception as error:  # noqa: BLE001 (raised again where it is waited for)
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return found.result(seconds)
+    except TimeoutError:
+        return [late]
 
 
 def _names(names: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -162,6 +163,25 @@ def test_doctor_names_an_unreachable_database(made: config.Settings, monkeypatch
     assert "no connection to" in problem
     assert str(port) in problem
     assert "hunter2" not in problem
+
+
+def test_doctor_names_a_database_that_takes_connections_and_never_answers(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.2)
+    # Nobody takes the connections from the kernel, which makes them.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", f"mysql+pymysql://mail:hunter2@127.0.0.1:{port}/mail")
+        (problem,) = _findings("database")
+    assert f"127.0.0.1:{port}/mail takes connections and does not answer: look at the database and its host" in problem
+    assert "hunter2" not in problem
+
+
+def test_doctor_does_not_wait_for_a_storage_of_dagster_that_never_answers(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "STORAGE_SECONDS", 0.5)
+    (made.dagster_home / "dagster.yaml").write_text("storage: {mysql: {mysql_url: {env: DAGSTER_MYSQL_URL}}}")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("DAGSTER_MYSQL_URL", f"mysql+mysqlconnector://dagster:hunter2@127.0.0.1:{silent.getsockname()[1]}/dagster")
+        assert _findings("Dagster") == ["Dagster's storage does not answer within 0.5 s"]
 
 
 def test_doctor_names_little_disk(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database import models
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Campaign, CampaignMinute, State
 from mail_pipelines.delivery.breakers import ProviderRules, provider_rules
 from mail_pipelines.delivery.recording import slot_at
@@ -79,17 +79,18 @@ def not_closed(connection: Connection) -> dict[Pair, str]:
     return {(breaker.server_id, breaker.provider): breaker.state for breaker in all_breakers(connection) if breaker.state != CLOSED}
 
 
-def judge(engine: Engine, now: dt.datetime, rules: ProviderRules | None = None) -> list[Breaker]:
-    """Open, try or close breakers by the outcomes recorded in the last minutes; returns those that changed.
+def judge(engine: Engine, now: dt.datetime | None = None, rules: ProviderRules | None = None) -> list[Breaker]:
+    """Open, try or close breakers by the outcomes recorded in the last minutes; returns those that changed. `now` is the database's time if not given.
 
     Two reads when nothing has to change. Safe to repeat, and to run in several places at once: one of them makes a change.
     """
     rules = rules or provider_rules()
     with reading(engine) as connection:
-        answers = _answers(connection, now - rules.window)
+        moment = now or database_now(connection)
+        answers = _answers(connection, moment - rules.window)
         breakers = all_breakers(connection)
-    changed = decide(answers, breakers, rules, now)
-    return [breaker for breaker in changed if transact(engine, lambda connection, breaker=breaker: _write(connection, breaker, rules, now, breakers))]  # type: ignore[misc]
+    changed = decide(answers, breakers, rules, moment)
+    return [breaker for breaker in changed if transact(engine, lambda connection, breaker=breaker: _write(connection, breaker, rules, moment, breakers))]  # type: ignore[misc]
 
 
 def decide(answers: Iterable[Answers], breakers: Iterable[Breaker], rules: ProviderRules, now: dt.datetime) -> list[Breaker]:

@@ -45,7 +45,7 @@ def list_servers() -> None:
                 keys[server.pool_id],
                 f"{server.host}:{server.port}",
                 f"{server.state} (held)" if held.over_server(server.id, server.pool_id) else server.state,
-                f"{beat}{' (silent)' if silent else ' (log disk full)' if server.shortage else ''}",
+                f"{beat}{' (silent)' if silent else ' (log disk full)' if server.shortage else ' (clock is off)' if server.clock_error else ''}",
                 _alarms(audits.get(server.key)),
             )
     console.print(table)
@@ -53,6 +53,8 @@ def list_servers() -> None:
 
 def _health(health: Mapping[str, Any]) -> dict[str, str]:
     """What the last heartbeat told."""
+    from mail_pipelines.dispatch import clock
+
     found = {}
     if "release" in health:
         found["mail_pipelines"] = str(health["release"])
@@ -61,6 +63,9 @@ def _health(health: Mapping[str, Any]) -> dict[str, str]:
     if "load" in health:
         found["load"] = f"{health['load']:.2f}"
         found["disk of its log"] = f"{health['free_mb']:,} MB free"
+    if "clock_ahead" in health:
+        remedy = f": {clock.REMEDY}" if clock.error("it", health["clock_ahead"]) else ""
+        found["clock"] = f"{clock.words(health['clock_ahead'])}{remedy}"
     if "queue" in health:
         found["queue"] = f"{health['queue']:,} messages"
     if error := health.get("error"):

@@ -47,9 +47,10 @@ def is_mysql(bind: Engine | Connection) -> bool:
     return bind.dialect.name in ("mysql", "mariadb")
 
 
-def create_engine(url: str, password: str | None = None) -> Engine:
+def create_engine(url: str, password: str | None = None, *, answer_seconds: float | None = None) -> Engine:
     """An engine for a `sqlite:///`, `mysql+pymysql://` or `mariadb+pymysql://` URL that keeps the rules above.
 
+    `answer_seconds`: MySQL/MariaDB is waited for no longer, also at a single statement; without it for ever, as long as the connection stands.
     Raises `DatabaseError` if the URL is none of these. Connects only when used.
     """
     try:
@@ -78,15 +79,23 @@ def create_engine(url: str, password: str | None = None) -> Engine:
             # Parameters are addresses and names: they must not get into errors, and so into logs.
             hide_parameters=True,
             # found_rows: an UPDATE counts the rows it matched, as SQLite does, not only those it changed.
-            connect_args={"charset": "utf8mb4", "local_infile": True, "connect_timeout": 10, "client_flag": 2, "autocommit": False},
+            connect_args={
+                "charset": "utf8mb4",
+                "local_infile": True,
+                "connect_timeout": 10,
+                "read_timeout": answer_seconds,
+                "write_timeout": answer_seconds,
+                "client_flag": 2,
+                "autocommit": False,
+            },
         )
         event.listen(engine, "connect", _prepare_mysql)
         return engine
     raise DatabaseError(f"database.url names {backend}, expected sqlite, mysql or mariadb")
 
 
-def open_engine(settings: DatabaseSettings) -> Engine:
-    return create_engine(settings.url, settings.password)
+def open_engine(settings: DatabaseSettings, *, answer_seconds: float | None = None) -> Engine:
+    return create_engine(settings.url, settings.password, answer_seconds=answer_seconds)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -161,6 +170,8 @@ def explained(engine: Engine) -> Iterator[None]:
             raise DatabaseUnreachable(f"{where} stayed locked for {BUSY_TIMEOUT_SECONDS} s: another program holds a write transaction open") from error
         if "unable to open database file" in str(error.orig):
             raise DatabaseUnreachable(f"{where} cannot be opened: check that its folder exists and may be written") from error
+        if _mysql_code(error) == 2013 and "(timed out)" in _words(error):
+            raise DatabaseUnreachable(f"{where} takes connections and does not answer: look at the database and its host (full disk? no memory?)") from error
         if error.connection_invalidated or _mysql_code(error) in {1044, 1045, 1049, 2002, 2003, 2005, 2006, 2013}:
             raise DatabaseUnreachable(f"no connection to {where}: {_words(error)}; check database.url, the password and that the server runs") from error
         if "no such table" in str(error.orig) or _mysql_code(error) in {1146, 1305}:

@@ -457,6 +457,8 @@ class Delivery(Base):
     every other state the second in which that state was reached. `attempt` counts offers: it rises only on an explicit
     refusal, so a retry after silence carries the same Message-ID. `code` and `enhanced` are the destination's reply.
     `server_id` is the server of the last claim, for which a greylisted row waits (`dispatch.greylisting`).
+    A row that is to wait is a deferred one, whose due second counters and index know. `not_before` of a pending row only claims
+    know, so sessions would ask for it in vain again and again: nothing sets it.
     """
 
     __tablename__ = "deliveries"

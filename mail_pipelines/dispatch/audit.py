@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts.sets import slices
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Campaign, CampaignCounter, State, SyncState
 from mail_pipelines.database.views import ledger_rows
 from mail_pipelines.delivery import evidence, resolving
@@ -185,6 +185,7 @@ def unread(server: ServerInfo, standing: Standing | None) -> bool:
 def run(engine: Engine, settings: Settings, server: ServerInfo, journal: Journal, now: dt.datetime) -> Audit:
     """Read the journal of a server of this host from the audited place to its end, compare it with the ledger, and end doubts.
 
+    `now` is this host's time, which with the dates of the files tells what is whole. What is written is dated by the database.
     Raises `AlreadyRunning` if the server is being audited, `DispatchError` if it has no journal here. A killed audit goes on at its last
     saved place.
     """
@@ -215,7 +216,7 @@ class LateLines:
         self._standing = Standing(position=self.journal.end())
 
     def look(self, now: dt.datetime) -> Counter[State]:
-        """Read what came since the last look; returns how many rows became what."""
+        """Read what came since the last look; returns how many rows became what. `now` is this host's time."""
         with reading(self.engine) as connection:
             doubtful = connection.execute(_DOUBTS, {"server": self.server.id}).scalar_one() > 0
         if not doubtful:
@@ -254,6 +255,8 @@ class _Auditor:
         self.aside = _Aside(self.folders.log / "set-aside.log")
 
     def run(self) -> Audit:
+        with reading(self.engine) as connection:
+            self.at = database_now(connection)
         # Whoever was gone before the reading began has written all that it ever will.
         self._compare(self.standing.in_hand)
         gone = {token: pid for token, pid in self.intents.items() if not process_alive(pid)}
@@ -276,10 +279,10 @@ class _Auditor:
             return
         numbers = self.found.numbers()
         self.totals.update({name: count - self.counted.get(name, 0) for name, count in numbers.items()})
-        alarm = self.now if numbers["alarms"] > self.counted.get("alarms", 0) else self.standing.last_alarm_at
+        alarm = self.at if numbers["alarms"] > self.counted.get("alarms", 0) else self.standing.last_alarm_at
         self.counted = numbers
-        standing = replace(standing, totals=self.totals, audited_at=self.now, last_alarm_at=alarm)
-        self.standing = _save(self.engine, self.server.key, standing, self.now)
+        standing = replace(standing, totals=self.totals, audited_at=self.at, last_alarm_at=alarm)
+        self.standing = _save(self.engine, self.server.key, standing, self.at)
 
     def _fold(self, block: tail.Block) -> dict[str, Outcome]:
         """The outcomes that stand at the end of the block; what cannot be read, or alarms, is counted and kept aside."""
@@ -389,18 +392,18 @@ class _Auditor:
         known = [result for result in doubts if result.state in _PROVES]
         open_again = [result for result in doubts if result.state not in _PROVES]
         pieces = [
-            Evidence(_PROVES[result.state], campaign_id, result.contact_id, result.attempt, self.now, result.code, result.enhanced, result.text)
+            Evidence(_PROVES[result.state], campaign_id, result.contact_id, result.attempt, self.at, result.code, result.enhanced, result.text)
             for result in known
         ]
 
         archive = LedgerArchive(self.settings.campaigns.archive)
 
         def work(connection: Connection) -> tuple[Counter[State], int]:
-            effects = [effect for part in slices(pieces) for effect in evidence.apply(connection, part, self.now, archive)]
+            effects = [effect for part in slices(pieces) for effect in evidence.apply(connection, part, self.at, archive)]
             resolved = Counter(result.state for result, effect in zip(known, effects, strict=True) if effect is Effect.NEW)
             if open_again:
-                resolved += resolving.resolve(connection, campaign_id, self.server.id, open_again, _JOURNAL, self.now)
-            return resolved, resolving.complete(connection, campaign_id, self.server.id, bounces, self.now) if bounces else 0
+                resolved += resolving.resolve(connection, campaign_id, self.server.id, open_again, _JOURNAL, self.at)
+            return resolved, resolving.complete(connection, campaign_id, self.server.id, bounces, self.at) if bounces else 0
 
         if doubts or bounces:
             resolved, completed = transact(self.engine, work)
@@ -408,7 +411,7 @@ class _Auditor:
             self.found.completed += completed
 
     def _result(self, token: DeliveryToken, outcome: Outcome, provider: str) -> Result:
-        return result_of(token, outcome, provider, self.settings.sending, self.now.timestamp())
+        return result_of(token, outcome, provider, self.settings.sending, self.at.timestamp())
 
     def _disagree(self, token: DeliveryToken, outcome: Outcome, ledger: str) -> None:
         form = f"{outcome.kind} in the log, {ledger} in the ledger"

@@ -88,7 +88,7 @@ class Lane:
         self.provider = provider
         self.limits = limits
         self.pacer = Pacer(session.folders.pacers, provider, per_second=self.limits.per_second, connections=self.limits.connections)
-        # Why nothing is sent, and until when (epoch seconds).
+        # Why nothing is sent, and until when (monotonic seconds).
         self.reason = ""
         self.wait_until = 0.0
         # This session's share of the connection slots.
@@ -143,12 +143,12 @@ class Lane:
                 if isinstance(batch, NothingClaimed):
                     left.popleft()
                     if not batch.only_here or not left:
-                        self._wait(batch.reason, batch.retry_at or time.time() + _NOTHING_SECONDS)
+                        self._wait(batch.reason, _NOTHING_SECONDS if batch.retry_seconds is None else batch.retry_seconds)
                         break
                     continue
                 await batch.nearly_over()
                 if batch.stopped:
-                    self._wait(f"the mail server takes no more: {batch.stopped}", time.time() + _NO_SERVER_SECONDS)
+                    self._wait(f"the mail server takes no more: {batch.stopped}", _NO_SERVER_SECONDS)
                     break
         finally:
             if self._concluding:
@@ -164,14 +164,14 @@ class Lane:
         if failures:
             raise failures[0]
 
-    def _wait(self, reason: str, until: float) -> None:
-        self.reason, self.wait_until = reason, until
+    def _wait(self, reason: str, seconds: float) -> None:
+        self.reason, self.wait_until = reason, time.monotonic() + seconds
 
     async def _claim(self, shard: int) -> Batch | NothingClaimed:
         """Open the next claim, of rows of a shard."""
         session = self.session
         if shortage := self._shortage():
-            return NothingClaimed(shortage, time.time() + _NO_SERVER_SECONDS)
+            return NothingClaimed(shortage, _NO_SERVER_SECONDS)
         claim_id = claims.new_id()
         asked = time.monotonic()
         watch = await in_thread(session.follower.watch, claim_id)
@@ -180,9 +180,9 @@ class Lane:
         batch: Batch | None = None
         try:
             if error := await self._heralded(granted.name):
-                return NothingClaimed(error, time.time() + _NO_SERVER_SECONDS)
+                return NothingClaimed(error, _NO_SERVER_SECONDS)
             if not self._staff():
-                return NothingClaimed("all connection slots are taken", time.time() + _NO_SERVER_SECONDS)
+                return NothingClaimed("all connection slots are taken", _NO_SERVER_SECONDS)
             pace = self._pace()
             answer = await in_thread(self._open, claim_id, shard, position, min(CLAIM_ROWS, max(1, math.ceil(pace * self.claim_seconds))))
             if isinstance(answer, NothingClaimed):
@@ -191,7 +191,7 @@ class Lane:
                 return answer
             compiled, sending_as = await in_thread(session.content, answer.version_id)
             tokens = {row.contact_id: settlement.token_of(answer.ref, row.contact_id, row.attempt, session.token_key) for row in answer.rows}
-            drafts = functools.partial(drafted, answer.ref.campaign_id, compiled, session.identity(sending_as))
+            drafts = functools.partial(drafted, answer.ref.campaign_id, compiled, session.identity(sending_as, answer.ref.opened_at))
             # A database that is far away is asked so much earlier as this answer took; a row of this claim goes out before that.
             took = time.monotonic() - asked
             low_water = min(int(pace * (self.early_seconds + took)), max(0, len(answer.rows) - 1))
@@ -443,7 +443,7 @@ class Lane:
                 # A process may end between its last line and the look at it: what it wrote is read once more.
                 evidence = await in_thread(session.follower.evidence, batch.watch)
             if over or not settlement.in_flight(evidence, tokens):
-                return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, time.time())
+                return settlement.conclude(rows, evidence, claimed.ref, session.settings.sending, claimed.database_second(time.monotonic()))
             await asyncio.sleep(_JOURNAL_POLL_SECONDS)
 
 

@@ -23,8 +23,9 @@ from mail_pipelines import __version__
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Recovery, Server
+from mail_pipelines.database.types import utc_now
 from mail_pipelines.delivery.recording import slot_at
-from mail_pipelines.dispatch import holds, last_error, pools
+from mail_pipelines.dispatch import clock, holds, last_error, pools
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
 from mail_pipelines.dispatch.journal import MIN_FREE_MB
@@ -76,6 +77,11 @@ class ServerInfo:
     def shortage(self) -> str:
         """Why it claims nothing, by its last heartbeat: there is too little room for its journal. Empty if there is enough."""
         return short_of_space(self.key, (self.health or {}).get("free_mb", MIN_FREE_MB))
+
+    @property
+    def clock_error(self) -> str:
+        """By how much its clock was off at its last heartbeat. Empty if it is near enough, or has not told."""
+        return clock.error(self.key, (self.health or {}).get("clock_ahead", 0.0))
 
 
 def short_of_space(key: str, free_mb: int) -> str:
@@ -201,12 +207,14 @@ def last_beat(folders: ServerFolders) -> dt.datetime | None:
     return _beats(folders)[1]
 
 
-def check_time(connection: Connection, server_id: int, key: str, folders: ServerFolders) -> None:
-    """Raises `WentBack` if the database is older than what this server knows of it, as after a restore, and nobody has begun to recover it."""
+def check_time(connection: Connection, server_id: int, key: str, folders: ServerFolders) -> dt.datetime:
+    """The database's time. Raises `WentBack` if the database is older than what this server knows of it, as after a restore, and nobody has begun to
+    recover it.
+    """
     last = last_beat(folders)
-    known = connection.execute(sa.select(Server.heartbeat_at).where(Server.id == server_id)).scalar_one()
+    known, now = connection.execute(sa.select(Server.heartbeat_at, utc_now()).where(Server.id == server_id)).one()
     if last is None or (known is not None and known >= last):
-        return
+        return now
     generation, recovered, _ = _generation(connection)
     memory = _memory(folders)
     if memory.generation == generation if memory is not None else not recovered:
@@ -214,6 +222,7 @@ def check_time(connection: Connection, server_id: int, key: str, folders: Server
             f"the database went back in time: it does not know the heartbeat of server {key} at {last:%Y-%m-%d %H:%M:%S} UTC, so rows that have been "
             "mailed may look unsent. It sends nothing until `mail-pipelines recover` has been run"
         )
+    return now
 
 
 class Heartbeat:
@@ -246,7 +255,7 @@ class Heartbeat:
             if server is None:
                 raise DispatchError(f"server {self._key} is not registered: run `mail-pipelines server add`")
             check_time(connection, server.id, self._key, self._folders)
-            now = database_now(connection)
+            now, ahead = clock.read(connection)
             fresh = server.heartbeat_at is not None and now - server.heartbeat_at < dt.timedelta(seconds=SILENT_BEATS * self._interval)
             own = server.heartbeat_token is None or (server.incarnation == incarnation and server.heartbeat_token in known)
             if fresh and not own:
@@ -254,7 +263,7 @@ class Heartbeat:
             connection.execute(
                 sa.update(Server)
                 .where(Server.key == self._key)
-                .values(incarnation=incarnation, boot_id=boot_id(), heartbeat_token=token, heartbeat_at=now, health=self._health())
+                .values(incarnation=incarnation, boot_id=boot_id(), heartbeat_token=token, heartbeat_at=now, health=self._health(ahead))
             )
             return now
 
@@ -287,9 +296,9 @@ class Heartbeat:
             change = {"heartbeat_token": token}
 
         def work(connection: Connection) -> dt.datetime | None:
-            now = database_now(connection)
+            now, ahead = clock.read(connection)
             mine = (Server.key == self._key, Server.incarnation == self._folders.incarnation(), Server.heartbeat_token.in_(before))
-            changed = connection.execute(sa.update(Server).where(*mine).values(**change, heartbeat_at=now, health=self._health()))
+            changed = connection.execute(sa.update(Server).where(*mine).values(**change, heartbeat_at=now, health=self._health(ahead)))
             return now if changed.rowcount == 1 else None
 
         beaten = transact(self._engine, work)
@@ -299,9 +308,10 @@ class Heartbeat:
             with contextlib.suppress(DispatchError):
                 self._keep([token], beaten)
 
-    def _health(self) -> dict[str, Any]:
+    def _health(self, clock_ahead: float) -> dict[str, Any]:
         return {
             "release": __version__,
+            "clock_ahead": round(clock_ahead, 1),
             "load": round(os.getloadavg()[0], 2),
             "free_mb": shutil.disk_usage(self._folders.log).free >> 20,
             "pid": os.getpid(),

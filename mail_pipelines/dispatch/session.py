@@ -20,7 +20,7 @@ from sqlalchemy.engine import Engine
 
 from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
-from mail_pipelines.database.engine import reading
+from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
 from mail_pipelines.dispatch import composer, giving_way, last_error, servers, settlement
 from mail_pipelines.dispatch.batch import set_within
@@ -161,7 +161,7 @@ class Session:
                     last_around = time.monotonic()
                 for provider, shards in (await in_thread(self._due_shards, around)).items():
                     lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
-                    if provider not in running and lane.wait_until <= time.time():
+                    if provider not in running and lane.wait_until <= time.monotonic():
                         running[provider] = asyncio.create_task(lane.run(until, shards))
                 claims_before = self.report.claims
                 if running:
@@ -198,12 +198,11 @@ class Session:
         """By provider the shards that have rows to send now: its own, or if that has none and the session looks `around`, the next ones of the campaign."""
         with reading(self.engine) as connection:
             # A session that waits has no claim by which it would notice.
-            servers.check_time(connection, self.server.id, self.server.key, self.folders)
+            second = servers.check_time(connection, self.server.id, self.server.key, self.folders).timestamp()
             due = due_times(connection, self.campaign_id, None if around else self.shard, server_id=self.server.id)
-        now = time.time()
         found: defaultdict[str, list[int]] = defaultdict(list)
         # Each session begins behind its own shard, so that they meet late.
-        for shard, provider in sorted((place for place, moment in due.items() if moment <= now), key=lambda place: (place[0] < self.shard, place)):
+        for shard, provider in sorted((place for place, moment in due.items() if moment <= second), key=lambda place: (place[0] < self.shard, place)):
             found[provider].append(shard)
         return {provider: shards[:1] if shards[0] == self.shard else shards[:_SHARDS_AT_ONCE] for provider, shards in found.items()}
 
@@ -217,14 +216,16 @@ class Session:
         slots_taken = sum(is_locked(path) for path in self.folders.sessions.iterdir()) >= self.settings.server.slots
         with reading(self.engine) as connection:
             due = due_times(connection, self.campaign_id, server_id=self.server.id)
+            second = database_now(connection).timestamp()
             left = open_rows(connection, self.campaign_id, self.shard)
             # A slot that only waits is better used by whoever has work now.
             waiting = giving_way.campaign_with_work(connection, self.server, besides=[self.campaign_id]) if slots_taken else None
-        waits = [max(moment, lanes[provider].wait_until if provider in lanes else 0) for (_, provider), moment in due.items()]
+        asked = time.monotonic()
+        waits = [max(moment - second, lanes[provider].wait_until - asked if provider in lanes else 0) for (_, provider), moment in due.items()]
         if not waits:
             return "all open rows are with other sessions or unknown" if left else "the shard is final"
         linger = self.settings.sending.linger_seconds
-        if min(waits) - time.time() > linger or waited > linger:
+        if min(waits) > linger or waited > linger:
             refusals = {lane.reason for lane in lanes.values() if lane.reason}
             return "; ".join(sorted(refusals)) or "nothing falls due soon"
         return f"campaign {waiting} waits for a slot of this server" if waiting is not None else None
@@ -253,14 +254,14 @@ class Session:
                 self._versions[version_id] = compiled, sending_as(connection, compiled.from_domain, self.server.id, self.token_key)
         return self._versions[version_id]
 
-    def identity(self, sending_as: SendingAs | None) -> SenderIdentity:
-        """Who the messages of the next claim are from, dated now."""
+    def identity(self, sending_as: SendingAs | None, date: dt.datetime) -> SenderIdentity:
+        """Who the messages of a claim are from, dated by the database: a signature from the future, which a fast clock would make, counts as none."""
         sending = self.settings.sending
         return SenderIdentity(
             token_key=self.token_key,
             return_path_domain=sending_as.return_path_domain if sending_as else sending.return_path_domain,
             public_url=sending_as.public_url if sending_as else sending.public_url,
-            date=dt.datetime.now(dt.UTC),
+            date=date,
             campaign_key=self.campaign_key,
             brand=self.brand,
             sender_id=sending.sender_id,

@@ -72,7 +72,7 @@ def _is_under(token: str, token_key: bytes) -> bool:
 
 
 def conclude(rows: Iterable[Offered], evidence: Evidence, ref: ClaimRef, settings: SendingSettings, now: float, *, same_life: bool = True) -> list[Result]:
-    """The end of each row, by the table above. `now` is epoch seconds; `same_life` is false if server, boot or log are not those of the claim."""
+    """The end of each row, by the table above. `now` is the database's second; `same_life` is false if server, boot or log are not those of the claim."""
     results = []
     for row in rows:
         outcome = evidence.outcomes.get(row.token)
@@ -86,7 +86,7 @@ def conclude(rows: Iterable[Offered], evidence: Evidence, ref: ClaimRef, setting
 
 
 def result_of(row: Offered | DeliveryToken, outcome: Outcome, provider: str, settings: SendingSettings, now: float) -> Result:
-    """The end of a row by an outcome that is not void. `now` is epoch seconds, from which a deferral is due later."""
+    """The end of a row by an outcome that is not void. A deferral is due some time after `now` (epoch seconds by the database's clock)."""
     if outcome.kind is Kind.DELIVERED:
         return Result(row.contact_id, row.attempt, State.DELIVERED, outcome.code, outcome.enhanced)
     if outcome.kind is Kind.UNKNOWN:
@@ -209,7 +209,9 @@ def settle(
     # A process may end between its last line and the look at it: what it wrote is read once more.
     evidence = journal.evidence(position, claim_id)
     same_life = claim.incarnation == sender.incarnation and claim.boot_id == sender.boot_id and not speaks_another_key(evidence, tokens, token_key)
-    results = conclude(rows, evidence, ref, settings, time.time(), same_life=same_life)
+    with reading(engine) as connection:
+        second = database_now(connection).timestamp()
+    results = conclude(rows, evidence, ref, settings, second, same_life=same_life)
     return transact(engine, lambda connection: record(connection, ref, results, claim_state="settling"))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from sqlalchemy.engine import Engine
 
 from mail_pipelines.capacity import breakers
 from mail_pipelines.config import Settings
-from mail_pipelines.database.engine import DatabaseUnreachable
+from mail_pipelines.database.engine import DatabaseUnreachable, database_now, reading
 from mail_pipelines.database.models import State
 from mail_pipelines.dispatch import last_error, settlement
 from mail_pipelines.dispatch.audit import LateLines
@@ -34,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """What a settler has done since its process began. `finished_at` is when it last ended a round (epoch seconds)."""
+    """What a settler has done since its process began. `finished_at` is when it last ended a round (epoch seconds, by the database's clock)."""
 
     finished_at: float | None = None
     failures: int = 0
@@ -60,15 +59,19 @@ class Settler:
         while True:
             try:
                 await asyncio.to_thread(self.round, dt.datetime.now(dt.UTC))
-                self.tally.finished_at = time.time()
+                self.tally.finished_at = await asyncio.to_thread(self._database_second)
             except (DatabaseUnreachable, DispatchError) as error:
                 _log.warning("settler of %s: %s", self._server.key, error)
                 last_error.keep(self._folders, "settler", error)
                 self.tally.failures += 1
             await asyncio.sleep(INTERVAL_SECONDS)
 
+    def _database_second(self) -> float:
+        with reading(self._engine) as connection:
+            return database_now(connection).timestamp()
+
     def round(self, now: dt.datetime) -> None:
-        """Take part in a recovery, settle abandoned claims, end doubts by late lines, and judge the breakers."""
+        """Take part in a recovery, settle abandoned claims, end doubts by late lines, and judge the breakers. `now` is this host's time."""
         if not take_part(self._engine, self._settings, self._server, self._sender, self._journal):
             return
         done = settlement.settle_all(
@@ -84,4 +87,4 @@ class Settler:
             _log.info("settler of %s: late lines, %s", self._server.key, {state.name.lower(): count for state, count in ended.items()})
         if self._settings.this_server is None:
             # Grants are the centre's, which judges by the same numbers.
-            breakers.judge(self._engine, now)
+            breakers.judge(self._engine)

@@ -122,6 +122,7 @@ def _servers(connection: Connection, now: dt.datetime) -> Iterator[Metric]:
         "free_mb": (1 << 20, _family("fleet_log_free_bytes", "Free on the disk of the server's log.", "server")),
         "queue": (1, _family("fleet_queue_messages", "Messages in the queue of the server's Exim.", "server")),
         "load": (1, _family("fleet_load", "Load of the server's host over a minute.", "server")),
+        "clock_ahead": (1, _family("fleet_clock_ahead_seconds", "By how much the clock of the server's host is ahead of the database's.", "server")),
     }
     fleet = _fleet(connection)
     for server in fleet:

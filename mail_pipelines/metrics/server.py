@@ -29,7 +29,7 @@ class ServerMetrics(Collector):
         if (beaten := presence.heartbeat.last) is not None:
             yield self._one("heartbeat_timestamp_seconds", "When the database last took a heartbeat, by its clock.", beaten.timestamp())
         if tally.finished_at is not None:
-            yield self._one("settled_timestamp_seconds", "When the settler last ended a round.", tally.finished_at)
+            yield self._one("settled_timestamp_seconds", "When the settler last ended a round, by the database's clock.", tally.finished_at)
         yield self._counter("settler_failures", "Rounds of the settler that failed: no database, or no journal.", tally.failures)
         yield self._counter("settled_claims", "Claims of dead sessions that this process settled.", tally.claims)
         rows = CounterMetricFamily("mail_pipelines_server_settled_rows", "Rows of those claims, by what they became.", labels=("server", "state"))

@@ -12,7 +12,7 @@ import dagster as dg
 from mail_pipelines import partitions
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
-from mail_pipelines.dispatch import registry, servers
+from mail_pipelines.dispatch import clock, registry, servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
@@ -55,6 +55,9 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
     if silent:
         context.log.warning("silent servers: %s", ", ".join(silent))
+    for server in speaking:
+        if server.clock_error:
+            context.log.warning("%s: %s", server.clock_error, clock.REMEDY)
     lost = watch.silent_for(registry.LOST_AFTER)
     for server in elsewhere:
         if server.key in lost and (rows := registry.lose(database.engine, server.key, heartbeat_at=server.heartbeat_at)) is not None:

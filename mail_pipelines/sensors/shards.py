@@ -25,7 +25,7 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
     """Start send runs: at most the free slots of each server, only for shards with due rows and an unspent grant."""
     engine, settings = database.engine, database.settings
     with contextlib.suppress(DatabaseUnreachable):
-        for breaker in breakers.judge(engine, dt.datetime.now(dt.UTC)):
+        for breaker in breakers.judge(engine):
             context.log.warning("server %d to %s is %s: %s", breaker.server_id, breaker.provider, breaker.state, breaker.reason)
         for key, reason in stopping.stop_bad(engine, dt.datetime.now(dt.UTC)).items():
             context.log.warning("campaign %s %s", key, reason)

@@ -9,12 +9,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from tests.dispatch.world import World
+from tests.parts import clock
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["mail_pipelines.dispatch.session", "pymysql"])
 
 
-def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str) -> None:
+def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str, clock_ahead: float) -> None:
     from mail_pipelines import config
     from mail_pipelines.database.engine import open_engine, reading
     from mail_pipelines.dispatch import servers
@@ -22,6 +23,7 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
     from mail_pipelines.dispatch.session import Session, journal_of
 
     os.environ.update(environ)
+    clock.set_ahead(clock_ahead)
     settings = config.load(environ)
     engine = open_engine(settings.database)
     with reading(engine) as connection:
@@ -31,13 +33,13 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
 
 
 class SessionProcess:
-    """One session of a world's campaign, in its own process."""
+    """One session of a world's campaign, in its own process, whose clock is `clock_ahead` seconds ahead."""
 
-    def __init__(self, world: World, server: str, run_id: str, shard: int = 0, **environment: str) -> None:
+    def __init__(self, world: World, server: str, run_id: str, shard: int = 0, *, clock_ahead: float = 0, **environment: str) -> None:
         environ = {name: value for name, value in os.environ.items() if name.startswith("MAIL_PIPELINES_")} | environment
         self.result = world.settings.home / f"{run_id}.done"
         self.process: ForkServerProcess = _processes.Process(
-            target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id), daemon=True
+            target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id, clock_ahead), daemon=True
         )
         self.process.start()
 

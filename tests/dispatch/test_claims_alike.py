@@ -452,7 +452,7 @@ def ask(engine: sa.Engine, situation: Situation) -> list[Any]:
             answers.append(str(error))
             continue
         if isinstance(answer, NothingClaimed):
-            answers.append((re.sub(r"\d\d:\d\d", "TIME", answer.reason), answer.retry_at is not None, answer.ends_session))
+            answers.append((re.sub(r"\d\d:\d\d", "TIME", answer.reason), answer.retry_seconds is not None, answer.ends_session))
         else:
             assert answer.lease_until - answer.ref.opened_at == dt.timedelta(seconds=120.5)
             answers.append((answer.rows, answer.version_id, answer.position))

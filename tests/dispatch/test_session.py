@@ -213,7 +213,7 @@ def test_a_session_at_work_stops_when_the_database_goes_back(start: Start, monke
     monkeypatch.setenv("MAIL_PIPELINES_SERVER__HEARTBEAT_SECONDS", "600")
     world, server, _ = start(recipients=200, limits={"connections": 2, "per_second": 20.0})
     # The look that a session takes twice a second has not come yet.
-    monkeypatch.setattr(servers, "check_time", lambda *_: None)
+    monkeypatch.setattr(servers, "check_time", lambda *_: dt.datetime.now(dt.UTC))
     with ThreadPoolExecutor() as pool:
         run = pool.submit(session(world, server).run)
         wait_for(lambda: len(world.kept()) > 0, what="sending")

@@ -328,8 +328,9 @@ def _open_folders() -> Path:
 class Running:
     """A server process of its own, as `mail-pipelines catcher run` or `exim run` starts it."""
 
-    def __init__(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str) -> None:
+    def __init__(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str, clock_ahead: float = 0) -> None:
         self.world, self.server, self.play = world, server, play
+        self.program = ["tests.parts.clock", str(clock_ahead)] if clock_ahead else ["mail_pipelines.cli"]
         # Of some domains, as options of `exim run`.
         self.elsewhere = [word for destination in destinations for word in ("--destination", destination)]
         self.folders = world.folders(server.key)
@@ -342,7 +343,7 @@ class Running:
         """Start a `mail-pipelines` command and wait until it listens on `port`."""
         output = self.folders.log / "process.log"
         with output.open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", "mail_pipelines.cli", *words], env=os.environ.copy(), stdout=log, stderr=log)
+            process = subprocess.Popen([sys.executable, "-m", *self.program, *words], env=os.environ.copy(), stdout=log, stderr=log)
 
         def ready() -> bool:
             assert process.poll() is None, output.read_text()[-2000:]
@@ -442,9 +443,12 @@ class Servers:
     def __init__(self) -> None:
         self._running: list[Running] = []
 
-    def start(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str) -> Any:
-        """Start the server `server` of the world's kind, with destinations that behave as `play` says; `destinations` of some domains are elsewhere."""
-        return self._keep((Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations))
+    def start(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str, clock_ahead: float = 0) -> Any:
+        """Start the server `server` of the world's kind, with destinations that behave as `play` says; `destinations` of some domains are elsewhere.
+
+        The clock of its process is so many seconds ahead, which only a catcher's can be.
+        """
+        return self._keep((Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations, clock_ahead=clock_ahead))
 
     def start_two(self, world: World, play: Path, **limits: Mapping[str, Any]) -> tuple[RunningTwo, dict[str, World]]:
         """Start one Exim for the servers s1 and s2, with limits of their own; the world as each of them sees it."""

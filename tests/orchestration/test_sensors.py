@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import dagster as dg
 import pytest
@@ -143,6 +144,17 @@ def test_a_server_without_room_for_its_log_gets_no_runs(world: World) -> None:
     with world.engine.connect() as connection:
         found = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=())
     assert {opening.server for opening in found} == {"s2"}
+
+
+def test_a_server_whose_clock_is_off_is_named_every_tick(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    alive(world, "s1", "s2", "s3")
+    world.set_server("s1", health={"clock_ahead": -301.0})
+    world.set_server("s2", health={"clock_ahead": 2.0})
+    tick = context(instance, repository)
+    with mock.patch.object(tick.log, "warning") as warning:
+        servers.server_health(tick, DATABASE)
+    ((words, *values),) = [call.args for call in warning.call_args_list]
+    assert (words % tuple(values)).startswith("the clock of s1 is 301 s behind the database's: let NTP set it")
 
 
 @pytest.mark.parametrize("state", ["paused", "scheduled", "cancelled", "finished"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -205,6 +206,16 @@ def test_doctor_names_a_broker_that_is_away_and_keys_that_do_not_match(centre: c
     (problem,) = broker_findings()
     assert problem.startswith("the broker does not answer")
     assert "secret" not in problem
+
+
+def test_doctor_names_a_database_of_results_that_takes_connections_and_never_answers(
+    centre: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "STORAGE_SECONDS", 0.5)
+    monkeypatch.setenv("MAIL_PIPELINES_BROKER__URL", f"filesystem://{tmp_path}/broker")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MAIL_PIPELINES_BROKER__RESULTS", f"db+mysql+pymysql://centre:secret@127.0.0.1:{silent.getsockname()[1]}/results")
+        assert broker_findings() == ["the database of results does not answer within 0.5 s"]
 
 
 def test_doctor_has_nothing_to_say_of_a_broker_where_there_is_none() -> None:

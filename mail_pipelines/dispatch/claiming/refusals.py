@@ -49,7 +49,7 @@ class Refusal:
 
 def answer(refusal: Refusal, request: Request) -> NothingClaimed:
     """What the sender is told. Raises `WrongServer` if its process must not send at all."""
-    server, provider, second = request.sender.server_key, request.provider, int(refusal.now.timestamp())
+    server, provider, second = request.sender.server_key, request.provider, refusal.now.timestamp()
     match refusal.verdict:
         case Verdict.UNREGISTERED:
             raise WrongServer(f"server {server} is not registered: run `mail-pipelines server list`")
@@ -74,7 +74,7 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
         case Verdict.HELD:
             return NothingClaimed(refusal.detail, ends_session=True)
         case Verdict.PROVIDER_HELD:
-            return NothingClaimed(refusal.detail, retry_at=second + _HELD_AGAIN_SECONDS)
+            return NothingClaimed(refusal.detail, retry_seconds=_HELD_AGAIN_SECONDS)
         case Verdict.WRONG_POOL:
             return NothingClaimed(f"server {server} is in none of the campaign's pools", ends_session=True)
         case Verdict.EXPIRED:
@@ -82,11 +82,11 @@ def answer(refusal: Refusal, request: Request) -> NothingClaimed:
         case Verdict.NO_GRANT:
             next_slot = slot_at(refusal.now) + SLOT_SECONDS
             when = dt.datetime.fromtimestamp(next_slot, dt.UTC).strftime("%H:%M UTC")
-            return NothingClaimed(f"no grant before {when}", retry_at=next_slot)
+            return NothingClaimed(f"no grant before {when}", retry_seconds=next_slot - second)
         case Verdict.NO_LIMITS:
             return NothingClaimed(f"no limits are set for {provider}: run `mail-pipelines server limits`")
         case Verdict.USED_UP:
             length = refusal.window_seconds
-            return NothingClaimed(f"the limit of {refusal.cap} in {length} s is used up", retry_at=second - second % length + length)
+            return NothingClaimed(f"the limit of {refusal.cap} in {length} s is used up", retry_seconds=length - second % length)
         case Verdict.NOTHING_DUE:
             return NothingClaimed("nothing is due", only_here=True)

@@ -95,15 +95,19 @@ class OpenClaim:
     # The same moment on this process's monotonic clock, taken before the database was asked.
     opened: float
 
+    def database_second(self, monotonic: float) -> float:
+        """The database's clock (epoch seconds) at a moment of this process's monotonic one, to within the time that the claim took."""
+        return self.ref.opened_at.timestamp() + monotonic - self.opened
+
 
 @dataclass(frozen=True)
 class NothingClaimed:
-    """No row may be sent now, and why. `retry_at` (epoch seconds): when that may change, if it is known.
+    """No row may be sent now, and why. `retry_seconds`: how long from now until that may change, if it is known.
 
     `ends_session` tells a reason that concerns the whole campaign from one that concerns one provider, `only_here` one that concerns one shard.
     """
 
     reason: str
-    retry_at: float | None = None
+    retry_seconds: float | None = None
     ends_session: bool = False
     only_here: bool = False
