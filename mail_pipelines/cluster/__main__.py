@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from contextlib import ExitStack, suppress
@@ -45,7 +44,7 @@ def send(centre: Centre, fleet: list[Server]) -> Verdict:
 def run(recipients: int, *, as_json: bool, stay: bool) -> None:
     """Raises `MailPipelinesError` if not everything agrees, or something does not work."""
     begin = time.monotonic()
-    with running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
+    with running.alone(), running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
         centre, fleet = running.start(folder, run_folder, SERVERS, processes, stack, console)
         with console.status(f"importing {recipients:,} contacts"):
             campaigns.prepare(centre.engine, centre.settings, centre.settings.home / "files", recipients, processes.check)
@@ -80,9 +79,6 @@ def main() -> int:
     options = parser.parse_args()
     if options.recipients < _LEAST_RECIPIENTS:
         parser.error(f"--recipients is {options.recipients}; expected at least {_LEAST_RECIPIENTS}")
-    environ = hosts.neutral(os.environ)
-    os.environ.clear()
-    os.environ.update(environ)
     try:
         run(options.recipients, as_json=options.json, stay=not options.exit)
     except Stopped:

@@ -28,8 +28,7 @@ from mail_pipelines.demo.reporting import reported
 from mail_pipelines.dispatch import servers
 from mail_pipelines.supervision import Processes
 
-KEY = "to-everybody"
-CAMPAIGN = campaigns.CAMPAIGNS[0].replace("winter-letter", KEY).replace(", exclude: [customers]", "")
+KEY = campaigns.TO_ALL_KEY
 IMPORT_PER_SECOND = 50_000.0
 FREEZE_SECONDS_PER_MILLION = 30.0
 # What one Exim with a queue makes, of which as many would share this machine.
@@ -58,28 +57,21 @@ class Stages:
 def run(recipients: int, fleet: int, console: Console) -> list[Result]:
     """Raises `MailPipelinesError` if something does not work; that a count is wrong is a result."""
     queue_rate = _queue_rate()
-    environ = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(hosts.neutral(environ))
-    try:
-        with running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
-            names = [f"mx{number}" for number in range(1, fleet + 1)]
-            centre, started = running.start(folder, run_folder, names, processes, stack, console)
-            stages = Stages(console)
-            _prepare(centre, recipients, stages)
-            with console.status("starting Dagster"):
-                centre.start_dagster()
-                hosts.wait(processes, centre, started)
-            busy, begin = cpu.busy_seconds(), time.monotonic()
-            _send(centre, names, stages, console)
-            busy, taken = cpu.busy_seconds() - busy, time.monotonic() - begin
-            found = _count(centre, started, console)
-            for line in verdict.lines(found):
-                console.print(line, markup=False)
-            return _results(found, stages.seconds, queue_rate, busy, taken)
-    finally:
-        os.environ.clear()
-        os.environ.update(environ)
+    with running.alone(), running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
+        names = [f"mx{number}" for number in range(1, fleet + 1)]
+        centre, started = running.start(folder, run_folder, names, processes, stack, console)
+        stages = Stages(console)
+        _prepare(centre, recipients, stages)
+        with console.status("starting Dagster"):
+            centre.start_dagster()
+            hosts.wait(processes, centre, started)
+        busy, begin = cpu.busy_seconds(), time.monotonic()
+        _send(centre, names, stages, console)
+        busy, taken = cpu.busy_seconds() - busy, time.monotonic() - begin
+        found = _count(centre, started, console)
+        for line in verdict.lines(found):
+            console.print(line, markup=False)
+        return _results(found, stages.seconds, queue_rate, busy, taken)
 
 
 def _queue_rate() -> float:
@@ -106,7 +98,7 @@ def _send(centre: Centre, names: list[str], stages: Stages, console: Console) ->
             return connection.execute(sa.select(Campaign.state).where(Campaign.key == KEY)).scalar_one() in ("sending", "finished")
 
     with stages.stage("audience"):
-        campaigns.start(centre.engine, centre.settings, CAMPAIGN)
+        campaigns.start(centre.engine, centre.settings, campaigns.TO_ALL)
         centre.processes.wait_until_ready(frozen, seconds=_FREEZE_WAIT_SECONDS, what="the audience")
     with stages.stage("send"):
         watch.until_over(centre.engine, centre.processes, console, (KEY,), names)

@@ -32,40 +32,34 @@ name: Bought something
 criteria: {field: orders, op: ">=", value: 1}
 """,
 )
+_CAMPAIGN = """
+name: {name}
+key: {key}
+segments: {segments}
+unsubscribe: all
+priority: {priority}
+content:
+  from_name: The Garden Shop
+  from_address: news@garden-shop.test
+  subject: "{{{{ first_name | default('Hello') }}}}, {subject}"
+  body: |
+    <p>Dear {{{{ first_name | default('friend') }}}} {{{{ last_name | default('') }}}},</p>
+    <p>{offer}</p>
+    <p>The Garden Shop, 1 Orchard Lane, Gardenville. <a href="{{{{ unsubscribe_url }}}}">Unsubscribe</a></p>
+"""
+_WINTER = {
+    "subject": "the garden in winter",
+    "offer": 'what now sleeps wants to be covered{% if city %}, in {{ city }} too{% endif %}: <a href="https://garden-shop.test/winter">how it is done</a>.',
+}
+_TODAY = {"subject": "today only", "offer": 'everything is cheaper until midnight: <a href="https://garden-shop.test/today">see the offers</a>.'}
 # About 70 % and 30 % of all recipients, nobody in both.
 KEYS = ("winter-letter", "today-only")
 CAMPAIGNS = (
-    """
-name: Winter letter
-key: winter-letter
-segments: {include: [everybody], exclude: [customers]}
-unsubscribe: all
-priority: normal
-content:
-  from_name: The Garden Shop
-  from_address: news@garden-shop.test
-  subject: "{{ first_name | default('Hello') }}, the garden in winter"
-  body: |
-    <p>Dear {{ first_name | default('friend') }} {{ last_name | default('') }},</p>
-    <p>what now sleeps wants to be covered{% if city %}, in {{ city }} too{% endif %}: <a href="https://garden-shop.test/winter">how it is done</a>.</p>
-    <p>The Garden Shop, 1 Orchard Lane, Gardenville. <a href="{{ unsubscribe_url }}">Unsubscribe</a></p>
-""",
-    """
-name: Today only
-key: today-only
-segments: {include: [customers]}
-unsubscribe: all
-priority: high
-content:
-  from_name: The Garden Shop
-  from_address: news@garden-shop.test
-  subject: "{{ first_name | default('Hello') }}, today only"
-  body: |
-    <p>Dear {{ first_name | default('friend') }} {{ last_name | default('') }},</p>
-    <p>everything is cheaper until midnight: <a href="https://garden-shop.test/today">see the offers</a>.</p>
-    <p>The Garden Shop, 1 Orchard Lane, Gardenville. <a href="{{ unsubscribe_url }}">Unsubscribe</a></p>
-""",
+    _CAMPAIGN.format(key=KEYS[0], name="Winter letter", segments="{include: [everybody], exclude: [customers]}", priority="normal", **_WINTER),
+    _CAMPAIGN.format(key=KEYS[1], name="Today only", segments="{include: [customers]}", priority="high", **_TODAY),
 )
+TO_ALL_KEY = "to-everybody"
+TO_ALL = _CAMPAIGN.format(key=TO_ALL_KEY, name="To everybody", segments="{include: [everybody]}", priority="normal", **_WINTER)
 # A small audience is sent so slowly that it takes about as long as this, or it would be over before the last server has begun.
 _LEAST_SECONDS = 20
 _MOST_PER_SECOND = 100.0

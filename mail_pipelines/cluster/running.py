@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mail_pipelines.cluster import backing
+from mail_pipelines.cluster import backing, hosts
 from mail_pipelines.cluster.hosts import Centre, Server
 from mail_pipelines.supervision import Processes, Stopped
 
 _TMPFS = Path("/dev/shm")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In the block, the environment is without an installation of the reader's."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(hosts.neutral(before))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager

@@ -44,24 +44,17 @@ mutation($job: String!, $tags: [ExecutionTag!]!) {
 
 def run(quick: bool, console: Console) -> list[Result]:
     """Raises `MailPipelinesError` if something does not work."""
-    environ = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(hosts.neutral(environ))
-    try:
-        with running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
-            centre, fleet = running.start(folder, run_folder, [SERVER], processes, stack, console)
-            campaigns.prepare(centre.engine, centre.settings, centre.settings.home / "files", RECIPIENTS, processes.check)
-            campaigns.limit(centre.engine, [SERVER], RECIPIENTS)
-            address = centre.start_dagster()
-            hosts.wait(processes, centre, fleet)
-            campaigns.start(centre.engine, centre.settings, campaigns.CAMPAIGNS[1])
-            key = campaigns.KEYS[1]
-            watch.until_over(centre.engine, processes, console, (key,), (SERVER,))
-            processes.wait_until_ready(lambda: reported(centre.settings, key), seconds=_WAIT_SECONDS, what="the report")
-            return _measure(centre, address, key, 10 if quick else 40)
-    finally:
-        os.environ.clear()
-        os.environ.update(environ)
+    with running.alone(), running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
+        centre, fleet = running.start(folder, run_folder, [SERVER], processes, stack, console)
+        campaigns.prepare(centre.engine, centre.settings, centre.settings.home / "files", RECIPIENTS, processes.check)
+        campaigns.limit(centre.engine, [SERVER], RECIPIENTS)
+        address = centre.start_dagster()
+        hosts.wait(processes, centre, fleet)
+        campaigns.start(centre.engine, centre.settings, campaigns.CAMPAIGNS[1])
+        key = campaigns.KEYS[1]
+        watch.until_over(centre.engine, processes, console, (key,), (SERVER,))
+        processes.wait_until_ready(lambda: reported(centre.settings, key), seconds=_WAIT_SECONDS, what="the report")
+        return _measure(centre, address, key, 10 if quick else 40)
 
 
 def _measure(centre: Centre, address: str, campaign: str, runs: int) -> list[Result]:
