@@ -47,7 +47,8 @@ from mail_pipelines.dispatch.holds import Kind, Scope
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.messages.content import Content
-from mail_pipelines.messages.tokens import DeliveryToken, read_delivery
+from mail_pipelines.messages.keyring import KeyRing, derive
+from mail_pipelines.messages.tokens import DeliveryToken
 from tests.parts.processes import free_port, listens, wait_for
 
 CONTENT = Content(
@@ -233,9 +234,15 @@ class World:
 
     def copies(self) -> Counter[int]:
         """How many copies of this campaign each contact got, by the tokens of what the catchers keep."""
-        key = self.settings.token_key()
-        tokens = [read_delivery(message.token, key) for message in self.kept()]
+        ring = self.ring()
+        tokens = [ring.read_delivery(message.token)[0] for message in self.kept()]
         return Counter(token.contact_id for token in tokens if token.campaign_id == self.campaign_id)
+
+    def ring(self) -> KeyRing:
+        """The keys under which a centre accepts tokens."""
+        with reading(self.engine) as connection:
+            fleet = {server.id: server.key for server in servers.all_servers(connection)}
+        return KeyRing.of(self.settings.token_key(), fleet)
 
 
 def make_world(
@@ -451,12 +458,13 @@ class Servers:
         return self._keep((Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations, clock_ahead=clock_ahead))
 
     def start_two(self, world: World, play: Path, **limits: Mapping[str, Any]) -> tuple[RunningTwo, dict[str, World]]:
-        """Start one Exim for the servers s1 and s2, with limits of their own; the world as each of them sees it."""
+        """Start one Exim for the servers s1 and s2, with limits and token keys of their own; the world as each of them sees it."""
         own = world.settings.home / "servers"
         own.mkdir(parents=True)
         for number, key in enumerate(("s1", "s2"), 1):
             words = [f'address = "127.0.0.1{number}"', f'hostname = "{key}.example.test"', *(['exim = "s1"'] if number == 2 else [])]
-            (own / f"{key}.toml").write_text("\n".join(["[server]", *words]), encoding="utf-8")
+            secrets = ["[sending]", f'token_key = "{derive(world.settings.token_key(), key).decode()}"']
+            (own / f"{key}.toml").write_text("\n".join(["[server]", *words, *secrets]), encoding="utf-8")
         worlds = {key: replace(world, settings=config.load_for(key)) for key in ("s1", "s2")}
         infos = {key: one.server(key) for key, one in worlds.items()}
         for key, values in limits.items():

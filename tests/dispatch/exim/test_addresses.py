@@ -16,7 +16,6 @@ from mail_pipelines.database.models import Claim, Delivery, Server, State
 from mail_pipelines.dispatch import audit, permit, servers
 from mail_pipelines.dispatch.journal import Kind
 from mail_pipelines.dispatch.session import journal_of
-from mail_pipelines.messages.tokens import read_delivery
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_crashes import check_promise
 from tests.dispatch.world import Servers, World, make_world, write_play
@@ -60,8 +59,11 @@ def test_each_server_sends_from_its_own_address_by_its_own_name_and_limits(engin
 
     of = senders(world)
     at: dict[str, list[float]] = {key: [] for key in FROM}
+    ring = world.ring()
     for message in world.kept():
-        key = of[read_delivery(message.token, world.settings.token_key()).contact_id]
+        token, signer = ring.read_delivery(message.token)
+        key = of[token.contact_id]
+        assert signer == worlds[key].server(key).id
         at[key].append(message.at)
         assert (message.peer, message.permit) == FROM[key]
         assert message.sender == f"b+{message.token}@bounces.example.test"
