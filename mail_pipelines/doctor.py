@@ -294,6 +294,8 @@ def check_broker(settings: config.Settings) -> Iterator[Finding]:
 
     try:
         app = tasks.make_app(settings)
+        # A worker waits for a minute; whoever asks what is wrong wants to hear it.
+        app.conf.result_backend_always_retry = False
         if given.signing_key and orders.verify_key_of(given.signing_key) != given.verify_key:
             yield Finding("broker", "broker.verify_key is not that of broker.signing_key: every order is refused", "restore both from the backup of the centre")
         with app.connection_for_read() as connection:

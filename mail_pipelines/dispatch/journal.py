@@ -125,6 +125,8 @@ class Evidence:
     unknown_forms: int = 0
     alarms: int = 0
     claim_id: int | None = None
+    # Of a claim: what the journal itself calls an offer of it. A delivery alone names no claim, so outcomes are those of others, too.
+    offered: set[str] = field(default_factory=set)
 
     def take(self, entry: Entry) -> Outcome | None:
         """Note an entry about a message, in the order of the journal; returns the outcome that was noted.
@@ -132,8 +134,11 @@ class Evidence:
         After an INTENT only words about the body end the doubt: without any, or with those of another host that was asked next (in the queue,
         Exim goes on to it), a destination may have the message. There a doubt keeps its INTENT, so that it is known to what comes later.
         """
-        if self.claim_id is not None and self._is_foreign(entry):
-            return None
+        if self.claim_id is not None:
+            if self._is_foreign(entry):
+                return None
+            if entry.token and (entry.permit or entry.intent_pid is not None):
+                self.offered.add(entry.token)
         token = entry.token or self.messages.get(entry.message, "")
         if entry.intent_pid is not None:
             self.intents[token] = entry.intent_pid

@@ -59,8 +59,8 @@ def token_of(ref: ClaimRef, contact_id: int, attempt: int, token_key: bytes) -> 
 
 
 def speaks_another_key(evidence: Evidence, tokens: Set[str], token_key: bytes) -> bool:
-    """Whether the journal names messages by tokens of another key: then it may name those of `tokens` so, too, and their absence proves nothing."""
-    return any(not _is_under(token, token_key) for token in (evidence.intents.keys() | evidence.outcomes.keys()) - tokens)
+    """Whether the journal names offers of the claim by tokens of another key: then it may name those of `tokens` so, too, and their absence proves nothing."""
+    return any(not _is_under(token, token_key) for token in evidence.offered - tokens)
 
 
 def _is_under(token: str, token_key: bytes) -> bool:

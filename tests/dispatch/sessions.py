@@ -22,6 +22,9 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
     from mail_pipelines.dispatch.files import ServerFolders
     from mail_pipelines.dispatch.session import Session, journal_of
 
+    # What is ignored where the tests run (SIGINT is by xdist, and Dagster gives SIGTERM the same) would be ignored here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environ)
     clock.set_ahead(clock_ahead)
     settings = config.load(environ)

@@ -262,7 +262,8 @@ def test_whoever_greylists_hears_again_from_the_same_server(engine: sa.Engine, t
     """Two servers, each with destinations of its own, which so know a recipient by the server it comes from; counted there."""
     world = make_world(engine, tmp_path / "home", recipients=120, kind=kind, domains=("google.test", "small.test"), first_retry_seconds=2)
     play = write_play(tmp_path / "play.toml", greylist_percent=100, greylist_seconds=1)
-    both = [world.server(key, connections=2, per_second=40.0) for key in ("s1", "s2")]
+    # Neither has offered all before the other has begun.
+    both = [world.server(key, connections=2, per_second=10.0) for key in ("s1", "s2")]
     for server in both:
         running.start(world, server, play)
     threads = [threading.Thread(target=session(world, server, f"run-{server.key}").run) for server in both]

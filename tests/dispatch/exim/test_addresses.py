@@ -95,6 +95,8 @@ def test_what_is_killed_of_one_server_is_settled_without_touching_the_other(engi
     # By the process that runs Exim, with nobody else's help.
     wait_for(lambda: not open_claims(world, "s2"), seconds=30, what="the settlement of what was killed")
     assert first.process.is_alive()
+    # What was not offered is pending again, whatever the other server has delivered meanwhile under a key of its own.
+    assert len(unknown(world)) <= limits["s2"]["connections"]
     assert {key for contact, key in senders(world).items() if contact in unknown(world)} <= {"s2"}
     permits = {path.name.partition(".")[0] for path in worlds["s1"].folders("s1").permits.glob("c*")}
     assert permits >= {f"c{claim}" for claim in open_claims(world, "s1")}
