@@ -10,7 +10,8 @@ whatever its order and however often it comes:
 - A row whose outcome nobody knows gets it from evidence of its own attempt: that it arrived, or else that it bounced. The former is
   stronger, since a person has acted on the message, and may correct the latter.
 - Evidence of an older attempt is kept and changes nothing. What a person asks for is done, whichever copy it came from.
-- What is proved by a token under the key of one server counts only about rows that this server was the last to claim, or has reported on.
+- What is proved by a token under the key of one server counts only about rows that this server was the last to claim, or has reported on; and, of a server
+  whose log a recovery could not read whole, about rows that are or were in doubt, since nobody knows what it has mailed.
 - The row of an archived campaign changes no more, wherever it is: its state follows from it and the evidence kept since, and only counters move.
 """
 
@@ -30,10 +31,10 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.consent import Scope
 from mail_pipelines.contacts.sets import insert_if_absent
-from mail_pipelines.database.models import Campaign, Delivery, DeliveryEvent, EngagementEvent, State
+from mail_pipelines.database.models import Campaign, Delivery, DeliveryEvent, EngagementEvent, RecoveryServer, State
 from mail_pipelines.delivery import counters, events, suppression
 from mail_pipelines.delivery.classes import classify
-from mail_pipelines.delivery.events import BOUNCED, event_id, mask_addresses
+from mail_pipelines.delivery.events import BOUNCED, RESENT, RESOLVED, event_id, mask_addresses
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError, Manifest
 from mail_pipelines.delivery.recording import suppress_bounced
 from mail_pipelines.delivery.transitions import may_move
@@ -67,6 +68,9 @@ ARRIVED = frozenset({Kind.LATE_DELIVERY, Kind.DELIVERY_REPORT, Kind.COMPLAINT, K
 FAILED = frozenset({Kind.LATE_REFUSAL, Kind.BOUNCE_REPORT})
 # Nobody knows of these rows whether their attempt arrived. A waiting row has a message out only if that is sent again.
 _OPEN = frozenset({State.UNKNOWN, State.PENDING, State.DEFERRED})
+_IN_DOUBT = frozenset({State.UNKNOWN, State.UNRESOLVED})
+# Parts in a recovery (`dispatch.recovery.standing`) of servers that may have mailed what nobody has read.
+_UNCOVERED = ("incomplete", "lost")
 _KINDS = frozenset(kind.value for kind in Kind)
 _ENGAGEMENT = {Kind.COMPLAINT: "complaint", Kind.UNSUBSCRIBE: "unsubscribe"}
 
@@ -185,7 +189,7 @@ def _campaigns(connection: Connection, campaign_ids: Collection[int]) -> dict[in
 
 @dataclass
 class _Change:
-    """What becomes of one row: its columns as `_read` selects them, what was known, and what is new. `servers`: its last, and those that reported on it."""
+    """What becomes of one row: its columns as `_read` selects them, what was known, and what is new. `servers`: those whose it is or may be."""
 
     row: Any
     before: Known
@@ -205,7 +209,8 @@ class _Change:
 
 def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence[Evidence], now: dt.datetime, archive: LedgerArchive) -> list[Effect]:
     try:
-        changes = _read(connection, scopes, sorted({piece.contact_id for piece in pieces}), archive)
+        uncovered = _uncovered_among(connection, {piece.signed_by for piece in pieces if piece.signed_by})
+        changes = _read(connection, scopes, sorted({piece.contact_id for piece in pieces}), archive, uncovered)
     except LedgerArchiveError as error:
         _log.warning("evidence about campaign %d waits: %s", scopes.campaign_id, error)
         # What a server has signed can be held against its rows only when they are here again.
@@ -221,8 +226,16 @@ def _apply_to_campaign(connection: Connection, scopes: _Scopes, pieces: Sequence
     return effects
 
 
-def _read(connection: Connection, scopes: _Scopes, contact_ids: list[int], archive: LedgerArchive) -> dict[int, _Change]:
-    """The rows, locked in key order or from the archive, with what is kept about them."""
+def _uncovered_among(connection: Connection, server_ids: Collection[int]) -> frozenset[int]:
+    """Those of some servers that may have mailed rows that a recovery has left in doubt."""
+    if not server_ids:
+        return frozenset()
+    query = sa.select(RecoveryServer.server_id).where(RecoveryServer.server_id.in_(sorted(server_ids)), RecoveryServer.part.in_(_UNCOVERED))
+    return frozenset(connection.execute(query).scalars())
+
+
+def _read(connection: Connection, scopes: _Scopes, contact_ids: list[int], archive: LedgerArchive, uncovered: frozenset[int]) -> dict[int, _Change]:
+    """The rows, locked in key order or from the archive, with what is kept about them; of those in doubt, `uncovered` servers may have mailed any."""
     campaign_id = scopes.campaign_id
     ours = (Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(contact_ids))
     columns = (
@@ -240,7 +253,7 @@ def _read(connection: Connection, scopes: _Scopes, contact_ids: list[int], archi
         DeliveryEvent.campaign_id == campaign_id, DeliveryEvent.contact_id.in_(contact_ids)
     )
     about_each: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)
-    reporters: defaultdict[int, set[int]] = defaultdict(set)
+    servers: defaultdict[int, set[int]] = defaultdict(set)
     told: list[Any] = list(connection.execute(about))
     if scopes.archive is not None:
         # Of a ledger that is being deleted some rows are still here, with their events.
@@ -248,14 +261,20 @@ def _read(connection: Connection, scopes: _Scopes, contact_ids: list[int], archi
         rows += archive.recipients(campaign_id, scopes.archive, gone).values()
         told += archive.events(campaign_id, scopes.archive, gone)
     for event in told:
+        server_id = event.server_id or counters.CENTRE
         about_each[event.contact_id].add((event.attempt, event.kind))
-        reporters[event.contact_id].add(event.server_id or counters.CENTRE)
+        servers[event.contact_id].add(server_id)
+        if event.kind == RESENT or (event.kind == RESOLVED and server_id == counters.CENTRE):
+            # It was in doubt, until that was ended by a decision and not by a server's word.
+            servers[event.contact_id] |= uncovered
+    for row in rows:
+        servers[row.contact_id] |= {row.server_id or counters.CENTRE} | (uncovered if State(row.state) in _IN_DOUBT else set())
     return {
         row.contact_id: _Change(
             row,
             known(row.state, row.attempt, about_each[row.contact_id], is_archived=scopes.is_archived),
             [],
-            frozenset({row.server_id or counters.CENTRE, *reporters[row.contact_id]}),
+            frozenset(servers[row.contact_id]),
         )
         for row in rows
     }
@@ -293,6 +312,8 @@ def _write_events(connection: Connection, changes: Iterable[_Change], now: dt.da
                 shared
                 | {
                     "id": event_id(piece.campaign_id, piece.contact_id, piece.attempt, piece.kind),
+                    # From here on it is known whose the row is, or may be.
+                    "server_id": piece.signed_by or None,
                     "attempt": piece.attempt,
                     "kind": piece.kind.value,
                     "code": piece.code,

@@ -244,7 +244,7 @@ class _Auditor:
     def __post_init__(self) -> None:
         self.found = Audit(self.server.key)
         self.intents, self.messages = dict(self.standing.intents), dict(self.standing.messages)
-        self.own = OwnLines(self.server.key, *self.standing.others)
+        self.own = OwnLines(self.server.key, *self.standing.others, shares=self.folders.shares is not None)
         self.torn: set[str] = set()
         # Of `found.bad_lines`, those that may hide anything.
         self.hiding = 0

@@ -1,6 +1,7 @@
 """Whose lines are whose in a log that several servers of a host share, since they share its Exim.
 
-The first line about a claim (MARK) names its server, where there are several. Later ones name the claim, or else a message that an earlier one has named.
+The first line about a claim (MARK) names its server, where there are several; where there was one it names none, and is of the server whose log it is. Later
+lines name the claim, or else a message that an earlier one has named.
 A claim's own evidence needs none of this (`journal.Evidence` knows the claim); whoever reads a log from one end to the other does.
 """
 
@@ -19,11 +20,13 @@ _LAST_WORDS = (Kind.DELIVERED, Kind.BOUNCED)
 class OwnLines:
     """Tells entries about offers of `server`'s own from those of other servers, in the order of the log.
 
-    `claims` and `messages` (tokens, and Exim's names of queued messages) are the others', as an earlier reading has left them.
+    `claims` and `messages` (tokens, and Exim's names of queued messages) are the others', as an earlier reading has left them. `shares` says that the log
+    is another server's, to which this one's lines have come.
     """
 
-    def __init__(self, server: str, claims: Iterable[str] = (), messages: Iterable[str] = ()) -> None:
+    def __init__(self, server: str, claims: Iterable[str] = (), messages: Iterable[str] = (), *, shares: bool = False) -> None:
         self._server = server
+        self._shares = shares
         # As ordered sets: the oldest are forgotten first.
         self._claims = dict.fromkeys(claims)
         self._messages = dict.fromkeys(messages)
@@ -42,9 +45,10 @@ class OwnLines:
             return True
         names = [name for name in (entry.token, entry.message) if name]
         if entry.mark is not None:
-            if entry.server not in ("", self._server):
+            own = entry.server == self._server if entry.server else not self._shares
+            if not own:
                 _keep(self._claims, [_claim(entry.mark)], _CLAIMS_KEPT)
-            return entry.server in ("", self._server)
+            return own
         if not entry.permit:
             own = not any(name in self._messages for name in names)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +11,21 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Claim
+from mail_pipelines.database.models import Claim, RecoveredOffer
 from mail_pipelines.dispatch import audit, registry, servers, tail
+from mail_pipelines.dispatch.archive import Archive, Piece
 from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.exim import log
 from mail_pipelines.dispatch.journal import Journal, Kind
 from mail_pipelines.dispatch.own_lines import OwnLines
+from mail_pipelines.dispatch.recovery import archived, steps
 from mail_pipelines.dispatch.recovery import reading as recovery
 from mail_pipelines.dispatch.recovery.reading import Offers
-from mail_pipelines.messages.keyring import KeyRing
+from mail_pipelines.dispatch.recovery.standing import Part
+from mail_pipelines.messages.keyring import KeyRing, derive
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
-from tests.dispatch.world import make_world
+from tests.dispatch.test_recovery import part
+from tests.dispatch.world import World, make_world
 
 KEY = b"a key for tests"
 STAMP = "2026-11-24 12:15:42.927 [23506]"
@@ -120,6 +125,66 @@ def test_an_audit_goes_on_where_another_has_ended_between_the_lines_of_a_message
         counted.append(audit.run(engine, world.settings, server, journal, now).outcomes)
     assert sum(counted[0].values()) == 0
     assert counted[1] == {Kind.DELIVERED: 2}
+
+
+def of_one_host(engine: sa.Engine, home: Path) -> World:
+    """s2 shares the log of s1."""
+    world = make_world(engine, home, recipients=3, kind="exim")
+    world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"exim": "s1", "log_archive": str(home / "archive")})})
+    (home / "archive").mkdir(parents=True)
+    for key in ("s1", "s2"):
+        world.server(key)
+        world.set_server(key, health={"worker": "s1"})
+    return world
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_lines_from_before_a_log_was_shared_are_its_owners(engine: sa.Engine, tmp_path: Path) -> None:
+    world = of_one_host(engine, tmp_path / "home")
+    path = world.folders("s2").journal
+    assert path == world.folders("s1").journal
+    path.write_text("".join(f"{STAMP} {text}\n" for text in ("MARK c1.99", *sent(OURS))), encoding="ascii")
+    os.utime(path, (1e9, 1e9))
+    counted, told = {}, {}
+    journal = Journal(path, log.parse, log.continues, log.scan)
+    for key in ("s1", "s2"):
+        servers.recall(engine, world.folders(key))
+    steps.begin(engine, dt.datetime.now(dt.UTC))
+    for key in ("s1", "s2"):
+        with reading(engine) as connection:
+            server = servers.find(connection, key)
+        counted[key] = sum(audit.run(engine, world.settings, server, journal, dt.datetime.now(dt.UTC)).outcomes.values())
+        recovery.take_part(engine, world.settings, server, world.sender(server), journal)
+        told[key] = part(world, server).part, part(world, server).offers
+    assert counted == {"s1": 1, "s2": 0}
+    assert told == {"s1": (Part.READ, 1), "s2": (Part.READ, 0)}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_of_a_shared_log_in_the_archive_the_part_of_a_lost_server_is_whole(engine: sa.Engine, tmp_path: Path) -> None:
+    """Messages of the other server began before the time that is asked about: one before the log was shared, and one since."""
+    world = of_one_host(engine, tmp_path / "home")
+    now = dt.datetime.now(dt.UTC).replace(microsecond=0)
+    beaten, incarnation = now - dt.timedelta(hours=1), "00000000-0000-0000-0000-000000000000"
+    world.set_server("s2", heartbeat_at=beaten, incarnation=incarnation, boot_id="boot")
+    keys = {key: derive(world.settings.token_key(), key) for key in ("s1", "s2")}
+    early, late, own = (sign_delivery(DeliveryToken(1, number, 0), keys[key]) for number, key in ((1, "s1"), (2, "s1"), (3, "s2")))
+    since = beaten - archived.OVERLAP
+    archive = Archive(world.settings.server.log_archive)
+    written = {
+        since - dt.timedelta(minutes=2): ["MARK c1.99", sent(early)[0].replace("c2.", "c1."), "MARK c2.99 s1", sent(late)[0]],
+        since + dt.timedelta(minutes=1): [sent(early)[1], sent(late)[1], "MARK c3.99 s2", sent(own)[0].replace("c2.", "c3."), sent(own)[1]],
+    }
+    offset = 0
+    for number, (at, lines) in enumerate(written.items(), 1):
+        data = "".join(f"{at:%Y-%m-%d %H:%M:%S}.000 [23506] {text}\n" for text in lines).encode()
+        archive.put("s2", incarnation, Piece(number, int(at.timestamp()), 7, offset, len(data)), data)
+        offset += len(data)
+    archive.close("s2", incarnation, "boot")
+    steps.begin(engine, now)
+    assert steps.lose(engine, world.settings, "s2") == steps.Lost(0, Part.READ, 1, "from the archive")
+    with reading(engine) as connection:
+        assert connection.execute(sa.select(RecoveredOffer.contact_id)).scalars().all() == [3]
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from mail_pipelines.campaigns import unknown
+from mail_pipelines.campaigns.unknown import Verdict
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.database.engine import reading as reading_of
@@ -19,6 +21,8 @@ from mail_pipelines.database.models import Delivery, DeliveryEvent, EngagementEv
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import accounts, servers
 from mail_pipelines.dispatch.claims import OpenClaim
+from mail_pipelines.dispatch.recovery import standing, steps
+from mail_pipelines.dispatch.recovery.standing import Part
 from mail_pipelines.inbound import reading
 from mail_pipelines.inbound.folders import InboundFolders
 from mail_pipelines.messages.keyring import derive
@@ -136,6 +140,34 @@ def test_a_server_may_report_on_what_another_one_has_sent_since(theft: Theft) ->
     transact(theft.world.engine, lambda connection: record(connection, claim.ref, outcome, claim_state="open"))
     assert theft.read(request(theft.token(deferred))) == {"older": 1}
     assert theft.follows()[2] == {theft.address(deferred)}
+
+
+def test_what_a_recovery_left_in_doubt_the_lost_server_may_have_mailed(engine: sa.Engine, tmp_path: Path) -> None:
+    """The backup is older than its mail, so that nothing in the ledger names it; s2 has contributed its log, and may say nothing of these rows."""
+    world = make_world(engine, tmp_path / "home", recipients=40, domains=("google.test",))
+    fleet = [world.server(key) for key in ("s1", "s2")]
+    recovery = steps.begin(engine, NOW)
+    steps.lose(engine, world.settings, "s1")
+    transact(engine, lambda connection: standing.set_part(connection, recovery.generation, fleet[1].id, Part.READ))
+    assert steps.finish(engine, world.settings, NOW).doubtful == 40
+    lost = Theft(world, fleet[0], fleet[1], [], [])
+    other = derive(world.settings.token_key(), "s2")
+    assert lost.read(*(report(lost.token(number, other)) for number, report in enumerate(REPORTS, 1))) == {"forged": 3}
+    for number, (verdict, confirmed) in enumerate([(Verdict.RESEND, True), (Verdict.DELIVERED, False), (Verdict.UNRESOLVED, False)], 4):
+        scope = unknown.Scope(world.campaign_id, contact_id=number)
+        assert unknown.decide(engine, scope, verdict, NOW, who="tester", why="a test", confirmed=confirmed) == 1
+    assert lost.read(dsn(lost.token(1)), complaint(lost.token(2)), *(request(lost.token(number)) for number in (3, 4, 5, 6))) == {
+        "bounce_report": 1,
+        "complained": 1,
+        "unsubscribed": 4,
+    }
+    # The doubt about them is over, and they are still its recipients.
+    assert lost.read(request(lost.token(1)), request(lost.token(2))) == {"unsubscribed": 2}
+    states, _, suppressed = lost.follows()
+    # That somebody asks to be unsubscribed says that even the message that bounced had come.
+    assert states == Counter({State.UNKNOWN: 34, State.DELIVERED: 5, State.UNRESOLVED: 1})
+    assert suppressed == {lost.address(number) for number in range(1, 7)}
+    world.check_counters()
 
 
 def test_while_the_archive_is_away_nobody_is_unsubscribed_by_a_servers_key(theft: Theft) -> None:

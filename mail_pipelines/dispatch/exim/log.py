@@ -43,7 +43,7 @@ _HEAD = _STAMP + rb"(?: [+-]\d{4})?(?: \[\d{1,10}\])? (?:" + _MESSAGE_ID + rb" )
 # With the process, which the beginning of every record of ours names.
 _SECOND = re.compile(_STAMP + rb"(?: [+-]\d{4})? \[\d{1,10}\] ")
 # What an INTENT or a MARK is known by, wherever it stands in joined lines.
-_OWN = re.compile(rb"INTENT ([a-z2-7]{48}) \d|MARK (c\d+\.\d+)(?: [a-z0-9-]+)?\Z")
+_OWN = re.compile(rb"INTENT ([a-z2-7]{48}) \d|MARK (c\d+\.\d+)(?: ([a-z0-9-]+))?\Z")
 _ANY_TOKEN = re.compile(rb"(?<![a-z2-7])[a-z2-7]{48}(?![a-z2-7])")
 # The process of an INTENT that may be forged: one that does not live, so that nobody waits for it.
 _NO_PROCESS = 0
@@ -201,7 +201,10 @@ def _behind_torn(record: bytes, start: int) -> bytes:
 
 def _torn(record: bytes, what: str) -> Torn:
     """What joined lines say whoever's words they are. A forged INTENT makes a message doubtful that went to the forger; a permit's name no one else knows."""
-    own = [Entry(found[1].decode(), intent_pid=_NO_PROCESS) if found[1] else Entry(mark=found[2].decode()) for found in _OWN.finditer(record)]
+    own = [
+        Entry(found[1].decode(), intent_pid=_NO_PROCESS) if found[1] else Entry(mark=found[2].decode(), server=(found[3] or b"").decode())
+        for found in _OWN.finditer(record)
+    ]
     return Torn(what, (token.decode() for token in _ANY_TOKEN.findall(record)), own)
 
 

@@ -22,12 +22,17 @@ from mail_pipelines.messages.keyring import KeyRing
 
 # Longer than a session may take between a line and what it records of it, and than two clocks may differ.
 OVERLAP = reading.OVERLAP
+# Longer than from the first line about a claim to its last one: from there on it is known whose the lines are, where several servers share the log.
+_BEFORE = dt.timedelta(minutes=10)
 
 
-def read(archive: Archive, part: ServerPart, journal: Journal, keys: KeyRing, store: Callable[[Offers], None]) -> tuple[Part, str] | None:
+def read(
+    archive: Archive, part: ServerPart, journal: Journal, keys: KeyRing, store: Callable[[Offers], None], *, shares: bool = False
+) -> tuple[Part, str] | None:
     """Give `store` what the archive has of a server since the backup; what its part is by that, and why it is not the whole. None: nothing is there.
 
-    `journal` says how the lines of this kind of server are read, `keys` has those that it may have worked with. Raises `ArchiveError` if the archive is away.
+    `journal` says how the lines of this kind of server are read, `keys` has those that it may have worked with, `shares` says whether its log is another
+    server's, to which its lines have come. Raises `ArchiveError` if the archive is away.
     """
     since = part.heartbeat_at - OVERLAP if part.heartbeat_at is not None else None
     incarnations = archive.incarnations(part.server)
@@ -38,8 +43,8 @@ def read(archive: Archive, part: ServerPart, journal: Journal, keys: KeyRing, st
         recent = _since(pieces, since)
         if not recent:
             continue
-        blocks = _blocks(archive, part.server, incarnation, recent)
-        found.append(reading.read(part.server, journal, blocks, since, keys, store))
+        blocks = _blocks(archive, part.server, incarnation, _since(pieces, since - _BEFORE if since is not None else None))
+        found.append(reading.read(part.server, journal, blocks, since, keys, store, shares=shares))
         if incarnation == part.incarnation:
             complete = _missing(archive, part, incarnation, pieces, recent)
     if len(found) == 1:

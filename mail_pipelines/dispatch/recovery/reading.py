@@ -97,7 +97,8 @@ def _contribute(engine: Engine, settings: Settings, server: servers.ServerInfo, 
         return
     store = Store(engine, server.id)
     since = part.heartbeat_at - OVERLAP if part.heartbeat_at else None
-    found = read(server.key, journal, tail.blocks(journal, None, now), since, KeyRing([(server.id, settings.token_key())]), store)
+    keys = KeyRing([(server.id, settings.token_key())])
+    found = read(server.key, journal, tail.blocks(journal, None, now), since, keys, store, shares=folders.shares is not None)
     if found.in_flight or journal.end() != end:
         # Whoever ended while the log was read may have written more.
         return
@@ -124,13 +125,22 @@ def foreign(count: int) -> str:
     return f"{count} messages are under another token key than its server's" if count else ""
 
 
-def read(server: str, journal: Journal, blocks: Iterable[tail.Block], since: dt.datetime | None, keys: KeyRing, store: Callable[[Offers], None]) -> Found:
+def read(
+    server: str,
+    journal: Journal,
+    blocks: Iterable[tail.Block],
+    since: dt.datetime | None,
+    keys: KeyRing,
+    store: Callable[[Offers], None],
+    *,
+    shares: bool = False,
+) -> Found:
     """Give `store` the ends of all offers of a server that were logged after `since` (None: all) in blocks of a log, which `journal` knows how to read.
 
     A later end of an offer takes the place of an earlier one. A damaged line hides an offer only if both its INTENT and its end are damaged.
-    Tokens under no key of `keys` are left out, and counted.
+    Tokens under no key of `keys` are left out, and counted. `shares` says whether the log is another server's, which this one shares.
     """
-    evidence, own = Evidence(), OwnLines(server)
+    evidence, own = Evidence(), OwnLines(server, shares=shares)
     started: dict[str, int] = {}
     begin = int(since.timestamp()) if since else 0
     second = unreadable = damaged_before = others = 0

@@ -87,7 +87,8 @@ def lose(engine: Engine, settings: Settings, key: str) -> Lost:
     result, note = Part.LOST, ""
     if archive is not None:
         keys = KeyRing.of(settings.token_key(), {server.id: key})
-        result, note = archived.read(archive, part, journal, keys, store) or (Part.LOST, "the archive has nothing of it since the backup")
+        from_archive = archived.read(archive, part, journal, keys, store, shares=server.worker != key)
+        result, note = from_archive or (Part.LOST, "the archive has nothing of it since the backup")
     if result is Part.READ:
         # It was retired after the backup was made.
         registry.retire_lost(engine, key)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mail_pipelines.dispatch.exim import log
-from mail_pipelines.dispatch.journal import Entry, Evidence, Journal, Kind, Outcome, Position, UnknownForm
+from mail_pipelines.dispatch.journal import Entry, Evidence, Journal, Kind, Outcome, Position, Torn, UnknownForm
 
 TOKEN = "mfrggzdfmztwq2lknnwg23tpobyxe43uov3ho6dzpj2gk3tf"
 SENDER = f"b+{TOKEN}@bounces.example.test"
@@ -337,6 +337,12 @@ def test_a_marker_behind_a_torn_line_is_found(tmp_path: Path, torn: bytes) -> No
     for cut in range(1, len(torn) + 1):
         path.write_bytes(torn[:cut] + line("MARK c77.99") + b"\n")
         assert Journal(path, log.parse, log.continues).evidence(Position(path.stat().st_ino, 0), 77).covered, cut
+
+
+def test_a_marker_among_joined_lines_keeps_its_server() -> None:
+    with pytest.raises(Torn) as torn:
+        log.parse(DELIVERED[: DELIVERED.index(b'C="') + 8] + line("MARK c77.99 s2"))
+    assert torn.value.entries == (Entry(mark="c77.99", server="s2"),)
 
 
 OTHERS = (
