@@ -356,6 +356,11 @@ def load_for(server: str, environ: Mapping[str, str] = os.environ) -> Settings:
     return load({**environ, SERVER_VARIABLE: server})
 
 
+def members(environ: Mapping[str, str] = os.environ) -> dict[str, Settings]:
+    """The dispatch servers this process speaks for, that with the Exim first, each with its configuration; none at the centre. Raises as `load` does."""
+    return {server: load_for(server, environ) for server in servers_of_this_host(environ)}
+
+
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read and check the whole configuration; where a process speaks for several servers, that of the first.
 

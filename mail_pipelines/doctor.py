@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import os
 import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,19 +55,17 @@ class Finding:
 def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """All findings, in the order in which they are best dealt with. A configuration that cannot be read hides everything else."""
     try:
-        settings = config.load(environ)
+        settings, members = config.load(environ), config.members(environ)
     except config.ConfigError as error:
         return [Finding("configuration", str(error), "correct it; `mail-pipelines config reference` lists the keys")]
-    from mail_pipelines.resources import queues
-
     return [
         *check_home(settings),
         *check_token_key(settings),
         *check_dagster_home(settings, environ),
         *check_disk(settings),
-        *check_doors(settings),
-        *check_addresses(environ),
-        *check_central_database(settings, is_centre=queues.this_server(environ) is None),
+        *check_doors(settings, members),
+        *check_addresses(members),
+        *check_central_database(settings, is_centre=not members),
         *check_broker(settings),
         *check_dagster(settings),
     ]
@@ -105,31 +105,41 @@ def check_disk(settings: config.Settings) -> Iterator[Finding]:
             )
 
 
-def check_doors(settings: config.Settings) -> Iterator[Finding]:
+def check_doors(settings: config.Settings, members: Mapping[str, config.Settings]) -> Iterator[Finding]:
     """Ports that ask for no login and are open to other hosts. Without the database, those of registered servers are not known."""
-    engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
-    try:
-        with reading(engine) as connection:
-            own = config.servers_of_this_host()
-            fleet = servers.all_servers(connection)
-            here = [server for server in fleet if server.key in own or ServerFolders.of(settings.server, server.key).journal.exists()]
-    except (DatabaseError, sa.exc.SQLAlchemyError):
-        here = []
-    finally:
-        engine.dispose()
-    for door in doors.open_doors(settings, here):
+    found: dict[doors.Listener, doors.Door] = {}
+    # An account of the database shows no server but its own, and each tells its metrics at a port of its own.
+    for one in members.values() or [settings]:
+        try:
+            with _connected(one) as connection:
+                fleet = servers.all_servers(connection)
+        except (DatabaseError, sa.exc.SQLAlchemyError):
+            fleet = []
+        here = [server for server in fleet if server.key in members or ServerFolders.of(one.server, server.key).journal.exists()]
+        found |= {door.listener: door for door in doors.open_doors(one, here)}
+    for door in found.values():
         yield Finding("doors", f"{door.what} is open to other hosts at {door.listener}", door.remedy)
 
 
-def check_addresses(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """One server is one sending address, of this host; and one account and port."""
+@contextmanager
+def _connected(settings: config.Settings) -> Iterator[sa.Connection]:
+    """The central database, by the account of these settings."""
+    engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
+    try:
+        with reading(engine) as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def check_addresses(members: Mapping[str, config.Settings]) -> Iterator[Finding]:
+    """One server is one sending address, of this host; and one account, token key and port."""
     from mail_pipelines.dispatch.exim import instance, process
 
     try:
-        members = {name: config.load_for(name, environ) for name in config.servers_of_this_host(environ)}
         if len(members) > 1:
             process.check(members)
-    except (config.ConfigError, instance.EximError) as error:
+    except instance.EximError as error:
         yield Finding("addresses", str(error), "docs/production.md has how a host is several servers")
         return
     for name, settings in members.items():
@@ -139,20 +149,25 @@ def check_addresses(environ: Mapping[str, str]) -> Iterator[Finding]:
         return
     ports: dict[int, str] = {}
     for name, settings in members.items():
-        engine = open_engine(settings.database, answer_seconds=ANSWER_SECONDS)
         try:
-            with reading(engine) as connection:
+            with _connected(settings) as connection:
                 port = servers.find(connection, name).port
         except (DatabaseError, DispatchError) as error:
             yield Finding("addresses", f"server {name}: {error}", "each server of a host has an account of its own at the central database")
             continue
-        finally:
-            engine.dispose()
         if port in ports:
             yield Finding("addresses", f"servers {ports[port]} and {name} have the same port {port}", f"`mail-pipelines server add {name} --port` another one")
         ports[port] = name
     if (told := [settings.metrics.port for settings in members.values() if settings.metrics.port]) and len(told) != len(set(told)):
         yield Finding("addresses", "servers of this host tell their metrics at the same port", "set metrics.port in the file of each server")
+    for (one, left), (other, right) in itertools.combinations(members.items(), 2):
+        # Those that were never given accounts of their own all have the installation's.
+        if left.database.url != right.database.url and left.sending.token_key == right.sending.token_key:
+            yield Finding(
+                "addresses",
+                f"servers {one} and {other} have the same token key, though each has an account of its own",
+                "set sending.token_key_file in the file of each to a copy of what `mail-pipelines server account NAME` made for it",
+            )
 
 
 def _is_of_this_host(address: str) -> bool:

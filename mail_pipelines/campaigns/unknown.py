@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -30,7 +31,7 @@ from mail_pipelines.dispatch import tail
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.dispatch.session import journal_of
-from mail_pipelines.messages.keyring import keys_of
+from mail_pipelines.messages.keyring import derive
 from mail_pipelines.messages.tokens import DeliveryToken, sign_delivery
 
 _RUNNING = (CampaignState.SENDING, CampaignState.PAUSED)
@@ -167,8 +168,11 @@ def doubts(connection: Connection, scope: Scope, limit: int) -> list[Doubt]:
     return found
 
 
-def evidence(engine: Engine, settings: Settings, campaign: str, contact_id: int, now: dt.datetime) -> Evidence:
-    """What is known of one unknown row, addresses masked. Raises `CampaignError` if the recipient is not unknown in this campaign."""
+def evidence(engine: Engine, settings_of: Callable[[str], Settings], campaign: str, contact_id: int, now: dt.datetime) -> Evidence:
+    """What is known of one unknown row, addresses masked. `settings_of`: those by which a server is spoken for here.
+
+    Raises `CampaignError` if the recipient is not unknown in this campaign.
+    """
     with reading(engine) as connection:
         scope = scope_of(connection, campaign=campaign, contact_id=contact_id)
         rows = doubts(connection, scope, 1)
@@ -189,11 +193,16 @@ def evidence(engine: Engine, settings: Settings, campaign: str, contact_id: int,
     events = tuple(Event(row.occurred_at, row.kind, row.attempt, row.code, row.enhanced, row.reason or "", row.text or "") for row in said)
     if claim is None:
         return Evidence(doubt, None, None, "", events, None)
+    settings = settings_of(claim.key)
     folders = ServerFolders.of(settings.server, claim.key)
     lines: tuple[str, ...] | None = None
     if folders.journal.exists():
         message, start = DeliveryToken(scope.campaign_id, contact_id, doubt.attempt), Position(claim.journal_inode, claim.journal_offset)
-        tokens = [sign_delivery(message, key) for key in keys_of(settings.token_key(), claim.key)]
+        keys = [settings.token_key()]
+        if settings.this_server is None:
+            # The installation's: a server of the same host may have one of its own.
+            keys.append(derive(keys[0], claim.key))
+        tokens = [sign_delivery(message, key) for key in keys]
         found = [line for token in tokens for line in tail.lines_about(journal_of(folders, claim.kind), start, token, now.timestamp())]
         lines = tuple(mask_addresses(line.decode("utf-8", "backslashreplace")) for line in found)
     return Evidence(doubt, claim.opened_at, claim.closed_at, claim.run_id, events, lines)

@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from mail_pipelines.commands.context import settings
-
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
 @app.command("run")
 def run(
-    name: Annotated[str, typer.Argument(help="with commas between them, several that share one Exim, each with settings in servers/NAME.toml")],
+    name: Annotated[str, typer.Argument(help="with commas between them, several that share one Exim, as MAIL_PIPELINES_SERVER names them")],
     hostname: Annotated[
         str | None, typer.Option(help="name towards destinations, of several servers the first one's; has to match the reverse DNS; else server.hostname")
     ] = None,
@@ -26,11 +24,20 @@ def run(
     from mail_pipelines import config
     from mail_pipelines.dispatch.exim import process
 
-    names = config.servers_of_this_host({config.SERVER_VARIABLE: name})
+    names, spoken_for = config.servers_of_this_host({config.SERVER_VARIABLE: name}), config.servers_of_this_host()
+    if len(names) > 1 and names != spoken_for:
+        raise config.ConfigError(
+            f"runs of several servers execute in a worker that speaks for them: set {config.SERVER_VARIABLE}={','.join(names)} for all processes of this host "
+            "(docs/production.md)"
+        )
+    members = {key: config.load_for(key) for key in names}
+    if not spoken_for:
+        # Then this host is the centre's, too, and its servers' processes do what else the centre would (judge the breakers).
+        members = {key: own.model_copy(update={"this_server": None}) for key, own in members.items()}
     for_all = [given for given in destination or () if "=" not in given]
     by_domain = [given.split("=", 1) for given in destination or () if "=" in given]
     process.run(
-        {key: config.load_for(key) if len(names) > 1 or config.servers_of_this_host() else settings() for key in names},
+        members,
         hostname=hostname,
         destinations=tuple(map(_address, for_all)),
         routes=tuple((domain, _address(address)) for domain, address in by_domain),

@@ -219,7 +219,8 @@ def account(name: str) -> None:
     place, key_place = _secrets_of(name)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(place, given.password + "\n")
-    console.print(f"server {name} has an account; on its host set", markup=False)
+    several = f"with several servers there: in servers/{name}.toml of the home, the token key too; docs/production.md"
+    console.print(f"server {name} has an account; on its host set ({several})", markup=False, highlight=False)
     console.print(f"MAIL_PIPELINES_DATABASE__URL={given.url}", markup=False, highlight=False)
     console.print(f"and MAIL_PIPELINES_DATABASE__PASSWORD_FILE to a copy of {place}", markup=False, highlight=False)
     try:

@@ -60,9 +60,11 @@ def list_(
 @app.command()
 def show(campaign: Annotated[str, typer.Argument(help="key of a campaign")], contact: Annotated[int, typer.Argument(help="id of a recipient")]) -> None:
     """The evidence about one unknown recipient: claim, events, and the lines of its server's log if that is on this host."""
+    from mail_pipelines import config
     from mail_pipelines.campaigns import unknown
 
-    found = unknown.evidence(open_engine(), settings(), campaign, contact, dt.datetime.now(dt.UTC))
+    members = config.members()
+    found = unknown.evidence(open_engine(), lambda server: members.get(server, settings()), campaign, contact, dt.datetime.now(dt.UTC))
     doubt = found.doubt
     lines = [
         f"{doubt.address} ({doubt.provider}), attempt {doubt.attempt}, unknown since {_time(doubt.since)}: {doubt.reason}",

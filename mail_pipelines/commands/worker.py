@@ -27,7 +27,7 @@ def run(control: Annotated[bool, typer.Option("--control", help="what the server
     servers = config.servers_of_this_host()
     if control and not servers:
         raise config.ConfigError("--control is for a dispatch server: set MAIL_PIPELINES_SERVER to its name")
-    slots = sum(config.load_for(server).server.slots for server in servers) or settings().server.slots
+    slots = sum(own.server.slots for own in config.members().values()) or settings().server.slots
     names: tuple[str, ...] = (queues.CENTRE,)
     if servers:
         names = tuple(map(queues.control_queue, servers)) if control else queues.sending_queues(*servers)
@@ -50,11 +50,10 @@ def settle() -> None:
     from mail_pipelines.dispatch import servers
     from mail_pipelines.dispatch.settler import Settler
 
-    names = config.servers_of_this_host()
-    if not names:
+    members = config.members()
+    if not members:
         raise config.ConfigError("MAIL_PIPELINES_SERVER is not set: only a dispatch server can settle, by its own log")
-    for name in names:
-        own = config.load_for(name)
+    for name, own in members.items():
         engine = open_engine(own.database)
         migrate.require_schema(engine)
         with reading(engine) as connection:

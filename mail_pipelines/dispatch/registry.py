@@ -124,8 +124,12 @@ def _is_after(moment: dt.datetime | None, last: dt.datetime | None) -> bool:
 
 
 def _shipped_at(server: servers.ServerInfo) -> dt.datetime | None:
-    shipped = (server.health or {}).get("shipped") or {}
-    return dt.datetime.fromtimestamp(shipped["at"], dt.UTC) if shipped.get("at") and not shipped["error"] else None
+    health = server.health or {}
+    shipped = health.get("shipped") or {}
+    if not shipped.get("at") or shipped["error"]:
+        return None
+    # Shipped by the host's clock, and compared with ends of claims, which are the database's.
+    return dt.datetime.fromtimestamp(shipped["at"] - health.get("clock_ahead", 0.0), dt.UTC)
 
 
 def unshipped(server: servers.ServerInfo) -> str:

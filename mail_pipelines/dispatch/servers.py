@@ -313,7 +313,7 @@ class Heartbeat:
             "release": __version__,
             "clock_ahead": round(clock_ahead, 1),
             "load": round(os.getloadavg()[0], 2),
-            "free_mb": shutil.disk_usage(self._folders.log).free >> 20,
+            "free_mb": shutil.disk_usage(self._folders.journal.parent).free >> 20,
             "pid": os.getpid(),
             "journal": self._journal_end(),
             "error": last_error.read(self._folders),

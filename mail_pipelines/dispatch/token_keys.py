@@ -41,9 +41,9 @@ def accepted(connection: Connection, token_key: bytes) -> KeyRing:
 
 
 def remote(connection: Connection) -> list[ServerInfo]:
-    """The servers in use that are hosts of their own: those with an account of the database. Only at the centre."""
+    """The servers on hosts of their own, those with an account of the database, until they retire: a lost one may come back. Only at the centre."""
     with_account = set(connection.execute(sa.select(Server.id).where(Server.account.is_not(None))).scalars())
-    return [server for server in all_servers(connection) if server.id in with_account and server.state not in ("lost", "retired")]
+    return [server for server in all_servers(connection) if server.id in with_account and server.state != "retired"]
 
 
 def in_use(server: ServerInfo, token_key: bytes) -> InUse:

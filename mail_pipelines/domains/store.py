@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.dispatch import token_keys
 from mail_pipelines.domains import keys
 from mail_pipelines.domains.domain import ALL_SERVERS, DkimKey, DomainError, Finding, KeyState, Names, SendingDomain, Status, Verdict
 from mail_pipelines.errors import nearest
@@ -26,7 +27,7 @@ def add(engine: Engine, names: Names, secret: bytes, now: dt.datetime) -> Sendin
     Raises `DomainError` if it is there already.
     """
     with reading(engine) as connection:
-        owners: list[tuple[int, str | None]] = [(ALL_SERVERS, None), *_with_account(connection)]
+        owners: list[tuple[int, str | None]] = [(ALL_SERVERS, None), *((server.id, server.key) for server in token_keys.remote(connection))]
     made: dict[str, tuple[int, str, bytes]] = {}
     for server_id, server in owners:
         private, selector = keys.generate(), new_selector(tuple(made), now)
@@ -55,13 +56,6 @@ def new_selector(taken: tuple[str, ...], now: dt.datetime) -> str:
     """A selector by the day, so that who reads the zone sees a key's age; the second key of a day has a number."""
     day = f"mp{now:%Y%m%d}"
     return next(name for name in (day, *(f"{day}-{number}" for number in range(2, len(taken) + 2))) if name not in taken)
-
-
-def _with_account(connection: Connection) -> list[tuple[int, str]]:
-    """The servers in use that have an account of the database, by id."""
-    server = models.Server
-    query = sa.select(server.id, server.key).where(server.account.is_not(None), server.state != "retired").order_by(server.id)
-    return list(connection.execute(query).tuples())
 
 
 def reseal_keys_of(connection: Connection, server_id: int, server: str, token_key: bytes) -> None:

@@ -42,7 +42,7 @@ class InboundFolders:
 
     @property
     def servers(self) -> Path:
-        """The servers whose keys are accepted, as the database last told them."""
+        """The servers whose keys are accepted: all that the database has ever told."""
         return self.root / "servers.json"
 
     @property

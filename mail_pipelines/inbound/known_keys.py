@@ -1,7 +1,7 @@
 """The keys under which the receiving host takes a token for ours: those of the servers that it knows, while the database is away too.
 
-What belongs here: when to ask the database once more, and remembering its answer. What does not: what a key is (`messages.keyring`), and who
-asks (`verifier`).
+What belongs here: when to ask the database once more, and remembering its answers. What does not: what a key is (`messages.keyring`), and who
+asks (`verifier`). No server is ever forgotten: a database that was restored may not know it yet, and its mail is ours all the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mail_pipelines.dispatch.files import DispatchError, replace_file
@@ -29,16 +29,17 @@ class LookUpFailed(MailPipelinesError):
 
 
 class KnownKeys:
-    """The installation's token key and the keys of its servers. `look_up` gives the servers (id → name) or raises `LookUpFailed`; `memory` keeps the answer."""
+    """The installation's token key and the keys of its servers. `look_up` gives their names or raises `LookUpFailed`; `memory` keeps all that it ever gave."""
 
-    def __init__(self, token_key: bytes, look_up: Callable[[], Mapping[int, str]], memory: Path) -> None:
+    def __init__(self, token_key: bytes, look_up: Callable[[], Iterable[str]], memory: Path) -> None:
         self._token_key = token_key
         self._look_up = look_up
         self._memory = memory
         self._lock = threading.Lock()
         self._looked_at = float("-inf")
         self._failed = False
-        self._ring = KeyRing.of(token_key, self._remembered())
+        self._servers = self._remembered()
+        self._ring = self._ring_of(self._servers)
 
     def is_ours(self, token: str) -> bool | None:
         """Whether a delivery token is under one of the keys; None if it is under none that is known, and nobody can be asked for new ones."""
@@ -64,22 +65,27 @@ class KnownKeys:
 
     def _renew(self) -> None:
         try:
-            servers = self._look_up()
+            told = self._look_up()
         except LookUpFailed:
             self._failed = True
         else:
             self._failed = False
-            if servers != self._remembered():
+            self._servers = self._servers.union(told)
+            if self._servers != self._remembered():
                 # Without room for it, mail is taken all the same.
                 with contextlib.suppress(DispatchError):
-                    replace_file(self._memory, json.dumps(servers))
-            self._ring = KeyRing.of(self._token_key, servers)
+                    replace_file(self._memory, json.dumps(sorted(self._servers)))
+            self._ring = self._ring_of(self._servers)
         # After the answer, which may have taken long.
         self._looked_at = time.monotonic()
 
-    def _remembered(self) -> Mapping[int, str]:
+    def _ring_of(self, servers: Iterable[str]) -> KeyRing:
+        # Whose a token is matters to those who read the mail, and they ask the database.
+        return KeyRing.of(self._token_key, dict(enumerate(servers, 1)))
+
+    def _remembered(self) -> frozenset[str]:
         try:
-            return {int(number): str(name) for number, name in json.loads(self._memory.read_text(encoding="utf-8")).items()}
-        except (FileNotFoundError, ValueError, AttributeError):
+            return frozenset(json.loads(self._memory.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):
             # Never kept, or torn by a power loss.
-            return {}
+            return frozenset()

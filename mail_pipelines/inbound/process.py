@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,13 +20,16 @@ from mail_pipelines.inbound.folders import InboundFolders
 from mail_pipelines.inbound.known_keys import KnownKeys, LookUpFailed
 from mail_pipelines.inbound.receiver import Receiver
 
+# A database that takes connections and never answers is away: what Exim asks meanwhile waits for it no longer than for one that is down.
+_ANSWER_SECONDS = 10.0
+
 
 def run(settings: Settings) -> None:
     """Receive what comes back until SIGTERM or SIGINT.
 
     Raises `AlreadyRunning` if another process does, `EximError` if Exim cannot be started or ends by itself, `VerifierError`.
     """
-    inbound, engine = settings.inbound, open_engine(settings.database)
+    inbound, engine = settings.inbound, open_engine(settings.database, answer_seconds=_ANSWER_SECONDS)
     folders = InboundFolders.of(inbound)
     keys = KnownKeys(settings.token_key(), lambda: _servers(engine), folders.servers)
     binary = instance.find_binary()
@@ -53,10 +57,10 @@ def run(settings: Settings) -> None:
                 daemon.wait()
 
 
-def _servers(engine: Engine) -> dict[int, str]:
-    """All registered servers. Raises `LookUpFailed`."""
+def _servers(engine: Engine) -> Collection[str]:
+    """The names of all registered servers. Raises `LookUpFailed`."""
     try:
         with reading(engine) as connection:
-            return token_keys.names(connection)
+            return token_keys.names(connection).values()
     except (DatabaseError, SQLAlchemyError) as error:
         raise LookUpFailed(f"the central database does not say which servers there are: {error}") from error

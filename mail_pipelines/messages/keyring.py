@@ -31,11 +31,6 @@ def derive(token_key: bytes, server: str) -> bytes:
     return HKDF(algorithm=hashes.SHA256(), length=_OCTETS, salt=None, info=_INFO + server.encode("ascii")).derive(token_key).hex().encode()
 
 
-def keys_of(token_key: bytes, server: str) -> tuple[bytes, bytes]:
-    """What a server may work with, as far as `token_key` leads to it: that itself, and the key derived from it."""
-    return token_key, derive(token_key, server)
-
-
 class KeyRing:
     """The keys that tokens are accepted under. A wrong token costs one hash for each key that has the byte it names: hardly ever more than one or two."""
 

@@ -48,7 +48,7 @@ class ServerMetrics(Collector):
     def _files(self) -> Iterator[Metric]:
         folders = self._presence.folders
         free = self._gauge("free_bytes", "Free on the disk of a folder.", "folder")
-        for name, folder in (("log", folders.log), ("run", folders.run)):
+        for name, folder in (("log", folders.journal.parent), ("run", folders.run)):
             free.add_metric((self._presence.info.key, name), shutil.disk_usage(folder).free)
         yield free
         # None before the first message, and for a moment while it is rotated.

@@ -212,3 +212,8 @@ def test_a_server_retires_from_a_log_that_others_go_on_writing(engine: sa.Engine
     assert "not read" in left(now, shared=False)[0]
     beat["shipped"] = {"end": [7, 100], "at": (now - registry.LAST_LINES - second).timestamp(), "error": None}
     assert "not in the archive" in left(now)[0]
+    # By the clock of a host that is a minute ahead.
+    beat |= {"shipped": {"end": [7, 100], "at": (now - registry.LAST_LINES + 50 * second).timestamp(), "error": None}, "clock_ahead": 60.0}
+    assert "not in the archive" in left(now)[0]
+    beat["clock_ahead"] = 40.0
+    assert left(now) == []

@@ -350,7 +350,7 @@ class Running:
         """Start a `mail-pipelines` command and wait until it listens on `port`."""
         output = self.folders.log / "process.log"
         with output.open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", *self.program, *words], env=os.environ.copy(), stdout=log, stderr=log)
+            process = subprocess.Popen([sys.executable, "-m", *self.program, *words], env=self.environment, stdout=log, stderr=log)
 
         def ready() -> bool:
             assert process.poll() is None, output.read_text()[-2000:]
@@ -358,6 +358,10 @@ class Running:
 
         wait_for(ready, seconds=30, what=" ".join(words[:3]))
         return process
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
 
     def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
         return listens(port)
@@ -442,6 +446,10 @@ class RunningTwo(RunningExim):
     @property
     def as_whom(self) -> tuple[str, ...]:
         return ("s1,s2",)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return super().environment | {config.SERVER_VARIABLE: "s1,s2"}
 
 
 class Servers:

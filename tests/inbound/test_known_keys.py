@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,15 @@ class Registry:
     """The servers in a database that may be away, and how often it was asked."""
 
     def __init__(self) -> None:
-        self.servers: dict[int, str] = {1: "mx1"}
+        self.servers = {"mx1"}
         self.is_away = False
         self.asked = 0
 
-    def look_up(self) -> Mapping[int, str]:
+    def look_up(self) -> set[str]:
         self.asked += 1
         if self.is_away:
             raise LookUpFailed("away")
-        return dict(self.servers)
+        return set(self.servers)
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_forged_tokens_ask_the_database_once_in_a_while(registry: Registry, tmp_
     keys = KnownKeys(KEY.encode(), registry.look_up, tmp_path / "servers.json")
     assert {keys.is_ours(of(f"forged{number}")) for number in range(200)} == {False}
     assert registry.asked == 1
-    registry.servers[2] = "mx2"
+    registry.servers.add("mx2")
     monkeypatch.setattr(known_keys, "LOOK_UP_SECONDS", 0)
     assert keys.is_ours(of("mx2"))
     assert registry.asked == 2
@@ -76,9 +75,23 @@ def test_while_the_database_is_away_known_servers_are_known_and_nothing_is_refus
     registry.is_away = True
     again = KnownKeys(KEY.encode(), registry.look_up, memory)
     assert (again.is_ours(of("mx1")), again.is_ours(of("mx2"))) == (True, None)
-    registry.is_away, registry.servers[2] = False, "mx2"
+    registry.is_away, registry.servers = False, {"mx1", "mx2"}
     assert (again.is_ours(of("mx2")), again.is_ours(of("mx3"))) == (True, False)
     # A memory that a power loss has torn is none.
-    memory.write_text('{"1": "m')
+    memory.write_text('["m')
     registry.is_away = True
     assert KnownKeys(KEY.encode(), registry.look_up, memory).is_ours(of("mx1")) is None
+
+
+def test_a_server_that_a_restored_database_does_not_know_is_not_forgotten(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_keys, "LOOK_UP_SECONDS", 0)
+    memory = tmp_path / "servers.json"
+    registry.servers = {"mx1", "mx9"}
+    keys = KnownKeys(KEY.encode(), registry.look_up, memory)
+    assert keys.is_ours(of("mx9"))
+    # Others are registered after the restore, so that there is something to be written down.
+    registry.servers = {"mx1", "mx10"}
+    for known in (keys, KnownKeys(KEY.encode(), registry.look_up, memory)):
+        assert known.is_ours(of("forged")) is False
+        assert known.is_ours(of("mx10"))
+        assert known.is_ours(of("mx9"))

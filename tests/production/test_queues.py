@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import ipaddress
 import os
+import shutil
 import socket
 import stat
 from pathlib import Path
@@ -15,14 +17,15 @@ from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from sqlalchemy.engine import Engine
 
-from mail_pipelines import config, doctor, home
+from mail_pipelines import config, doctor, doors, home
 from mail_pipelines.campaigns import store, yaml_form
-from mail_pipelines.commands import context, worker
-from mail_pipelines.database.engine import reading
+from mail_pipelines.commands import context, exim, worker
+from mail_pipelines.database.engine import create_engine, reading
 from mail_pipelines.database.models import Allotment, Server
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.exim import process
 from mail_pipelines.dispatch.files import ServerFolders, only_one
 from mail_pipelines.resources import orders, queues, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
@@ -121,6 +124,20 @@ def test_a_run_executes_as_the_server_whose_queue_it_is_of_and_never_as_another(
         refused = tasks.refusal(ours("send_campaign"), queue, own)
         assert bool(refused) == (queue in ("s3", "centre"))
     assert config.servers_of_this_host() == ("s1", "s2")
+
+
+@pytest.mark.usefixtures("two")
+def test_exim_runs_for_the_servers_that_the_worker_speaks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, tuple[str | None, str]]] = []
+    monkeypatch.setattr(process, "run", lambda members, **_: started.append({key: (own.this_server, own.server.address) for key, own in members.items()}))
+    exim.run("s1,s2")
+    for given in ("s2,s1", "s1", None):
+        monkeypatch.delenv("MAIL_PIPELINES_SERVER") if given is None else monkeypatch.setenv("MAIL_PIPELINES_SERVER", given)
+        with pytest.raises(config.ConfigError, match=r"set MAIL_PIPELINES_SERVER=s1,s2 for all processes of this host"):
+            exim.run("s1,s2")
+    # At the centre, whose host then does the centre's work, too.
+    exim.run("s1")
+    assert started == [{"s1": ("s1", "127.0.0.11"), "s2": ("s2", "127.0.0.12")}, {"s1": (None, "127.0.0.11")}]
 
 
 def ours(job: str) -> dg.DagsterRun:
@@ -230,7 +247,7 @@ def test_doctor_names_what_is_wrong_with_a_host_of_several_servers(engine: Engin
     own = config.home_folder() / "servers/s2.toml"
 
     def said() -> list[str]:
-        return [finding.problem for finding in doctor.check_addresses(os.environ)]
+        return [finding.problem for finding in doctor.check_addresses(config.members())]
 
     assert said() == ["server s2: no server is called 's2'; there are s1"]
     servers.register(engine, "s2", kind="exim", host="127.0.0.1", port=2525, now=dt.datetime.now(dt.UTC))
@@ -245,3 +262,33 @@ def test_doctor_names_what_is_wrong_with_a_host_of_several_servers(engine: Engin
     assert "server s2 shares an Exim, so it needs an address of its own" in said()[0]
     own.unlink()
     assert "server s2 does not share the Exim of s1" in said()[0]
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_doctor_asks_for_each_server_of_a_host_by_its_own_account(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an account shows is played by databases in which there is no other server."""
+    other = tmp_path / "other.sqlite3"
+    shutil.copy(str(engine.url.database), other)
+    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string())
+    monkeypatch.setenv("MAIL_PIPELINES_SENDING__TOKEN_KEY", "the key of s1")
+    own = config.home_folder() / "servers/s2.toml"
+    own.write_text(f'{own.read_text(encoding="utf-8")}[database]\nurl = "sqlite:///{other}"\n[metrics]\nport = 9467\n', encoding="utf-8")
+    second = create_engine(f"sqlite:///{other}")
+    for number, (key, its_engine) in enumerate((("s1", engine), ("s2", second))):
+        servers.register(its_engine, key, kind="exim", host="127.0.0.1", port=2601 + number, now=dt.datetime.now(dt.UTC))
+    second.dispose()
+    everywhere = ipaddress.ip_address("0.0.0.0")
+    monkeypatch.setattr(doors, "listening", lambda: [doors.Listener(everywhere, port, 0) for port in (2601, 2602, 9467)])
+    assert [finding.problem for finding in doctor.check_doors(config.load(), config.members())] == [
+        "server s1 is open to other hosts at 0.0.0.0:2601",
+        "server s2 is open to other hosts at 0.0.0.0:2602",
+        "metrics is open to other hosts at 0.0.0.0:9467",
+    ]
+
+    def said() -> list[str]:
+        return [finding.problem for finding in doctor.check_addresses(config.members())]
+
+    assert said() == ["servers s1 and s2 have the same token key, though each has an account of its own"]
+    own.write_text(f'{own.read_text(encoding="utf-8")}[sending]\ntoken_key = "the key of s2"\n', encoding="utf-8")
+    assert said() == []

@@ -49,13 +49,12 @@ async def run_queue(path: Path, provider: str, messages: int) -> None:
         raise ServerUnreachable(f"the queue of {provider} was not run: Exim has been stopped, or main.log says why")
 
 
-async def serve(own: Instance, group: int, speaker: Speaker | None = None) -> None:
-    """Answer the requests of one server of the Exim until cancelled; without `speaker` those of its first.
+async def serve(own: Instance, group: int, speaker: Speaker) -> None:
+    """Answer the requests of one server of the Exim until cancelled.
 
     Runners join the process group of the daemon, so that whoever ends that ends them.
     Raises `EximError` if it cannot listen.
     """
-    speaker = speaker or own.speakers[0]
     prefix = own.queue_prefix(speaker.key)
     conversations: set[asyncio.Task[None]] = set()
 

@@ -60,7 +60,7 @@ async def main(folder: Path) -> None:
     instance.prepare(own)
     with serving(zone, RESOLVER, 53):
         daemon = instance.start(own, folders.log / "exim.out")
-        serving_queues = asyncio.create_task(runners.serve(own, daemon.pid))
+        serving_queues = asyncio.create_task(runners.serve(own, daemon.pid, own.speakers[0]))
         try:
             await asyncio.to_thread(wait_for, lambda: listens(own.port), what="Exim")
             outcomes: dict[str, dict[str, list[object]]] = {"cutthrough": {}, "burst": {}}
