@@ -49,7 +49,6 @@ def run(recipients: int, *, as_json: bool, stay: bool) -> None:
         with console.status(f"importing {recipients:,} contacts"):
             campaigns.prepare(centre.engine, centre.settings, centre.settings.home / "files", recipients, processes.check)
             campaigns.limit(centre.engine, list(SERVERS), recipients)
-            campaigns.sign(centre.engine, centre.settings, list(SERVERS))
         with console.status("starting Dagster"):
             address = centre.start_dagster()
             hosts.wait(processes, centre, fleet)

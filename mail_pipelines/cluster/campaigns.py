@@ -77,9 +77,10 @@ def prepare(engine: Engine, settings: Settings, folder: Path, recipients: int, c
 
 
 def segment(engine: Engine, settings: Settings) -> None:
-    """The domain that campaigns come from, the segments, and the snapshots that they are counted in."""
+    """The domain that campaigns come from with the keys of all servers, the segments, and the snapshots that they are counted in."""
     now = dt.datetime.now(dt.UTC)
     domains.add(engine, Names.of(FROM_DOMAIN), settings.token_key(), now)
+    _sign(engine, settings, now)
     for text in SEGMENTS:
         saved.save(engine, saved.from_yaml(text), now=now)
     snapshots.refresh_contacts(engine, settings.snapshot_folder, now=now)
@@ -94,12 +95,11 @@ def limit(engine: Engine, fleet: list[str], recipients: int) -> None:
         servers.set_limits(engine, name, "*", {"connections": 24, "per_second": per_second, "messages_per_connection": 500})
 
 
-def sign(engine: Engine, settings: Settings, fleet: list[str]) -> None:
+def _sign(engine: Engine, settings: Settings, now: dt.datetime) -> None:
     """Give each server DKIM keys of its own, as `mail-pipelines server dkim` does: with its own token key it cannot open the key of all."""
-    now = dt.datetime.now(dt.UTC)
-    for name in fleet:
-        with reading(engine) as connection:
-            server = servers.find(connection, name)
+    with reading(engine) as connection:
+        fleet = servers.all_servers(connection)
+    for server in fleet:
         for _ in (KeyState.WAITING, KeyState.ACTIVE):
             rotation.equip(engine, settings, server.id, now, allow_unverified=True)
 
