@@ -108,7 +108,7 @@ def _send(centre: Centre, names: list[str], stages: Stages, console: Console) ->
 
 def _count(centre: Centre, fleet: list[Server], console: Console) -> Verdict:
     with console.status("counting at the destinations"):
-        arrived = {server.name: destinations.count(server.destinations, centre.settings.token_key()) for server in fleet}
+        arrived = {server.name: destinations.count(server.destinations, server.settings.token_key()) for server in fleet}
         with reading(centre.engine) as connection:
             return verdict.judge(connection, (KEY,), arrived)
 
