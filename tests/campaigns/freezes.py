@@ -14,26 +14,17 @@ import sys
 # Imported here, so that the children need not; threads start only when they are used.
 import duckdb  # noqa: F401
 import pyarrow.parquet  # noqa: F401
-from sqlalchemy import event
 
 from mail_pipelines import config
 from mail_pipelines.campaigns import audience, manifest
 from mail_pipelines.database.engine import create_engine
 from tests.campaigns.parts import NOW
+from tests.parts.kills import die_at
 
 
 def freeze(url: str, key: str, kill_at: int) -> None:
     engine = create_engine(url)
-    count = 0
-
-    def step(*_arguments: object) -> None:
-        nonlocal count
-        count += 1
-        if count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    event.listen(engine, "before_cursor_execute", step)
-    event.listen(engine, "commit", step)
+    die_at(kill_at, engine)
     manifest.CHUNK_ROWS = 10
     audience.build(engine, config.load(), key, NOW)
 

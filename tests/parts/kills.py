@@ -12,6 +12,21 @@ import sqlalchemy as sa
 from mail_pipelines.database.engine import create_engine
 
 
+def die_at(step: int, engine: sa.Engine) -> Callable[..., None]:
+    """Kill this process at the `step`th statement or commit of an engine; returns what counts one step more."""
+    steps = 0
+
+    def one_more(*_args: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sa.event.listen(engine, "before_cursor_execute", one_more)
+    sa.event.listen(engine, "commit", one_more)
+    return one_more
+
+
 def killed_at(step: int, url: str, work: Callable[[sa.Engine, Callable[..., None]], object]) -> bool:
     """Do `work` in another process, which is killed at its `step`th statement or commit; whether it came so far.
 
@@ -20,18 +35,8 @@ def killed_at(step: int, url: str, work: Callable[[sa.Engine, Callable[..., None
     pid = os.fork()
     if pid == 0:
         try:
-            steps = 0
-
-            def one_more(*_args: object) -> None:
-                nonlocal steps
-                steps += 1
-                if steps == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
             engine = create_engine(url)
-            sa.event.listen(engine, "before_cursor_execute", one_more)
-            sa.event.listen(engine, "commit", one_more)
-            work(engine, one_more)
+            work(engine, die_at(step, engine))
         except BaseException:  # noqa: BLE001 (a child of a test must not go on with the test)
             traceback.print_exc()
             os._exit(1)
