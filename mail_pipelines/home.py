@@ -66,6 +66,8 @@ def make(environ: Mapping[str, str] = os.environ, *, production: bool = False) -
     if server is None:
         done += upgrade_central_database(settings)
         _upgrade_dagster(settings.dagster_home)
+        if production:
+            _renew_server_storage(settings)
     return done
 
 
@@ -138,3 +140,12 @@ def _upgrade_dagster(dagster_home: Path) -> None:
     # Dagster prints its progress, even where there is nothing to do.
     with DagsterInstance.from_config(str(dagster_home)) as instance, contextlib.redirect_stdout(io.StringIO()):
         instance.upgrade()
+
+
+def _renew_server_storage(settings: config.Settings) -> None:
+    """What servers see of Dagster's storage follows its tables."""
+    from mail_pipelines.resources import server_storage
+
+    opened = engine.open_engine(settings.database)
+    server_storage.renew(opened, settings)
+    opened.dispose()

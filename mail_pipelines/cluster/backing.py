@@ -1,4 +1,6 @@
-"""What the cluster stands on: MariaDB and RabbitMQ of its own, with an account for each host as docs/production.md has them."""
+"""What the cluster stands on: MariaDB and RabbitMQ of its own, with the centre's account at both, and one at the broker for each server, as
+docs/production.md has them. The centre makes those of its servers at the database.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,18 @@ SCHEMAS = ("mail", "dagster", "results")
 # Each host has some processes with a few connections each.
 _CONNECTIONS = 400
 _MAKE_SCHEMA = {name: f"CREATE DATABASE {name} CHARACTER SET utf8mb4" for name in SCHEMAS}
-_OF_CENTRE = {name: f"GRANT ALL ON {name}.* TO %s@'127.0.0.1'" for name in SCHEMAS}
-# No right to make or drop anything.
-_OF_SERVER = {name: f"GRANT SELECT, INSERT, UPDATE, DELETE, EXECUTE ON {name}.* TO %s@'127.0.0.1'" for name in SCHEMAS}
+_OF_CENTRE = (
+    *(f"GRANT ALL ON `{name}`.* TO %s@'127.0.0.1' WITH GRANT OPTION" for name in (*SCHEMAS, r"mail\_servers", r"dagster\_servers")),
+    "GRANT CREATE USER, PROCESS, CONNECTION ADMIN ON *.* TO %s@'127.0.0.1'",
+)
 
 
 @dataclass(frozen=True)
 class Backing:
-    """The part of each host's environment that says where database, broker and Dagster's storage are, by the host's name."""
+    """Where database, broker and Dagster's storage are, as the centre's environment says it, and the broker as each server's does, by its name."""
 
-    environ: Mapping[str, Mapping[str, str]]
+    centre: Mapping[str, str]
+    of_server: Mapping[str, Mapping[str, str]]
 
 
 def start(folder: Path, servers: Sequence[str], stack: ExitStack) -> Backing:
@@ -36,22 +40,18 @@ def start(folder: Path, servers: Sequence[str], stack: ExitStack) -> Backing:
         part.folder.mkdir(mode=0o700)
         stack.callback(part.stop)
         part.start()
-    passwords = {name: secrets.token_hex(16) for name in (CENTRE, *servers)}
+    password = secrets.token_hex(16)
     with database.connect() as connection, connection.cursor() as cursor:
         for schema in SCHEMAS:
             cursor.execute(_MAKE_SCHEMA[schema])
-        for account, password in passwords.items():
-            cursor.execute("CREATE USER %s@'127.0.0.1' IDENTIFIED BY %s", (account, password))
-            for schema in SCHEMAS:
-                cursor.execute((_OF_CENTRE if account == CENTRE else _OF_SERVER)[schema], (account,))
-    return Backing({account: _environ(account, password, database.port, broker.url(account)) for account, password in passwords.items()})
-
-
-def _environ(account: str, password: str, port: int, broker: str) -> dict[str, str]:
-    at = f"mysql+pymysql://{account}:{password}@127.0.0.1:{port}"
-    return {
-        "MAIL_PIPELINES_DATABASE__URL": f"{at}/mail",
-        "MAIL_PIPELINES_BROKER__URL": broker,
-        "MAIL_PIPELINES_BROKER__RESULTS": f"db+{at}/results",
-        "DAGSTER_MYSQL_URL": f"mysql+mysqlconnector://{account}:{password}@127.0.0.1:{port}/dagster",
+        cursor.execute("CREATE USER %s@'127.0.0.1' IDENTIFIED BY %s", (CENTRE, password))
+        for statement in _OF_CENTRE:
+            cursor.execute(statement, (CENTRE,))
+    at = f"{CENTRE}:{password}@127.0.0.1:{database.port}"
+    environ = {
+        "MAIL_PIPELINES_DATABASE__URL": f"mysql+pymysql://{at}/mail",
+        "MAIL_PIPELINES_BROKER__RESULTS": f"db+mysql+pymysql://{at}/results",
+        "DAGSTER_MYSQL_URL": f"mysql+mysqlconnector://{at}/dagster",
     }
+    brokers = {name: {"MAIL_PIPELINES_BROKER__URL": broker.url(name)} for name in (CENTRE, *servers)}
+    return Backing(environ | brokers.pop(CENTRE), brokers)

@@ -19,9 +19,10 @@ from mail_pipelines.benchmarks.mariadb import free_port
 from mail_pipelines.cluster.backing import CENTRE
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import open_engine
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import accounts, servers
 from mail_pipelines.dispatch.files import ServerFolders, replace_file
 from mail_pipelines.messages.keyring import derive
+from mail_pipelines.resources import server_storage
 from mail_pipelines.supervision import Processes
 
 SERVERS = ("mx1", "mx2", "mx3")
@@ -83,10 +84,16 @@ class Server:
 
     @classmethod
     def make(cls, name: str, folder: Path, run_folder: Path, backing: Mapping[str, str], centre: Centre) -> Server:
-        """Register it at the centre, and make its home as docs/production.md says."""
+        """Register it at the centre, which gives it its account, and make its home as docs/production.md says."""
+        port = free_port()
+        servers.register(centre.engine, name, kind="exim", host=up.LOOPBACK, port=port, now=dt.datetime.now(dt.UTC))
+        account = accounts.give(centre.engine, name)
         environ = {
             **neutral(os.environ),
             **backing,
+            **server_storage.give(centre.engine, centre.settings, account),
+            "MAIL_PIPELINES_DATABASE__URL": account.url,
+            "MAIL_PIPELINES_DATABASE__PASSWORD": account.password,
             "MAIL_PIPELINES_SERVER": name,
             "MAIL_PIPELINES_HOME": str(folder / "home"),
             "DAGSTER_HOME": str(folder / "home" / "dagster"),
@@ -102,9 +109,7 @@ class Server:
         # As `mail-pipelines server account` makes it: whoever has this host makes no tokens of another one's mail.
         replace_file(keys / "token_key", derive(centre.settings.token_key(), name).decode("ascii"))
         home.make(environ, production=True)
-        server = cls(name, free_port(), free_port(), environ, config.load(environ))
-        servers.register(centre.engine, name, kind="exim", host=up.LOOPBACK, port=server.port, now=dt.datetime.now(dt.UTC))
-        return server
+        return cls(name, port, free_port(), environ, config.load(environ))
 
     @property
     def destinations(self) -> ServerFolders:

@@ -62,9 +62,9 @@ def start(folder: Path, run_folder: Path, names: Sequence[str], processes: Proce
     stack.callback(processes.terminate)
     processes.check()
     with console.status("making the homes of the centre and of the servers"):
-        centre = Centre.make(folder / "centre", given.environ[backing.CENTRE], processes)
+        centre = Centre.make(folder / "centre", given.centre, processes)
         stack.callback(centre.engine.dispose)
-        fleet = [Server.make(name, folder / name, run_folder / name, given.environ[name], centre) for name in names]
+        fleet = [Server.make(name, folder / name, run_folder / name, given.of_server[name], centre) for name in names]
     centre.start_worker()
     for server in fleet:
         server.start(processes)

@@ -211,18 +211,22 @@ def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its hos
 
 @app.command("account")
 def account(name: str) -> None:
-    """Make the database account of a server on another host, or give it a new password, with its token key and DKIM keys; what it needs is kept in the home."""
+    """Make the account of a server on another host for all databases, or give it a new password, with its token key and DKIM keys; all is kept in the home."""
     from mail_pipelines.dispatch import accounts
     from mail_pipelines.dispatch.files import replace_file
+    from mail_pipelines.resources import server_storage
 
     given = accounts.give(open_engine(), name)
-    place, key_place = _secrets_of(name)
+    place, key_place, storage_place = _secrets_of(name)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(place, given.password + "\n")
     several = f"with several servers there: in servers/{name}.toml of the home, the token key too; docs/production.md"
     console.print(f"server {name} has an account; on its host set ({several})", markup=False, highlight=False)
     console.print(f"MAIL_PIPELINES_DATABASE__URL={given.url}", markup=False, highlight=False)
     console.print(f"and MAIL_PIPELINES_DATABASE__PASSWORD_FILE to a copy of {place}", markup=False, highlight=False)
+    if storage := server_storage.give(open_engine(), settings(), given):
+        replace_file(storage_place, "".join(f"{variable}='{value}'\n" for variable, value in storage.items()))
+        console.print(f"and put the lines of {storage_place} into its environment file", markup=False, highlight=False)
     try:
         own = accounts.token_key_of(open_engine(), name, settings().token_key())
     except accounts.KeyHeld as held:
@@ -233,10 +237,10 @@ def account(name: str) -> None:
     _equip(name, allow_unverified=False)
 
 
-def _secrets_of(name: str) -> tuple[Path, Path]:
-    """Where the centre keeps a server's password and token key, to be copied to its host."""
+def _secrets_of(name: str) -> tuple[Path, Path, Path]:
+    """Where the centre keeps a server's password, token key, and addresses of Dagster's storage and the results, to be copied to its host."""
     folder = settings().home / "secrets" / "servers"
-    return folder / f"{name}.password", folder / f"{name}.token_key"
+    return folder / f"{name}.password", folder / f"{name}.token_key", folder / f"{name}.environment"
 
 
 @app.command("dkim")

@@ -25,7 +25,9 @@ from dagster._utils.interrupts import capture_interrupts
 from mail_pipelines import config
 from mail_pipelines.config import ConfigError, Settings
 from mail_pipelines.dispatch.files import AlreadyRunning, ServerFolders, is_locked, only_one
-from mail_pipelines.resources import orders, queues
+
+# The dialect is named by the URL of Dagster's storage on a server.
+from mail_pipelines.resources import orders, queues, results, views_dialect  # noqa: F401
 from mail_pipelines.resources.orders import OrderRefused
 
 EXECUTE_RUN = "mail_pipelines.execute_run"
@@ -44,7 +46,7 @@ def make_app(settings: Settings, server: str | None = None) -> Celery:
     given = settings.broker
     if not given.url or not given.results:
         raise ConfigError("broker.url and broker.results are not set: runs cannot be carried to workers (docs/production.md)")
-    app = Celery("mail_pipelines", backend=given.results)
+    app = Celery("mail_pipelines", backend=_results(given.results))
     app.conf.update(
         **_broker(given.url, given.ca),
         broker_connection_retry_on_startup=True,
@@ -77,6 +79,11 @@ def make_app(settings: Settings, server: str | None = None) -> Celery:
     )
     app.task(name=EXECUTE_RUN)(execute_run)
     return app
+
+
+def _results(url: str) -> str:
+    """Celery's name of a backend with its URL: in a database, `results` instead of Celery's own."""
+    return f"{results.__name__}:{results.Results.__name__}+{url.removeprefix('db+')}" if url.startswith("db+") else url
 
 
 def control_exchange(server: str | None) -> str:

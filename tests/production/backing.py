@@ -9,9 +9,11 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
+from mail_pipelines import config
 from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.benchmarks.rabbitmq import RabbitMQ, rights
 from mail_pipelines.dispatch import accounts
+from mail_pipelines.resources import server_storage
 from tests.production.fleet import SERVERS, dagster_yaml
 
 _ACCOUNT = "dagster"
@@ -30,12 +32,13 @@ class Backing:
     database: MariaDB | None = None
 
     def give_accounts(self, engine: sa.Engine) -> None:
-        """Each registered server gets its own account of the central database, where there are any."""
+        """Each registered server gets its own account of the databases, where there are any."""
         if self.database is None:
             return
         for name, environ in self.of_server.items():
             given = accounts.give(engine, name)
             environ |= {"MAIL_PIPELINES_DATABASE__URL": given.url, "MAIL_PIPELINES_DATABASE__PASSWORD": given.password}
+            environ |= server_storage.give(engine, config.load(), given)
 
 
 def filesystem(folder: Path, stack: ExitStack) -> Backing:

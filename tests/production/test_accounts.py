@@ -5,16 +5,26 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 from unittest import mock
 
 import amqp
+import dagster as dg
 import pytest
 import sqlalchemy as sa
 from kombu import Connection, Exchange, Queue
+from kombu.exceptions import DecodeError
 
+from mail_pipelines import config
 from mail_pipelines.database.engine import create_engine
-from mail_pipelines.resources import broker_accounts, orders, tasks
+from mail_pipelines.dispatch import accounts, servers
+from mail_pipelines.resources import broker_accounts, orders, server_storage, tasks
+from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.parts.processes import wait_for
 from tests.production.backing import SPARE
 from tests.production.fleet import SERVERS, Fleet
@@ -27,6 +37,7 @@ pytestmark = [
     pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),
 ]
 STOLEN, OTHER = SERVERS
+Status = dg.DagsterRunStatus
 
 
 @pytest.mark.parametrize("queue", ["centre", OTHER])
@@ -66,6 +77,160 @@ def test_its_environment_opens_no_address(fleet: Fleet) -> None:
             with pytest.raises(sa.exc.DBAPIError, match="denied"), engine.connect() as connection:
                 connection.exec_driver_sql(f"SELECT 1 FROM {central}.{table}")
         engine.dispose()
+
+
+# --- Dagster's storage, and the results of runs -----------------------------------------------------------------------
+
+
+@dataclass
+class Loot:
+    """Dagster's storage as the stolen account sees it, with three runs: its own that has ended, its own that has not been ordered, and another server's."""
+
+    engine: sa.Engine
+    own: str
+    waiting: str
+    other: str
+
+    def changes(self, statement: str) -> int:
+        with self.engine.begin() as connection:
+            runs = {"own": self.own, "waiting": self.waiting, "other": self.other}
+            return connection.execute(sa.text(statement), {name: run for name, run in runs.items() if f":{name}" in statement}).rowcount
+
+    def sees(self, query: str) -> set[object]:
+        with self.engine.connect() as connection:
+            return set(connection.execute(sa.text(query)).scalars())
+
+
+@pytest.fixture(scope="module")
+def loot(fleet: Fleet) -> Iterator[Loot]:
+    url = sa.make_url(fleet.environ(STOLEN)["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql")
+    given = ((STOLEN, Status.SUCCESS), (STOLEN, Status.NOT_STARTED), (OTHER, Status.STARTED))
+    runs = [fleet.instance.add_run(dg.DagsterRun(job_name="send_campaign", status=status, tags={QUEUE_TAG: queue})) for queue, status in given]
+    engine = create_engine(url.render_as_string(hide_password=False))
+    yield Loot(engine, *(run.run_id for run in runs))
+    engine.dispose()
+    for run in runs:
+        fleet.instance.delete_run(run.run_id)
+
+
+_NEW_RUN = "INSERT INTO {} (run_id, pipeline_name, status, run_body) VALUES ('r', 'maintenance', 'QUEUED', '{{}}')"
+_NEW_TAG = "INSERT INTO run_tags (run_id, `key`, value) VALUES ({}, '{}', '{}')"
+_NEW_EVENT = "INSERT INTO event_logs (run_id, event, timestamp, asset_key) VALUES ({}, '{{}}', NOW(), {})"
+_NEW_RESULT = "INSERT INTO run_results (run_id, document, changed_at) VALUES ({}, '{{}}', NOW())"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        # A run that the daemon would launch, or that it could not read.
+        _NEW_RUN.format("runs"),
+        _NEW_RUN.format("dagster.runs"),
+        *(f"UPDATE runs SET status = '{status}' WHERE run_id = :own" for status in ("QUEUED", "NOT_STARTED", "MANAGED", "queued")),
+        # One of its runs made another job, or moved to another queue, or repeated by Dagster itself.
+        *(
+            f"UPDATE runs SET {column} = 'maintenance' WHERE run_id = :own"
+            for column in ("pipeline_name", "run_id", "snapshot_id", "`partition`", "backfill_id")
+        ),
+        "UPDATE dagster.runs SET run_body = '{}' WHERE run_id = :own",
+        _NEW_TAG.format(":own", QUEUE_TAG, "centre"),
+        _NEW_TAG.format(":other", QUEUE_TAG, STOLEN),
+        _NEW_TAG.format(":own", "dagster/max_retries", "3"),
+        _NEW_TAG.format(":own", "dagster/will_retry", "true"),
+        f"UPDATE run_tags SET `key` = '{QUEUE_TAG}'",
+        # Sensors and schedules, backfills, and what the daemon remembers.
+        *(
+            f"{verb} {table}"
+            for table in ("instigators", "jobs", "bulk_actions", "kvs", "daemon_heartbeats")
+            for verb in ("DELETE FROM", "DELETE FROM dagster.")
+        ),
+        "UPDATE instigators SET status = 'STOPPED'",
+        "INSERT INTO kvs (`key`, value) VALUES ('EVENT_LOG_CONSUMER_CURSOR-PIPELINE_FAILURE', '0')",
+        "INSERT INTO dynamic_partitions (partitions_def_name, `partition`) VALUES ('campaigns', 'x')",
+        "INSERT INTO secondary_indexes (name) VALUES ('x')",
+        "INSERT INTO snapshots (snapshot_id, snapshot_body, snapshot_type) VALUES ('x', 'x', 'x')",
+        "DELETE FROM concurrency_limits",
+        # What happened to others' runs and assets, or what is to be forgotten.
+        _NEW_EVENT.format(":other", "NULL"),
+        _NEW_EVENT.format(":waiting_at_the_centre", "NULL"),
+        _NEW_EVENT.format(":own", """'["campaign_audiences"]'"""),
+        _NEW_RESULT.format(":other"),
+        "INSERT INTO asset_keys (asset_key) VALUES ('[\"campaign_audiences\"]')",
+        *(f"DELETE FROM {table}" for table in ("runs", "run_tags", "event_logs", "asset_keys", "run_results")),
+        "UPDATE event_logs SET event = '{}'",
+        # Tables of its own making.
+        "CREATE TABLE x (id int)",
+        "CREATE OR REPLACE VIEW runs AS SELECT 1",
+        "ALTER TABLE runs ADD COLUMN x int",
+    ],
+)
+def test_nothing_it_writes_starts_a_job_or_speaks_for_others(loot: Loot, statement: str) -> None:
+    statement = statement.replace(":waiting_at_the_centre", "'another run'")
+    with pytest.raises(sa.exc.DBAPIError, match=r"(?i)denied|CHECK OPTION failed"):
+        loot.changes(statement)
+
+
+def test_it_sees_and_ends_only_runs_that_were_ordered_from_it(loot: Loot, fleet: Fleet) -> None:
+    assert loot.own in loot.sees("SELECT run_id FROM runs")
+    assert not {loot.waiting, loot.other} & loot.sees("SELECT run_id FROM runs")
+    assert loot.changes("UPDATE runs SET status = 'FAILURE' WHERE run_id IN (:waiting, :other)") == 0
+    assert loot.changes("UPDATE runs SET status = 'FAILURE' WHERE run_id = :own") == 1
+    assert [fleet.status(run) for run in (loot.own, loot.waiting, loot.other)] == [Status.FAILURE, Status.NOT_STARTED, Status.STARTED]
+
+
+def test_what_it_writes_of_a_run_is_not_what_the_centre_knows_of_it(loot: Loot, fleet: Fleet) -> None:
+    """Job, configuration and tags of a run are what the centre wrote, whatever the server's copy says: the daemon repeats runs by them."""
+    before = fleet.instance.get_run_by_id(loot.own)
+    body = dg.serialize_value(dg.DagsterRun(job_name="maintenance", run_id=loot.own, tags={QUEUE_TAG: "centre", "dagster/max_retries": "3"}))
+    with loot.engine.begin() as connection:
+        assert connection.execute(sa.text("UPDATE runs SET run_body = :body WHERE run_id = :own"), {"body": body, "own": loot.own}).rowcount == 1
+    assert loot.sees("SELECT COUNT(*) FROM runs WHERE run_body LIKE '%maintenance%'") == {1}
+    assert fleet.instance.get_run_by_id(loot.own) == before
+
+
+def test_a_result_is_never_read_as_a_pickle(loot: Loot, fleet: Fleet) -> None:
+    """Celery's own backend does that with what it cannot read, and a pickle is code that the centre would execute."""
+    document = pickle.dumps(Witness())
+    with loot.engine.begin() as connection:
+        connection.execute(
+            sa.text("INSERT INTO run_results (run_id, document, changed_at) VALUES (:own, :document, NOW())"), {"own": loot.own, "document": document}
+        )
+    with pytest.raises(DecodeError):
+        _ = fleet.app.AsyncResult(loot.own).state
+    assert not Witness.seen
+    pickle.loads(document)
+    assert Witness.seen
+
+
+class Witness:
+    """Says whether it was unpickled."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return _bear_witness, ()
+
+
+def _bear_witness() -> None:
+    Witness.seen.append("unpickled")
+
+
+def test_after_it_is_revoked_its_account_is_nobody_there(fleet: Fleet) -> None:
+    engine, now = fleet.platform.engine, dt.datetime.now(dt.UTC)
+    servers.register(engine, SPARE, kind="exim", host="127.0.0.1", port=25, now=now)
+    given = accounts.give(engine, SPARE)
+    with mock.patch.dict(os.environ, fleet.environ(None)):
+        url = sa.make_url(server_storage.give(engine, config.load(), given)["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql")
+    run = fleet.instance.add_run(dg.DagsterRun(job_name="send_campaign", status=Status.SUCCESS, tags={QUEUE_TAG: SPARE}))
+    stolen = create_engine(url.render_as_string(hide_password=False))
+    with stolen.connect() as connection:
+        assert connection.exec_driver_sql("SELECT run_id FROM runs WHERE run_id = %s", (run.run_id,)).scalar() == run.run_id
+        accounts.revoke(engine, SPARE, now)
+        with pytest.raises(sa.exc.DBAPIError):
+            connection.exec_driver_sql("SELECT run_id FROM runs")
+    with pytest.raises(sa.exc.DBAPIError, match="denied"), stolen.connect():
+        pass
+    stolen.dispose()
+    fleet.instance.delete_run(run.run_id)
 
 
 def test_its_account_at_the_broker_ends_with_its_open_connections(fleet: Fleet) -> None:
