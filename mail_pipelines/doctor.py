@@ -67,7 +67,8 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         *check_addresses(members),
         *check_central_database(settings, is_centre=not members),
         *check_broker(settings),
-        *check_dagster(settings),
+        *check_storage_account(members, environ),
+        *check_dagster(settings, is_centre=not members),
     ]
 
 
@@ -332,23 +333,37 @@ def check_broker(settings: config.Settings) -> Iterator[Finding]:
     yield from _within(STORAGE_SECONDS, look, Finding("broker", f"the database of results does not answer within {STORAGE_SECONDS:g} s", _HANGS))
 
 
-def check_dagster(settings: config.Settings) -> Iterator[Finding]:
-    """Dagster's daemon, sensors and schedules, as its own storage has them."""
+def check_storage_account(members: Mapping[str, config.Settings], environ: Mapping[str, str]) -> Iterator[Finding]:
+    """A server has an account of Dagster's storage that can start nothing."""
+    from mail_pipelines.resources import server_storage, views_dialect
+
+    url = environ.get(server_storage.URL_VARIABLE)
+    if members and url and not url.startswith(f"{views_dialect.DRIVER}:"):
+        yield Finding(
+            "Dagster",
+            "the account of Dagster's storage here may write everything there: whoever steals this server can start any job at the centre",
+            f"repeat `mail-pipelines server account {next(iter(members))}` at the centre, and put here what it says",
+        )
+
+
+def check_dagster(settings: config.Settings, *, is_centre: bool = True) -> Iterator[Finding]:
+    """Dagster's storage, and at the centre its daemon, sensors and schedules, as that has them."""
     # Without the file an instance would make a new, empty storage.
     if not (settings.dagster_home / "dagster.yaml").is_file():
         return
     late = Finding("Dagster", f"Dagster's storage does not answer within {STORAGE_SECONDS:g} s", _HANGS)
-    yield from _within(STORAGE_SECONDS, lambda: list(_look_at_dagster(settings)), late)
+    yield from _within(STORAGE_SECONDS, lambda: list(_look_at_dagster(settings, is_centre)), late)
 
 
-def _look_at_dagster(settings: config.Settings) -> Iterator[Finding]:
+def _look_at_dagster(settings: config.Settings, is_centre: bool) -> Iterator[Finding]:
     import dagster as dg
 
     try:
         with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
-            yield from check_daemon(instance)
-            yield from check_instigators(instance)
-            yield from check_slots(instance, settings)
+            if is_centre:
+                yield from check_daemon(instance)
+                yield from check_instigators(instance)
+                yield from check_slots(instance, settings)
     except (dg.DagsterError, sa.exc.SQLAlchemyError) as error:
         first_line = str(error).partition("\n")[0]
         yield Finding("Dagster", f"Dagster's storage cannot be used: {first_line}", f"check {settings.dagster_home / 'dagster.yaml'}")

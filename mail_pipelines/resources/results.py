@@ -39,7 +39,7 @@ class Results(KeyValueStoreBackend):
 
     def __init__(self, url: str, **options: Any) -> None:
         super().__init__(url=url, **options)
-        # A worker's children ask twice in a run.
+        # No connections are kept: a process has something to say here twice in a run, and may be a fork.
         self._engine = sa.create_engine(url, poolclass=NullPool, hide_parameters=True, isolation_level="READ COMMITTED")
 
     def make_table(self) -> None:
@@ -65,6 +65,12 @@ class Results(KeyValueStoreBackend):
     def delete(self, key: bytes) -> None:
         with self._engine.begin() as connection:
             connection.execute(sa.delete(_table).where(_table.c.run_id == bytes_to_str(key)))
+
+    def cleanup(self) -> None:
+        """Delete what is older than `result_expires`."""
+        self.make_table()
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(_table).where(_table.c.changed_at < dt.datetime.now(dt.UTC) - dt.timedelta(seconds=self.expires)))
 
     def exception_safe_to_retry(self, error: BaseException) -> bool:
         """Whether another attempt may help: a database that restarts while a run begins or ends."""

@@ -136,9 +136,10 @@ def give(engine: Engine, settings: Settings, account: Account, environ: Mapping[
 
 
 def renew(engine: Engine, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
-    """Bring the views up to date with the tables, where there are servers that use them."""
+    """Make the table of results, and bring the views up to date with the tables, where there are servers that use them."""
     if (schemas := Schemas.of(engine, settings, environ)) is None:
         return
+    tasks.make_app(settings).backend.make_table()
     query = sa.text("SELECT EXISTS (SELECT 1 FROM information_schema.schemata WHERE schema_name = :name)")
     with engine.connect() as connection:
         exists = connection.execute(query, {"name": schemas.own}).scalar_one()

@@ -47,7 +47,8 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         and not ServerFolders.of(settings.server, server.key).journal.exists()
     ]
     watch = registry.Watch.read(json.loads(context.cursor) if context.cursor else None).look([server.key for server in elsewhere], now)
-    _end_runs_of(instance, watch.silent_for(dt.timedelta(seconds=servers.SILENT_BEATS * settings.server.heartbeat_seconds)))
+    gone_for_good = {server.key for server in fleet if server.state == registry.ServerState.RETIRED}
+    _end_runs_of(instance, {*watch.silent_for(dt.timedelta(seconds=servers.SILENT_BEATS * settings.server.heartbeat_seconds)), *gone_for_good})
     _end_dead_sessions(instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
     _end_dead_audits(instance, settings)
     _end_dead_centre_runs(instance, settings)
@@ -88,12 +89,15 @@ def _end_dead_sessions(instance: dg.DagsterInstance, settings: Settings, folders
         report_gone(instance, run, "the session's process is gone; its claims are settled by the next run on the same server")
 
 
-def _end_runs_of(instance: dg.DagsterInstance, silent: Collection[str]) -> None:
-    """Mark runs failed that silent servers of other hosts were at. The ledger knows what they have in hand, whatever Dagster says."""
+def _end_runs_of(instance: dg.DagsterInstance, keys: Collection[str]) -> None:
+    """Mark runs failed that silent servers of other hosts were at, or retired ones: a thief may have called ended ones started, which fill Dagster's limits.
+
+    The ledger knows what they have in hand, whatever Dagster says.
+    """
     for record in started(instance, [send_campaign.name, audit_delivery_logs.name]):
         key = record.dagster_run.tags.get(QUEUE_TAG, "").removesuffix(control_queue(""))
-        if key in silent:
-            report_gone(instance, record.dagster_run, f"server {key} is silent; its claims are settled when it comes back, or given up when it is lost")
+        if key in keys:
+            report_gone(instance, record.dagster_run, f"server {key} is silent or retired; its claims are settled when it comes back, or given up")
 
 
 def _end_dead_audits(instance: dg.DagsterInstance, settings: Settings) -> None:

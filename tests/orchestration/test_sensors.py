@@ -302,6 +302,15 @@ def test_a_run_whose_process_is_gone_is_marked_failed_and_a_living_one_is_not(
     assert {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}["dispatch"] == 2
 
 
+def test_what_a_revoked_server_called_started_is_marked_failed(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    """It fills Dagster's limits on runs at once otherwise."""
+    alive(world, "stolen", "other")
+    world.set_server("stolen", state="retired")
+    runs = [start_run(instance, "send_campaign", **{QUEUE_TAG: key, "dagster/partition": "spring|00"}) for key in ("stolen", "other")]
+    servers.server_health(context(instance, repository), DATABASE)
+    assert [status(instance, run) for run in runs] == [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.STARTED]
+
+
 def test_a_server_of_another_host_that_is_silent_for_half_an_hour_is_lost(
     world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition
 ) -> None:

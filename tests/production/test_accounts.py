@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import pickle
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +21,7 @@ import sqlalchemy as sa
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import DecodeError
 
-from mail_pipelines import config
+from mail_pipelines import doctor
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.dispatch import accounts, servers
 from mail_pipelines.resources import broker_accounts, orders, server_storage, tasks
@@ -113,6 +114,8 @@ def loot(fleet: Fleet) -> Iterator[Loot]:
         fleet.instance.delete_run(run.run_id)
 
 
+_COLUMNS = ("pipeline_name", "run_id", "snapshot_id", "`partition`", "backfill_id")
+_OF_THE_DAEMON = ("instigators", "jobs", "bulk_actions", "kvs", "daemon_heartbeats")
 _NEW_RUN = "INSERT INTO {} (run_id, pipeline_name, status, run_body) VALUES ('r', 'maintenance', 'QUEUED', '{{}}')"
 _NEW_TAG = "INSERT INTO run_tags (run_id, `key`, value) VALUES ({}, '{}', '{}')"
 _NEW_EVENT = "INSERT INTO event_logs (run_id, event, timestamp, asset_key) VALUES ({}, '{{}}', NOW(), {})"
@@ -125,12 +128,9 @@ _NEW_RESULT = "INSERT INTO run_results (run_id, document, changed_at) VALUES ({}
         # A run that the daemon would launch, or that it could not read.
         _NEW_RUN.format("runs"),
         _NEW_RUN.format("dagster.runs"),
-        *(f"UPDATE runs SET status = '{status}' WHERE run_id = :own" for status in ("QUEUED", "NOT_STARTED", "MANAGED", "queued")),
+        *(f"UPDATE runs SET status = '{status}' WHERE run_id = :own" for status in ("QUEUED", "NOT_STARTED", "MANAGED", "queued", "STARTED ", "started")),
         # One of its runs made another job, or moved to another queue, or repeated by Dagster itself.
-        *(
-            f"UPDATE runs SET {column} = 'maintenance' WHERE run_id = :own"
-            for column in ("pipeline_name", "run_id", "snapshot_id", "`partition`", "backfill_id")
-        ),
+        *(f"UPDATE runs SET {column} = 'maintenance' WHERE run_id = :own" for column in _COLUMNS),
         "UPDATE dagster.runs SET run_body = '{}' WHERE run_id = :own",
         _NEW_TAG.format(":own", QUEUE_TAG, "centre"),
         _NEW_TAG.format(":other", QUEUE_TAG, STOLEN),
@@ -138,11 +138,7 @@ _NEW_RESULT = "INSERT INTO run_results (run_id, document, changed_at) VALUES ({}
         _NEW_TAG.format(":own", "dagster/will_retry", "true"),
         f"UPDATE run_tags SET `key` = '{QUEUE_TAG}'",
         # Sensors and schedules, backfills, and what the daemon remembers.
-        *(
-            f"{verb} {table}"
-            for table in ("instigators", "jobs", "bulk_actions", "kvs", "daemon_heartbeats")
-            for verb in ("DELETE FROM", "DELETE FROM dagster.")
-        ),
+        *(f"DELETE FROM {schema}{table}" for table in _OF_THE_DAEMON for schema in ("", "dagster.")),
         "UPDATE instigators SET status = 'STOPPED'",
         "INSERT INTO kvs (`key`, value) VALUES ('EVENT_LOG_CONSUMER_CURSOR-PIPELINE_FAILURE', '0')",
         "INSERT INTO dynamic_partitions (partitions_def_name, `partition`) VALUES ('campaigns', 'x')",
@@ -217,9 +213,12 @@ def _bear_witness() -> None:
 def test_after_it_is_revoked_its_account_is_nobody_there(fleet: Fleet) -> None:
     engine, now = fleet.platform.engine, dt.datetime.now(dt.UTC)
     servers.register(engine, SPARE, kind="exim", host="127.0.0.1", port=25, now=now)
-    given = accounts.give(engine, SPARE)
-    with mock.patch.dict(os.environ, fleet.environ(None)):
-        url = sa.make_url(server_storage.give(engine, config.load(), given)["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql")
+    place = fleet.platform.settings.home / "secrets/servers" / f"{SPARE}.environment"
+    assert str(place) in fleet.platform.command("mail-pipelines", "server", "account", SPARE).stdout.replace("\n", "")
+    environ = dict(line.split("=", 1) for line in shlex.split(place.read_text(encoding="utf-8")))
+    assert sorted(environ) == ["DAGSTER_MYSQL_URL", "MAIL_PIPELINES_BROKER__RESULTS"]
+    assert place.stat().st_mode & 0o077 == 0
+    url = sa.make_url(environ["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql")
     run = fleet.instance.add_run(dg.DagsterRun(job_name="send_campaign", status=Status.SUCCESS, tags={QUEUE_TAG: SPARE}))
     stolen = create_engine(url.render_as_string(hide_password=False))
     with stolen.connect() as connection:
@@ -231,6 +230,19 @@ def test_after_it_is_revoked_its_account_is_nobody_there(fleet: Fleet) -> None:
         pass
     stolen.dispose()
     fleet.instance.delete_run(run.run_id)
+
+
+def test_doctor_names_a_server_whose_account_may_write_everything(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in fleet.environ(STOLEN).items():
+        monkeypatch.setenv(name, value)
+
+    def found() -> list[str]:
+        return [finding.problem for finding in doctor.examine() if finding.check in ("Dagster", "daemon", "broker")]
+
+    assert found() == []
+    monkeypatch.setenv(server_storage.URL_VARIABLE, fleet.environ(None)[server_storage.URL_VARIABLE])
+    (problem,) = found()
+    assert "may write everything there" in problem
 
 
 def test_its_account_at_the_broker_ends_with_its_open_connections(fleet: Fleet) -> None:
