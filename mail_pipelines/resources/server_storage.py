@@ -32,14 +32,15 @@ _REFUSED = {1044, 1049, 1142, 1143, 1146, 1227}
 # A server's own copy of the record of a run. Dagster writes the whole record with each change of status, and the centre starts runs by it.
 _BODY = "server_body"
 
-# The parts that queries share. `{central}`, `{dagster}`, `{results}` and `{own}` are schemas, `x` is the table that is asked about.
+# The parts that queries share. `{central}`, `{dagster}` and `{results}` are schemas, `x` is the table that is asked about.
 _PARTS = {
-    # The name by which the account has logged in.
-    "user": "SUBSTRING_INDEX(USER(), '@', 1)",
     "body": _BODY,
-    # A run is the account's if it was ordered from one of its queues.
-    "is_own": "EXISTS (SELECT 1 FROM {dagster}.run_tags AS t JOIN {own}.own_queues AS q ON q.queue = t.value "
-    "WHERE t.run_id = x.run_id AND t.`key` = '{queue_tag}')",
+    # A run is the account's if it was ordered from the queue of all, or from one of the server whose account it is (by the name under which it has logged in),
+    # or from one of another on its host. A server says itself whose worker executes its runs; about those of others it has no say.
+    "is_own": "EXISTS (SELECT 1 FROM {dagster}.run_tags AS t JOIN {central}.servers AS me ON me.account = SUBSTRING_INDEX(USER(), '@', 1) "
+    "WHERE t.run_id = x.run_id AND t.`key` = '{queue_tag}' AND (t.value IN ('{shared}', me.`key`, CONCAT(me.`key`, '{control}')) OR EXISTS "
+    "(SELECT 1 FROM {central}.servers AS s WHERE t.value IN (s.`key`, CONCAT(s.`key`, '{control}')) "
+    "AND JSON_UNQUOTE(JSON_EXTRACT(s.health, '$.worker')) = me.`key`)))",
     "queue_tag": queues.QUEUE_TAG,
     "shared": queues.DISPATCH,
     "control": queues.control_queue(""),
@@ -47,15 +48,6 @@ _PARTS = {
     "is_theirs": "x.asset_key IN ({assets})",
     "assets": ", ".join(f"""'["{asset}"]'""" for _, asset in (queues.SENDING, queues.AUDIT)),
 }
-# The queues of the server whose account asks, of others on its host, and that of all. A server says itself whose worker executes its runs; about those of
-# others it has no say.
-_OWN_QUEUES = """
-SELECT '{shared}' AS queue FROM {central}.servers WHERE account = {user}
-UNION ALL SELECT CONCAT(s.`key`, suffix.text) FROM {central}.servers AS s
-JOIN {central}.servers AS me ON s.id = me.id OR JSON_UNQUOTE(JSON_EXTRACT(s.health, '$.worker')) = me.`key`
-JOIN (SELECT '' AS text UNION ALL SELECT '{control}') AS suffix
-WHERE me.account = {user}
-"""
 _READ = "SELECT, SHOW VIEW"
 
 VIEWS = (
@@ -152,11 +144,9 @@ def _install(engine: Engine, settings: Settings, schemas: Schemas) -> None:
     tasks.make_app(settings).backend.make_table()
     own = _quoted(engine, schemas.own)
     words = {name: _quoted(engine, schema) for name, schema in (("central", schemas.central), ("dagster", schemas.dagster), ("results", schemas.results))}
-    words["own"] = own
     with _explained(engine, schemas), engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         _add_body(connection, schemas)
         _run(connection, f"CREATE DATABASE IF NOT EXISTS {own} CHARACTER SET utf8mb4")
-        _run(connection, f"CREATE OR REPLACE SQL SECURITY DEFINER VIEW {own}.own_queues AS {_filled(_OWN_QUEUES, words)}")
         for view in VIEWS:
             check = " WITH CASCADED CHECK OPTION" if view.checked else ""
             _run(connection, f"CREATE OR REPLACE SQL SECURITY DEFINER VIEW {own}.{view.name} AS {_filled(view.query, words)}{check}")
