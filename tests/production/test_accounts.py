@@ -23,6 +23,7 @@ from kombu.exceptions import DecodeError
 
 from mail_pipelines import doctor
 from mail_pipelines.database.engine import create_engine
+from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import accounts, servers
 from mail_pipelines.resources import broker_accounts, orders, server_storage, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
@@ -210,26 +211,33 @@ def _bear_witness() -> None:
     Witness.seen.append("unpickled")
 
 
-def test_after_it_is_revoked_its_account_is_nobody_there(fleet: Fleet) -> None:
-    engine, now = fleet.platform.engine, dt.datetime.now(dt.UTC)
-    servers.register(engine, SPARE, kind="exim", host="127.0.0.1", port=25, now=now)
+def test_a_worker_of_two_servers_has_the_runs_of_both_until_its_account_is_revoked(fleet: Fleet) -> None:
+    engine, now, second = fleet.platform.engine, dt.datetime.now(dt.UTC), f"{SPARE}-2"
+    for port, key in ((25, SPARE), (26, second)):
+        servers.register(engine, key, kind="exim", host="127.0.0.1", port=port, now=now)
+    with engine.begin() as connection:
+        connection.execute(sa.update(Server).where(Server.key == second).values(health={"worker": SPARE}))
     place = fleet.platform.settings.home / "secrets/servers" / f"{SPARE}.environment"
     assert str(place) in fleet.platform.command("mail-pipelines", "server", "account", SPARE).stdout.replace("\n", "")
     environ = dict(line.split("=", 1) for line in shlex.split(place.read_text(encoding="utf-8")))
     assert sorted(environ) == ["DAGSTER_MYSQL_URL", "MAIL_PIPELINES_BROKER__RESULTS"]
     assert place.stat().st_mode & 0o077 == 0
     url = sa.make_url(environ["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql")
-    run = fleet.instance.add_run(dg.DagsterRun(job_name="send_campaign", status=Status.SUCCESS, tags={QUEUE_TAG: SPARE}))
+    queues = (SPARE, f"{SPARE}-ctl", second, f"{second}-ctl", "dispatch", "centre", OTHER)
+    runs = [fleet.instance.add_run(dg.DagsterRun(job_name="send_campaign", status=Status.SUCCESS, tags={QUEUE_TAG: queue})).run_id for queue in queues]
     stolen = create_engine(url.render_as_string(hide_password=False))
     with stolen.connect() as connection:
-        assert connection.exec_driver_sql("SELECT run_id FROM runs WHERE run_id = %s", (run.run_id,)).scalar() == run.run_id
+        assert set(runs[:5]) <= (seen := set(connection.exec_driver_sql("SELECT run_id FROM runs").scalars()))
+        assert not set(runs[5:]) & seen
         accounts.revoke(engine, SPARE, now)
         with pytest.raises(sa.exc.DBAPIError):
             connection.exec_driver_sql("SELECT run_id FROM runs")
     with pytest.raises(sa.exc.DBAPIError, match="denied"), stolen.connect():
         pass
     stolen.dispose()
-    fleet.instance.delete_run(run.run_id)
+    accounts.revoke(engine, second, now)
+    for run_id in runs:
+        fleet.instance.delete_run(run_id)
 
 
 def test_doctor_names_a_server_whose_account_may_write_everything(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
