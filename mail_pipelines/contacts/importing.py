@@ -1,7 +1,8 @@
 """Contacts from a file into a list: columns to fields, rows to contacts, problems to a reject file.
 
 What belongs here: what the columns of a file mean and how its rows are checked. What does not: file formats (`files`) and the
-merge into the tables (`merging`). An import can be killed at any moment and run again: rows that are in already are left alone.
+merge into the tables (`merging`). An import can be killed at any moment and run again: rows that are in already are left alone. Beside sending it
+gives way (`portions`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from mail_pipelines.contacts import attributes, fields, lists, merging
 from mail_pipelines.contacts.addresses import AddressError, parse
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
+from mail_pipelines.contacts.portions import Portions
 from mail_pipelines.contacts.providers import provider_of
 from mail_pipelines.database.engine import transact
 from mail_pipelines.errors import nearest
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 # What `--map column=` is given to say that the column holds the addresses.
 ADDRESS_FIELD = "email"
 _ADDRESS_COLUMNS = frozenset({"email", "mail", "emailaddress", "mailaddress"})
+_READER_NICENESS = 10
 ERASED = "the address was erased at the person's request and is not taken again"
 
 
@@ -103,20 +107,27 @@ def import_file(
         prepared = _prepare_all(batches, email, columns, chosen)
         read = inserted = updated = unchanged = duplicates = 0
         mostly_new = False
-        with _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
+        portions = Portions(engine)
+        with (
+            _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects,
+            # On Linux the niceness is that thread's: on a host that also sends, or has the database, reading gives way to both.
+            ThreadPoolExecutor(1, initializer=os.nice, initargs=(_READER_NICENESS,)) as reader,
+        ):
             pending = reader.submit(next, prepared, None)
             while (batch := pending.result()) is not None:
                 # The next batch is read while the database works on this one.
                 pending = reader.submit(next, prepared, None)
-                outcome = merging.merge(engine, batch.rows, list_id=target.id, now=now, mostly_new=mostly_new)
-                mostly_new = outcome.inserted > batch.rows.num_rows // 2
-                erased = [Reject(line, ERASED) for line in sorted(outcome.erased)]
-                rejects.write(sorted(batch.rejects + erased, key=lambda reject: reject.line))
+                erased: set[int] = set()
+                for rows in portions.of(batch.rows):
+                    outcome = merging.merge(engine, rows, list_id=target.id, now=now, mostly_new=mostly_new)
+                    mostly_new = outcome.inserted > rows.num_rows // 2
+                    erased |= outcome.erased
+                    inserted += outcome.inserted
+                    updated += outcome.updated
+                    unchanged += outcome.unchanged
+                rejects.write(sorted(batch.rejects + [Reject(line, ERASED) for line in erased], key=lambda reject: reject.line))
                 read += batch.rows.num_rows + len(batch.rejects) + batch.superseded
-                inserted += outcome.inserted
-                updated += outcome.updated
-                unchanged += outcome.unchanged
-                duplicates += batch.superseded + len(batch.repeated - outcome.erased)
+                duplicates += batch.superseded + len(batch.repeated - erased)
                 if progress:
                     progress(read, batch.fraction)
     return ImportReport(target.key, read, inserted, updated, unchanged, rejects.count, duplicates, rejects.path if rejects.count else None)

@@ -1,0 +1,105 @@
+"""An import gives way to sending: whole batches while nothing is sent, else small portions with rests. On both databases."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import event
+
+from mail_pipelines.contacts.importing import import_file
+from mail_pipelines.contacts.portions import FIRST_ROWS, LEAST_ROWS, MOST_REST_SECONDS, MOST_ROWS, PORTION_SECONDS, Portions
+from mail_pipelines.database.engine import database_now, transact
+from mail_pipelines.database.models import Claim, Contact
+from tests.contacts.conftest import NOW
+
+BATCH = pa.table({"line": pa.array(range(10_000), pa.int64())})
+
+
+@dataclass
+class Machine:
+    """A clock that only work and rests move: each row takes so many seconds."""
+
+    seconds_a_row: float
+    now: float = 0.0
+    rests: list[float] = field(default_factory=list)
+
+    def work(self, rows: int) -> float:
+        self.now += rows * self.seconds_a_row
+        return rows * self.seconds_a_row
+
+    def sleep(self, seconds: float) -> None:
+        self.rests.append(seconds)
+        self.now += seconds
+
+
+def open_claim(engine: sa.Engine, *, state: str = "open", lease_seconds: int = 120) -> None:
+    def work(connection: sa.Connection) -> None:
+        now = database_now(connection)
+        place = {"campaign_id": 1, "shard": 0, "provider": "other", "server_id": 1, "run_id": "r", "size": 1, "incarnation": "i", "boot_id": "b"}
+        times = {"journal_inode": 1, "journal_offset": 0, "opened_at": now, "lease_until": now + dt.timedelta(seconds=lease_seconds)}
+        connection.execute(sa.insert(Claim).values(id=1, state=state, **place, **times))
+
+    transact(engine, work)
+
+
+def portions(engine: sa.Engine, machine: Machine, batches: Sequence[pa.Table] = (BATCH,)) -> list[tuple[pa.Table, float]]:
+    """Each portion of one import, and how long its work took."""
+    chosen = Portions(engine, clock=lambda: machine.now, sleep=machine.sleep)
+    return [(rows, machine.work(rows.num_rows)) for batch in batches for rows in chosen.of(batch)]
+
+
+@pytest.mark.parametrize(("state", "lease_seconds"), [("closed", 120), ("open", -1), ("settling", 120)])
+def test_a_batch_is_one_portion_while_no_server_may_send(engine: sa.Engine, state: str, lease_seconds: int) -> None:
+    open_claim(engine, state=state, lease_seconds=lease_seconds)
+    machine = Machine(1e-4)
+    assert [rows for rows, _ in portions(engine, machine)] == [BATCH]
+    assert machine.rests == []
+
+
+def test_beside_sending_each_portion_is_followed_by_as_long_a_rest(engine: sa.Engine) -> None:
+    open_claim(engine)
+    machine = Machine(PORTION_SECONDS / FIRST_ROWS)
+    found = portions(engine, machine)
+    assert [rows.num_rows for rows, _ in found] == [FIRST_ROWS] * 5
+    assert pa.concat_tables([rows for rows, _ in found]).equals(BATCH)
+    assert machine.rests == pytest.approx([took for _, took in found])
+
+
+@pytest.mark.parametrize(("seconds_a_row", "rows"), [(PORTION_SECONDS / 1_000, 1_000), (PORTION_SECONDS / 100, LEAST_ROWS), (1e-9, MOST_ROWS)])
+def test_the_size_of_a_portion_follows_the_time_it_takes(engine: sa.Engine, seconds_a_row: float, rows: int) -> None:
+    open_claim(engine)
+    found = portions(engine, Machine(seconds_a_row), [BATCH, BATCH])
+    assert found[1][0].num_rows == min(rows, 10_000 - FIRST_ROWS)
+    assert found[-2][0].num_rows == rows or rows == MOST_ROWS == found[-1][0].num_rows
+
+
+def test_a_portion_that_waited_for_long_is_no_reason_to_rest_for_long(engine: sa.Engine) -> None:
+    open_claim(engine)
+    machine = Machine(30 / FIRST_ROWS)
+    portions(engine, machine, [BATCH.slice(0, FIRST_ROWS)])
+    assert machine.rests == [MOST_REST_SECONDS]
+
+
+def test_an_import_beside_sending_takes_more_transactions_for_the_same_contacts(engine: sa.Engine, tmp_path: Path) -> None:
+    open_claim(engine)
+    path = tmp_path / "people.csv"
+    path.write_text("email,n\n" + "".join(f"a{number}@example.test,{number}\n" for number in range(5_000)) + "broken,1\na7@example.test,8\n")
+    made: list[int] = []
+
+    @event.listens_for(engine, "commit")
+    def count(connection: sa.Connection) -> None:
+        made.append(connection.execute(sa.select(sa.func.count()).select_from(Contact)).scalar_one())
+
+    report = import_file(engine, path, list_name="News", now=NOW)
+    assert (report.read, report.inserted, report.rejected, report.duplicates) == (5_002, 5_000, 1, 1)
+    assert made[0] == 0
+    assert made[1] == FIRST_ROWS
+    assert made[-1] == 5_000
+    again = import_file(engine, path, list_name="News", now=NOW)
+    assert (again.inserted, again.updated, again.unchanged, again.duplicates) == (0, 0, 5_000, 1)
