@@ -25,7 +25,7 @@ from mail_pipelines.contacts import attributes, fields, lists, merging
 from mail_pipelines.contacts.addresses import AddressError, parse
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
-from mail_pipelines.contacts.portions import Portions
+from mail_pipelines.contacts.portions import portions
 from mail_pipelines.contacts.providers import provider_of
 from mail_pipelines.database.engine import transact
 from mail_pipelines.errors import nearest
@@ -107,7 +107,6 @@ def import_file(
         prepared = _prepare_all(batches, email, columns, chosen)
         read = inserted = updated = unchanged = duplicates = 0
         mostly_new = False
-        portions = Portions(engine)
         with (
             _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects,
             # On Linux the niceness is that thread's: on a host that also sends, or has the database, reading gives way to both.
@@ -118,7 +117,7 @@ def import_file(
                 # The next batch is read while the database works on this one.
                 pending = reader.submit(next, prepared, None)
                 erased: set[int] = set()
-                for rows in portions.of(batch.rows):
+                for rows in portions(engine, batch.rows):
                     outcome = merging.merge(engine, rows, list_id=target.id, now=now, mostly_new=mostly_new)
                     mostly_new = outcome.inserted > rows.num_rows // 2
                     erased |= outcome.erased

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Claim
 from mail_pipelines.database.types import utc_now
@@ -22,42 +20,34 @@ from mail_pipelines.database.types import utc_now
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Beside sending a portion is as many rows as take about so long, within these bounds.
-PORTION_SECONDS = 0.05
-LEAST_ROWS, FIRST_ROWS, MOST_ROWS = 500, 2_000, CHUNK_ROWS
-# A portion that waited for a lock says nothing about how busy the machine is.
+# Beside sending. They take about a twentieth of a second; with fewer, the statements would cost more than the rows. Not by time: where many
+# processes wait for a processor each statement takes long, and the smaller the portions, the more statements.
+PORTION_ROWS = 2_000
+# A portion that took longer has waited for a lock, which says nothing about how busy the database is.
 MOST_REST_SECONDS = 1.0
 # A claim is open until its last answer is recorded, so while a server sends there nearly always is one.
 _SENDING = sa.select(sa.exists().where(Claim.state == "open", Claim.lease_until > utc_now()))
 
 
-@dataclass
-class Portions:
-    """Of one import: `rows` is the size of its next portion beside sending."""
+def portions(
+    engine: Engine, batch: pa.Table, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[pa.Table]:
+    """All rows in order. What the caller does until it asks for the next portion is the work, and the rest is as long as that took.
 
-    engine: Engine
-    rows: int = FIRST_ROWS
-    clock: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
+    So an import beside sending keeps half of its speed, and where the database is busy it is as slow as everybody, and rests as long.
+    """
+    start = 0
+    while start < batch.num_rows:
+        sending = _is_sending(engine)
+        portion = batch.slice(start, PORTION_ROWS if sending else batch.num_rows)
+        start += portion.num_rows
+        begin = clock()
+        yield portion
+        if sending:
+            sleep(min(clock() - begin, MOST_REST_SECONDS))
 
-    def of(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """All rows in order. What the caller does until it asks for the next portion is the work that is measured.
 
-        The rest is as long as that work took, so that an import beside sending keeps half of its speed on any machine.
-        """
-        start = 0
-        while start < batch.num_rows:
-            sending = self._is_sending()
-            portion = batch.slice(start, self.rows if sending else batch.num_rows)
-            start += portion.num_rows
-            begin = self.clock()
-            yield portion
-            if sending:
-                took = self.clock() - begin
-                self.rows = max(LEAST_ROWS, min(MOST_ROWS, round(portion.num_rows * PORTION_SECONDS / took)))
-                self.sleep(min(took, MOST_REST_SECONDS))
-
-    def _is_sending(self) -> bool:
-        """Whether rows are with a server that may still send them."""
-        with reading(self.engine) as connection:
-            return bool(connection.execute(_SENDING).scalar_one())
+def _is_sending(engine: Engine) -> bool:
+    """Whether rows are with a server that may still send them."""
+    with reading(engine) as connection:
+        return bool(connection.execute(_SENDING).scalar_one())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from mail_pipelines.contacts.importing import import_file
-from mail_pipelines.contacts.portions import FIRST_ROWS, LEAST_ROWS, MOST_REST_SECONDS, MOST_ROWS, PORTION_SECONDS, Portions
+from mail_pipelines.contacts.portions import MOST_REST_SECONDS, PORTION_ROWS, portions
 from mail_pipelines.database.engine import database_now, transact
 from mail_pipelines.database.models import Claim, Contact
 from tests.contacts.conftest import NOW
@@ -48,41 +47,32 @@ def open_claim(engine: sa.Engine, *, state: str = "open", lease_seconds: int = 1
     transact(engine, work)
 
 
-def portions(engine: sa.Engine, machine: Machine, batches: Sequence[pa.Table] = (BATCH,)) -> list[tuple[pa.Table, float]]:
-    """Each portion of one import, and how long its work took."""
-    chosen = Portions(engine, clock=lambda: machine.now, sleep=machine.sleep)
-    return [(rows, machine.work(rows.num_rows)) for batch in batches for rows in chosen.of(batch)]
+def work_through(engine: sa.Engine, machine: Machine, batch: pa.Table = BATCH) -> list[tuple[pa.Table, float]]:
+    """Each portion, and how long its work took."""
+    return [(rows, machine.work(rows.num_rows)) for rows in portions(engine, batch, clock=lambda: machine.now, sleep=machine.sleep)]
 
 
 @pytest.mark.parametrize(("state", "lease_seconds"), [("closed", 120), ("open", -1), ("settling", 120)])
 def test_a_batch_is_one_portion_while_no_server_may_send(engine: sa.Engine, state: str, lease_seconds: int) -> None:
     open_claim(engine, state=state, lease_seconds=lease_seconds)
     machine = Machine(1e-4)
-    assert [rows for rows, _ in portions(engine, machine)] == [BATCH]
+    assert [rows for rows, _ in work_through(engine, machine)] == [BATCH]
     assert machine.rests == []
 
 
 def test_beside_sending_each_portion_is_followed_by_as_long_a_rest(engine: sa.Engine) -> None:
     open_claim(engine)
-    machine = Machine(PORTION_SECONDS / FIRST_ROWS)
-    found = portions(engine, machine)
-    assert [rows.num_rows for rows, _ in found] == [FIRST_ROWS] * 5
+    machine = Machine(1e-5)
+    found = work_through(engine, machine)
+    assert [rows.num_rows for rows, _ in found] == [PORTION_ROWS] * 5
     assert pa.concat_tables([rows for rows, _ in found]).equals(BATCH)
     assert machine.rests == pytest.approx([took for _, took in found])
 
 
-@pytest.mark.parametrize(("seconds_a_row", "rows"), [(PORTION_SECONDS / 1_000, 1_000), (PORTION_SECONDS / 100, LEAST_ROWS), (1e-9, MOST_ROWS)])
-def test_the_size_of_a_portion_follows_the_time_it_takes(engine: sa.Engine, seconds_a_row: float, rows: int) -> None:
-    open_claim(engine)
-    found = portions(engine, Machine(seconds_a_row), [BATCH, BATCH])
-    assert found[1][0].num_rows == min(rows, 10_000 - FIRST_ROWS)
-    assert found[-2][0].num_rows == rows or rows == MOST_ROWS == found[-1][0].num_rows
-
-
 def test_a_portion_that_waited_for_long_is_no_reason_to_rest_for_long(engine: sa.Engine) -> None:
     open_claim(engine)
-    machine = Machine(30 / FIRST_ROWS)
-    portions(engine, machine, [BATCH.slice(0, FIRST_ROWS)])
+    machine = Machine(30 / PORTION_ROWS)
+    work_through(engine, machine, BATCH.slice(0, PORTION_ROWS))
     assert machine.rests == [MOST_REST_SECONDS]
 
 
@@ -99,7 +89,7 @@ def test_an_import_beside_sending_takes_more_transactions_for_the_same_contacts(
     report = import_file(engine, path, list_name="News", now=NOW)
     assert (report.read, report.inserted, report.rejected, report.duplicates) == (5_002, 5_000, 1, 1)
     assert made[0] == 0
-    assert made[1] == FIRST_ROWS
+    assert made[1] == PORTION_ROWS
     assert made[-1] == 5_000
     again = import_file(engine, path, list_name="News", now=NOW)
     assert (again.inserted, again.updated, again.unchanged, again.duplicates) == (0, 0, 5_000, 1)
