@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from mail_pipelines.contacts import attributes, fields, lists, merging
 from mail_pipelines.contacts.addresses import AddressError, parse
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
-from mail_pipelines.contacts.portions import portions
+from mail_pipelines.contacts.portions import is_sending, portions
 from mail_pipelines.contacts.providers import provider_of
 from mail_pipelines.database.engine import transact
 from mail_pipelines.errors import nearest
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 # What `--map column=` is given to say that the column holds the addresses.
 ADDRESS_FIELD = "email"
 _ADDRESS_COLUMNS = frozenset({"email", "mail", "emailaddress", "mailaddress"})
-_READER_NICENESS = 10
 ERASED = "the address was erased at the person's request and is not taken again"
 
 
@@ -107,15 +105,13 @@ def import_file(
         prepared = _prepare_all(batches, email, columns, chosen)
         read = inserted = updated = unchanged = duplicates = 0
         mostly_new = False
-        with (
-            _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects,
-            # On Linux the niceness is that thread's: on a host that also sends, or has the database, reading gives way to both.
-            ThreadPoolExecutor(1, initializer=os.nice, initargs=(_READER_NICENESS,)) as reader,
-        ):
+        with _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
             pending = reader.submit(next, prepared, None)
             while (batch := pending.result()) is not None:
-                # The next batch is read while the database works on this one.
-                pending = reader.submit(next, prepared, None)
+                # The next batch is read while the database works on this one; beside sending it is read afterwards, which leaves a processor free.
+                ahead = not is_sending(engine)
+                if ahead:
+                    pending = reader.submit(next, prepared, None)
                 erased: set[int] = set()
                 for rows in portions(engine, batch.rows):
                     outcome = merging.merge(engine, rows, list_id=target.id, now=now, mostly_new=mostly_new)
@@ -129,6 +125,8 @@ def import_file(
                 duplicates += batch.superseded + len(batch.repeated - erased)
                 if progress:
                     progress(read, batch.fraction)
+                if not ahead:
+                    pending = reader.submit(next, prepared, None)
     return ImportReport(target.key, read, inserted, updated, unchanged, rejects.count, duplicates, rejects.path if rejects.count else None)
 
 

@@ -38,7 +38,7 @@ def portions(
     """
     start = 0
     while start < batch.num_rows:
-        sending = _is_sending(engine)
+        sending = is_sending(engine)
         portion = batch.slice(start, PORTION_ROWS if sending else batch.num_rows)
         start += portion.num_rows
         begin = clock()
@@ -47,7 +47,7 @@ def portions(
             sleep(min(clock() - begin, MOST_REST_SECONDS))
 
 
-def _is_sending(engine: Engine) -> bool:
+def is_sending(engine: Engine) -> bool:
     """Whether rows are with a server that may still send them."""
     with reading(engine) as connection:
         return bool(connection.execute(_SENDING).scalar_one())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 
+from mail_pipelines.contacts import importing, merging
 from mail_pipelines.contacts.importing import import_file
 from mail_pipelines.contacts.portions import MOST_REST_SECONDS, PORTION_ROWS, portions
 from mail_pipelines.database.engine import database_now, transact
@@ -93,3 +96,33 @@ def test_an_import_beside_sending_takes_more_transactions_for_the_same_contacts(
     assert made[-1] == 5_000
     again = import_file(engine, path, list_name="News", now=NOW)
     assert (again.inserted, again.updated, again.unchanged, again.duplicates) == (0, 0, 5_000, 1)
+
+
+@pytest.mark.parametrize("sending", [True, False])
+def test_beside_sending_nothing_is_read_ahead(engine: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sending: bool) -> None:
+    if sending:
+        open_claim(engine)
+    path = tmp_path / "people.csv"
+    path.write_text("email\n" + "".join(f"a{number}@example.test\n" for number in range(12_000)))
+    done: list[str] = []
+    two_read = threading.Event()
+    prepare, merge = importing._prepare, merging.merge
+
+    def note_read(*given: Any) -> Any:
+        done.append("read")
+        if done.count("read") == 2:
+            two_read.set()
+        return prepare(*given)
+
+    def note_merge(*given: Any, **options: Any) -> Any:
+        assert sending or two_read.wait(60)
+        outcome = merge(*given, **options)
+        done.append("merged")
+        return outcome
+
+    monkeypatch.setattr(importing, "_prepare", note_read)
+    monkeypatch.setattr(merging, "merge", note_merge)
+    assert import_file(engine, path, list_name="News", now=NOW).inserted == 12_000
+    second = done.index("read", 1)
+    assert done[:second] == (["read", *["merged"] * (second - 1)] if sending else ["read"])
+    assert done.count("merged") == (6 if sending else 2)
