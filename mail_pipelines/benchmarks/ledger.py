@@ -1,19 +1,17 @@
 """Benchmark: the ledger on MariaDB as the database grows: claims and results by eight servers at once, beside an import, and what sensors and pages ask.
 
 A database of its own for each size, of which the campaigns have three tenths. References measured in the same run: as many rows inserted into a plain table
-by as many processes; for times, the budget.
+by as many processes; for times, the budget. `beside_import` has the part beside an import.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import itertools
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from mail_pipelines.benchmarks import campaigns, claim
+from mail_pipelines.benchmarks import beside_import, campaigns, claim
 from mail_pipelines.benchmarks.claim import CLAIM_ROWS, CLAIMERS
 from mail_pipelines.benchmarks.contract import Result, judge
 from mail_pipelines.benchmarks.mariadb import MariaDB
@@ -41,14 +39,13 @@ CAMPAIGNS = 3
 SIZES, QUICK_SIZES = (100_000, 1_000_000, 10_000_000), (100_000,)
 IMPORTED, QUICK_IMPORTED = 1_000_000, 50_000
 SECONDS, QUICK_SECONDS = 15.0, 3.0
-# Beside an import each server asks as in operation: for as many rows as it sends in two seconds.
-PACED_ROWS, PACE_SECONDS = 50, 2.0
+ALONE_SECONDS, QUICK_ALONE_SECONDS = 30.0, 3.0
 # Of the plain rows that as many processes insert; see `claim`.
 TARGET_TOGETHER = claim.TARGET_TOGETHER
 BUDGET_PER_SECOND = 20_000
 # In smaller campaigns the rows are gone before all servers have begun.
 RATES_FROM = 1_000_000
-CLAIM_MILLISECONDS, TICK_MILLISECONDS, STATUS_MILLISECONDS = 20.0, 1000.0, 50.0
+TICK_MILLISECONDS, STATUS_MILLISECONDS = 1000.0, 50.0
 _HEARTBEAT_SECONDS = 3600.0
 _MOST_PER_SECOND = 25_000
 # What a database host of this kind would have.
@@ -57,30 +54,30 @@ _OPTIONS = ("--innodb-buffer-pool-size=4G", "--innodb-log-file-size=1G")
 
 @dataclass
 class Figures:
-    """Of one size: rows a second, milliseconds."""
+    """Of one size: rows a second, milliseconds. With nothing but `claims` where only those were asked for."""
 
     contacts: int
+    claims: beside_import.Figures = field(init=False)
     together: float = 0.0
     inserted: float = 0.0
     beside_a_held_provider: float = 0.0
     retries: int = 0
-    paced: list[float] = field(default_factory=list)
     ticks: Mapping[str, float] = field(default_factory=dict)
     status: float = 0.0
 
 
-def run(quick: bool, advance: Callable[[Figures], None] = lambda _: None) -> list[Result]:
-    """Measure each size; `advance` is called after each."""
+def run(quick: bool, advance: Callable[[Figures], None] = lambda _: None, *, only_import: bool = False) -> list[Result]:
+    """Measure each size, or only its claims beside an import; `advance` is called after each."""
     found: list[Result] = []
     for contacts in QUICK_SIZES if quick else SIZES:
         with tempfile.TemporaryDirectory(prefix="mail-pipelines-bench-") as folder:
             server = MariaDB(Path(folder), options=_OPTIONS).start()
             try:
-                figures = _measure(server.database(), Path(folder), contacts, quick)
+                figures = _measure(server.database(), Path(folder), contacts, quick, only_import)
             finally:
                 server.stop()
         advance(figures)
-        found += _judged(figures)
+        found += [*beside_import.judged(f"{contacts:,} contacts", figures.claims), *([] if only_import else _judged(figures))]
     return found
 
 
@@ -89,7 +86,7 @@ def plot(found: Sequence[Figures], place: Path) -> None:
     from matplotlib.figure import Figure
 
     contacts = [figures.contacts for figures in found]
-    paced = [statistics.quantiles(figures.paced, n=100) for figures in found]
+    claims = [figures.claims.beside for figures in found]
     picture = Figure(figsize=(9, 5), layout="constrained")
     rates, times = picture.subplots(1, 2)
     large = [figures for figures in found if figures.contacts >= RATES_FROM]
@@ -101,8 +98,8 @@ def plot(found: Sequence[Figures], place: Path) -> None:
     rates.axhline(BUDGET_PER_SECOND, color="0.6", linestyle="--", label="budget")
     rates.set_title("rows a second")
     rates.set_ylim(bottom=0)
-    times.plot(contacts, [quantiles[49] for quantiles in paced], "o-", label="claim beside an import, median")
-    times.plot(contacts, [quantiles[98] for quantiles in paced], "o-", label="claim beside an import, 99 of 100")
+    times.plot(contacts, [found.median for found in claims], "o-", label="claim beside an import, median")
+    times.plot(contacts, [found.p99 for found in claims], "o-", label="claim beside an import, 99 of 100")
     for name in found[0].ticks:
         times.plot(contacts, [figures.ticks[name] for figures in found], "o-", label=name)
     times.plot(contacts, [figures.status for figures in found], "o-", label="status of a campaign")
@@ -118,8 +115,6 @@ def plot(found: Sequence[Figures], place: Path) -> None:
 def _judged(figures: Figures) -> list[Result]:
     of = f"{figures.contacts:,} contacts"
     others = figures.together * (1 - 1 / CLAIMERS)
-    paced = f"{of}: a claim of {PACED_ROWS} rows beside an import"
-    p99 = statistics.quantiles(figures.paced, n=100)[98]
     rates = [
         judge(f"{of}: claimed and recorded by {CLAIMERS} servers", figures.together, "rows/s", figures.inserted, target=TARGET_TOGETHER, better="higher"),
         judge(f"{of}: by the others while rows of one provider are held", figures.beside_a_held_provider, "rows/s", others, target=0.85, better="higher"),
@@ -127,24 +122,31 @@ def _judged(figures: Figures) -> list[Result]:
     return [
         *(rates if figures.contacts >= RATES_FROM else []),
         judge(f"{of}: transactions tried again", figures.retries, "of a hundred each", CLAIMERS * 100, target=1, better="lower"),
-        judge(f"{paced}, median", statistics.median(figures.paced), "ms", CLAIM_MILLISECONDS, target=1, better="lower"),
-        judge(f"{paced}, 99 of 100", p99, "ms", CLAIM_MILLISECONDS, target=1, better="lower"),
         *(judge(f"{of}: {name}", value, "ms", TICK_MILLISECONDS, target=1, better="lower") for name, value in figures.ticks.items()),
         judge(f"{of}: status of a campaign", figures.status, "ms", STATUS_MILLISECONDS, target=1, better="lower"),
     ]
 
 
-def _measure(url: str, folder: Path, contacts: int, quick: bool) -> Figures:
+def _measure(url: str, folder: Path, contacts: int, quick: bool, only_import: bool) -> Figures:
     engine = create_engine(url)
     migrate.upgrade(engine)
     to = providers()[:CLAIMERS]
     _fill(engine, contacts, to)
     figures = Figures(contacts)
-    figures.ticks = _ticks(engine)
-    figures.status = _milliseconds(lambda: _status(engine))
+    if not only_import:
+        figures.ticks = _ticks(engine)
+        figures.status = _milliseconds(lambda: _status(engine))
+    people, alone = (QUICK_IMPORTED, QUICK_ALONE_SECONDS) if quick else (IMPORTED, ALONE_SECONDS)
+    figures.claims = beside_import.measure(url, folder, people, alone, to)
+    if not only_import:
+        _rates(url, engine, figures, quick, to)
+    engine.dispose()
+    return figures
+
+
+def _rates(url: str, engine: Engine, figures: Figures, quick: bool, to: Sequence[str]) -> None:
     # Small campaigns are claimed to the end in longer.
-    seconds = min(QUICK_SECONDS if quick else SECONDS, CAMPAIGNS * contacts / 10 / _MOST_PER_SECOND / 3)
-    figures.paced = _beside_an_import(engine, folder, QUICK_IMPORTED if quick else IMPORTED, to)
+    seconds = min(QUICK_SECONDS if quick else SECONDS, CAMPAIGNS * figures.contacts / 10 / _MOST_PER_SECOND / 3)
     claim.PLAIN.create(engine)
     with engine.connect() as holder:
         holder.execute(_rows_of(to[0]))
@@ -153,8 +155,6 @@ def _measure(url: str, folder: Path, contacts: int, quick: bool) -> Figures:
     figures.together, more = _together(url, to, seconds)
     figures.retries = retries + more
     figures.inserted = claim.rate(claim.at_once(url, claim.inserter, to, seconds))
-    engine.dispose()
-    return figures
 
 
 def _fill(engine: Engine, contacts: int, to: Sequence[str]) -> None:
@@ -269,37 +269,3 @@ def _together(url: str, to: Sequence[str], seconds: float) -> tuple[float, int]:
     """Rows a second of eight servers, each to a provider of its own; and how many transactions were tried again."""
     results = claim.at_once(url, _claimer, to, seconds)
     return claim.rate([(rows, taken) for rows, taken, _ in results if rows]), sum(retries for *_, retries in results)
-
-
-def _import(url: str, file: str) -> None:
-    from mail_pipelines.contacts import importing
-
-    importing.import_file(create_engine(url), Path(file), list_name="news", now=dt.datetime.now(dt.UTC))
-
-
-def _beside_an_import(engine: Engine, folder: Path, people: int, to: Sequence[str]) -> list[float]:
-    """Milliseconds of each claim that eight servers make at their pace, while new contacts are imported; its rows go back unsent."""
-    file = folder / "contacts.csv"
-    with file.open("w", encoding="utf-8") as out:
-        out.write("email,first_name,city\n")
-        out.writelines(f"reader{number}@place{number % 500}.test,Maria,Berlin\n" for number in range(people))
-    writer = multiprocessing.get_context("spawn").Process(target=_import, args=(engine.url.render_as_string(hide_password=False), str(file)))
-    writer.start()
-    memory = claim.memory_of(engine)
-
-    def ask(server: int) -> list[float]:
-        times = []
-        while writer.is_alive():
-            begin = time.monotonic()
-            opened = claim.claim_rows(engine, server, 0, memory, PACED_ROWS, campaign=1, provider=to[server - 1])
-            times.append((time.monotonic() - begin) * 1000)
-            if isinstance(opened, OpenClaim):
-                claim.record_rows(engine, opened, State.PENDING)
-            writer.join(max(0.0, PACE_SECONDS + begin - time.monotonic()))
-        return times
-
-    with ThreadPoolExecutor(CLAIMERS) as pool:
-        times = [moment for found in pool.map(ask, range(1, CLAIMERS + 1)) for moment in found]
-    writer.join()
-    assert writer.exitcode == 0
-    return times

@@ -74,13 +74,18 @@ def claim(quick: Quick = False, as_json: Json = False, database: Database = None
 
 @app.command("ledger")
 def ledger(
-    plot: Annotated[Path | None, typer.Option(help="write a picture of the figures by size there")] = None, quick: Quick = False, as_json: Json = False
+    plot: Annotated[Path | None, typer.Option(help="write a picture of the figures by size there")] = None,
+    only_import: Annotated[bool, typer.Option("--only-import", help="only claims beside an import")] = False,
+    quick: Quick = False,
+    as_json: Json = False,
 ) -> None:
     """Claims, results, sensors and pages on MariaDB with 0.1, 1 and 10 million contacts, three tenths of them in campaigns that are sent."""
     from mail_pipelines.benchmarks import ledger as bench
 
     found: list[bench.Figures] = []
-    results = bench.run(quick, found.append)
+    if plot is not None and only_import:
+        raise typer.BadParameter("--plot draws all figures: leave out --only-import")
+    results = bench.run(quick, found.append, only_import=only_import)
     if plot is not None:
         bench.plot(found, plot)
     _show("ledger", results, as_json)

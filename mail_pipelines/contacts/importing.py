@@ -1,7 +1,8 @@
 """Contacts from a file into a list: columns to fields, rows to contacts, problems to a reject file.
 
 What belongs here: what the columns of a file mean and how its rows are checked. What does not: file formats (`files`) and the
-merge into the tables (`merging`). An import can be killed at any moment and run again: rows that are in already are left alone.
+merge into the tables (`merging`). An import can be killed at any moment and run again: rows that are in already are left alone. Beside sending it
+gives way (`portions`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mail_pipelines.contacts import attributes, fields, lists, merging
 from mail_pipelines.contacts.addresses import AddressError, parse
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
+from mail_pipelines.contacts.portions import is_sending, portions
 from mail_pipelines.contacts.providers import provider_of
 from mail_pipelines.database.engine import transact
 from mail_pipelines.errors import nearest
@@ -106,19 +108,25 @@ def import_file(
         with _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
             pending = reader.submit(next, prepared, None)
             while (batch := pending.result()) is not None:
-                # The next batch is read while the database works on this one.
-                pending = reader.submit(next, prepared, None)
-                outcome = merging.merge(engine, batch.rows, list_id=target.id, now=now, mostly_new=mostly_new)
-                mostly_new = outcome.inserted > batch.rows.num_rows // 2
-                erased = [Reject(line, ERASED) for line in sorted(outcome.erased)]
-                rejects.write(sorted(batch.rejects + erased, key=lambda reject: reject.line))
+                # The next batch is read while the database works on this one; beside sending it is read afterwards, which leaves a processor free.
+                ahead = not is_sending(engine)
+                if ahead:
+                    pending = reader.submit(next, prepared, None)
+                erased: set[int] = set()
+                for rows in portions(engine, batch.rows):
+                    outcome = merging.merge(engine, rows, list_id=target.id, now=now, mostly_new=mostly_new)
+                    mostly_new = outcome.inserted > rows.num_rows // 2
+                    erased |= outcome.erased
+                    inserted += outcome.inserted
+                    updated += outcome.updated
+                    unchanged += outcome.unchanged
+                rejects.write(sorted(batch.rejects + [Reject(line, ERASED) for line in erased], key=lambda reject: reject.line))
                 read += batch.rows.num_rows + len(batch.rejects) + batch.superseded
-                inserted += outcome.inserted
-                updated += outcome.updated
-                unchanged += outcome.unchanged
-                duplicates += batch.superseded + len(batch.repeated - outcome.erased)
+                duplicates += batch.superseded + len(batch.repeated - erased)
                 if progress:
                     progress(read, batch.fraction)
+                if not ahead:
+                    pending = reader.submit(next, prepared, None)
     return ImportReport(target.key, read, inserted, updated, unchanged, rejects.count, duplicates, rejects.path if rejects.count else None)
 
 
