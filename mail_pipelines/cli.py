@@ -25,6 +25,7 @@ from mail_pipelines.commands import (
     recover,
     segment,
     server,
+    server_dns,
     unknown,
     why,
     worker,
@@ -44,6 +45,7 @@ app.command("why")(why.why)
 app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
 app.add_typer(database.app, name="database")
+server.app.command("dns")(server_dns.dns)
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(catcher.app, name="catcher")

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pydantic
 
@@ -121,6 +121,17 @@ class DnsSettings(Section):
         default=[], description="addresses of the DNS servers to ask, with :PORT if it is not 53; none means this machine's own"
     )
     timeout_seconds: float = pydantic.Field(default=5, gt=0, description="longest wait for the answers about one domain (s)")
+    publisher: Literal["none", "rfc2136", "command"] = pydantic.Field(
+        default="none", description="how the records of servers are published: `none` (by hand), `rfc2136` (dynamic updates) or `command`"
+    )
+    update_server: str = pydantic.Field(default="", description="address of the zones' primary, which takes dynamic updates, with :PORT if it is not 53")
+    update_key: str | None = secret("TSIG key of these updates as [ALGORITHM:]NAME:SECRET, the secret in base64; without an algorithm hmac-sha256")
+    command: list[str] = pydantic.Field(
+        default=[], description="words of the command that publishes and withdraws records, which it gets as JSON (docs/domains.md)"
+    )
+    spf_include: str = pydantic.Field(
+        default="", description="name of the one SPF record that lists the addresses of all servers, for return paths to include; empty: each lists them itself"
+    )
 
 
 class ServerSettings(Section):
