@@ -26,6 +26,7 @@ from mail_pipelines.commands import (
     segment,
     server,
     server_dns,
+    server_verify,
     unknown,
     why,
     worker,
@@ -46,6 +47,8 @@ app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
 app.add_typer(database.app, name="database")
 server.app.command("dns")(server_dns.dns)
+server.app.command("verify")(server_verify.verify)
+server.app.command("check-egress")(server_verify.check_egress)
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(catcher.app, name="catcher")
