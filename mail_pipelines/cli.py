@@ -10,6 +10,7 @@ import sys
 import typer
 
 from mail_pipelines.commands import (
+    alert,
     bench,
     campaign,
     catcher,
@@ -51,6 +52,7 @@ server.app.command("verify")(server_verify.verify)
 server.app.command("check-egress")(server_verify.check_egress)
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
+app.add_typer(alert.app, name="alert")
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")

@@ -129,6 +129,9 @@ class DnsSettings(Section):
     command: list[str] = pydantic.Field(
         default=[], description="words of the command that publishes and withdraws records, which it gets as JSON (docs/domains.md)"
     )
+    block_list_hours: float = pydantic.Field(
+        default=6, ge=0, description="block lists are asked about the public addresses of active servers every so often (h); 0: never"
+    )
     spf_include: str = pydantic.Field(
         default="", description="name of the one SPF record that lists the addresses of all servers, for return paths to include; empty: each lists them itself"
     )
@@ -205,6 +208,19 @@ class InboundSettings(Section):
     imap_done: str = pydantic.Field(default="Processed", min_length=1, description="folder of that mailbox that fetched messages are moved to")
 
 
+class AlertSettings(Section):
+    """Without a relay or a webhook nobody is told. The relay is outside the fleet: it has to work when the fleet does not."""
+
+    relay_host: str = pydantic.Field(default="", description="SMTP relay outside the fleet that takes alerts by mail; none if empty")
+    relay_port: int = pydantic.Field(default=587, ge=1, le=65535, description="its port; with 465 TLS from the start, else STARTTLS where it is offered")
+    user: str = pydantic.Field(default="", description="login at the relay, then only with TLS; none if empty")
+    password: str | None = secret("password of this login")
+    from_address: str = pydantic.Field(default="", description="sender of alerts")
+    to: list[str] = pydantic.Field(default=[], description="addresses that alerts go to")
+    webhook_url: str | None = secret('URL that gets alerts as JSON, {"text": …}, as Slack and Mattermost take it')
+    reminder_hours: float = pydantic.Field(default=24, gt=0, description="what still lasts is told again after this (h)")
+
+
 class OperationSettings(Section):
     time_zone: str = pydantic.Field(default="UTC", description="time zone of the schedules")
     snapshot_cron: str = pydantic.Field(default="*/15 * * * *", description="when `refresh_snapshots` runs")
@@ -234,6 +250,7 @@ class Settings(Section):
     broker: BrokerSettings = BrokerSettings()
     metrics: MetricsSettings = MetricsSettings()
     inbound: InboundSettings = InboundSettings()
+    alerts: AlertSettings = AlertSettings()
     operation: OperationSettings = OperationSettings()
 
     @property
