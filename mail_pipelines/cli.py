@@ -10,6 +10,7 @@ import sys
 import typer
 
 from mail_pipelines.commands import (
+    alert,
     bench,
     campaign,
     catcher,
@@ -25,6 +26,8 @@ from mail_pipelines.commands import (
     recover,
     segment,
     server,
+    server_dns,
+    server_verify,
     unknown,
     why,
     worker,
@@ -44,8 +47,12 @@ app.command("why")(why.why)
 app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
 app.add_typer(database.app, name="database")
+server.app.command("dns")(server_dns.dns)
+server.app.command("verify")(server_verify.verify)
+server.app.command("check-egress")(server_verify.check_egress)
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
+app.add_typer(alert.app, name="alert")
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pydantic
 
@@ -121,6 +121,20 @@ class DnsSettings(Section):
         default=[], description="addresses of the DNS servers to ask, with :PORT if it is not 53; none means this machine's own"
     )
     timeout_seconds: float = pydantic.Field(default=5, gt=0, description="longest wait for the answers about one domain (s)")
+    publisher: Literal["none", "rfc2136", "command"] = pydantic.Field(
+        default="none", description="how the records of servers are published: `none` (by hand), `rfc2136` (dynamic updates) or `command`"
+    )
+    update_server: str = pydantic.Field(default="", description="address of the zones' primary, which takes dynamic updates, with :PORT if it is not 53")
+    update_key: str | None = secret("TSIG key of these updates as [ALGORITHM:]NAME:SECRET, the secret in base64; without an algorithm hmac-sha256")
+    command: list[str] = pydantic.Field(
+        default=[], description="words of the command that publishes and withdraws records, which it gets as JSON (docs/domains.md)"
+    )
+    block_list_hours: float = pydantic.Field(
+        default=6, ge=0, description="block lists are asked about the public addresses of active servers every so often (h); 0: never"
+    )
+    spf_include: str = pydantic.Field(
+        default="", description="name of the one SPF record that lists the addresses of all servers, for return paths to include; empty: each lists them itself"
+    )
 
 
 class ServerSettings(Section):
@@ -194,6 +208,19 @@ class InboundSettings(Section):
     imap_done: str = pydantic.Field(default="Processed", min_length=1, description="folder of that mailbox that fetched messages are moved to")
 
 
+class AlertSettings(Section):
+    """Without a relay or a webhook nobody is told. The relay is outside the fleet: it has to work when the fleet does not."""
+
+    relay_host: str = pydantic.Field(default="", description="SMTP relay outside the fleet that takes alerts by mail; none if empty")
+    relay_port: int = pydantic.Field(default=587, ge=1, le=65535, description="its port; with 465 TLS from the start, else STARTTLS where it is offered")
+    user: str = pydantic.Field(default="", description="login at the relay, then only with TLS; none if empty")
+    password: str | None = secret("password of this login")
+    from_address: str = pydantic.Field(default="", description="sender of alerts")
+    to: list[str] = pydantic.Field(default=[], description="addresses that alerts go to")
+    webhook_url: str | None = secret('URL that gets alerts as JSON, {"text": …}, as Slack and Mattermost take it')
+    reminder_hours: float = pydantic.Field(default=24, gt=0, description="what still lasts is told again after this (h)")
+
+
 class OperationSettings(Section):
     time_zone: str = pydantic.Field(default="UTC", description="time zone of the schedules")
     snapshot_cron: str = pydantic.Field(default="*/15 * * * *", description="when `refresh_snapshots` runs")
@@ -223,6 +250,7 @@ class Settings(Section):
     broker: BrokerSettings = BrokerSettings()
     metrics: MetricsSettings = MetricsSettings()
     inbound: InboundSettings = InboundSettings()
+    alerts: AlertSettings = AlertSettings()
     operation: OperationSettings = OperationSettings()
 
     @property

@@ -13,7 +13,7 @@ from mail_pipelines.ops import maintenance
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.server import DispatchServer
-from mail_pipelines.sensors import campaigns, failures, files, inbound, servers, shards
+from mail_pipelines.sensors import alerts, campaigns, failures, files, inbound, servers, shards
 from mail_pipelines.sensors.ticks import sensor
 
 
@@ -28,6 +28,7 @@ def _sensors(database: CentralDatabase, interval_seconds: int) -> list[dg.Sensor
         sensor(campaigns.finished_campaigns, database, interval_seconds, jobs=[jobs.report_campaign, maintenance.close_open_rows]),
         sensor(inbound.inbound_mail, database, calm, jobs=[read_inbound_mail]),
         sensor(servers.server_health, database, calm),
+        sensor(alerts.alerts, database, calm),
         dg.run_failure_sensor(default_status=dg.DefaultSensorStatus.RUNNING, minimum_interval_seconds=calm, request_job=jobs.report_campaign)(
             failures.failed_runs
         ),

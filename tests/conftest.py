@@ -33,6 +33,7 @@ def _own_home(tmp_path: Path) -> Iterator[None]:
     before = dict(os.environ)
     os.environ["MAIL_PIPELINES_HOME"] = str(tmp_path / "home")
     os.environ["MAIL_PIPELINES_SENDING__ALLOW_UNVERIFIED"] = "true"
+    os.environ["MAIL_PIPELINES_DNS__BLOCK_LIST_HOURS"] = "0"
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -31,6 +31,8 @@ _SETTINGS = {
     "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "6",
     "MAIL_PIPELINES_SENDING__LAST_RETRY_SECONDS": "6",
     "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
+    # Nothing of it is in the world's DNS.
+    "MAIL_PIPELINES_DNS__BLOCK_LIST_HOURS": "0",
     "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
 }
 # What a reader may set as well: none of it leads to a database, a folder or a server.

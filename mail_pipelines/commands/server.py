@@ -13,8 +13,11 @@ from rich.markup import escape
 from mail_pipelines.commands.context import console, open_engine, settings
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
     from mail_pipelines.dispatch.audit import Standing
     from mail_pipelines.dispatch.servers import ServerInfo
+    from mail_pipelines.provisioning.listing import Listing
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -36,15 +39,17 @@ def list_servers() -> None:
         audits = audit.standings(connection)
         held = holds.in_force(connection)
         keys = pools.keys(connection)
+        listed = {key for key, found in _listings(connection).items() if found.listed}
         for server in servers.all_servers(connection):
             silent = server.is_silent(now, settings().server.heartbeat_seconds)
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
+            notes = " (held)" if held.over_server(server.id, server.pool_id) else " (block-listed)" if server.key in listed else ""
             table.add_row(
                 server.key,
                 server.kind,
                 keys[server.pool_id],
                 f"{server.host}:{server.port}",
-                f"{server.state} (held)" if held.over_server(server.id, server.pool_id) else server.state,
+                f"{server.state}{notes}",
                 f"{beat}{' (silent)' if silent else ' (log disk full)' if server.shortage else ' (clock is off)' if server.clock_error else ''}",
                 _alarms(audits.get(server.key)),
             )
@@ -60,6 +65,8 @@ def _health(health: Mapping[str, Any]) -> dict[str, str]:
         found["mail_pipelines"] = str(health["release"])
     if "version" in health:
         found["mail server"] = str(health["version"])
+    if "hostname" in health:
+        found["sends as"] = f"{health['hostname']}, from {', '.join(health['addresses']) or 'no address with a route to the world'}"
     if "load" in health:
         found["load"] = f"{health['load']:.2f}"
         found["disk of its log"] = f"{health['free_mb']:,} MB free"
@@ -71,6 +78,13 @@ def _health(health: Mapping[str, Any]) -> dict[str, str]:
     if error := health.get("error"):
         found["last error"] = f"{error['at']} {error['what']}: {error['text']}"
     return found
+
+
+def _listings(connection: Connection) -> Mapping[str, Listing]:
+    """What block lists said of each server. A server's own account does not see it."""
+    from mail_pipelines.provisioning import listing
+
+    return listing.listings(connection) if settings().this_server is None else {}
 
 
 def _shipped(server: ServerInfo) -> str:
@@ -112,6 +126,7 @@ def show(name: str) -> None:
         draining = server.state == registry.ServerState.DRAINING
         left = registry.left(connection, server, interval) if draining else []
         standing = audit.standings(connection).get(name)
+        listed = _listings(connection).get(name)
         hold = holds.in_force(connection).over_server(server.id, server.pool_id)
         stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
     table = Table(show_header=False, box=None)
@@ -135,6 +150,9 @@ def show(name: str) -> None:
     if shipped := _shipped(server):
         table.add_row("log archive", escape(shipped))
     table.add_row("open claims", f"{claims:,}")
+    if listed is not None:
+        words = "; ".join((*listed.listed, *listed.unknown)) or "on none"
+        table.add_row("block lists", escape(f"{words} ({listed.at:%Y-%m-%d %H:%M} UTC)"))
     for breaker in stopped:
         until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
         table.add_row(f"to {breaker.provider}", f"{'stopped' if breaker.state == breakers.OPEN else 'on trial'}{until}, {breaker.reason}")

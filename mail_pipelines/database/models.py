@@ -613,6 +613,21 @@ class SyncState(Base):
     __table_args__ = (MYSQL,)
 
 
+class Alert(Base):
+    """A cause that operators are told of (`alerts.memory`), also for a while after it is over. `sent`: channel → when it last took word of it."""
+
+    __tablename__ = "alerts"
+    key: Mapped[str] = mapped_column(ascii_string(190), primary_key=True)
+    text: Mapped[str] = mapped_column(sa.String(1000))
+    command: Mapped[str] = mapped_column(sa.String(200))
+    first_seen: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    last_seen: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    due_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    sent: Mapped[dict[str, str]] = mapped_column(sa.JSON)
+    resolved_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
 class LedgerGeneration(Base):
     """One row: which life of the ledger this is. Servers that know another one stop, as do those whose software knows only schemas before `oldest_schema`.
 

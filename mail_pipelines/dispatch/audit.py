@@ -39,7 +39,7 @@ from mail_pipelines.dispatch.journal import Journal, Kind, Outcome, Position, To
 from mail_pipelines.dispatch.own_lines import OwnLines
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.dispatch.settlement import result_of
-from mail_pipelines.messages.tokens import DeliveryToken, TokenError, read_delivery, sign_delivery
+from mail_pipelines.messages.tokens import TEST_CAMPAIGN, DeliveryToken, TokenError, read_delivery, sign_delivery
 
 SOURCE = "journal"
 # Date, hour and minute at the front of every line of either kind of server.
@@ -341,6 +341,8 @@ class _Auditor:
                 token = read_delivery(text, self.token_key)
             except TokenError:
                 self.found.foreign += 1
+                continue
+            if token.campaign_id == TEST_CAMPAIGN:
                 continue
             if outcome.kind is Kind.DELIVERED:
                 delivered[token.campaign_id, token.attempt][token.contact_id] = outcome

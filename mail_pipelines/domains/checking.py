@@ -7,7 +7,7 @@ and how the DNS is asked (`resolver`).
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from sqlalchemy.engine import Engine
 
@@ -39,7 +39,7 @@ def check(engine: Engine, settings: Settings, domain: str, now: dt.datetime) -> 
 def check_key(settings: Settings, domain: str, key: DkimKey) -> Finding:
     """Look for one key's record."""
     record = dkim_record(domain, key)
-    return _finding(record, ask(settings.dns, [Question(record.name, record.type)]), domain)
+    return look(record, ask(settings.dns, [Question(record.name, record.type)]), _PUBLISH.format(domain=domain))
 
 
 def questions(names: Names, records: list[Record]) -> list[Question]:
@@ -52,15 +52,15 @@ def questions(names: Names, records: list[Record]) -> list[Question]:
 
 def judge(domain: SendingDomain, records: list[Record], answers: Answers, now: dt.datetime) -> Verdict:
     """The verdict by these answers, which has a finding for each record and one for the alignment of the return path."""
-    findings = [_finding(record, answers, domain.names.domain) for record in records]
+    findings = [look(record, answers, _PUBLISH.format(domain=domain.names.domain)) for record in records]
     return Verdict(now, (*findings, _alignment(domain.names, answers)))
 
 
-def _finding(record: Record, answers: Answers, domain: str) -> Finding:
-    judged = {Purpose.DKIM: _dkim, Purpose.DMARC: _dmarc, Purpose.SPF: _spf, Purpose.BOUNCES: _bounces, Purpose.LINKS: _links}
-    name, found, status, advice = judged[record.purpose](record, answers)
+def look(record: Record, answers: Answers, remedy: str = "publish it") -> Finding:
+    """What these answers say of one record; `remedy` is the advice where there is no better."""
+    name, found, status, advice = _JUDGED[record.purpose](record, answers)
     if not advice and status is not Status.PUBLISHED:
-        advice = _PUBLISH.format(domain=domain)
+        advice = remedy
     shown = tuple(value[:_SHOWN_CHARACTERS] for value in found[:_SHOWN_VALUES])
     return Finding(record.purpose, name, record.type, record.value, shown, status, record.required, advice)
 
@@ -157,6 +157,26 @@ def _links(record: Record, answers: Answers) -> _Judgement:
         addresses = answers[Question(record.name, "A")].values
         return record.name, tuple(f"A {address}" for address in addresses), Status.DIFFERENT if addresses else Status.MISSING, ""
     return record.name, answer.values, Status.PUBLISHED if answer.values == (record.value,) else Status.DIFFERENT, ""
+
+
+def _listed(record: Record, answers: Answers) -> _Judgement:
+    """Among what is there, which may be more."""
+    answer = answers[Question(record.name, record.type)]
+    if answer.failure:
+        return _unanswered(record.name, answer)
+    status = Status.PUBLISHED if record.value in answer.values else Status.DIFFERENT if answer.values else Status.MISSING
+    return record.name, answer.values, status, ""
+
+
+_JUDGED: Mapping[Purpose, Callable[[Record, Answers], _Judgement]] = {
+    Purpose.DKIM: _dkim,
+    Purpose.DMARC: _dmarc,
+    Purpose.SPF: _spf,
+    Purpose.BOUNCES: _bounces,
+    Purpose.LINKS: _links,
+    Purpose.HOST: _listed,
+    Purpose.REVERSE: _listed,
+}
 
 
 def _alignment(names: Names, answers: Answers) -> Finding:

@@ -28,19 +28,26 @@ class Purpose(enum.StrEnum):
     SPF = "SPF"
     BOUNCES = "bounces"
     LINKS = "links"
+    # Of a server (`provisioning.dns.records`).
+    HOST = "host"
+    REVERSE = "reverse"
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """This installation: `bounces` takes the mail of return paths, `web` serves links, `senders` (names or addresses) send."""
+    """This installation: `bounces` takes the mail of return paths, `web` serves links, `senders` (names or addresses) send.
+
+    `spf_include` is the name of a record that lists the senders, which then takes their place.
+    """
 
     bounces: str
     web: str
     senders: tuple[str, ...]
+    spf_include: str = ""
 
     @staticmethod
     def of(settings: Settings, senders: tuple[str, ...]) -> Hosts:
-        return Hosts(settings.sending.bounce_host, urlsplit(settings.sending.public_url).hostname or "", senders)
+        return Hosts(settings.sending.bounce_host, urlsplit(settings.sending.public_url).hostname or "", senders, settings.dns.spf_include)
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,14 @@ class Record:
 
     def zone_line(self) -> str:
         """As a line of a zone file."""
-        value = self.value
-        if self.type == "TXT":
-            strings = [value[start : start + _STRING_OCTETS] for start in range(0, len(value), _STRING_OCTETS)]
-            value = " ".join(f'"{string}"' for string in strings)
-        else:
-            value += "."
-        return f"{self.name}. {TTL_SECONDS} IN {self.type} {value}"
+        return f"{self.name}. {TTL_SECONDS} IN {self.type} {zone_value(self.type, self.value)}"
+
+
+def zone_value(kind: str, value: str) -> str:
+    """The value of a record as a zone file has it: texts in strings that are not too long, names with the final dot."""
+    if kind == "TXT":
+        return " ".join(f'"{value[start : start + _STRING_OCTETS]}"' for start in range(0, len(value), _STRING_OCTETS))
+    return value if kind in ("A", "AAAA") else f"{value}."
 
 
 def records_of(domain: SendingDomain, hosts: Hosts, now: dt.datetime) -> list[Record]:
@@ -70,7 +78,7 @@ def records_of(domain: SendingDomain, hosts: Hosts, now: dt.datetime) -> list[Re
     records = [dkim_record(names.domain, key) for key in domain.keys if key.published_until is None or key.published_until > now]
     records += [
         Record(Purpose.DMARC, f"_dmarc.{names.domain}", "TXT", "v=DMARC1; p=none", required=True),
-        Record(Purpose.SPF, names.return_path_domain, "TXT", " ".join(("v=spf1", *spf_mechanisms(hosts.senders), "~all"))),
+        Record(Purpose.SPF, names.return_path_domain, "TXT", " ".join(("v=spf1", *_senders(hosts), "~all"))),
         Record(Purpose.BOUNCES, names.return_path_domain, "MX", f"{MX_PREFERENCE} {hosts.bounces}"),
     ]
     if hosts.web != names.tracking_domain:
@@ -81,6 +89,10 @@ def records_of(domain: SendingDomain, hosts: Hosts, now: dt.datetime) -> list[Re
 def dkim_record(domain: str, key: DkimKey) -> Record:
     """The record of a key (RFC 6376 §3.6.1). Mail is signed with active keys only, so only these are required."""
     return Record(Purpose.DKIM, f"{key.selector}._domainkey.{domain}", "TXT", f"v=DKIM1; k=rsa; p={key.public_key}", required=key.state is KeyState.ACTIVE)
+
+
+def _senders(hosts: Hosts) -> list[str]:
+    return [f"include:{hosts.spf_include}"] if hosts.spf_include else spf_mechanisms(hosts.senders)
 
 
 def spf_mechanisms(senders: tuple[str, ...]) -> list[str]:

@@ -52,15 +52,15 @@ def _resolver(settings: DnsSettings) -> dns.resolver.Resolver:
     except dns.resolver.NoResolverConfiguration as error:
         raise ResolverError("this machine names no DNS server in /etc/resolv.conf: give the setting dns.servers") from error
     if settings.servers:
-        resolver.nameservers = [_server(text) for text in settings.servers]
+        resolver.nameservers = [server(text) for text in settings.servers]
     # `lifetime` bounds a whole question with all its tries; a lost packet is tried again within it.
     resolver.lifetime = settings.timeout_seconds
     resolver.timeout = settings.timeout_seconds / 3
     return resolver
 
 
-def _server(text: str) -> dns.nameserver.Nameserver:
-    """`192.0.2.1`, `192.0.2.1:5353`, `2001:db8::1` or `[2001:db8::1]:5353`."""
+def server(text: str, setting: str = "dns.servers") -> dns.nameserver.Do53Nameserver:
+    """`192.0.2.1`, `192.0.2.1:5353`, `2001:db8::1` or `[2001:db8::1]:5353`. Raises `ResolverError`, which names the setting."""
     try:
         return dns.nameserver.Do53Nameserver(str(ipaddress.ip_address(text)), _PORT)
     except ValueError:
@@ -69,7 +69,7 @@ def _server(text: str) -> dns.nameserver.Nameserver:
         parts = urlsplit(f"//{text}")
         return dns.nameserver.Do53Nameserver(str(ipaddress.ip_address(parts.hostname or "")), parts.port or _PORT)
     except ValueError:
-        raise ResolverError(f"dns.servers has {text!r}; expected an IP address, with a port if it is not {_PORT}, as in 192.0.2.1:5353") from None
+        raise ResolverError(f"{setting} has {text!r}; expected an IP address, with a port if it is not {_PORT}, as in 192.0.2.1:5353") from None
 
 
 def _answer(resolver: dns.resolver.Resolver, question: Question) -> Answer:

@@ -21,7 +21,7 @@ from flufl.bounce import all_failures
 from mail_pipelines.delivery.evidence import Evidence, Kind
 from mail_pipelines.inbound.addresses import Purpose, candidates
 from mail_pipelines.messages.keyring import KeyRing
-from mail_pipelines.messages.tokens import DeliveryToken, TokenError
+from mail_pipelines.messages.tokens import TEST_CAMPAIGN, DeliveryToken, TokenError
 
 # It logs each detector that stumbles over a mail, with a traceback, and goes on with the next.
 logging.getLogger("flufl.bounce").setLevel(logging.CRITICAL)
@@ -49,6 +49,8 @@ class Ignored(enum.StrEnum):
     DELAYED = "delayed"
     NOT_SPAM = "not_spam"
     AUTHENTICATION_FAILURE = "authentication_failure"
+    # The test message of a server, or its bounce.
+    TEST = "test"
     # An automatic answer, a question, anything.
     NO_REPORT = "no_report"
 
@@ -68,6 +70,8 @@ def read(data: bytes, keys: KeyRing, at: dt.datetime) -> Evidence | Ignored:
     if found is None:
         return Ignored.FOREIGN_TOKEN if tried else Ignored.NO_TOKEN
     (token, owner), purpose = found
+    if token.campaign_id == TEST_CAMPAIGN:
+        return Ignored.TEST
     said = _said(message, data[:READ_OCTETS], token, purpose, at)
     return replace(said, signed_by=owner) if isinstance(said, Evidence) else said
 

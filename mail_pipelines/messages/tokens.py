@@ -29,6 +29,8 @@ from hashlib import blake2b
 
 from mail_pipelines.errors import MailPipelinesError
 
+# No campaign has this id: the message is a server's test (`provisioning.trial`), and says nothing of a recipient.
+TEST_CAMPAIGN = 0
 _DELIVERY = struct.Struct(">IQBB")
 _DELIVERY_HASH_SIZE = 16
 _DELIVERY_TEXT = re.compile(r"[a-z2-7]{48}", re.IGNORECASE | re.ASCII)

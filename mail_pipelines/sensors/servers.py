@@ -14,9 +14,11 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import clock, registry, servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
+from mail_pipelines.domains.resolver import ResolverError
 from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
+from mail_pipelines.provisioning import listing
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sensors.campaigns import missing_keys
@@ -59,6 +61,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     for server in speaking:
         if server.clock_error:
             context.log.warning("%s: %s", server.clock_error, clock.REMEDY)
+    _look_at_block_lists(context, database, speaking, now)
     lost = watch.silent_for(registry.LOST_AFTER)
     for server in elsewhere:
         if server.key in lost and (rows := registry.lose(database.engine, server.key, heartbeat_at=server.heartbeat_at)) is not None:
@@ -68,6 +71,18 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         cursor=json.dumps(watch.write()),
         skip_reason=None if new else dg.SkipReason(f"{len(speaking)} of {len(fleet)} servers are active and speaking"),
     )
+
+
+def _look_at_block_lists(context: dg.SensorEvaluationContext, database: CentralDatabase, speaking: Collection[servers.ServerInfo], now: dt.datetime) -> None:
+    """Have the addresses of servers looked up whose turn it is. Whether a listed one goes on is the operator's decision."""
+    try:
+        found = listing.look(database.engine, database.settings.dns, speaking, now)
+    except ResolverError as error:
+        context.log.warning("block lists cannot be asked: %s", error)
+        return
+    for key, listed in found.items():
+        for words in listed.listed:
+            context.log.warning("server %s: %s", key, words)
 
 
 def _set_slots(instance: dg.DagsterInstance, slots: int) -> None:

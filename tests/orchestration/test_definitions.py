@@ -18,7 +18,7 @@ ASSETS = {
     "delivery_logs": "delivery",
     "campaign_statistics": "reporting",
 }
-SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs", "inbound_mail"}
+SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs", "inbound_mail", "alerts"}
 JOBS = {
     "build_audience",
     "send_campaign",

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mail_pipelines.config import Settings
+from mail_pipelines.dispatch import sources
 from mail_pipelines.dispatch.exim import instance, runners
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.presence import Presence, speaking_for, until_signal
@@ -42,7 +43,9 @@ def run(
 
     def facts(key: str) -> Mapping[str, object]:
         queue = instance.queue_length(spool, f"{key}." if several else "")
-        return {"version": version, "queue": queue, **({"worker": first} if several else {})}
+        own = members[key].server
+        greets = {"hostname": _hostname(members[key], hostname if key == first else None), "addresses": [own.address] if own.address else sources.addresses()}
+        return {"version": version, "queue": queue, **greets, **({"worker": first} if several else {})}
 
     with ExitStack() as stack:
         servers = [stack.enter_context(speaking_for(settings, key, functools.partial(facts, key))) for key, settings in members.items()]
@@ -75,8 +78,12 @@ def run(
 
 
 def _speaker(server: Presence, settings: Settings, hostname: str | None) -> instance.Speaker:
-    info, own = server.info, settings.server
-    return instance.Speaker(info.key, server.folders, info.host, info.port, hostname or own.hostname or socket.getfqdn(), own.address)
+    info = server.info
+    return instance.Speaker(info.key, server.folders, info.host, info.port, _hostname(settings, hostname), settings.server.address)
+
+
+def _hostname(settings: Settings, given: str | None) -> str:
+    return given or settings.server.hostname or socket.getfqdn()
 
 
 def check(members: Mapping[str, Settings]) -> None:

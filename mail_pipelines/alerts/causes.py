@@ -1,0 +1,172 @@
+"""The causes there are, as one table of small functions: each reads counters and small tables, never the ledger.
+
+What belongs here: what is worth an alert, its words, and the command to type. What does not: when and how it is told (`telling`), and causes that only
+Dagster knows (`sensors.alerts`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.alerts.cause import Cause
+from mail_pipelines.campaigns import lifecycle, overdue
+from mail_pipelines.campaigns.campaign import Campaign
+from mail_pipelines.capacity import breakers
+from mail_pipelines.config import Settings
+from mail_pipelines.database.engine import database_now
+from mail_pipelines.database.models import Campaign as CampaignRow
+from mail_pipelines.database.models import State
+from mail_pipelines.dispatch import clock, holds, servers
+from mail_pipelines.dispatch.recovery import standing
+from mail_pipelines.dispatch.registry import ServerState
+from mail_pipelines.dispatch.servers import ServerInfo
+from mail_pipelines.provisioning import listing
+
+# A beat may be late once.
+SILENT_FOR = dt.timedelta(minutes=1)
+# Sending stops below `journal.MIN_FREE_MB`; this is early enough to make room.
+LOG_DISK_MB = 2_000
+# A breaker opens for minutes by itself. So often in a row, or for so long, is the operator's matter.
+BREAKER_TRIPS, BREAKER_FOR = 3, dt.timedelta(hours=2)
+RECOVERY_FOR = dt.timedelta(minutes=30)
+HELD_FOR = dt.timedelta(hours=12)
+# By then bounces have come, and rows of campaigns with `on_unknown: resend` were sent again.
+UNKNOWN_FOR = overdue.RESEND_AFTER
+_ON_DUTY = (ServerState.ACTIVE.value, ServerState.DRAINING.value)
+
+
+@dataclass
+class Look:
+    """One look at the installation: what several causes ask about is read once."""
+
+    connection: Connection
+    settings: Settings
+    now: dt.datetime
+    fleet: list[ServerInfo] = field(init=False)
+    campaigns: list[Campaign] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fleet = servers.all_servers(self.connection)
+        self.campaigns = lifecycle.running(self.connection)
+
+
+def collect(connection: Connection, settings: Settings) -> list[Cause]:
+    """All causes that the central database knows now."""
+    look = Look(connection, settings, database_now(connection))
+    return [cause for found in CAUSES for cause in found(look)]
+
+
+def _silent(look: Look) -> Iterator[Cause]:
+    for server in look.fleet:
+        # One that has never spoken was only registered so far.
+        if server.state in _ON_DUTY and server.heartbeat_at is not None and server.is_silent(look.now, look.settings.server.heartbeat_seconds):
+            text = f"server {server.key} is silent since {server.heartbeat_at:%Y-%m-%d %H:%M} UTC"
+            yield Cause("server-silent", server.key, text, f"mail-pipelines server show {server.key}", SILENT_FOR)
+
+
+def _lost(look: Look) -> Iterator[Cause]:
+    for server in look.fleet:
+        if server.state == ServerState.LOST:
+            text = f"server {server.key} was declared lost; what it had in hand is unknown. Activate it when its host is back, or retire it"
+            yield Cause("server-lost", server.key, text, f"mail-pipelines server retire {server.key} --lost")
+
+
+def _failed(look: Look) -> Iterator[Cause]:
+    for server in look.fleet:
+        if server.state == "failed":
+            yield Cause("server-failed", server.key, f"server {server.key} could not be provisioned", f"mail-pipelines server show {server.key}")
+
+
+def _clock(look: Look) -> Iterator[Cause]:
+    for server in look.fleet:
+        if server.state in _ON_DUTY and server.clock_error:
+            yield Cause("clock", server.key, f"{server.clock_error}: {clock.REMEDY}", f"mail-pipelines server show {server.key}", SILENT_FOR)
+
+
+def _log_disk(look: Look) -> Iterator[Cause]:
+    for server in look.fleet:
+        free_mb = (server.health or {}).get("free_mb", LOG_DISK_MB)
+        if server.state in _ON_DUTY and free_mb < LOG_DISK_MB:
+            text = server.shortage or f"the log disk of {server.key} has {free_mb:,} MB free: make room before it stops sending"
+            yield Cause("log-disk", server.key, text, f"mail-pipelines server show {server.key}", SILENT_FOR)
+
+
+def _breakers(look: Look) -> Iterator[Cause]:
+    keys = {server.id: server.key for server in look.fleet if server.state in _ON_DUTY}
+    for breaker in breakers.all_breakers(look.connection):
+        key = keys.get(breaker.server_id)
+        if key is None or breaker.state == breakers.CLOSED:
+            continue
+        long = breaker.changed_at is not None and look.now - breaker.changed_at >= BREAKER_FOR
+        if long or breaker.trips >= BREAKER_TRIPS:
+            text = f"server {key} has stopped sending to {breaker.provider} ({breaker.reason}), {breaker.trips} times in a row"
+            yield Cause("breaker", f"{key}:{breaker.provider}", text, f"mail-pipelines server retry {key} {breaker.provider}")
+
+
+def _listed(look: Look) -> Iterator[Cause]:
+    found = listing.listings(look.connection)
+    for server in look.fleet:
+        if server.state in _ON_DUTY and (known := found.get(server.key)) and known.listed:
+            yield Cause("block-list", server.key, f"server {server.key}: {'; '.join(known.listed)}", f"mail-pipelines server verify {server.key}")
+
+
+def _recovery(look: Look) -> Iterator[Cause]:
+    recovery = standing.newest(look.connection)
+    if recovery is not None and recovery.is_open:
+        yield Cause("recovery", "", "a recovery waits for the logs of servers; nothing is sent", "mail-pipelines recover", RECOVERY_FOR)
+
+
+def _holds(look: Look) -> Iterator[Cause]:
+    for hold in holds.in_force(look.connection).holds:
+        if look.now - hold.created_at >= HELD_FOR:
+            text = f"{hold.what} is held since {hold.created_at:%Y-%m-%d %H:%M} UTC: {hold.reason}"
+            yield Cause("hold", f"{hold.scope.kind}:{hold.name}", text, _release(hold))
+
+
+def _release(hold: holds.Hold) -> str:
+    return "mail-pipelines release" if hold.scope.kind is holds.Kind.EVERYTHING else f"mail-pipelines release --{hold.scope.kind} {hold.name}"
+
+
+def _late(look: Look) -> Iterator[Cause]:
+    running = CampaignRow.id.in_([campaign.id for campaign in look.campaigns])
+    query = sa.select(CampaignRow.id, CampaignRow.finish_by).where(running, CampaignRow.finish_by <= look.now)
+    finish_by = {number: by for number, by in look.connection.execute(query).tuples() if by is not None}
+    late = [campaign for campaign in look.campaigns if campaign.id in finish_by]
+    for campaign, rows in _with_rows(look.connection, late):
+        waiting = sum(count for state, count in rows.items() if state is not State.UNKNOWN)
+        if waiting > 0:
+            text = f"campaign {campaign.key} was to be finished by {finish_by[campaign.id]:%Y-%m-%d %H:%M} UTC and has {waiting:,} recipients to go"
+            yield Cause("campaign-late", campaign.key, text, f"mail-pipelines campaign show {campaign.key}")
+
+
+def _unknown(look: Look) -> Iterator[Cause]:
+    for campaign, rows in _with_rows(look.connection, look.campaigns):
+        if count := rows.get(State.UNKNOWN, 0):
+            hours = UNKNOWN_FOR.seconds // 3600
+            text = f"campaign {campaign.key} has {count:,} recipients of whom nobody knows whether they were mailed, for more than {hours} hours"
+            yield Cause("unknown", campaign.key, text, f"mail-pipelines unknown list --campaign {campaign.key}", UNKNOWN_FOR)
+
+
+def _with_rows(connection: Connection, campaigns: list[Campaign]) -> Iterator[tuple[Campaign, overdue.OpenRows]]:
+    rows = overdue.open_rows(connection, campaigns)
+    yield from ((campaign, rows[campaign.id]) for campaign in campaigns)
+
+
+CAUSES: tuple[Callable[[Look], Iterator[Cause]], ...] = (
+    _recovery,
+    _silent,
+    _lost,
+    _failed,
+    _clock,
+    _log_disk,
+    _listed,
+    _breakers,
+    _holds,
+    _late,
+    _unknown,
+)

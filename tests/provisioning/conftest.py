@@ -1,0 +1,29 @@
+"""A DNS server of the tests' own, and the fixtures of those that send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from mail_pipelines.config import DnsSettings
+from tests.dispatch.world import Servers
+from tests.parts.dns import Zone, serving
+
+
+@pytest.fixture
+def zone() -> Iterator[Zone]:
+    with serving(Zone()) as zone:
+        yield zone
+
+
+@pytest.fixture
+def dns(zone: Zone) -> DnsSettings:
+    return DnsSettings(servers=[zone.address], timeout_seconds=1)
+
+
+@pytest.fixture
+def running() -> Iterator[Servers]:
+    started = Servers()
+    yield started
+    started.stop()
