@@ -128,8 +128,9 @@ def _grants(connection: Connection, now: dt.datetime, heartbeat_seconds: float) 
                     if trial:
                         grants[campaign.id, server.id, provider] = min(share, provider_rules().trial_messages)
                     elif day is not None:
-                        found.left[campaign.id, server.id, provider] = min(share, rest)
-                        rest -= min(share, rest)
+                        share = min(rest, -(-room * campaign.weight // total))
+                        found.left[campaign.id, server.id, provider] = share
+                        rest -= share
                     else:
                         grants[campaign.id, server.id, provider] = share
     return found
