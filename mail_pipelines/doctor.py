@@ -277,7 +277,7 @@ def check_server_keys(connection: sa.Connection, settings: config.Settings) -> I
 
 def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]:
     with reading(engine) as connection:
-        active = [server for server in servers.all_servers(connection) if server.state == "active"]
+        active = [server for server in servers.all_servers(connection) if server.sends]
         now = database_now(connection)
         recovery = standing.newest(connection)
     if recovery is not None and recovery.is_open:

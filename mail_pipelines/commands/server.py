@@ -110,17 +110,18 @@ def _alarms(standing: Standing | None) -> str:
 
 @app.command("show")
 def show(name: str) -> None:
-    """One server: its state and health, which providers it has stopped sending to, and what the audits of its log have found so far."""
+    """One server: its state and health, its warm-up, which providers it has stopped sending to, and what the audits of its log have found so far."""
     from rich.table import Table
 
-    from mail_pipelines.capacity import breakers
+    from mail_pipelines.capacity import breakers, warm_up
     from mail_pipelines.database.engine import database_now, reading
     from mail_pipelines.dispatch import audit, holds, pools, registry, servers, token_keys
 
     interval = settings().server.heartbeat_seconds
     with reading(open_engine()) as connection:
         server = servers.find(connection, name)
-        silent = server.is_silent(database_now(connection), interval)
+        now = database_now(connection)
+        silent = server.is_silent(now, interval)
         claims = registry.open_claims(connection, server.id)
         pool = pools.keys(connection)[server.pool_id]
         draining = server.state == registry.ServerState.DRAINING
@@ -129,6 +130,8 @@ def show(name: str) -> None:
         listed = _listings(connection).get(name)
         hold = holds.in_force(connection).over_server(server.id, server.pool_id)
         stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
+        # Only the centre may read them.
+        warming = warm_up.standings(connection, now, server.id) if settings().this_server is None else []
     table = Table(show_header=False, box=None)
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
@@ -153,6 +156,8 @@ def show(name: str) -> None:
     if listed is not None:
         words = "; ".join((*listed.listed, *listed.unknown)) or "on none"
         table.add_row("block lists", escape(f"{words} ({listed.at:%Y-%m-%d %H:%M} UTC)"))
+    for pair in warming:
+        table.add_row(f"warm-up to {pair.provider}", f"{pair.words}; {pair.reason}")
     for breaker in stopped:
         until = f" until {breaker.until:%Y-%m-%d %H:%M} UTC" if breaker.until else ""
         table.add_row(f"to {breaker.provider}", f"{'stopped' if breaker.state == breakers.OPEN else 'on trial'}{until}, {breaker.reason}")
@@ -177,14 +182,58 @@ def add(
     host: str = "127.0.0.1",
     kind: Annotated[Kind, typer.Option(help="what serves there")] = Kind.CATCHER,
     pool: Annotated[str | None, typer.Option(help="its pool; without it the default one")] = None,
+    curve: Annotated[str, typer.Option("--warm-up", help="curve by which a new address is warmed up: careful, normal, manual")] = "none",
 ) -> None:
     """Register the server NAME (started by `mail-pipelines catcher run NAME` or `mail-pipelines exim run NAME`)."""
-    import datetime as dt
-
+    from mail_pipelines.capacity import warm_up
+    from mail_pipelines.database.engine import database_now, transact
     from mail_pipelines.dispatch import servers
 
-    server = servers.register(open_engine(), name, kind=kind.value, host=host, port=port, now=dt.datetime.now(dt.UTC), pool=pool)
+    def work(connection: Connection) -> ServerInfo:
+        now = database_now(connection)
+        servers.write(connection, name, kind=kind.value, host=host, port=port, now=now, pool=pool)
+        if curve != warm_up.NONE:
+            warm_up.set_by_hand(connection, name, now, curve=curve)
+        return servers.find(connection, name)
+
+    server = transact(open_engine(), work)
     console.print(f"server {server.key} at {server.host}:{server.port} is {server.state}")
+
+
+@app.command("warm-up")
+def warm(
+    name: str,
+    provider: Annotated[str | None, typer.Option(help="one provider group, or * for those that it has not sent to; without it all")] = None,
+    curve: Annotated[str | None, typer.Option(help="begin on this curve: careful, normal, manual; none ends the warm-up")] = None,
+    step: Annotated[int | None, typer.Option(help="set the step of the curve, the first is 0; one behind the last lets the provider be warm")] = None,
+    days: Annotated[int, typer.Option(help="show no more lines of the history than this")] = 30,
+) -> None:
+    """How far a server is warmed up for each provider and what each day came to; or begin, end or set it by hand."""
+    from rich.table import Table
+
+    from mail_pipelines.capacity import warm_up
+    from mail_pipelines.database.engine import database_now, reading, transact
+    from mail_pipelines.dispatch import servers
+
+    engine = open_engine()
+    if curve is not None or step is not None:
+        transact(engine, lambda connection: warm_up.set_by_hand(connection, name, database_now(connection), provider=provider, curve=curve, step=step))
+    with reading(engine) as connection:
+        server = servers.find(connection, name)
+        now = database_now(connection)
+        pairs = [pair for pair in warm_up.standings(connection, now, server.id) if provider in (None, pair.provider)]
+        past = [day for day in warm_up.history(connection, server.id, days) if provider in (None, day.provider)]
+    console.print(f"server {name} is {server.state}{'' if pairs else ', without a warm-up'}")
+    for pair in pairs:
+        console.print(f"{pair.provider}: {pair.words}; {pair.reason}", markup=False, highlight=False)
+    if past:
+        table = Table("day", "provider", "step", "cap", "sent", "deferred", "bounced", "complaints", "then")
+        for day in past:
+            counts = day.counts
+            cap = "none" if day.per_day is None else f"{day.per_day:,}"
+            numbers = [f"{number:,}" for number in (counts.sent, counts.deferred, counts.bounced, counts.complaints)]
+            table.add_row(str(day.day), day.provider, str(day.step), cap, *numbers, f"{day.verdict}: {day.why}")
+        console.print(table)
 
 
 @app.command("activate")

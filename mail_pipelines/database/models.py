@@ -54,6 +54,8 @@ class State(enum.IntEnum):
 
 
 OPEN_STATES = tuple(state for state in State if not state.is_final)
+# States of servers that send (`dispatch.registry.ServerState` has all of them).
+SENDING_STATES = ("active", "warming")
 
 
 # --- people -----------------------------------------------------------------------------------------------------
@@ -313,7 +315,7 @@ class Server(Base):
     # catcher or exim: which journal its log is.
     kind: Mapped[str] = mapped_column(ascii_string(16))
     pool_id: Mapped[int] = mapped_column(sa.ForeignKey("pools.id"), nullable=True, default=DEFAULT_POOL)
-    # active, paused, draining, retired, lost; provisioning adds its own
+    # active, warming, paused, draining, retired, lost; provisioning adds its own
     state: Mapped[str] = mapped_column(ascii_string(16))
     host: Mapped[str] = mapped_column(sa.String(253))
     port: Mapped[int] = mapped_column(sa.Integer)
@@ -384,6 +386,46 @@ class Breaker(Base):
     changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     # Answers of the minute of the last change that came before it: state and class → count.
     baseline: Mapped[dict[str, int]] = mapped_column(sa.JSON)
+    __table_args__ = (MYSQL,)
+
+
+class WarmUp(Base):
+    """How far a server's warm-up towards a provider is (`capacity.warm_up`); `*` stands for the providers without a row. No rows: there is no warm-up.
+
+    Claims take no more than `per_day` messages a day; NULL is the end of the curve. `judged` and `last_used` are days, as the first second of their window.
+    """
+
+    __tablename__ = "warm_ups"
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    curve: Mapped[str] = mapped_column(ascii_string(32))
+    step: Mapped[int] = mapped_column(sa.Integer)
+    per_day: Mapped[int | None] = mapped_column(sa.Integer)
+    # The newest day that has been judged, and the newest with mail.
+    judged: Mapped[int] = mapped_column(sa.BigInteger)
+    last_used: Mapped[int | None] = mapped_column(sa.BigInteger)
+    # Why it is at this step.
+    reason: Mapped[str] = mapped_column(sa.String(200))
+    __table_args__ = (MYSQL,)
+
+
+class WarmUpDay(Base):
+    """A day of a warm-up that was judged: its step and cap, what was sent and answered, and what came of it. Days without mail and complaints are left out."""
+
+    __tablename__ = "warm_up_days"
+    server_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    day: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    step: Mapped[int] = mapped_column(sa.Integer)
+    per_day: Mapped[int | None] = mapped_column(sa.Integer)
+    sent: Mapped[int] = mapped_column(sa.Integer)
+    delivered: Mapped[int] = mapped_column(sa.Integer)
+    bounced: Mapped[int] = mapped_column(sa.Integer)
+    deferred: Mapped[int] = mapped_column(sa.Integer)
+    complaints: Mapped[int] = mapped_column(sa.Integer)
+    # Of `capacity.warm_up_rules.Verdict`.
+    verdict: Mapped[str] = mapped_column(ascii_string(8))
+    why: Mapped[str] = mapped_column(sa.String(200))
     __table_args__ = (MYSQL,)
 
 

@@ -1,4 +1,4 @@
-"""Dropping bookkeeping that nothing refers to any more: claims, allotments, usage windows."""
+"""Dropping bookkeeping that nothing refers to any more: claims, allotments, usage windows, days of warm-ups."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage
+from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage, WarmUpDay
+from mail_pipelines.delivery.recording import USAGE_WINDOWS
 
 KEEP_CLAIMS = dt.timedelta(days=14)
 KEEP_WINDOWS = dt.timedelta(days=3)
+# Those of a day are judged by warm-ups (`capacity.warm_up`), also if the centre was away for a while; what they found is kept for longer.
+KEEP_DAYS = dt.timedelta(days=14)
+KEEP_WARM_UP_DAYS = dt.timedelta(days=120)
 
 
 def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
@@ -24,7 +28,7 @@ def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
     A server proves by one of its own newest claims that the database did not go back in time. So the claims of each server's last
     two weeks of activity are kept, however long ago they were, and those of campaigns that run for as long as they do.
     """
-    past = int((now - KEEP_WINDOWS).timestamp())
+    past, past_days = int((now - KEEP_WINDOWS).timestamp()), int((now - KEEP_DAYS).timestamp())
     return {
         "claims": _prune_claims(engine),
         "allotments": _delete(
@@ -34,7 +38,10 @@ def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
             engine,
             ProviderUsage,
             (ProviderUsage.server_id, ProviderUsage.provider, ProviderUsage.window_seconds, ProviderUsage.window_start),
-            ProviderUsage.window_start + ProviderUsage.window_seconds < past,
+            ProviderUsage.window_start + ProviderUsage.window_seconds < sa.case((ProviderUsage.window_seconds == max(USAGE_WINDOWS), past_days), else_=past),
+        ),
+        "warm_up_days": _delete(
+            engine, WarmUpDay, (WarmUpDay.server_id, WarmUpDay.provider, WarmUpDay.day), WarmUpDay.day < int((now - KEEP_WARM_UP_DAYS).timestamp())
         ),
     }
 

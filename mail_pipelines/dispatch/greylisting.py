@@ -1,6 +1,6 @@
 """Greylisted rows are offered again by the server that was greylisted: to the destination another one is a stranger, and the wait starts over.
 
-Such a row waits for the server of its last claim, as long as that server is active, until `WAIT_SECONDS` after it fell due. From then on any
+Such a row waits for the server of its last claim, as long as that server is active or warming, until `WAIT_SECONDS` after it fell due. From then on any
 server may offer it. The stored procedure `claim_rows` states the same rule.
 """
 

@@ -53,7 +53,7 @@ class _Work:
 
 def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
     """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
-    active = {server.id: server for server in servers.all_servers(connection) if server.state == "active"}
+    active = {server.id: server for server in servers.all_servers(connection) if server.sends}
     held = holds.in_force(connection)
     fleet = {
         number: server

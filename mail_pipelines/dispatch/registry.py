@@ -7,6 +7,7 @@ a lost server's rows (`settlement.give_up`).
 active ⇄ paused        active, paused → draining → active, paused
 paused, draining → retired (nothing in hand, log read), any → retired with its host lost
 active, draining → lost (by the centre, after half an hour of silence) → active, retired
+active ⇄ warming       (by its warm-up; all that holds of an active server holds of a warming one)
 ```
 """
 
@@ -22,7 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Claim, Server
+from mail_pipelines.database.models import Claim, Server, WarmUp
 from mail_pipelines.dispatch import audit, servers, settlement
 from mail_pipelines.dispatch.archive import Archive, ArchiveError
 from mail_pipelines.dispatch.files import DispatchError
@@ -39,6 +40,8 @@ LAST_LINES = dt.timedelta(minutes=5)
 
 class ServerState(enum.StrEnum):
     ACTIVE = "active"
+    # Sends like an active one, but no more a day to some provider than its warm-up allows (`capacity.warm_up`).
+    WARMING = "warming"
     # Claims nothing, and what is late of a claim is not sent.
     PAUSED = "paused"
     # Claims nothing; what it has in hand it ends.
@@ -65,24 +68,46 @@ MOVES = {
     move.verb: move
     for move in (
         Move("activate", frozenset({_S.PAUSED, _S.DRAINING, _S.LOST}), _S.ACTIVE),
-        Move("pause", frozenset({_S.ACTIVE, _S.DRAINING}), _S.PAUSED),
-        Move("drain", frozenset({_S.ACTIVE, _S.PAUSED}), _S.DRAINING),
+        Move("pause", frozenset({_S.ACTIVE, _S.WARMING, _S.DRAINING}), _S.PAUSED),
+        Move("drain", frozenset({_S.ACTIVE, _S.WARMING, _S.PAUSED}), _S.DRAINING),
         Move("retire", frozenset({_S.PAUSED, _S.DRAINING, _S.LOST}), _S.RETIRED),
         # What only the centre says, and `retire` of a host that is gone.
-        Move("lose", frozenset({_S.ACTIVE, _S.PAUSED, _S.DRAINING}), _S.LOST),
+        Move("lose", frozenset({_S.ACTIVE, _S.WARMING, _S.PAUSED, _S.DRAINING}), _S.LOST),
+        # What follows from its warm-up.
+        Move("warm", frozenset({_S.ACTIVE}), _S.WARMING),
+        Move("warmed", frozenset({_S.WARMING}), _S.ACTIVE),
     )
 }
+# Verbs that nobody types.
+_OWN_VERBS = frozenset({"lose", "warm", "warmed"})
 
 
 def move(connection: Connection, key: str, verb: str) -> ServerState:
-    """Move a server by a verb of the table; returns its new state. Raises `ServerStateError`, which names what is possible."""
+    """Move a server by a verb of the table; returns its new state. Raises `ServerStateError`, which names what is possible.
+
+    One that becomes active while its warm-up lasts is moved on, to be warming.
+    """
     known = MOVES[verb]
     swap = sa.update(Server).where(Server.key == key, Server.state.in_([source.value for source in known.sources])).values(state=known.target.value)
     if connection.execute(swap).rowcount != 1:
         found = ServerState(servers.find(connection, key).state)
-        possible = [f"{one.verb} → {one.target}" for one in MOVES.values() if found in one.sources and one.verb != "lose"]
+        possible = [f"{one.verb} → {one.target}" for one in MOVES.values() if found in one.sources and one.verb not in _OWN_VERBS]
         raise ServerStateError(f"server {key} is {found}, so it cannot become {known.target}; possible: {', '.join(possible) or 'nothing'}")
-    return known.target
+    return settle_warmth(connection, key) if verb == "activate" else known.target
+
+
+def settle_warmth(connection: Connection, key: str) -> ServerState:
+    """Let an active server be warming while its warm-up lasts, and no longer; returns its state."""
+    server = servers.find(connection, key)
+    rows = connection.execute(sa.select(WarmUp.provider, WarmUp.per_day).where(WarmUp.server_id == server.id)).all()
+    # It ends with the last of the providers that were sent to; `*` stands for the others.
+    used = [row for row in rows if row.provider != "*"] or rows
+    warms = any(row.per_day is not None for row in used)
+    if server.state == _S.ACTIVE and warms:
+        return move(connection, key, "warm")
+    if server.state == _S.WARMING and not warms:
+        return move(connection, key, "warmed")
+    return ServerState(server.state)
 
 
 # --- leaving ------------------------------------------------------------------------------------------------------
@@ -229,4 +254,4 @@ class Watch:
 
 def may_be_lost(server: servers.ServerInfo) -> bool:
     """Whether silence would mean a loss: not of a server that never ran, nor of one that somebody has paused."""
-    return server.heartbeat_at is not None and server.state in (_S.ACTIVE, _S.DRAINING)
+    return server.heartbeat_at is not None and server.state in (_S.ACTIVE, _S.WARMING, _S.DRAINING)

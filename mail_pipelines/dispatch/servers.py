@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines import __version__
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Allotment, Claim, LedgerGeneration, ProviderLimit, Recovery, Server
+from mail_pipelines.database.models import SENDING_STATES, Allotment, Claim, LedgerGeneration, ProviderLimit, Recovery, Server
 from mail_pipelines.database.types import utc_now
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import clock, holds, last_error, pools
@@ -64,6 +64,11 @@ class ServerInfo:
         return self.heartbeat_at is None or now - self.heartbeat_at > dt.timedelta(seconds=SILENT_BEATS * heartbeat_seconds)
 
     @property
+    def sends(self) -> bool:
+        """Whether its state lets it claim."""
+        return self.state in SENDING_STATES
+
+    @property
     def worker(self) -> str:
         """The server by whose name its worker is known: its own, or that of the first one of a host with several."""
         return str((self.health or {}).get("worker", self.key))
@@ -91,18 +96,18 @@ def short_of_space(key: str, free_mb: int) -> str:
 
 def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None) -> ServerInfo:
     """Add a server, or set host, port and `pool` of the one that has this key. It is active, without `pool` in the default one."""
+    return transact(engine, lambda connection: write(connection, key, kind=kind, host=host, port=port, now=now, pool=pool))
+
+
+def write(connection: Connection, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None) -> ServerInfo:
+    """As `register`, in a transaction of the caller's."""
     check_key(key, "server name")
-
-    def work(connection: Connection) -> None:
-        values: dict[str, Any] = {"kind": kind, "host": host, "port": port}
-        if pool is not None:
-            values["pool_id"] = pools.find(connection, pool)
-        if not connection.execute(sa.update(Server).where(Server.key == key).values(**values)).rowcount:
-            connection.execute(sa.insert(Server).values(key=key, state="active", created_at=now, **values))
-
-    transact(engine, work)
-    with reading(engine) as connection:
-        return find(connection, key)
+    values: dict[str, Any] = {"kind": kind, "host": host, "port": port}
+    if pool is not None:
+        values["pool_id"] = pools.find(connection, pool)
+    if not connection.execute(sa.update(Server).where(Server.key == key).values(**values)).rowcount:
+        connection.execute(sa.insert(Server).values(key=key, state="active", created_at=now, **values))
+    return find(connection, key)
 
 
 def find(connection: Connection, key: str) -> ServerInfo:
@@ -333,14 +338,14 @@ class Heartbeat:
 
 
 def choose(connection: Connection, campaign_id: int, among: Collection[str] | None, heartbeat_seconds: float) -> ServerInfo:
-    """The server for a run that names none: of the active ones that speak and are not held, that with most unspent grant for the campaign in this
+    """The server for a run that names none: of the active and warming ones that speak and are not held, that with most unspent grant for the campaign in this
     slot, then fewest open claims.
 
     `among`: only these; None: whatever host they are on. Raises `DispatchError` if there is no active server.
     """
     now = database_now(connection)
     held = holds.in_force(connection)
-    servers = [server for server in all_servers(connection) if server.state == "active" and (among is None or server.key in among)]
+    servers = [server for server in all_servers(connection) if server.sends and (among is None or server.key in among)]
     servers = [server for server in servers if not server.is_silent(now, heartbeat_seconds) and not held.over_server(server.id, server.pool_id)]
     allowed = pools.of_campaign(connection, campaign_id)
     servers = [server for server in servers if server.pool_id in allowed]

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import breakers
+from mail_pipelines.capacity import breakers, warm_up
 from mail_pipelines.database.engine import DatabaseError, database_now, reading
 from mail_pipelines.database.models import Campaign, CampaignCounter, Claim, SyncState
 from mail_pipelines.dispatch import audit, holds, servers
@@ -49,6 +49,7 @@ class CentreMetrics(Collector):
                     *_servers(connection, now),
                     *_claims(connection, now),
                     *_breakers(connection),
+                    *_warm_ups(connection, now),
                     *_stopped(connection),
                 ]
         except DatabaseError:
@@ -170,6 +171,22 @@ def _breakers(connection: Connection) -> Iterator[Metric]:
             for state in (breakers.CLOSED, breakers.OPEN, breakers.TRIAL):
                 family.add_metric((keys[breaker.server_id], breaker.provider, state), int(breaker.state == state))
     yield family
+
+
+def _warm_ups(connection: Connection, now: dt.datetime) -> Iterator[Metric]:
+    labels = ("server", "provider")
+    steps = _family("fleet_warm_up_step", "Step of a server's warm-up towards a provider; provider * stands for those that it has not sent to.", *labels)
+    caps = _family("fleet_warm_up_day_cap", "Messages that the warm-up allows on this day; absent at the end of the curve.", *labels)
+    used = _family("fleet_warm_up_day_used", "Messages of this day, where a warm-up limits them.", *labels)
+    keys = {server.id: server.key for server in _fleet(connection)}
+    for pair in warm_up.standings(connection, now):
+        if pair.server_id in keys:
+            place = (keys[pair.server_id], pair.provider)
+            steps.add_metric(place, pair.step)
+            if pair.per_day is not None:
+                caps.add_metric(place, pair.per_day)
+                used.add_metric(place, pair.used)
+    yield from (steps, caps, used)
 
 
 def _stopped(connection: Connection) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 import dagster as dg
 
 from mail_pipelines import partitions
+from mail_pipelines.capacity import warm_up
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import clock, registry, servers
@@ -32,12 +33,16 @@ CENTRE_JOBS = tuple(
 
 
 def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
-    """Keep the send slots equal to what the active servers offer, mark runs failed whose process or server is gone, and give up servers that are lost."""
+    """Keep the send slots equal to what the servers that send offer, judge the days of warm-ups, mark runs failed whose process or server is gone, and give up
+    servers that are lost.
+    """
     settings = database.settings
+    for change in warm_up.judge(database.engine):
+        context.log.info("%s", change)
     with reading(database.engine) as connection:
         fleet = servers.all_servers(connection)
         now = database_now(connection)
-    speaking = [server for server in fleet if server.state == "active" and not server.is_silent(now, settings.server.heartbeat_seconds)]
+    speaking = [server for server in fleet if server.sends and not server.is_silent(now, settings.server.heartbeat_seconds)]
     instance = instance_of(context)
     _set_slots(instance, max(1, len(speaking) * settings.server.slots))
     # What a server of this host left behind its next run settles, whoever is silent.
@@ -55,7 +60,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     _end_dead_audits(instance, settings)
     _end_dead_centre_runs(instance, settings)
     new = missing_keys([server.key for server in fleet], instance.get_dynamic_partitions(partitions.servers.name or ""))
-    silent = [server.key for server in fleet if server.state == "active" and server not in speaking]
+    silent = [server.key for server in fleet if server.sends and server not in speaking]
     if silent:
         context.log.warning("silent servers: %s", ", ".join(silent))
     for server in speaking:

@@ -99,7 +99,7 @@ def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(
     ]
     transact(engine, lambda connection: (connection.execute(sa.insert(Allotment), grants), connection.execute(sa.insert(ProviderUsage), windows)))
     with sizes_of_transactions(engine, "DELETE") as sizes:
-        assert upkeep.prune(engine, NOW) == {"claims": 70, "allotments": 100, "provider_usage": 60}
+        assert upkeep.prune(engine, NOW) == {"claims": 70, "allotments": 100, "provider_usage": 60, "warm_up_days": 0}
     assert sum(sizes) == 230
     assert max(sizes) <= 20
 
@@ -108,4 +108,4 @@ def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(
             return connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
 
     assert (left(Claim), left(Allotment), left(ProviderUsage)) == (5, 50, 60)
-    assert upkeep.prune(engine, NOW) == {"claims": 0, "allotments": 0, "provider_usage": 0}
+    assert upkeep.prune(engine, NOW) == {"claims": 0, "allotments": 0, "provider_usage": 0, "warm_up_days": 0}

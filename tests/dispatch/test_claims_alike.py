@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import (
+    SENDING_STATES,
     Allotment,
     Campaign,
     CampaignCounter,
@@ -35,13 +36,14 @@ from mail_pipelines.database.models import (
     State,
     Subscription,
     Suppression,
+    WarmUp,
 )
 from mail_pipelines.database.procedures import installation
 from mail_pipelines.delivery import domain_health
 from mail_pipelines.delivery.events import RESENT
 from mail_pipelines.delivery.recording import SLOT_SECONDS, USAGE_WINDOWS, slot_at, windows_at
 from mail_pipelines.dispatch import claims, greylisting
-from mail_pipelines.dispatch.claiming import hindrances, procedure
+from mail_pipelines.dispatch.claiming import best_ranks, hindrances, procedure
 from mail_pipelines.dispatch.claiming.refusals import Verdict
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, Sender, WrongServer
 from mail_pipelines.dispatch.journal import Position
@@ -66,6 +68,7 @@ FILLED = (
     ProviderUsage,
     Subscription,
     Suppression,
+    WarmUp,
     Campaign,
     ContactList,
     Server,
@@ -117,6 +120,13 @@ class Situation:
     # Of the server: in the database, and as it remembers it.
     heartbeat: dt.datetime | None = BEAT
     last_beat: dt.datetime | None = None
+    # Messages a day that the warm-up allows: (server, provider) to a cap. Servers 1 and 6; the latter is warming.
+    warm_ups: dict[tuple[int, str], int | None] = field(default_factory=dict)
+    # Of server 6: what is granted, to google; how long ago it spoke (s); and what it has used in every window.
+    other_grant: tuple[int, int] | None = None
+    spoke: float = 5.0
+    other_used: int = 0
+    same_place: bool = False
     holds: tuple[tuple[str, int, str, str], ...] = ()
     released: tuple[tuple[str, int, str, str], ...] = ()
 
@@ -160,6 +170,9 @@ def situations(draw: st.DrawFn) -> Situation:
         grants={provider: (1000, 0) if wide else draw(GRANTS) for provider in PROVIDERS},
         limits={(0, "*"): (None, None)} if wide else {(0, "*"): draw(CAPS)} | draw(other_limits),
         used=draw(st.dictionaries(st.sampled_from(PROVIDERS), st.integers(1, 2))),
+        warm_ups=draw(st.dictionaries(st.sampled_from([(1, "google"), (1, "*"), (6, "*"), (6, "google")]), st.sampled_from([None, 1, 3, 5, 50]), max_size=3)),
+        other_grant=draw(st.sampled_from([None, (2, 0), (4, 1), (1000, 1), (3, 3)])),
+        other_used=draw(st.sampled_from([0, 1])),
         asked=tuple(draw(st.lists(st.tuples(rarely("google", "yahoo"), st.sampled_from([100, 1, 3])), min_size=1, max_size=3))),
     )
 
@@ -181,6 +194,22 @@ HOLDS = (
     *(("provider", 0, provider, "blocked") for provider in ("google", "microsoft")),
     ("brand", 1, "", "ü" * 500),
 )
+# Server 6 is warming, and its cap lets it send the best three of twenty.
+OTHERS: dict[str, dict[str, Any]] = {
+    "granted": {},
+    "granted less": {"other_grant": (7, 5)},
+    "granted nothing more": {"other_grant": (7, 7)},
+    "granted nothing": {"other_grant": None},
+    "granted more than half": {"warm_ups": {(6, "*"): 1000}},
+    "its cap is the provider's": {"warm_ups": {(6, "*"): 1000, (6, "google"): 2}},
+    "its cap is spent": {"other_used": 3},
+    "it is warm to the provider": {"warm_ups": {(6, "*"): 3, (6, "google"): None}},
+    "it has no warm-up": {"warm_ups": {}},
+    "it is silent": {"spoke": 125.0},
+    "it speaks": {"spoke": 90.0},
+    "both are warming": {"warm_ups": {(6, "*"): 3, (1, "*"): 30}},
+    "all at one place": {"same_place": True},
+}
 # One of each kind.
 PLAIN = Situation(
     recipients=(
@@ -217,6 +246,13 @@ PLAIN = Situation(
     used={},
     asked=(("google", 7), ("google", 100), ("yahoo", 100), ("google", 1)),
 )
+LEFT = replace(
+    PLAIN,
+    recipients=(*(recipient() for _ in range(20)), recipient(state=State.DEFERRED, attempt=1, due=-60)),
+    warm_ups={(6, "*"): 3},
+    other_grant=(1000, 0),
+    asked=(("google", 4), ("google", 100)),
+)
 ODD = {
     "nothing odd": PLAIN,
     "list unsubscribed": replace(PLAIN, campaign=SENDING | {"unsubscribe": "list"}),
@@ -252,6 +288,14 @@ ODD = {
     "limits of another provider": replace(PLAIN, limits={(0, "yahoo"): (None, None)}),
     "an hour used up": replace(PLAIN, limits={(0, "*"): (3, 100)}, used={"google": 2}),
     "a day used up": replace(PLAIN, limits={(0, "*"): (None, 2)}),
+    "server warming": replace(PLAIN, server_state="warming", warm_ups={(1, "*"): 480}),
+    "a warm-up's day used up": replace(PLAIN, warm_ups={(1, "*"): 2, (1, "google"): 9}),
+    "a warm-up's day used up before": replace(PLAIN, warm_ups={(1, "*"): 2}, used={"google": 2}),
+    "warm to one provider": replace(PLAIN, warm_ups={(1, "*"): 2, (1, "google"): None}),
+    "a limit below the warm-up's": replace(PLAIN, warm_ups={(1, "*"): 4}, limits={(0, "*"): (None, 3)}),
+    "a limit above the warm-up's": replace(PLAIN, warm_ups={(1, "*"): 4}, limits={(0, "*"): (None, 5)}),
+    "an hour below the warm-up's": replace(PLAIN, warm_ups={(1, "*"): 4}, limits={(0, "*"): (3, 5)}),
+    **{f"the best are for another: {name}": replace(LEFT, **values) for name, values in OTHERS.items()},
 }
 
 
@@ -294,6 +338,11 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
         ]
     others = {"kind": "catcher", "pool_id": 1, "host": "h", "port": 1, "incarnation": None, "heartbeat_at": None, "created_at": now}
     rows[Server] += [others | {"id": SERVERS[state], "key": state, "state": state} for state in ("active", "retired", "paused")]
+    rows[Server].append(others | {"id": 6, "key": "warming", "state": "warming", "heartbeat_at": now - dt.timedelta(seconds=situation.spoke)})
+    rows[WarmUp] = [
+        {"server_id": server, "provider": provider, "curve": "careful", "step": 0, "per_day": cap, "judged": 0, "last_used": None, "reason": ""}
+        for (server, provider), cap in situation.warm_ups.items()
+    ]
     rows[Pool] = [{"id": number, "key": f"p{number}"} for number in (2, 3)]
     rows[Hold] = [
         {"scope_kind": kind, "scope_id": number, "provider": provider, "reason": reason, "by_whom": "t", "created_at": now, "released_at": end}
@@ -304,6 +353,9 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
         {"campaign_id": 1, "server_id": 1, "provider": provider, "slot_start": slot, "granted": granted, "used": used}
         for provider, (granted, used) in situation.grants.items()
     ]
+    if situation.other_grant:
+        granted, used = situation.other_grant
+        rows[Allotment].append({"campaign_id": 1, "server_id": 6, "provider": "google", "slot_start": slot, "granted": granted, "used": used})
     rows[ProviderLimit] = [
         {
             "server_id": server,
@@ -322,6 +374,9 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
         for provider, used in situation.used.items()
         for length, start in windows_at(now)
     ]
+    if situation.other_used:
+        other = {"server_id": 6, "provider": "google", "used": situation.other_used}
+        rows[ProviderUsage] += [other | {"window_seconds": length, "window_start": start} for length, start in windows_at(now)]
     rows[Claim] = [
         {
             "id": KNOWN_CLAIM,
@@ -344,6 +399,8 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
     rows[DomainHealth] = [{"domain": f"{name}.test", "failures": 2, "dead_until": until, "changed_at": now} for name, until in health.items()]
     for number, recipient in enumerate(situation.recipients, 1):
         _add_recipient(rows, number, recipient, now, second)
+    for row in rows[Delivery] if situation.same_place else ():
+        row["sort_key"] = 7
     counts = Counter((row["provider"], row["state"]) for row in rows[Delivery])
     rows[CampaignCounter] = [
         {"campaign_id": 1, "shard": 0, "provider": provider, "server_id": 0, "state": state, "count": count} for (provider, state), count in counts.items()
@@ -545,5 +602,7 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     assert re.findall(r"e\.kind = '(\w+)'", text) == [RESENT]
     assert {f"'{reason}'" in text for reason in (hindrances.MOVED, hindrances.DEAD, domain_health.NO_CONNECTION, "duplicate_address")} == {True}
     assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON] * 2
+    assert (numbers["speaks"], numbers["most_left"]) == (best_ranks.SPEAKS_SECONDS, best_ranks.MOST_LEFT)
+    assert set(re.findall(r"IN \('active', 'warming'\)", text)) == {f"IN {SENDING_STATES}"}
     # States are never written as bare numbers.
     assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []

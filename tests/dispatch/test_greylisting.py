@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Allotment, Claim, Contact, Delivery, Server, State
+from mail_pipelines.database.models import SENDING_STATES, Allotment, Claim, Contact, Delivery, Server, State
 from mail_pipelines.delivery import resolving
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import due, openings, servers
@@ -130,7 +130,7 @@ def test_four_hours_after_they_fell_due_any_server_claims_them(world: World, two
     assert taken(world.claim(one)) == 2
 
 
-@pytest.mark.parametrize("state", [state for state in ServerState if state is not ServerState.ACTIVE])
+@pytest.mark.parametrize("state", [state for state in ServerState if state not in SENDING_STATES])
 def test_rows_of_a_server_that_may_not_send_wait_for_nobody(world: World, two: Two, state: str) -> None:
     one, other = two
     by_its_sender(world, one)

@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
+from mail_pipelines.capacity import warm_up
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.dispatch.claims import OpenClaim
@@ -89,6 +90,11 @@ def test_a_server_and_the_centre_tell_what_the_ledger_has(
 
         # A claim that nobody works on and of which the log says nothing: the server's settler ends it.
         world.grant(server)
+        transact(engine, lambda connection: warm_up.set_by_hand(connection, "s1", dt.datetime.now(dt.UTC), curve="careful", step=19))
+        assert Told(ports["centre"]).by("fleet_warm_up_day_cap", "server", "provider") == {("s1", "*"): 286_862}
+        transact(engine, lambda connection: warm_up.set_by_hand(connection, "s1", dt.datetime.now(dt.UTC), step=20))
+        assert Told(ports["centre"]).by("fleet_warm_up_day_cap", "server", "provider") == {}
+        assert Told(ports["centre"]).by("fleet_warm_up_step", "server", "provider") == {("s1", "*"): 20}
         left = world.claim(server, limit=10)
         assert isinstance(left, OpenClaim)
         wait_for(lambda: Told(ports["server"]).one("server_settled_claims_total") == 1, what="settlement")

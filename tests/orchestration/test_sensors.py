@@ -18,10 +18,12 @@ import sqlalchemy as sa
 
 from mail_pipelines import partitions
 from mail_pipelines.campaigns import lifecycle, scheduling
+from mail_pipelines.capacity import warm_up
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Campaign, CampaignCounter, Claim, Delivery, Server, State
+from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, Delivery, ProviderUsage, Server, State
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import openings
 from mail_pipelines.dispatch import servers as fleet
 from mail_pipelines.dispatch.claims import OpenClaim
@@ -155,6 +157,37 @@ def test_a_server_whose_clock_is_off_is_named_every_tick(world: World, instance:
         servers.server_health(tick, DATABASE)
     ((words, *values),) = [call.args for call in warning.call_args_list]
     assert (words % tuple(values)).startswith("the clock of s1 is 301 s behind the database's: let NTP set it")
+
+
+def test_the_days_of_a_warm_up_are_judged_and_the_server_has_runs(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    alive(world, "s1")
+    with reading(world.engine) as connection:
+        server, today = fleet.find(connection, "s1"), warm_up.day_of(database_now(connection))
+    used = {"server_id": server.id, "provider": "google", "window_seconds": warm_up.DAY, "window_start": today - warm_up.DAY, "used": 400}
+
+    def begin(connection: sa.Connection) -> None:
+        warm_up.set_by_hand(connection, "s1", dt.datetime.fromtimestamp(today - warm_up.DAY, dt.UTC), curve="careful")
+        connection.execute(sa.insert(ProviderUsage).values(used))
+
+    transact(world.engine, begin)
+    tick = context(instance, repository)
+    with mock.patch.object(tick.log, "info") as info:
+        servers.server_health(tick, DATABASE)
+        servers.server_health(tick, DATABASE)
+    ((words, change),) = [call.args for call in info.call_args_list]
+    yesterday = dt.datetime.fromtimestamp(today - 1, dt.UTC).date()
+    assert words % change == f"warm-up of s1 to google: step 0 → 1 after {yesterday}: used 83% of 480 with good signals"
+    assert {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}["dispatch"] == 2
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    result = shards.open_shards(context(instance, repository), DATABASE)
+    assert isinstance(result, dg.SensorResult)
+    assert {request.tags[QUEUE_TAG] for request in result.run_requests or ()} == {"s1"}
+    with reading(world.engine) as connection:
+        assert fleet.find(connection, "s1").state == "warming"
+        assert fleet.choose(connection, world.campaign_id, None, 10).key == "s1"
+        assert fleet.find(connection, "s1").sends
+        query = sa.select(Allotment.provider, Allotment.granted).where(Allotment.slot_start == slot_at(database_now(connection)))
+        assert dict(connection.execute(query).tuples().all()) == {"google": 672, "microsoft": 480, "yahoo": 480, "other": 480}
 
 
 @pytest.mark.parametrize("state", ["paused", "scheduled", "cancelled", "finished"])

@@ -44,6 +44,9 @@ BEGIN
   -- The sort key of a deferred row is the second in which it is due; that of a pending row is its place, and each will do.
   DECLARE c_first_place INT DEFAULT -2147483648;
   DECLARE c_last_place INT DEFAULT 2147483647;
+  -- Of `dispatch.claiming.best_ranks`: nothing is left to a server that has been silent for so many seconds; more rows than these are not passed over.
+  DECLARE c_speaks INT DEFAULT 120;
+  DECLARE c_most_left INT DEFAULT 2000;
   -- So many seconds a connection goes on from its last claim, and does not see rows that were given back before that place.
   DECLARE c_go_on INT DEFAULT 30;
 
@@ -62,12 +65,12 @@ BEGIN
   DECLARE v_version_id, v_brand_id, v_list_id, v_pool_id, v_overflow_pool_id, v_server_pool_id INT;
   DECLARE v_unsubscribe VARCHAR(8) CHARACTER SET ascii COLLATE ascii_bin;
 
-  DECLARE v_room, v_left, v_cap, v_window, v_per_hour, v_per_day INT;
+  DECLARE v_room, v_left, v_cap, v_window, v_per_hour, v_per_day, v_warming INT;
   DECLARE v_limits_of VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin;
 
   DECLARE v_state TINYINT;
   DECLARE v_earliest, v_latest, v_last_place, v_since BIGINT;
-  DECLARE v_found, v_from_pending, v_from_deferred, v_size INT;
+  DECLARE v_found, v_from_pending, v_from_deferred, v_size, v_passed_over INT;
   DECLARE v_asking INT;
   DECLARE v_domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin;
 
@@ -96,7 +99,7 @@ BEGIN
     ELSEIF NOT (v_incarnation <=> p_incarnation) THEN
       SET v_refusal = 'other_incarnation';
       LEAVE decision;
-    ELSEIF v_server_state <> 'active' THEN
+    ELSEIF v_server_state NOT IN ('active', 'warming') THEN
       SET v_refusal = 'inactive', v_detail = v_server_state;
       LEAVE decision;
     ELSEIF v_generation <> p_generation OR NOT v_remembered THEN
@@ -162,6 +165,13 @@ BEGIN
       SET v_refusal = 'no_limits';
       LEAVE decision;
     END IF;
+    -- A warm-up's cap of the day: that of the provider, or else that of all others. Of both limits of a day the lesser holds.
+    SELECT per_day INTO v_warming
+      FROM warm_ups
+     WHERE server_id = p_server_id AND provider IN (p_provider, '*')
+     ORDER BY provider DESC
+     LIMIT 1;
+    SET v_per_day = COALESCE(LEAST(v_per_day, v_warming), v_per_day, v_warming);
     SET v_window = c_hour, v_cap = v_per_hour;
     windows: LOOP
       IF v_cap IS NOT NULL THEN
@@ -219,6 +229,33 @@ BEGIN
       FROM claim_rows_places
      WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND since BETWEEN v_second - c_go_on AND v_second;
 
+    -- While warming servers may send some of these rows, an established one begins behind the best of them: as many as those may still send in this slot, but
+    -- not more than half. It takes what lies before when nothing is left behind.
+    IF v_warming IS NULL AND v_last_place IS NULL THEN
+      SELECT LEAST(SUM(LEAST(a.granted - a.used, IF(o.server_id IS NULL, w.per_day, o.per_day) - COALESCE(u.used, 0))), c_most_left)
+        INTO v_passed_over
+        FROM servers AS s
+        JOIN allotments AS a ON a.campaign_id = p_campaign_id AND a.server_id = s.id AND a.provider = p_provider AND a.slot_start = v_slot_start
+        LEFT JOIN warm_ups AS o ON o.server_id = s.id AND o.provider = p_provider
+        LEFT JOIN warm_ups AS w ON w.server_id = s.id AND w.provider = '*'
+        LEFT JOIN provider_usage AS u ON u.server_id = s.id AND u.provider = p_provider AND u.window_seconds = c_day
+                                     AND u.window_start = v_second - MOD(v_second, c_day)
+       WHERE s.state = 'warming' AND s.heartbeat_at > v_now - INTERVAL c_speaks SECOND AND a.granted > a.used
+         AND IF(o.server_id IS NULL, w.per_day, o.per_day) > COALESCE(u.used, 0);
+      IF v_passed_over IS NOT NULL THEN
+        SELECT LEAST(v_passed_over, COALESCE(SUM(count), 0) DIV 2) - 1 INTO v_passed_over
+          FROM campaign_counters
+         WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_pending;
+        IF v_passed_over >= 0 THEN
+          SELECT sort_key + 1, v_second INTO v_last_place, v_since
+            FROM deliveries
+           WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_pending
+           ORDER BY sort_key
+           LIMIT 1 OFFSET v_passed_over;
+        END IF;
+      END IF;
+    END IF;
+
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
     -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts. Where they
     -- begin is asked without locks: to pass over rows that wait for another server takes twice as long with them, and would hide them from it.
@@ -226,7 +263,7 @@ BEGIN
       FROM deliveries
      WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred AND sort_key <= v_second
        AND (reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
-            OR server_id NOT IN (SELECT id FROM servers WHERE state = 'active'))
+            OR server_id NOT IN (SELECT id FROM servers WHERE state IN ('active', 'warming')))
      ORDER BY sort_key
      LIMIT 1;
     IF v_earliest IS NOT NULL THEN
@@ -259,7 +296,7 @@ BEGIN
                   AND sort_key BETWEEN v_earliest AND v_latest
                   AND (v_state = c_deferred OR not_before IS NULL OR not_before <= v_second)
                   AND (v_state = c_pending OR reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
-                       OR server_id NOT IN (SELECT id FROM servers WHERE state = 'active'))
+                       OR server_id NOT IN (SELECT id FROM servers WHERE state IN ('active', 'warming')))
                 ORDER BY sort_key
                 LIMIT v_room
                   FOR UPDATE SKIP LOCKED

@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.models import (
+    SENDING_STATES,
     Allotment,
     Campaign,
     Claim,
@@ -35,7 +36,7 @@ from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import rules
 from mail_pipelines.delivery.recording import slot_at, windows_at
 from mail_pipelines.dispatch import greylisting, holds
-from mail_pipelines.dispatch.claiming import hindrances
+from mail_pipelines.dispatch.claiming import best_ranks, hindrances
 from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED, Hindered
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
 from mail_pipelines.dispatch.claiming.terms import Request, Row, Taken
@@ -97,6 +98,7 @@ def _due(state: State, condition: sa.ColumnElement[bool]) -> sa.Select[int]:
             Delivery.shard == sa.bindparam("shard"),
             Delivery.provider == sa.bindparam("provider"),
             Delivery.state == int(state),
+            Delivery.sort_key.between(sa.bindparam("first"), sa.bindparam("last")),
             condition,
         )
         .order_by(Delivery.sort_key)
@@ -106,11 +108,10 @@ def _due(state: State, condition: sa.ColumnElement[bool]) -> sa.Select[int]:
 
 _SECOND = sa.bindparam("second", type_=sa.BigInteger)
 _OURS = sa.or_(~greylisting.waits_for_another(sa.bindparam("server_id", type_=sa.Integer)), Delivery.sort_key <= _SECOND - greylisting.WAIT_SECONDS)
-# Deferred rows that are due first, then pending ones.
-_ROWS = {
-    State.DEFERRED: _due(State.DEFERRED, sa.and_(Delivery.sort_key <= _SECOND, _OURS)),
-    State.PENDING: _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= _SECOND)),
-}
+_DEFERRED = _due(State.DEFERRED, _OURS)
+_PENDING = _due(State.PENDING, sa.or_(Delivery.not_before.is_(None), Delivery.not_before <= _SECOND))
+# The sort key of a deferred row is the second in which it is due; that of a pending row is its place, and each will do.
+_FIRST_PLACE, _LAST_PLACE = -(2**31), 2**31 - 1
 _TAKE = (
     sa.update(Delivery)
     .where(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id.in_(sa.bindparam("contacts", expanding=True)))
@@ -149,10 +150,12 @@ def take(connection: Connection, request: Request) -> Taken | Refusal:
     campaign: Any = connection.execute(_CAMPAIGN, {"campaign_id": request.campaign_id, "server_id": request.sender.server_id}).one_or_none()
     if refusal := _check_campaign(connection, request, campaign, now):
         return refusal
-    room = _room(connection, request, now)
+    warming = best_ranks.cap(connection, request.sender.server_id, request.provider)
+    room = _room(connection, request, now, warming)
     if isinstance(room, Refusal):
         return room
-    sources = _due_rows(connection, request, min(request.limit, room), now)
+    begin = best_ranks.first_place(connection, request, now) if warming is None else None
+    sources = _due_rows(connection, request, min(request.limit, room), now, begin)
     if not sources:
         return Refusal(Verdict.NOTHING_DUE, now)
     rows, hindered = _check_recipients(connection, request, campaign, sources, now)
@@ -171,7 +174,7 @@ def _check_sender(connection: Connection, request: Request, now: dt.datetime) ->
         return Refusal(Verdict.UNREGISTERED, now)
     if found.incarnation != request.sender.incarnation:
         return Refusal(Verdict.OTHER_INCARNATION, now)
-    if found.state != "active":
+    if found.state not in SENDING_STATES:
         return Refusal(Verdict.INACTIVE, now, found.state)
     knows_beat = memory.last_beat is None or (found.heartbeat_at is not None and found.heartbeat_at >= memory.last_beat)
     if found.generation != memory.generation or not found.knows_claim or not knows_beat:
@@ -193,8 +196,8 @@ def _check_campaign(connection: Connection, request: Request, campaign: Any, now
     return None
 
 
-def _room(connection: Connection, request: Request, now: dt.datetime) -> int | Refusal:
-    """How many messages grant and limits still allow."""
+def _room(connection: Connection, request: Request, now: dt.datetime, warming: int | None) -> int | Refusal:
+    """How many messages grant, limits and warm-up still allow."""
     place = {"server_id": request.sender.server_id, "provider": request.provider}
     grant = {"campaign": request.campaign_id, "server": request.sender.server_id, "to": request.provider, "slot": slot_at(now)}
     room: int = connection.execute(_GRANT, grant).scalar_one_or_none() or 0
@@ -203,7 +206,7 @@ def _room(connection: Connection, request: Request, now: dt.datetime) -> int | R
     limits = connection.execute(_LIMITS, place).one_or_none()
     if limits is None:
         return Refusal(Verdict.NO_LIMITS, now)
-    caps = {3600: limits.per_hour, 86400: limits.per_day}
+    caps = {3600: limits.per_hour, 86400: min((cap for cap in (limits.per_day, warming) if cap is not None), default=None)}
     for length, start in windows_at(now):
         cap = caps.get(length)
         if cap is not None:
@@ -214,14 +217,20 @@ def _room(connection: Connection, request: Request, now: dt.datetime) -> int | R
     return room
 
 
-def _due_rows(connection: Connection, request: Request, most: int, now: dt.datetime) -> dict[int, State]:
-    """The next rows in the order in which they are to be sent, most engaged first among the pending, with the state of each."""
+def _due_rows(connection: Connection, request: Request, most: int, now: dt.datetime, begin: int | None) -> dict[int, State]:
+    """The next rows with the state of each, in the order in which they are to be sent: deferred ones that are due, then of the pending the most engaged from
+    the place `begin` on, then what is left before it.
+    """
     sources: dict[int, State] = {}
+    second = int(now.timestamp())
     queue = {"campaign_id": request.campaign_id, "shard": request.shard, "provider": request.provider}
-    queue |= {"server_id": request.sender.server_id, "second": int(now.timestamp())}
-    for state, statement in _ROWS.items():
+    queue |= {"server_id": request.sender.server_id, "second": second}
+    parts = [(State.DEFERRED, _DEFERRED, _FIRST_PLACE, second), (State.PENDING, _PENDING, _FIRST_PLACE if begin is None else begin, _LAST_PLACE)]
+    if begin is not None:
+        parts.append((State.PENDING, _PENDING, _FIRST_PLACE, begin - 1))
+    for state, statement, first, last in parts:
         if len(sources) < most:
-            found = connection.execute(statement, queue | {"most": most - len(sources)}).scalars()
+            found = connection.execute(statement, queue | {"most": most - len(sources), "first": first, "last": last}).scalars()
             sources.update(dict.fromkeys(found, state))
     return sources
 

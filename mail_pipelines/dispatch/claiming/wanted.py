@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import is_mysql
-from mail_pipelines.database.models import Campaign, Contact, Server, Subscription
+from mail_pipelines.database.models import SENDING_STATES, Campaign, Contact, Server, Subscription
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.delivery.recording import ClaimRef
 from mail_pipelines.dispatch import holds
@@ -21,7 +21,7 @@ from mail_pipelines.dispatch import holds
 _SENDING = sa.select(Campaign.brand_id, Campaign.unsubscribe, Campaign.unsubscribe_list_id).where(
     Campaign.id == sa.bindparam("campaign"),
     Campaign.state == "sending",
-    sa.exists().where(Server.id == sa.bindparam("server"), Server.state.in_(("active", "draining"))),
+    sa.exists().where(Server.id == sa.bindparam("server"), Server.state.in_((*SENDING_STATES, "draining"))),
 )
 
 
