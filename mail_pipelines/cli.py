@@ -21,6 +21,7 @@ from mail_pipelines.commands import (
     home,
     inbound,
     metrics,
+    plan,
     pool,
     recover,
     segment,
@@ -46,6 +47,7 @@ app.add_typer(domain.app, name="domain")
 app.add_typer(database.app, name="database")
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
+app.add_typer(plan.app, name="plan")
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")

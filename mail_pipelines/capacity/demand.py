@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from mail_pipelines.capacity.horizon import HOURS
 from mail_pipelines.database.models import Campaign, CampaignCounter, State
 from mail_pipelines.dispatch import holds
 
@@ -44,6 +45,12 @@ class Demand:
     provider: str
     rows: int
     release: int = 0
+
+
+def needed(connection: Connection, now: dt.datetime) -> bool:
+    """Whether there is anything to plan: a campaign that is sending, or one that starts within the horizon."""
+    soon = sa.and_(Campaign.state.in_(("scheduled", "building")), Campaign.start_at <= now + dt.timedelta(hours=HOURS))
+    return connection.execute(sa.select(Campaign.id).where(sa.or_(Campaign.state == "sending", soon)).limit(1)).first() is not None
 
 
 def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_seconds: int) -> tuple[list[Job], list[Demand]]:
