@@ -18,6 +18,7 @@ from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 _AUDIT_CRON = "20 * * * *"
 # Between two plans the rule of every tick serves what is new (`capacity.allotments`).
 _PLAN_CRON = "*/5 * * * *"
+_FAR_PLAN_AT = (4, 0)
 
 
 def due_audits(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -> list[dg.RunRequest] | dg.SkipReason:
@@ -36,11 +37,12 @@ def due_audits(context: dg.ScheduleEvaluationContext, database: CentralDatabase)
 
 
 def due_plan(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -> dg.RunRequest | dg.SkipReason:
-    """A new plan while anything is sending, or scheduled for the next 48 hours."""
+    """A new plan while anything is sending or scheduled for the next 48 hours, and once a day for what the weeks after bring."""
+    time = context.scheduled_execution_time
     with reading(database.engine) as connection:
-        if not demand.needed(connection, database_now(connection)):
-            return dg.SkipReason("nothing is sending or scheduled")
-    return dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%dT%H:%M}")
+        if (time.hour, time.minute) != _FAR_PLAN_AT and not demand.needed(connection, database_now(connection)):
+            return dg.SkipReason("nothing is sending or scheduled for the next 48 hours")
+    return dg.RunRequest(run_key=f"{time:%Y-%m-%dT%H:%M}")
 
 
 def all_schedules(settings: OperationSettings) -> list[dg.ScheduleDefinition]:

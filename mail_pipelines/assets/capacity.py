@@ -16,7 +16,7 @@ _PAST = dt.timedelta(hours=12)
 
 @dg.asset(group_name="capacity", owners=["team:delivery"], kinds={"sql", "highs", "matplotlib"})
 def capacity_plan(context: dg.AssetExecutionContext, database: CentralDatabase) -> dg.MaterializeResult:
-    """Who sends how much from which server in the next 48 hours: grants, when each campaign will be out, what holds it up, and which servers are missing."""
+    """Who sends how much from which server in the next 48 hours: grants, when each campaign will be out, what holds it up, and which servers to order."""
     # The solver is loaded by this asset alone: every send run imports this module.
     from mail_pipelines.capacity import planning
 
@@ -33,7 +33,8 @@ def capacity_plan(context: dg.AssetExecutionContext, database: CentralDatabase) 
             "dagster/partition_row_count": made.changed or 0,
             **report.numbers,
             "campaigns": markdown.table(report.campaigns),
-            "servers_to_order": markdown.table(report.orders),
+            "servers_missing_now": markdown.table(report.orders),
+            "servers_to_order": markdown.table(report.far),
             "plan_and_reality": markdown.picture(plots.plan_and_reality(reports.hours(sent, made)), "Messages an hour, sent and planned"),
         }
     )

@@ -186,6 +186,14 @@ def _class(
     return found
 
 
+class _Solver(highspy.Highs):
+    """A solver that prints nothing, not even who it is as it is made, for what commands print is read by programs."""
+
+    def enableCallbacks(self) -> None:
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()  # type: ignore[no-untyped-call]
+
+
 def _solved(cost: Amounts, upper: Amounts, rows: Sequence[NDArray[np.int64]], lower_bounds: Amounts, upper_bounds: Amounts, until: float) -> Amounts:
     seconds = until - time.monotonic()
     if seconds <= 0:
@@ -200,8 +208,7 @@ def _solved(cost: Amounts, upper: Amounts, rows: Sequence[NDArray[np.int64]], lo
     matrix.start_ = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     matrix.index_ = np.concatenate(rows)
     matrix.value_ = np.ones(sum(len(row) for row in rows))
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
-    solver.setOptionValue("output_flag", False)
+    solver = _Solver()  # type: ignore[no-untyped-call]
     solver.setOptionValue("threads", 1)
     if np.isfinite(seconds):
         solver.setOptionValue("time_limit", seconds)

@@ -1,4 +1,4 @@
-"""Planning: read demand and supply, make the near plan, put it into force, keep it for display.
+"""Planning: read demand and supply, make the near plan and the far one, put the near one into force, keep both for display.
 
 A plan comes into force in one transaction, and only if no other has since it began to read: its number (`epoch`) is the next after the one it saw.
 """
@@ -14,13 +14,15 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import allotments, demand, forecast, supply
+from mail_pipelines.capacity import allotments, demand, far, forecast, outlook, supply
 from mail_pipelines.capacity.allotments import Grant, Place
 from mail_pipelines.capacity.demand import Demand, Job
+from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook, far_plan
 from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.horizon import HOUR, HOURS
 from mail_pipelines.capacity.lines import Line
 from mail_pipelines.capacity.near import NearPlan, near_plan
+from mail_pipelines.capacity.new_servers import new_server
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Campaign, CampaignMinute, State, SyncState
@@ -42,6 +44,10 @@ class Situation:
     demands: list[Demand]
     lines: list[Line]
     present: Mapping[Place, Grant]
+    outlooks: list[Outlook]
+    in_flight: list[InFlight]
+    # Of the plan in force.
+    ordered: list[FarOrder]
 
     def plan(self, more: Sequence[Line] = ()) -> NearPlan:
         """The plan for this situation, with `more` lines than there are."""
@@ -71,12 +77,14 @@ class Made:
 def read(connection: Connection, settings: Settings, now: dt.datetime | None = None) -> Situation:
     """Read from counters, limits and grants what a plan is made from; `now` is the database's time if not given."""
     moment = now or database_now(connection)
-    epoch = connection.execute(sa.select(SyncState.version).where(*_MINE)).scalar_one_or_none() or 0
+    kept = in_force(connection)
     fleet = Fleet.read(connection, moment, settings.server.heartbeat_seconds)
     jobs, demands = demand.read(connection, moment, HOURS * HOUR, int(settings.sending.first_retry_seconds))
     lines = supply.read(connection, fleet, {wanted.provider for wanted in demands}, moment)
     present = allotments.read(connection, allotments.slots_at(moment, _GRANTED_SLOTS))
-    return Situation(moment, epoch, fleet, jobs, demands, lines, present)
+    outlooks = outlook.read(connection, fleet, moment)
+    ordered = [far.from_document(order) for order in kept.document["far"]] if kept else []
+    return Situation(moment, kept.epoch if kept else 0, fleet, jobs, demands, lines, present, outlooks, outlook.in_flight(connection), ordered)
 
 
 def make(engine: Engine, settings: Settings, now: dt.datetime | None = None) -> Made:
@@ -85,7 +93,9 @@ def make(engine: Engine, settings: Settings, now: dt.datetime | None = None) -> 
         situation = read(connection, settings, now)
     plan = situation.plan()
     found = forecast.forecasts(plan)
-    document = forecast.document(plan, found, list(forecast.orders(plan, situation.more_servers, situation.lines, found)))
+    orders = list(forecast.orders(plan, situation.more_servers, situation.lines, found))
+    ahead = far_plan(situation.outlooks, situation.now.date(), new_server(), situation.in_flight, situation.ordered)
+    document = {**forecast.document(plan, found, orders), "far": [far.to_document(order) for order in ahead]}
     changed = transact(engine, lambda connection: _enforce(connection, settings, situation, plan, document))
     return Made(plan, document, changed)
 
@@ -114,7 +124,7 @@ def _enforce(connection: Connection, settings: Settings, situation: Situation, p
 
 @dataclass(frozen=True)
 class Kept:
-    """The plan in force as it was kept: its number, and `forecast.document`."""
+    """The plan in force as it was kept: its number, and `forecast.document` with the orders of the far plan as `far`."""
 
     epoch: int
     document: Mapping[str, Any]

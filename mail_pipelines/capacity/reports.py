@@ -16,11 +16,16 @@ PRIORITIES = ("low", "normal", "high", "urgent")
 
 @dataclass(frozen=True)
 class Report:
-    """`campaigns`: campaign, priority, messages, finishes, finish_by, late, not_within_48_h, held_up_by. `orders`: campaign, warm_servers, why."""
+    """`campaigns`: campaign, priority, messages, finishes, finish_by, late, not_within_48_h, held_up_by.
+
+    `orders`: campaign, warm_servers, why: those that would save a deadline now. `far`: pool, servers, order_by, due, first_day, too_late_without,
+    too_late_with, why: those of the next eight weeks.
+    """
 
     numbers: Mapping[str, int | float]
     campaigns: pd.DataFrame
     orders: pd.DataFrame
+    far: pd.DataFrame
 
 
 def of(made: Made) -> Report:
@@ -42,6 +47,8 @@ def of(made: Made) -> Report:
     ]
     columns = ["campaign", "priority", "messages", "finishes", "finish_by", "late", "not_within_48_h", "held_up_by"]
     orders = [(order["campaign"], order["servers"], order["why"]) for order in plan["orders"]]
+    names = ["pool", "servers", "order_by", "due", "first_day", "too_late_without", "too_late_with", "why"]
+    far = [tuple(order[key] for key in ("pool", "servers", "order_by", "due", "first_day", "short", "left", "why")) for order in plan["far"]]
     return Report(
         numbers={
             "planned_messages": sum(found["messages"] - found["unmet"] for found in plan["campaigns"]),
@@ -52,6 +59,7 @@ def of(made: Made) -> Report:
         },
         campaigns=pd.DataFrame(campaigns, columns=columns),
         orders=pd.DataFrame(orders, columns=["campaign", "warm_servers", "why"]),
+        far=pd.DataFrame(far, columns=names).astype({"due": "object"}),
     )
 
 

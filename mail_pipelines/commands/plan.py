@@ -42,6 +42,10 @@ def show(as_json: Json = False) -> None:
     console.print(table)
     for order in plan["orders"]:
         console.print(f"{order['campaign']}: {order['servers']} more warm servers would save its deadline ({escape(order['why'])})")
+    for order in plan["far"]:
+        when = "now" if order["due"] else f"by {order['order_by']}"
+        effect = f"{order['short']:,} messages would be too late, with them {order['left']:,}"
+        console.print(escape(f"pool {order['pool']}: order {order['servers']} servers {when}, to send from {order['first_day']} on: {effect} ({order['why']})"))
 
 
 def _cells(found: dict[str, Any]) -> list[str]:

@@ -1,12 +1,10 @@
-"""Random cases for planning, small for properties and large for bounds."""
+"""Random small cases for planning, and the limits that a plan breaks."""
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
 from hypothesis import strategies as st
 
 from mail_pipelines.capacity.demand import Demand, Job
@@ -61,28 +59,6 @@ def mailings(draw: st.DrawFn, most: int = 4) -> tuple[list[Job], list[Demand]]:
     return jobs, demands
 
 
-def large(seed: int, servers: int, providers: int, campaigns: int) -> tuple[list[Job], list[Demand], list[Line]]:
-    """A fleet and campaigns that keep it busy for most of 48 hours."""
-    chance = random.Random(seed)
-    names = [f"p{number:02}" for number in range(providers)]
-    lines = []
-    for server in range(1, servers + 1):
-        for provider in names:
-            rate = chance.choice((0.5, 1.0, 2.0))
-            hour = chance.choice((None, int(rate * 3600 * 0.6), int(rate * 3600 * 0.3)))
-            day = chance.choice((None, int(rate * 86400 * 0.5), int(rate * 86400 * 0.2)))
-            lines.append(Line(server, 1, provider, rate, hour, (day,), used_day=chance.choice((0, 100))))
-    jobs = [
-        Job(number, f"c{number}", chance.choice((0, 1, 1, 2, 3)), 1, None, NOW, chance.choice((None, NOW + chance.randrange(6, 40) * HOUR)))
-        for number in range(1, campaigns + 1)
-    ]
-    room = Counter[str]()
-    for line in lines:
-        room[line.provider] += min(int(line.per_second * DAY), (line.per_hour or 1 << 40) * 24, line.per_day[0] or 1 << 40)
-    demands = [Demand(job, provider, max(1, int(room[provider] * chance.uniform(0.5, 1.8) / campaigns))) for job in jobs for provider in names]
-    return jobs, demands, lines
-
-
 def exceeded(plan: NearPlan, lines: Iterable[Line]) -> list[str]:
     """Every limit of every server that a plan would break, counted from the grants alone."""
     found = []
@@ -106,19 +82,3 @@ def exceeded(plan: NearPlan, lines: Iterable[Line]) -> list[str]:
         if count and cap is not None and count + used > cap:
             found.append(f"{length} s of {line} from {start}: {count} and {used} used of {cap}")
     return found
-
-
-def lower_bound(demands: list[Demand], lines: list[Line], plan: NearPlan) -> float:
-    """The makespan of the relaxation (epoch seconds): all servers of a provider send all the time as much as they may, fractions too."""
-    latest = float(NOW)
-    for part in plan.providers:
-        rows = sum(demand.rows for demand in part.demands)
-        soonest = part.rooms.soonest
-        before = np.concatenate([[0], np.cumsum(soonest)])
-        slot = int(np.searchsorted(before, rows, side="left")) - 1
-        if slot >= len(soonest):
-            return float("inf")
-        share = (rows - before[slot]) / soonest[slot]
-        slots = plan.horizon.slots[slot]
-        latest = max(latest, max(slots.start, NOW) + share * (slots.end - max(slots.start, NOW)))
-    return latest

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import hypothesis
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from mail_pipelines.benchmarks import plan as bench
 from mail_pipelines.capacity import aggregate
 from mail_pipelines.capacity.demand import Demand, Job
 from mail_pipelines.capacity.horizon import DAY, HOUR, Horizon
@@ -140,13 +144,23 @@ def test_small_cases_are_as_good_as_the_best_of_all_orders(campaigns: list[tuple
 
 @pytest.mark.parametrize("seed", range(3))
 def test_large_cases_end_within_two_hundredths_of_the_lower_bound(seed: int) -> None:
-    jobs, demands, lines = cases.large(seed, servers=20, providers=6, campaigns=12)
+    jobs, demands, lines = bench.case(seed, servers=20, providers=6, campaigns=12)
     plan = near_plan(jobs, demands, lines, NOW)
     assert {part.failure for part in plan.providers} == {""}
     assert cases.exceeded(plan, lines) == []
-    bound = cases.lower_bound(demands, lines, plan)
-    assert bound < NOW + 2 * DAY
-    assert max(finish(plan, job) for job in jobs) - NOW <= 1.02 * (bound - NOW)
+    assert bench.lower_bound(plan) < NOW + 2 * DAY
+    assert bench.makespan(plan) - NOW <= 1.02 * (bench.lower_bound(plan) - NOW)
+
+
+def test_the_benchmark_prints_figures_for_programs_and_the_solver_nothing() -> None:
+    """Of another process: the solver prints past Python."""
+    command = [sys.executable, "-m", "mail_pipelines.cli", "bench", "plan", "--quick", "--json"]
+    words = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "HiGHS" not in words
+    results = {result["name"]: result for result in json.loads(words.splitlines()[-1])["results"]}
+    assert results["makespan"]["met"]
+    assert results["providers planned by the solver"]["met"]
+    assert results["seconds of a plan"]["value"] > 0
 
 
 def test_every_campaign_gets_its_share_whatever_is_more_urgent() -> None:

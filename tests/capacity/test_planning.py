@@ -21,6 +21,7 @@ from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.schedules import due_plan
 from tests.dispatch.test_hold_commands import says
 from tests.dispatch.world import World, make_world
 
@@ -221,6 +222,22 @@ def test_a_plan_is_needed_while_something_is_sending_or_scheduled_soon(world: Wo
     assert not needed()
 
 
+def test_the_schedule_asks_for_plans_while_there_is_something_to_plan_and_once_a_day(world: World) -> None:
+    world.set_campaign(state="paused")
+    with dg.instance_for_test() as instance:
+
+        def asked(hour: int, minute: int) -> object:
+            time = NOW.replace(hour=hour, minute=minute)
+            return due_plan(dg.build_schedule_context(instance, scheduled_execution_time=time), CentralDatabase())
+
+        assert isinstance(asked(9, 5), dg.SkipReason)
+        assert isinstance(asked(4, 0), dg.RunRequest)
+        world.set_campaign(state="sending")
+        request = asked(9, 5)
+        assert isinstance(request, dg.RunRequest)
+        assert request.run_key == "2026-03-02T09:05"
+
+
 def test_what_more_servers_would_change(world: World) -> None:
     add_campaign(world, "big", 72_000)
     with reading(world.engine) as connection:
@@ -268,7 +285,8 @@ def test_the_asset_puts_a_plan_into_force_and_shows_it(world: World) -> None:
     assert shown["planned_messages"] == 72_000 + 40
     assert shown["late_messages"] > 40_000
     assert "| big | normal | 72,000 |" in str(shown["campaigns"])
-    assert "| big | 5 | " in str(shown["servers_to_order"])
+    assert "| big | 5 | " in str(shown["servers_missing_now"])
+    assert str(shown["servers_to_order"]).startswith("| pool | servers | order by | due |")
     assert str(shown["plan_and_reality"]).startswith("![Messages an hour, sent and planned](data:image/png;base64,")
     with reading(world.engine) as connection:
         assert connection.execute(sa.select(SyncState.version).where(SyncState.source == "capacity")).scalar_one() == 1
