@@ -22,6 +22,7 @@ from mail_pipelines.commands import (
     home,
     inbound,
     metrics,
+    plan,
     pool,
     recover,
     segment,
@@ -53,6 +54,7 @@ server.app.command("check-egress")(server_verify.check_egress)
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(alert.app, name="alert")
+app.add_typer(plan.app, name="plan")
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from mail_pipelines import config, jobs, schedules
-from mail_pipelines.assets import audience, delivery, reporting, sending
+from mail_pipelines.assets import audience, capacity, delivery, reporting, sending
 from mail_pipelines.ops import maintenance
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.resources.database import CentralDatabase
@@ -40,7 +40,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None, settings: config.O
     operation = settings or config.load().operation
     given: dict[str, Any] = {"database": CentralDatabase(), "server": DispatchServer(), **(resources or {})}
     return dg.Definitions(
-        assets=dg.load_assets_from_modules([audience, sending, delivery, reporting]),
+        assets=dg.load_assets_from_modules([audience, sending, delivery, capacity, reporting]),
         jobs=[*jobs.ALL, maintenance.maintenance, maintenance.close_open_rows, maintenance.import_contacts, read_inbound_mail],
         sensors=_sensors(given["database"], operation.sensor_seconds),
         schedules=schedules.all_schedules(operation),

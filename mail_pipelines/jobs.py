@@ -42,4 +42,10 @@ refresh_snapshots_job = dg.define_asset_job(
     description="Bring the snapshots of contacts and engagement up to date.",
 )
 
-ALL = [build_audience, send_campaign, report_campaign, audit_delivery_logs, refresh_snapshots_job]
+plan_capacity = dg.define_asset_job(
+    "plan_capacity",
+    selection=dg.AssetSelection.assets("capacity_plan"),
+    description="Plan what each server sends in the next 48 hours, and put it into force.",
+)
+
+ALL = [build_audience, send_campaign, report_campaign, audit_delivery_logs, refresh_snapshots_job, plan_capacity]

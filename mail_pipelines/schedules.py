@@ -5,16 +5,20 @@ from __future__ import annotations
 import dagster as dg
 
 from mail_pipelines import partitions
+from mail_pipelines.capacity import demand
 from mail_pipelines.config import OperationSettings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import audit, servers
-from mail_pipelines.jobs import audit_delivery_logs, refresh_snapshots_job
+from mail_pipelines.jobs import audit_delivery_logs, plan_capacity, refresh_snapshots_job
 from mail_pipelines.ops.maintenance import maintenance
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 
 # Past the full hour, when campaigns like to start.
 _AUDIT_CRON = "20 * * * *"
+# Between two plans the rule of every tick serves what is new (`capacity.allotments`).
+_PLAN_CRON = "*/5 * * * *"
+_FAR_PLAN_AT = (4, 0)
 
 
 def due_audits(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -> list[dg.RunRequest] | dg.SkipReason:
@@ -30,6 +34,15 @@ def due_audits(context: dg.ScheduleEvaluationContext, database: CentralDatabase)
         return dg.SkipReason("no server has new lines in its log")
     hour = f"{context.scheduled_execution_time:%Y-%m-%dT%H}"
     return [dg.RunRequest(partition_key=key, run_key=f"{key}:{hour}", tags={QUEUE_TAG: control_queue(key)}) for key in due]
+
+
+def due_plan(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -> dg.RunRequest | dg.SkipReason:
+    """A new plan while anything is sending or scheduled for the next 48 hours, and once a day for what the weeks after bring."""
+    time = context.scheduled_execution_time
+    with reading(database.engine) as connection:
+        if (time.hour, time.minute) != _FAR_PLAN_AT and not demand.needed(connection, database_now(connection)):
+            return dg.SkipReason("nothing is sending or scheduled for the next 48 hours")
+    return dg.RunRequest(run_key=f"{time:%Y-%m-%dT%H:%M}")
 
 
 def all_schedules(settings: OperationSettings) -> list[dg.ScheduleDefinition]:
@@ -52,6 +65,14 @@ def all_schedules(settings: OperationSettings) -> list[dg.ScheduleDefinition]:
             default_status=running,
             description="Audit the log of every dispatch server that has new lines.",
         )(due_audits),
+        dg.schedule(
+            job=plan_capacity,
+            name="plan_capacity",
+            cron_schedule=_PLAN_CRON,
+            execution_timezone=settings.time_zone,
+            default_status=running,
+            description="Plan anew while anything is sending or scheduled.",
+        )(due_plan),
         dg.ScheduleDefinition(
             name="maintenance",
             job=maintenance,

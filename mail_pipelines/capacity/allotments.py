@@ -1,9 +1,13 @@
-"""The simple rule that fills allotments from limits until planning does it: every sending campaign with open rows gets its share.
+"""Grants: what the plan in force means for each campaign, and at once a share of what it leaves for everybody with open rows.
 
-A slot is 15 minutes. A server's room for a provider in a slot is the least its limits allow; it is shared among the
-campaigns by the weight of their priority. Grants only ever rise within a slot here, so no session is cut short; only a breaker that opens
-takes them away, and gets no new ones. Where a server is warmed up, what is unspent in a slot follows what is left of the day, down as well as up: or
-sessions would be started for grants that no claim gets anything for.
+A slot is 15 minutes. A server's room for a provider in a slot is the least its limits allow. Of that each campaign has what was planned for it; the rest is
+shared among all campaigns by the weight of their priority. So nobody waits for the next plan: not a campaign that has just begun, nor rows that come back
+early, and where nothing is planned all is shared. A campaign that the plan does not know has its share of the whole room: until the next plan, a few minutes
+later, grants may then add up to more than the room, which pacers and usage windows keep as they always do.
+
+Here grants only ever rise within a slot, so that no session is cut short; a plan lowers what it planned otherwise, and a breaker that opens takes all away.
+Where a server is warmed up, what is unspent in a slot follows what is left of the day, down as well as up: or sessions would be started for grants that no
+claim gets anything for.
 
 Servers of a campaign's overflow pool are granted a provider only where no server of its own pool can send to it: is active, speaking and not held,
 with its breaker not open, and has limits left in this slot, hour and day.
@@ -13,34 +17,34 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import breakers, warm_up
-from mail_pipelines.capacity.warm_up_days import DAY
+from mail_pipelines.capacity import breakers
+from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.database.engine import database_now, is_mysql, transact
-from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, ProviderLimit, ProviderUsage, State
+from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, State
 from mail_pipelines.delivery.breakers import provider_rules
-from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at, windows_at
-from mail_pipelines.dispatch import holds, servers
+from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
+from mail_pipelines.dispatch import holds
 
 # Weight of priority low, normal, high, urgent.
 PRIORITY_WEIGHTS = (1, 4, 16, 64)
 _WAITING = (State.PENDING, State.DEFERRED)
-_LIMITS = (ProviderLimit.server_id, ProviderLimit.provider, ProviderLimit.per_second, ProviderLimit.per_hour, ProviderLimit.per_day)
+# Campaign, server, provider, start of the slot.
+Place = tuple[int, int, str, int]
 
 
 @dataclass(frozen=True)
-class _Server:
-    """A server that may send and is not held. `speaks`: its heartbeat is young."""
+class Grant:
+    """A row of `allotments`."""
 
-    id: int
-    pool_id: int
-    speaks: bool
+    granted: int
+    used: int = 0
+    planned: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,86 +58,113 @@ class _Campaign:
 
 
 def fill(engine: Engine, heartbeat_seconds: float, now: dt.datetime | None = None) -> int:
-    """Grant the current and the next slot to all sending campaigns; returns how many grants were made or changed."""
+    """Grant the current and the next slot to all sending campaigns; returns how many grants were changed."""
 
     def work(connection: Connection) -> int:
         moment = now or database_now(connection)
-        grants = _grants(connection, moment, heartbeat_seconds)
-        slot, following = slot_at(moment), slot_at(moment) + SLOT_SECONDS
-        # Whether the next slot needs the overflow pools will be seen when it comes, and what a warm-up allows on another day when that has begun.
-        changed = _raise(connection, _rows(slot, grants.own | grants.overflow) + _rows(following, grants.own))
-        changed += _raise(connection, _rows(slot, grants.left), unspent=True)
-        return changed + (_raise(connection, _rows(following, grants.left), unspent=True) if following % DAY else 0)
+        slots = slots_at(moment, 2)
+        present = read(connection, slots)
+        planned = {place: grant.planned for place, grant in present.items() if grant.planned}
+        fleet = Fleet.read(connection, moment, heartbeat_seconds)
+        wanted = shares(connection, fleet, slots, planned, present)
+        raised = {place: granted for place, granted in wanted.items() if place not in present or granted > present[place].granted}
+        lowered = {
+            place: granted
+            for place, granted in wanted.items()
+            if place in present and granted < present[place].granted and fleet.warms(*place[1:3]) and fleet.breaker(*place[1:3]) == breakers.CLOSED
+        }
+        _upsert(connection, [_row(place, granted) for place, granted in sorted(raised.items())], lowers=False)
+        _upsert(connection, [_row(place, granted) for place, granted in sorted(lowered.items())], lowers=True)
+        return len(raised) + len(lowered)
 
     return transact(engine, work)
 
 
-# (campaign, server, provider) → messages
-_Grants = dict[tuple[int, int, str], int]
+def slots_at(moment: dt.datetime, count: int) -> list[int]:
+    """The starts of the current slot and of those after it, `count` in all."""
+    return [slot_at(moment) + number * SLOT_SECONDS for number in range(count)]
 
 
-@dataclass(frozen=True)
-class _Granted:
-    """Messages a slot of the campaigns' own pools and of their overflow pools; `left`: what servers that are warmed up, of both, are still to send in it."""
-
-    own: _Grants = field(default_factory=dict)
-    overflow: _Grants = field(default_factory=dict)
-    left: _Grants = field(default_factory=dict)
+def read(connection: Connection, slots: Sequence[int]) -> dict[Place, Grant]:
+    """All grants of these slots."""
+    columns = (Allotment.campaign_id, Allotment.server_id, Allotment.provider, Allotment.slot_start, Allotment.granted, Allotment.used, Allotment.planned)
+    rows = connection.execute(sa.select(*columns).where(Allotment.slot_start.in_(slots))).tuples()
+    return {(campaign, server, provider, start): Grant(granted, used, planned) for campaign, server, provider, start, granted, used, planned in rows}
 
 
-def _rows(slot: int, grants: _Grants) -> list[dict[str, object]]:
-    return [
-        {"campaign_id": campaign, "server_id": server, "provider": provider, "slot_start": slot, "granted": granted, "used": 0}
-        for (campaign, server, provider), granted in sorted(grants.items())
-    ]
-
-
-def _grants(connection: Connection, now: dt.datetime, heartbeat_seconds: float) -> _Granted:
-    held = holds.in_force(connection)
-    fleet = [
-        _Server(server.id, server.pool_id, not server.is_silent(now, heartbeat_seconds))
-        for server in servers.all_servers(connection)
-        if server.sends and held.over_server(server.id, server.pool_id) is None
-    ]
-    stopped = breakers.not_closed(connection)
-    caps = {(row.server_id, row.provider): row for row in connection.execute(sa.select(*_LIMITS))}
-    used = _used(connection, now)
-    warming = warm_up.caps(connection, now)
-    found = _Granted()
-    for provider, campaigns in _demand(connection).items():
-        if held.over_provider(provider):
+def shares(connection: Connection, fleet: Fleet, slots: Sequence[int], planned: Mapping[Place, int], present: Mapping[Place, Grant]) -> dict[Place, int]:
+    """What each campaign is to be granted in these slots, the current one first, if so much is `planned` there; `present` are their grants."""
+    campaigns_of = _demand(connection)
+    known = {(campaign, provider) for campaign, _, provider, _ in planned}
+    planned_slots = {(provider, start) for _, _, provider, start in planned}
+    wanted: dict[Place, int] = {}
+    for provider, campaigns in campaigns_of.items():
+        if fleet.held.over_provider(provider):
             continue
-        # The limits that fit best: as in a claim.
-        limits = {
-            server.id: next((caps[place] for place in ((server.id, provider), (server.id, "*"), (0, provider), (0, "*")) if place in caps), None)
-            for server in fleet
+        limits = {server.id: fleet.limits(server.id, provider) for server in fleet.members}
+        open_to = [server for server in fleet.members if fleet.breaker(server.id, provider) != breakers.OPEN]
+        able = {
+            server.pool_id
+            for server in open_to
+            if server.speaks and (found := limits[server.id]) is not None and found.allow_more(fleet.used.get((server.id, provider), {}))
         }
-        open_to = [server for server in fleet if stopped.get((server.id, provider)) != breakers.OPEN]
-        days = {server.id: warm_up.cap_of(warming, server.id, provider) for server in fleet}
-        able = {server.pool_id for server in open_to if server.speaks and _has_room(limits[server.id], days[server.id], used[server.id, provider])}
         for server in open_to:
-            row, day = limits[server.id], days[server.id]
-            room = 0 if row is None else _per_slot(row.per_second, row.per_hour, row.per_day)
-            if day is not None:
-                spent = used[server.id, provider]
-                room = max(0, min(room - spent.get(SLOT_SECONDS, 0), day - spent.get(DAY, 0)))
+            found = limits[server.id]
+            room = 0 if found is None else found.per_slot
             ours = [campaign for campaign in campaigns if campaign.pool_id == server.pool_id]
             theirs = [campaign for campaign in campaigns if campaign.overflow_pool_id == server.pool_id and campaign.pool_id not in able | {server.pool_id}]
-            total = sum(campaign.weight for campaign in (*ours, *theirs))
-            trial = (server.id, provider) in stopped
-            rest = room
-            for grants, campaigns_of in ((found.own, ours), (found.overflow, theirs)):
-                for campaign in campaigns_of:
-                    share = max(1, room * campaign.weight // total) if room else 0
-                    if trial:
-                        grants[campaign.id, server.id, provider] = min(share, provider_rules().trial_messages)
-                    elif day is not None:
-                        share = min(rest, -(-room * campaign.weight // total))
-                        found.left[campaign.id, server.id, provider] = share
-                        rest -= share
-                    else:
-                        grants[campaign.id, server.id, provider] = share
-    return found
+            both = [*ours, *theirs]
+            total = sum(campaign.weight for campaign in both)
+            most = provider_rules().trial_messages if (server.id, provider) in fleet.stopped else room
+            for start in slots:
+                if found is not None and found.warming and (server.id, provider) not in fleet.stopped:
+                    places = {(campaign.id, server.id, provider, start): campaign.weight for campaign in (both if start == slots[0] else ours)}
+                    wanted |= _of_the_day(places, fleet.left(server.id, provider, start), planned, present)
+                    continue
+                left = max(0, room - sum(planned.get((campaign.id, server.id, provider, start), 0) for campaign in both))
+                # Whether a later slot needs the overflow pools will be seen when it comes.
+                for campaign in both if start == slots[0] else ours:
+                    place = campaign.id, server.id, provider, start
+                    share = planned.get(place, 0) + left * campaign.weight // total
+                    if (provider, start) in planned_slots and (campaign.id, provider) not in known:
+                        share = max(share, room * campaign.weight // total)
+                    wanted[place] = min(max(1, share), most) if room else 0
+    return wanted
+
+
+def _of_the_day(weights: Mapping[Place, int], left: int, planned: Mapping[Place, int], present: Mapping[Place, Grant]) -> dict[Place, int]:
+    """What campaigns are to be granted of what a server that is warmed up has `left`: together no more than that beside what they have used."""
+    used = {place: present[place].used if place in present else 0 for place in weights}
+    wanted = dict(used)
+    for place in weights:
+        mine = min(left, max(0, planned.get(place, 0) - used[place]))
+        wanted[place] += mine
+        left -= mine
+    spare, total = left, sum(weights.values())
+    for place, weight in weights.items():
+        share = min(left, -(-spare * weight // total))
+        wanted[place] += share
+        left -= share
+    return wanted
+
+
+def write_plan(connection: Connection, fleet: Fleet, present: Mapping[Place, Grant], planned: Mapping[Place, int], slots: Sequence[int], epoch: int) -> int:
+    """Make grants what a plan means, with shares of what it leaves; returns how many changed. In the transaction in which the plan came into force.
+
+    `present` are the grants that the plan began with: what was used since stays granted. What a breaker has taken away or granted for a trial is left alone.
+    """
+    wanted = shares(connection, fleet, slots, planned, present)
+    rows = []
+    for place in sorted(wanted.keys() | present.keys()):
+        before = present.get(place, Grant(-1))
+        _, server_id, provider, _ = place
+        if fleet.breaker(server_id, provider) != breakers.CLOSED:
+            continue
+        after = Grant(max(before.used, wanted.get(place, 0)), before.used, planned.get(place, 0))
+        if after != before:
+            rows.append(_row(place, after.granted) | {"planned": after.planned, "plan_epoch": epoch})
+    _upsert(connection, rows, lowers=True, stamps=("planned", "plan_epoch"))
+    return len(rows)
 
 
 def _demand(connection: Connection) -> dict[str, list[_Campaign]]:
@@ -152,47 +183,29 @@ def _demand(connection: Connection) -> dict[str, list[_Campaign]]:
     return demand
 
 
-def _used(connection: Connection, now: dt.datetime) -> defaultdict[tuple[int, str], dict[int, int]]:
-    """Messages debited in the windows of this moment: (server, provider) → length of the window → messages."""
-    used: defaultdict[tuple[int, str], dict[int, int]] = defaultdict(dict)
-    windows = sa.or_(*(sa.and_(ProviderUsage.window_seconds == length, ProviderUsage.window_start == start) for length, start in windows_at(now)))
-    for row in connection.execute(sa.select(ProviderUsage.server_id, ProviderUsage.provider, ProviderUsage.window_seconds, ProviderUsage.used).where(windows)):
-        used[row.server_id, row.provider][row.window_seconds] = row.used
-    return used
+def _row(place: Place, granted: int) -> dict[str, object]:
+    campaign_id, server_id, provider, start = place
+    return {"campaign_id": campaign_id, "server_id": server_id, "provider": provider, "slot_start": start, "granted": granted, "used": 0}
 
 
-def _has_room(limits: Any, day: int | None, used: Mapping[int, int]) -> bool:
-    """Whether a server may send another message to a provider in this slot, hour and day; `limits` as in `provider_limits`, `day` the cap of its warm-up."""
-    if limits is None:
-        return False
-    caps = ((SLOT_SECONDS, int(limits.per_second * SLOT_SECONDS)), (3600, limits.per_hour), (DAY, limits.per_day), (DAY, day))
-    return all(cap is None or used.get(length, 0) < cap for length, cap in caps)
-
-
-def _per_slot(per_second: float, per_hour: int | None, per_day: int | None) -> int:
-    caps = [int(per_second * SLOT_SECONDS)]
-    # A day's or an hour's limit may be spent in one slot if nothing else was: the usage windows keep the sum.
-    caps += [cap for cap in (per_hour, per_day) if cap is not None]
-    return max(0, min(caps))
-
-
-def _raise(connection: Connection, rows: list[dict[str, object]], *, unspent: bool = False) -> int:
-    """Insert grants, or raise those that are lower; or, with `unspent`, let just so much be left of each. `used` is the claims' column and stays."""
+def _upsert(connection: Connection, rows: Sequence[Mapping[str, object]], *, lowers: bool, stamps: Sequence[str] = ()) -> None:
+    """Insert grants or set those that are there: not below what they are, or if this `lowers` them not below what is used. `stamps` are columns set as well."""
     if not rows:
-        return 0
+        return
     table = Allotment.__table__
     assert isinstance(table, sa.Table)
+    least = table.c.used if lowers else table.c.granted
     if is_mysql(connection):
         from sqlalchemy.dialects import mysql
 
         insert = mysql.insert(table)
-        new = sa.func.values(sa.column("granted"))
-        statement: sa.Insert = insert.on_duplicate_key_update(granted=table.c.used + new if unspent else sa.func.greatest(table.c.granted, new))
+        given = {name: sa.func.values(sa.column(name)) for name in ("granted", *stamps)}
+        values = given | {"granted": sa.func.greatest(least, given["granted"])}
+        statement: sa.Insert = insert.on_duplicate_key_update(**values)
     else:
         from sqlalchemy.dialects import sqlite
 
         upsert = sqlite.insert(table)
-        granted = table.c.used + upsert.excluded.granted if unspent else sa.func.max(table.c.granted, upsert.excluded.granted)
-        statement = upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_={"granted": granted})
+        values = {name: upsert.excluded[name] for name in stamps} | {"granted": sa.func.max(least, upsert.excluded.granted)}
+        statement = upsert.on_conflict_do_update(index_elements=list(table.primary_key), set_=values)
     connection.execute(statement, rows)
-    return len(rows)

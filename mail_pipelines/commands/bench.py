@@ -99,6 +99,14 @@ def audit(quick: Quick = False, as_json: Json = False) -> None:
     _show("audit", bench.run(quick), as_json)
 
 
+@app.command("plan")
+def plan(quick: Quick = False, as_json: Json = False) -> None:
+    """The near plan of 100 servers, 50 providers and 20 campaigns: seconds on one core, and how near it is to the best."""
+    from mail_pipelines.benchmarks import plan as bench
+
+    _show("plan", bench.run(quick), as_json)
+
+
 @app.command("crash")
 def crash(
     kills: Annotated[

@@ -358,7 +358,10 @@ class ProviderUsage(Base):
 
 
 class Allotment(Base):
-    """Messages of a campaign a server may send to a provider in a slot of 15 minutes. Planning writes `granted`, claims write `used`."""
+    """Messages of a campaign a server may send to a provider in a slot of 15 minutes. Planning writes `granted`, claims write `used`.
+
+    `planned` is the part of the grant that the plan `plan_epoch` meant for it; the rest is what that plan left (`capacity.allotments`).
+    """
 
     __tablename__ = "allotments"
     campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
@@ -367,6 +370,8 @@ class Allotment(Base):
     slot_start: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
     granted: Mapped[int] = mapped_column(sa.Integer)
     used: Mapped[int] = mapped_column(sa.Integer, default=0)
+    planned: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    plan_epoch: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     __table_args__ = (sa.Index(None, "slot_start"), MYSQL)
 
 

@@ -128,6 +128,21 @@ def refusals(hourly: pd.DataFrame) -> bytes:
     return _png(figure)
 
 
+def plan_and_reality(hours: pd.DataFrame) -> bytes:
+    """Messages by the hour: what was sent, and what the plan means to send; `hours` is that of `capacity.reports`."""
+    if hours.empty:
+        return _nothing("Nothing to send")
+    table = hours.set_index("hour")
+    figure, axes = _canvas(2.6)
+    width = 60 / 1440 * 0.92
+    axes.bar(table.index, table["sent"], width=width, color=_SERVER_COLOURS[0], label="sent", align="edge")
+    axes.bar(table.index, table["planned"], width=width, bottom=table["sent"], color=_INK, alpha=0.35, label="planned", align="edge")
+    axes.set_ylabel("messages an hour")
+    _time_axis(axes, table.index, 60)
+    _legend(axes)
+    return _png(figure)
+
+
 def _few_columns(table: pd.DataFrame) -> pd.DataFrame:
     """No more columns than colours: the smallest are added up."""
     most = len(_SERVER_COLOURS)

@@ -16,7 +16,7 @@ from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import clock, registry, servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.domains.resolver import ResolverError
-from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_snapshots_job, report_campaign, send_campaign
+from mail_pipelines.jobs import audit_delivery_logs, build_audience, plan_capacity, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.provisioning import listing
@@ -28,7 +28,8 @@ from mail_pipelines.sensors.ticks import instance_of
 
 SEND_POOL = "dispatch"
 CENTRE_JOBS = tuple(
-    job.name for job in (build_audience, report_campaign, refresh_snapshots_job, maintenance, close_open_rows, import_contacts, read_inbound_mail)
+    job.name
+    for job in (build_audience, report_campaign, refresh_snapshots_job, plan_capacity, maintenance, close_open_rows, import_contacts, read_inbound_mail)
 )
 
 

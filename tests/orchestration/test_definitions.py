@@ -17,6 +17,7 @@ ASSETS = {
     "delivery_results": "delivery",
     "delivery_logs": "delivery",
     "campaign_statistics": "reporting",
+    "capacity_plan": "capacity",
 }
 SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs", "inbound_mail", "alerts"}
 JOBS = {
@@ -25,6 +26,7 @@ JOBS = {
     "report_campaign",
     "audit_delivery_logs",
     "refresh_snapshots",
+    "plan_capacity",
     "maintenance",
     "close_open_rows",
     "import_contacts",
@@ -56,7 +58,7 @@ def test_nothing_sends_by_itself(repository: dg.RepositoryDefinition) -> None:
 def test_sensors_and_schedules_run_without_a_click(repository: dg.RepositoryDefinition) -> None:
     assert {sensor.name for sensor in repository.sensor_defs} == SENSORS
     assert {sensor.default_status for sensor in repository.sensor_defs} == {dg.DefaultSensorStatus.RUNNING}
-    assert {schedule.name for schedule in repository.schedule_defs} == {"refresh_snapshots", "audit_delivery_logs", "maintenance"}
+    assert {schedule.name for schedule in repository.schedule_defs} == {"refresh_snapshots", "audit_delivery_logs", "plan_capacity", "maintenance"}
     assert {schedule.default_status for schedule in repository.schedule_defs} == {dg.DefaultScheduleStatus.RUNNING}
 
 

@@ -1,0 +1,76 @@
+"""The near plan of a large fleet: 100 servers, 50 providers, 48 hours, 20 campaigns, on one core, and how near it comes to what cannot be beaten."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+
+from mail_pipelines.benchmarks.contract import Result, judge
+from mail_pipelines.capacity.demand import Demand, Job
+from mail_pipelines.capacity.horizon import DAY, HOUR
+from mail_pipelines.capacity.lines import Line
+from mail_pipelines.capacity.near import NearPlan, near_plan
+
+# 2026-03-02 09:07 UTC.
+NOW = 1_772_442_420
+TARGET_SECONDS, TARGET_MAKESPAN = 10.0, 1.02
+Case = tuple[list[Job], list[Demand], list[Line]]
+
+
+def case(seed: int, servers: int, providers: int, campaigns: int) -> Case:
+    """A random fleet whose hourly and daily limits bind in turn, and campaigns that keep it busy for most of 48 hours."""
+    chance = random.Random(seed)
+    names = [f"p{number:02}" for number in range(providers)]
+    lines = []
+    for server in range(1, servers + 1):
+        for provider in names:
+            rate = chance.choice((0.5, 1.0, 2.0))
+            hour = chance.choice((None, int(rate * HOUR * 0.6), int(rate * HOUR * 0.3)))
+            day = chance.choice((None, int(rate * DAY * 0.5), int(rate * DAY * 0.2)))
+            lines.append(Line(server, 1, provider, rate, hour, (day,), used_day=chance.choice((0, 100))))
+    jobs = [
+        Job(number, f"c{number}", chance.choice((0, 1, 1, 2, 3)), 1, None, NOW, chance.choice((None, NOW + chance.randrange(6, 40) * HOUR)))
+        for number in range(1, campaigns + 1)
+    ]
+    room = dict.fromkeys(names, 0)
+    for line in lines:
+        room[line.provider] += min(int(line.per_second * DAY), (line.per_hour or 1 << 40) * 24, line.per_day[0] or 1 << 40)
+    demands = [Demand(job, provider, max(1, int(room[provider] * chance.uniform(0.5, 1.8) / campaigns))) for job in jobs for provider in names]
+    return jobs, demands, lines
+
+
+def lower_bound(plan: NearPlan) -> float:
+    """The makespan of the relaxation (epoch seconds): all servers send to each provider all the time as much as they may, parts of messages too."""
+    latest = float(plan.horizon.now)
+    for part in plan.providers:
+        rows = sum(demand.rows for demand in part.demands)
+        soonest = part.rooms.soonest
+        before = np.concatenate([[0], np.cumsum(soonest)])
+        if rows > before[-1]:
+            return float("inf")
+        number = int(np.searchsorted(before, rows, side="left")) - 1
+        slot = plan.horizon.slots[number]
+        latest = max(latest, slot.end - plan.horizon.usable(slot) * (1 - float((rows - before[number]) / soonest[number])))
+    return latest
+
+
+def makespan(plan: NearPlan) -> float:
+    """When the last message of all goes out (epoch seconds); infinity if not within the horizon."""
+    ends = [plan.finish(job.id) for job in plan.jobs]
+    return float("inf") if None in ends else max(end for end in ends if end is not None)
+
+
+def run(quick: bool) -> list[Result]:
+    """Processor seconds of one plan against the budget, and its makespan against the lower bound."""
+    jobs, demands, lines = case(1, *((20, 10, 10) if quick else (100, 50, 20)))
+    begin = time.process_time()
+    plan = near_plan(jobs, demands, lines, NOW)
+    seconds = time.process_time() - begin
+    took, bound = makespan(plan) - NOW, lower_bound(plan) - NOW
+    return [
+        judge("seconds of a plan", seconds, "s", TARGET_SECONDS, target=1.0, better="lower"),
+        judge("makespan", took, "s", bound, target=TARGET_MAKESPAN, better="lower"),
+        judge("providers planned by the solver", sum(not part.failure for part in plan.providers), "", len(plan.providers), target=1.0, better="higher"),
+    ]

@@ -1,0 +1,128 @@
+"""Demand: which campaigns have how many messages for which providers, from when on, and by when they should be sent.
+
+What belongs here: reading it from the counters, and from what is scheduled. The ledger is never scanned: of deferred rows the counters know how many there
+are but not when each is due, so they count from the first retry on.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.capacity.horizon import HOURS
+from mail_pipelines.database.models import Campaign, CampaignCounter, State
+from mail_pipelines.dispatch import holds
+
+
+@dataclass(frozen=True)
+class Job:
+    """A campaign as planning sees it. Times are epoch seconds; `priority` is 0 (low) to 3 (urgent).
+
+    `expected` campaigns have no audience yet: their size is that of the last one to the same segments. None: nobody knows.
+    """
+
+    id: int
+    key: str
+    priority: int
+    pool_id: int
+    overflow_pool_id: int | None = None
+    start_at: int = 0
+    finish_by: int | None = None
+    expected: bool = False
+    sized: bool = True
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Messages of a campaign for a provider that may be sent from `release` (epoch seconds) on."""
+
+    job: Job
+    provider: str
+    rows: int
+    release: int = 0
+
+
+def needed(connection: Connection, now: dt.datetime) -> bool:
+    """Whether there is anything to plan: a campaign that is sending, or one that starts within the horizon."""
+    soon = sa.and_(Campaign.state.in_(("scheduled", "building")), Campaign.start_at <= now + dt.timedelta(hours=HOURS))
+    return connection.execute(sa.select(Campaign.id).where(sa.or_(Campaign.state == "sending", soon)).limit(1)).first() is not None
+
+
+def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_seconds: int) -> tuple[list[Job], list[Demand]]:
+    """What is sent, and what is scheduled to start within `horizon_seconds`. Campaigns that are held or paused do not count."""
+    second = int(now.timestamp())
+    sending = _jobs(connection, Campaign.state == "sending")
+    counts = _waiting(connection, list(sending))
+    demands = []
+    for (campaign_id, provider), by_state in sorted(counts.items()):
+        job = sending[campaign_id]
+        # What is claimed is on its way, and what of it is deferred will be counted then.
+        if (pending := by_state.get(State.PENDING, 0)) > 0:
+            demands.append(Demand(job, provider, pending))
+        if (deferred := by_state.get(State.DEFERRED, 0)) > 0:
+            demands.append(Demand(job, provider, deferred, second + retry_seconds))
+    soon = now + dt.timedelta(seconds=horizon_seconds)
+    scheduled = _jobs(connection, Campaign.state.in_(("scheduled", "building")), Campaign.start_at <= soon)
+    sizes = expected_sizes(connection, list(scheduled))
+    jobs = [job for job in sending.values() if any(demand.job.id == job.id for demand in demands)]
+    for job in scheduled.values():
+        size = sizes.get(job.id)
+        coming = Job(job.id, job.key, job.priority, job.pool_id, job.overflow_pool_id, job.start_at, job.finish_by, expected=True, sized=size is not None)
+        jobs.append(coming)
+        demands += [Demand(coming, provider, rows, job.start_at) for provider, rows in sorted((size or {}).items())]
+    return jobs, demands
+
+
+def _jobs(connection: Connection, *conditions: sa.ColumnElement[bool]) -> dict[int, Job]:
+    columns = (Campaign.id, Campaign.key, Campaign.priority, Campaign.pool_id, Campaign.overflow_pool_id, Campaign.start_at, Campaign.finish_by)
+    query = sa.select(*columns).where(*conditions, ~holds.over_campaigns()).order_by(Campaign.id)
+    return {
+        row.id: Job(row.id, row.key, row.priority, row.pool_id, row.overflow_pool_id, _second(row.start_at) or 0, _second(row.finish_by))
+        for row in connection.execute(query)
+    }
+
+
+def _second(moment: dt.datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def _waiting(connection: Connection, campaign_ids: list[int]) -> Mapping[tuple[int, str], Mapping[State, int]]:
+    by = (CampaignCounter.campaign_id, CampaignCounter.provider, CampaignCounter.state)
+    found: defaultdict[tuple[int, str], dict[State, int]] = defaultdict(dict)
+    states = [int(State.PENDING), int(State.DEFERRED)]
+    query = sa.select(*by, sa.func.sum(CampaignCounter.count)).where(CampaignCounter.campaign_id.in_(campaign_ids), CampaignCounter.state.in_(states))
+    for campaign_id, provider, state, count in connection.execute(query.group_by(*by)) if campaign_ids else ():
+        found[campaign_id, provider][State(state)] = int(count)
+    return found
+
+
+def expected_sizes(connection: Connection, campaign_ids: list[int]) -> dict[int, dict[str, int]]:
+    """By campaign the messages for each provider that the last campaign to the same segments had; missing where there was none."""
+    if not campaign_ids:
+        return {}
+    wanted = {row.id: row.segments for row in connection.execute(sa.select(Campaign.id, Campaign.segments).where(Campaign.id.in_(campaign_ids)))}
+    frozen = connection.execute(
+        sa.select(Campaign.id, Campaign.segments)
+        .where(Campaign.audience_counts.is_not(None), Campaign.id.not_in(campaign_ids))
+        .order_by(Campaign.id.desc())
+        .limit(_LOOKED_AT)
+    ).all()
+    models = {campaign_id: next((row.id for row in frozen if row.segments == segments), None) for campaign_id, segments in wanted.items()}
+    mixes: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    known = [model for model in models.values() if model is not None]
+    by = (CampaignCounter.campaign_id, CampaignCounter.provider)
+    sent = CampaignCounter.state != int(State.SUPPRESSED)
+    query = sa.select(*by, sa.func.sum(CampaignCounter.count)).where(CampaignCounter.campaign_id.in_(known), sent).group_by(*by)
+    for campaign_id, provider, count in connection.execute(query) if known else ():
+        if count > 0:
+            mixes[campaign_id][provider] = int(count)
+    return {campaign_id: mixes[model] for campaign_id, model in models.items() if model is not None and mixes.get(model)}
+
+
+# Campaigns back in time among which one to the same segments is looked for.
+_LOOKED_AT = 200

@@ -1,0 +1,60 @@
+"""The time a near plan looks ahead, cut into slots: quarters of an hour at first, as grants are, then full hours.
+
+Slots lie on the epoch's quarters and hours, so that each is within one window of every limit (an hour, a day of UTC).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mail_pipelines.delivery.recording import SLOT_SECONDS
+
+HOUR, DAY = 3600, 86400
+HOURS = 48
+# So many hours in quarters: grants are made for the first three quarters, and finish times are wanted finely while they are near.
+FINE_HOURS = 4
+
+
+@dataclass(frozen=True)
+class Slot:
+    """From `start` up to `end`, in epoch seconds."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The slots from `now` (epoch seconds) on. The first has begun already; nothing can be sent in the part of it that is over."""
+
+    now: int
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, now: int, hours: int = HOURS) -> Horizon:
+        fine_until = (now // HOUR + 1 + min(FINE_HOURS, hours)) * HOUR
+        start = now // SLOT_SECONDS * SLOT_SECONDS
+        fine = [Slot(begin, begin + SLOT_SECONDS) for begin in range(start, fine_until, SLOT_SECONDS)]
+        coarse = [Slot(begin, begin + HOUR) for begin in range(fine_until, (now // HOUR + hours) * HOUR, HOUR)]
+        return cls(now, (*fine, *coarse))
+
+    @property
+    def end(self) -> int:
+        return self.slots[-1].end
+
+    def usable(self, slot: Slot) -> int:
+        """Seconds of a slot that are not over."""
+        return slot.end - max(slot.start, self.now)
+
+    def first_from(self, moment: int) -> int:
+        """The number of the first slot that begins no earlier than `moment`; the current one counts as beginning now."""
+        return next((number for number, slot in enumerate(self.slots) if max(slot.start, self.now) >= moment), len(self.slots))
+
+    def runs(self, seconds: int) -> Iterator[tuple[int, int]]:
+        """Which slots lie in the same window of `seconds`: (first, one past the last), in order."""
+        first = 0
+        for number in range(1, len(self.slots) + 1):
+            if number == len(self.slots) or self.slots[number].start // seconds != self.slots[first].start // seconds:
+                yield first, number
+                first = number

@@ -1,0 +1,36 @@
+"""What a server that is ordered now is worth on which day: nothing while it is made, then what its warm-up allows (`new_server.toml`)."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+_DATA = Path(__file__).with_name("new_server.toml")
+
+
+@dataclass(frozen=True)
+class NewServer:
+    """`per_day` are the messages it may send to each provider on its first day of sending and the days after; later it is warm."""
+
+    lead_days: int
+    per_day: tuple[int, ...]
+
+    def first_day(self, ordered: dt.date) -> dt.date:
+        """The first whole day on which it sends."""
+        return ordered + dt.timedelta(days=self.lead_days + 1)
+
+    def cap(self, age_days: int, warm: float) -> float:
+        """What it may send to a provider on the day that is so many days after its first (negative: it is not there), of `warm` when it is warm."""
+        if age_days < 0:
+            return 0.0
+        return min(warm, self.per_day[age_days]) if age_days < len(self.per_day) else warm
+
+
+@functools.cache
+def new_server() -> NewServer:
+    data = tomllib.loads(_DATA.read_text(encoding="utf-8"))
+    curve = tuple(int(24 * data["first_per_hour"] * data["growth"] ** day) for day in range(data["warm_after_days"]))
+    return NewServer(data["lead_days"], curve)

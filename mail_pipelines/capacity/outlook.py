@@ -1,0 +1,130 @@
+"""What the far plan looks at, read from the database: the calendar of scheduled campaigns, the trend of past ones, the days of each server, and
+the servers on order."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.capacity.demand import expected_sizes
+from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook
+from mail_pipelines.capacity.fleet import Fleet, Limits
+from mail_pipelines.capacity.horizon import DAY
+from mail_pipelines.capacity.new_servers import new_server
+from mail_pipelines.database.models import Campaign, CampaignCounter, Server, State
+from mail_pipelines.dispatch import pools
+
+# So many weeks back make the trend, and so much a week it may rise or fall.
+PAST_WEEKS = 4
+_LEAST_GROWTH, _MOST_GROWTH = 0.9, 1.1
+# States of a server that is on order.
+_ON_ORDER = ("requested", "provisioning", "waiting_dns", "verifying")
+
+
+@dataclass(frozen=True)
+class Mailing:
+    """A campaign of the past or of the calendar: its pool, the day on which it begins, and its messages by provider."""
+
+    pool_id: int
+    day: dt.date
+    rows: Mapping[str, int]
+
+
+def read(connection: Connection, fleet: Fleet, now: dt.datetime) -> list[Outlook]:
+    """The outlook of each pool that has something to send, has sent, or is to."""
+    today = now.date()
+    keys = pools.keys(connection)
+    past, coming = _past(connection, now), _coming(connection, now)
+    found = []
+    for pool_id in sorted({mailing.pool_id for mailing in [*past, *coming]} & keys.keys()):
+        theirs = [mailing for mailing in past if mailing.pool_id == pool_id]
+        demand = outlook_of(theirs, [mailing for mailing in coming if mailing.pool_id == pool_id], today)
+        limits = {provider: fleet.limits(0, provider) for provider in demand}
+        capacity = {
+            provider: sum(
+                (_days(line) for member in fleet.members if member.pool_id == pool_id and (line := fleet.limits(member.id, provider))), np.zeros(DAYS)
+            )
+            for provider in demand
+        }
+        warm = {provider: float(_days(line)[-1]) if line is not None else 0.0 for provider, line in limits.items()}
+        found.append(Outlook(keys[pool_id], demand, capacity, warm))
+    return found
+
+
+def in_flight(connection: Connection) -> list[InFlight]:
+    """Servers that are being made, by pool and the day on which they are to send first."""
+    keys = pools.keys(connection)
+    rows = connection.execute(sa.select(Server.pool_id, Server.created_at).where(Server.state.in_(_ON_ORDER)).order_by(Server.id))
+    return [InFlight(keys[row.pool_id], 1, new_server().first_day(row.created_at.date())) for row in rows]
+
+
+def outlook_of(past: Iterable[Mailing], coming: Iterable[Mailing], today: dt.date) -> dict[str, Daily]:
+    """Messages by provider and day from today on: what the calendar says, and no less than the trend."""
+    known: defaultdict[str, Daily] = defaultdict(lambda: np.zeros(DAYS))
+    for mailing in coming:
+        day = max(0, (mailing.day - today).days)
+        for provider, rows in mailing.rows.items():
+            if day < DAYS:
+                known[provider][day] += rows
+    history: defaultdict[str, Daily] = defaultdict(lambda: np.zeros(PAST_WEEKS * 7))
+    for mailing in past:
+        day = PAST_WEEKS * 7 - (today - mailing.day).days
+        for provider, rows in mailing.rows.items():
+            if 0 <= day < PAST_WEEKS * 7:
+                history[provider][day] += rows
+    return {provider: np.maximum(known[provider], trend(history[provider])) for provider in sorted({*known, *history})}
+
+
+def trend(history: Daily) -> Daily:
+    """The days to come if weeks go on as the last ones did: each weekday's mean, growing or shrinking as the second half of the time did to the first."""
+    weeks = history.reshape(PAST_WEEKS, 7)
+    first, second = weeks[: PAST_WEEKS // 2].sum(), weeks[PAST_WEEKS // 2 :].sum()
+    growth = float(np.clip((second / first) ** (2 / PAST_WEEKS), _LEAST_GROWTH, _MOST_GROWTH)) if first and second else 1.0
+    seen = weeks[np.argmax(weeks.sum(axis=1) > 0) :]
+    ahead = np.arange(DAYS)
+    means: Daily = seen.mean(axis=0)[ahead % 7] * growth ** (ahead // 7)
+    return means
+
+
+def _days(limits: Limits) -> Daily:
+    """What a server may send to a provider on each day."""
+    rate = limits.per_second * DAY if limits.per_hour is None else min(limits.per_second * DAY, limits.per_hour * 24.0)
+    caps = [limits.per_day[min(day, len(limits.per_day) - 1)] for day in range(DAYS)]
+    return np.array([rate if cap is None else min(rate, cap) for cap in caps], dtype=float)
+
+
+def _past(connection: Connection, now: dt.datetime) -> list[Mailing]:
+    since = now - dt.timedelta(weeks=PAST_WEEKS)
+    rows = connection.execute(sa.select(Campaign.id, Campaign.pool_id, Campaign.started_at).where(Campaign.started_at >= since)).all()
+    sizes: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    by = (CampaignCounter.campaign_id, CampaignCounter.provider)
+    sent = (CampaignCounter.campaign_id.in_([row.id for row in rows]), CampaignCounter.state != int(State.SUPPRESSED))
+    for campaign_id, provider, count in connection.execute(sa.select(*by, sa.func.sum(CampaignCounter.count)).where(*sent).group_by(*by)) if rows else ():
+        sizes[campaign_id][provider] = int(count)
+    return [Mailing(row.pool_id, row.started_at.date(), sizes[row.id]) for row in rows]
+
+
+def _coming(connection: Connection, now: dt.datetime) -> list[Mailing]:
+    """Scheduled campaigns, and what is left of those that are sending, which counts as today's."""
+    until = now + dt.timedelta(days=DAYS)
+    scheduled = (Campaign.state.in_(("scheduled", "building")), Campaign.start_at < until)
+    rows = connection.execute(sa.select(Campaign.id, Campaign.pool_id, Campaign.start_at).where(*scheduled)).all()
+    sizes = expected_sizes(connection, [row.id for row in rows])
+    found = [Mailing(row.pool_id, row.start_at.date(), sizes[row.id]) for row in rows if row.id in sizes]
+    waiting = [int(state) for state in (State.PENDING, State.DEFERRED)]
+    left: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    query = (
+        sa.select(Campaign.pool_id, CampaignCounter.provider, sa.func.sum(CampaignCounter.count))
+        .join(Campaign, Campaign.id == CampaignCounter.campaign_id)
+        .where(Campaign.state == "sending", CampaignCounter.state.in_(waiting))
+        .group_by(Campaign.pool_id, CampaignCounter.provider)
+    )
+    for pool_id, provider, count in connection.execute(query):
+        left[pool_id][provider] = int(count)
+    return found + [Mailing(pool_id, now.date(), counts) for pool_id, counts in left.items()]

@@ -1,0 +1,76 @@
+"""The second stage of the near plan: what goes to one provider in each slot, shared among the servers, in whole messages and under each server's own limits.
+
+With the amounts of the first stage this is their split. Without them it is a plan of its own, the one made when the solver fails: whoever is most urgent
+takes what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mail_pipelines.capacity.aggregate import Amounts, Item
+from mail_pipelines.capacity.lines import Counts, Rooms
+
+Grants = NDArray[np.int64]
+
+
+def place(items: Sequence[Item], rooms: Rooms, pool_lines: Sequence[Counts], amounts: Mapping[tuple[int, int], Amounts] | None = None) -> Grants:
+    """Messages by item, slot and line: I × S × V. `pool_lines` are the numbers of the lines of each pool; `amounts` is what `aggregate.solve` returns.
+
+    No line gets more than its room in any slot, hour or day, no item more than its rows, and none before its first slot. What does not fit into its slot
+    goes to the next.
+    """
+    slots = rooms.slot.shape[1]
+    placed = np.zeros((len(items), slots, rooms.slot.shape[0]), dtype=np.int64)
+    hour, day = rooms.hour.copy(), rooms.day.copy()
+    left = np.array([item.rows for item in items], dtype=np.int64)
+    order = sorted(range(len(items)), key=lambda number: items[number].rank)
+    due = None if amounts is None else {key: _whole(amount) for key, amount in amounts.items()}
+    late: dict[tuple[int, int], int] = {}
+    for slot in range(slots):
+        in_hour, in_day = rooms.hour_of[slot], rooms.day_of[slot]
+        room = np.minimum(rooms.slot[:, slot], np.minimum(hour[:, in_hour], day[:, in_day]))
+        for number in order:
+            item = items[number]
+            if slot < item.first or not left[number]:
+                continue
+            for pool in item.pools:
+                lines = pool_lines[pool]
+                key = number, pool
+                wanted = int(left[number]) if due is None else min(int(left[number]), late.get(key, 0) + (int(due[key][slot]) if key in due else 0))
+                shares = split(wanted, room[lines])
+                given = int(shares.sum())
+                room[lines] -= shares
+                placed[number, slot, lines] += shares
+                left[number] -= given
+                late[key] = wanted - given
+        used = placed[:, slot].sum(axis=0)
+        hour[:, in_hour] -= used
+        day[:, in_day] -= used
+    return placed
+
+
+def split(amount: int, rooms: Counts) -> Counts:
+    """An amount in whole messages over servers that have these rooms, each filled to the same part; as much of it as fits.
+
+    The largest remainders get one message more, of equal ones the first.
+    """
+    total = int(rooms.sum())
+    if amount >= total or not total:
+        return rooms.copy() if amount >= total else np.zeros_like(rooms)
+    shares = rooms * amount // total
+    remainders = rooms * amount % total
+    missing = amount - int(shares.sum())
+    if missing:
+        # As much is missing as remainders add up to, so those that get one more have a remainder, and room for it.
+        shares[np.argsort(-remainders, kind="stable")[:missing]] += 1
+    return shares
+
+
+def _whole(amounts: Amounts) -> Counts:
+    """Amounts by slot in whole messages, each prefix rounded, so that the sum stays."""
+    prefixes = np.concatenate([[0], np.round(np.cumsum(amounts)).astype(np.int64)])
+    return np.diff(prefixes)

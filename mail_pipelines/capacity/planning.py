@@ -1,0 +1,149 @@
+"""Planning: read demand and supply, make the near plan and the far one, put the near one into force, keep both for display.
+
+A plan comes into force in one transaction, and only if no other has since it began to read: its number (`epoch`) is the next after the one it saw.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from mail_pipelines.capacity import allotments, demand, far, forecast, outlook, supply
+from mail_pipelines.capacity.allotments import Grant, Place
+from mail_pipelines.capacity.demand import Demand, Job
+from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook, far_plan
+from mail_pipelines.capacity.fleet import Fleet
+from mail_pipelines.capacity.horizon import HOUR, HOURS
+from mail_pipelines.capacity.lines import Line
+from mail_pipelines.capacity.near import NearPlan, near_plan
+from mail_pipelines.capacity.new_servers import new_server
+from mail_pipelines.config import Settings
+from mail_pipelines.database.engine import database_now, reading, transact
+from mail_pipelines.database.models import Campaign, CampaignMinute, State, SyncState
+
+_SOURCE, _KEY = "capacity", "plan"
+# The current slot and the next are frozen, so that the one after has to be planned before it is.
+_GRANTED_SLOTS = 3
+_MINE = (SyncState.source == _SOURCE, SyncState.key == _KEY)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that a plan is made from, read at one moment. `present` are the grants of the slots that the plan will grant."""
+
+    now: dt.datetime
+    epoch: int
+    fleet: Fleet
+    jobs: list[Job]
+    demands: list[Demand]
+    lines: list[Line]
+    present: Mapping[Place, Grant]
+    outlooks: list[Outlook]
+    in_flight: list[InFlight]
+    # Of the plan in force.
+    ordered: list[FarOrder]
+
+    def plan(self, more: Sequence[Line] = ()) -> NearPlan:
+        """The plan for this situation, with `more` lines than there are."""
+        return near_plan(self.jobs, self.demands, [*self.lines, *more], int(self.now.timestamp()), self._previous())
+
+    def more_servers(self, count: int, pool_ids: Sequence[int], providers: Sequence[str]) -> list[Line]:
+        return supply.more_servers(self.fleet, count, pool_ids, providers)
+
+    def _previous(self) -> Mapping[tuple[int, str, int], int]:
+        """What the plan in force has still to send: (campaign, provider, start of slot) → messages."""
+        previous: Counter[tuple[int, str, int]] = Counter()
+        for (campaign_id, _, provider, start), grant in self.present.items():
+            if grant.planned:
+                previous[campaign_id, provider, start] += max(0, grant.planned - grant.used)
+        return previous
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan that was made. `changed` is the number of grants it changed; None if another plan came into force meanwhile, and this one did not."""
+
+    plan: NearPlan
+    document: Mapping[str, Any]
+    changed: int | None
+
+
+def read(connection: Connection, settings: Settings, now: dt.datetime | None = None) -> Situation:
+    """Read from counters, limits and grants what a plan is made from; `now` is the database's time if not given."""
+    moment = now or database_now(connection)
+    kept = in_force(connection)
+    fleet = Fleet.read(connection, moment, settings.server.heartbeat_seconds)
+    jobs, demands = demand.read(connection, moment, HOURS * HOUR, int(settings.sending.first_retry_seconds))
+    lines = supply.read(connection, fleet, {wanted.provider for wanted in demands}, moment)
+    present = allotments.read(connection, allotments.slots_at(moment, _GRANTED_SLOTS))
+    outlooks = outlook.read(connection, fleet, moment)
+    ordered = [far.from_document(order) for order in kept.document["far"]] if kept else []
+    return Situation(moment, kept.epoch if kept else 0, fleet, jobs, demands, lines, present, outlooks, outlook.in_flight(connection), ordered)
+
+
+def make(engine: Engine, settings: Settings, now: dt.datetime | None = None) -> Made:
+    """Make a plan of the situation as it is and put it into force. Safe to run in several places at once: one plan comes into force."""
+    with reading(engine) as connection:
+        situation = read(connection, settings, now)
+    plan = situation.plan()
+    found = forecast.forecasts(plan)
+    orders = list(forecast.orders(plan, situation.more_servers, situation.lines, found))
+    ahead = far_plan(situation.outlooks, situation.now.date(), new_server(), situation.in_flight, situation.ordered)
+    document = {**forecast.document(plan, found, orders), "far": [far.to_document(order) for order in ahead]}
+    changed = transact(engine, lambda connection: _enforce(connection, settings, situation, plan, document))
+    return Made(plan, document, changed)
+
+
+def _enforce(connection: Connection, settings: Settings, situation: Situation, plan: NearPlan, document: Mapping[str, Any]) -> int | None:
+    epoch = situation.epoch + 1
+    values = {"value": document, "version": epoch, "changed_at": situation.now}
+    if situation.epoch:
+        if connection.execute(sa.update(SyncState).where(*_MINE, SyncState.version == situation.epoch).values(**values)).rowcount != 1:
+            return None
+    elif connection.execute(sa.select(SyncState.version).where(*_MINE).with_for_update()).first() is not None:
+        return None
+    else:
+        connection.execute(sa.insert(SyncState).values(source=_SOURCE, key=_KEY, **values))
+    # A breaker may have opened, or a hold begun, while the plan was made.
+    fleet = Fleet.read(connection, situation.now, settings.server.heartbeat_seconds)
+    sending = {job.id for job in situation.jobs if not job.expected}
+    # The first slots are quarters of an hour, as grants are.
+    planned = {place: granted for place, granted in plan.grants(_GRANTED_SLOTS).items() if place[0] in sending}
+    for place, grant in situation.present.items():
+        if grant.used and place[0] in sending:
+            # A grant is for the whole slot, the plan for what is left of it.
+            planned[place] = planned.get(place, 0) + grant.used
+    return allotments.write_plan(connection, fleet, situation.present, planned, allotments.slots_at(situation.now, _GRANTED_SLOTS), epoch)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The plan in force as it was kept: its number, and `forecast.document` with the orders of the far plan as `far`."""
+
+    epoch: int
+    document: Mapping[str, Any]
+
+
+def in_force(connection: Connection) -> Kept | None:
+    row = connection.execute(sa.select(SyncState.version, SyncState.value).where(*_MINE)).one_or_none()
+    return None if row is None else Kept(row.version, row.value)
+
+
+def sent_by_hour(connection: Connection, since: dt.datetime) -> list[tuple[int, int]]:
+    """Messages that went out in each hour, delivered or refused for good: (its start in epoch seconds, messages). Of campaigns that are not long over."""
+    live = connection.execute(sa.select(Campaign.id).where(sa.func.coalesce(Campaign.finished_at, since) >= since, Campaign.started_at.is_not(None))).scalars()
+    query = sa.select(CampaignMinute.minute, sa.func.sum(CampaignMinute.count)).where(
+        CampaignMinute.campaign_id.in_(live.all()),
+        CampaignMinute.minute >= int(since.timestamp()) // 60,
+        CampaignMinute.state.in_([int(State.DELIVERED), int(State.BOUNCED)]),
+    )
+    totals: Counter[int] = Counter()
+    for minute, count in connection.execute(query.group_by(CampaignMinute.minute)):
+        totals[minute // 60 * HOUR] += int(count)
+    return sorted(totals.items())

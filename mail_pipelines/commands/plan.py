@@ -1,0 +1,90 @@
+"""The capacity plan: when campaigns will be out, what holds them up, and what more servers would change."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from mail_pipelines.commands.context import console, open_engine, settings
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead")]
+
+
+@app.command("show")
+def show(as_json: Json = False) -> None:
+    """The plan in force, as it was made last. Times are UTC."""
+    import json
+
+    from rich.table import Table
+
+    from mail_pipelines.capacity import planning
+    from mail_pipelines.database.engine import reading
+
+    with reading(open_engine()) as connection:
+        kept = planning.in_force(connection)
+    if as_json:
+        typer.echo(json.dumps(None if kept is None else {"epoch": kept.epoch, **kept.document}))
+        return
+    if kept is None:
+        console.print("there is no plan yet: one is made within five minutes once a campaign is sending or scheduled")
+        return
+    plan = kept.document
+    console.print(f"plan {kept.epoch} of {_when(plan['made_at'])}, until {_when(plan['until'])}, made in {plan['seconds']:.1f} s")
+    if plan["by_rule"]:
+        console.print(f"for {plan['by_rule']} providers by the simple rule: {escape('; '.join(plan['failures']))}", style="yellow")
+    table = Table("campaign", "priority", "messages", "finishes", "finish by", "late", "held up by")
+    for found in plan["campaigns"]:
+        table.add_row(*_cells(found))
+    console.print(table)
+    for order in plan["orders"]:
+        console.print(f"{order['campaign']}: {order['servers']} more warm servers would save its deadline ({escape(order['why'])})")
+    for order in plan["far"]:
+        when = "now" if order["due"] else f"by {order['order_by']}"
+        effect = f"{order['short']:,} messages would be too late, with them {order['left']:,}"
+        console.print(escape(f"pool {order['pool']}: order {order['servers']} servers {when}, to send from {order['first_day']} on: {effect} ({order['why']})"))
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    finish = _when(found["finish_at"])
+    if found["unmet"]:
+        finish = f"after {_when(found['earliest'])}" if found["earliest"] else "never, as things are"
+    messages = f"{found['messages']:,}{' expected' if found['expected'] else ''}"
+    return [
+        escape(found["campaign"]), str(found["priority"]), messages, finish, _when(found["finish_by"]), f"{found['late']:,}", escape(found["bottleneck"]),
+    ]  # fmt: skip
+
+
+@app.command("what-if")
+def what_if(
+    servers: Annotated[int, typer.Option(min=0, help="warm servers more in each campaign's pool, as +3")] = 0,
+    finish_by: Annotated[dt.datetime | None, typer.Option(help="also say how many it takes to finish by then; UTC if no offset is given")] = None,
+    campaign: Annotated[str | None, typer.Option(help="only this one")] = None,
+    as_json: Json = False,
+) -> None:
+    """When campaigns would be out with more servers, and how many a deadline takes. Nothing is changed. Times are UTC."""
+    import json
+    from dataclasses import asdict
+
+    from mail_pipelines.capacity import planning
+    from mail_pipelines.capacity import what_if as questions
+    from mail_pipelines.database.engine import reading
+
+    with reading(open_engine()) as connection:
+        situation = planning.read(connection, settings())
+    deadline = None if finish_by is None else finish_by if finish_by.tzinfo else finish_by.replace(tzinfo=dt.UTC)
+    answers = questions.ask(situation, servers, deadline, campaign)
+    if as_json:
+        typer.echo(json.dumps([asdict(answer) for answer in answers]))
+        return
+    if not answers:
+        console.print("nothing is sent or scheduled within 48 hours")
+    for answer in answers:
+        console.print(escape(f"{answer.campaign}: {questions.sentence(answer)}"))
+
+
+def _when(moment: str | None) -> str:
+    return "" if moment is None else f"{dt.datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"

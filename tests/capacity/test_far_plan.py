@@ -1,0 +1,193 @@
+"""The far plan orders servers when it is time: no later than they can be warm, no sooner than they must, and not for a whim."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from hypothesis import strategies as st
+
+from mail_pipelines.capacity import outlook, planning
+from mail_pipelines.capacity.far import DAYS, FarOrder, InFlight, Outlook, Policy, far_plan, shortages
+from mail_pipelines.capacity.fleet import Fleet
+from mail_pipelines.capacity.new_servers import NewServer, new_server
+from mail_pipelines.capacity.outlook import Mailing
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.models import Campaign, State
+from mail_pipelines.delivery import counters
+from mail_pipelines.dispatch import servers
+from tests.dispatch.world import make_world
+
+TODAY = dt.date(2026, 3, 2)
+NEW = new_server()
+
+
+def day(number: int) -> dt.date:
+    return TODAY + dt.timedelta(days=number)
+
+
+def pool(demand: Mapping[int, float], every_day: float = 0.0, capacity: float = 10_000.0, warm: float = 100_000.0) -> Outlook:
+    """A pool with messages for google on these days."""
+    daily = np.full(DAYS, every_day)
+    for number, messages in demand.items():
+        daily[number] += messages
+    return Outlook("default", {"google": daily}, {"google": np.full(DAYS, capacity)}, {"google": warm})
+
+
+def late(found: Outlook, orders: list[FarOrder]) -> float:
+    flights = [InFlight(order.pool, order.servers, order.first_day) for order in orders]
+    return sum(float(days.sum()) for days in shortages(found, flights, TODAY, NEW, Policy()).values())
+
+
+def test_a_new_server_is_worth_what_its_curve_allows() -> None:
+    """About 500 messages on its first day, 16 thousand in eight days, 185 thousand in fifteen."""
+    assert NEW.per_day[0] == 480
+    assert 16_000 < sum(NEW.per_day[:8]) < 17_000
+    assert 185_000 < sum(NEW.per_day[:15]) < 186_000
+    assert (NEW.cap(-1, 1e6), NEW.cap(0, 1e6), NEW.cap(400, 1e6), NEW.cap(20, 100.0)) == (0.0, 480, 1e6, 100.0)
+    assert NEW.first_day(dt.date(2026, 11, 30)) == dt.date(2026, 12, 4)
+
+
+def test_nothing_is_ordered_where_all_can_be_sent() -> None:
+    assert far_plan([pool({20: 9_000, 21: 11_000})], TODAY, NEW) == []
+    # It may wait for a day.
+    assert far_plan([pool({20: 19_999})], TODAY, NEW) == []
+
+
+def test_an_order_is_given_in_time_for_servers_to_be_warm_and_not_sooner() -> None:
+    found = pool({40: 60_000})
+    (order,) = far_plan([found], TODAY, NEW)
+    assert (order.servers, order.left, order.due) == (1, 0, False)
+    assert late(found, []) > 0
+    assert late(found, [order]) == 0
+    later = replace(order, first_day=order.first_day + dt.timedelta(days=1))
+    assert late(found, [later]) > 0
+    assert TODAY < order.order_by < day(40 - NEW.lead_days)
+    assert order.why == f"google: 60,000 messages come up on {day(40)}, of which the pool sends 10,000 a day"
+
+
+def test_fewer_days_take_more_servers_and_too_few_days_leave_something_late() -> None:
+    counts = [far_plan([pool({number: 60_000})], TODAY, NEW)[0] for number in (30, 16, 13)]
+    assert [order.left for order in counts] == [0, 0, 0]
+    assert [order.servers for order in counts] == sorted(order.servers for order in counts)
+    assert counts[0].servers < counts[-1].servers
+    (hopeless,) = far_plan([pool({5: 60_000})], TODAY, NEW)
+    assert hopeless.order_by == TODAY
+    assert 0 < hopeless.left < hopeless.short
+    # Nothing that is ordered today sends on the third day: better to order nothing.
+    assert far_plan([pool({1: 25_000})], TODAY, NEW) == []
+
+
+def test_servers_on_their_way_count() -> None:
+    found = pool({40: 60_000})
+    assert far_plan([found], TODAY, NEW, [InFlight("default", 1, day(4))]) == []
+    assert len(far_plan([found], TODAY, NEW, [InFlight("other", 1, day(4))])) == 1
+
+
+def test_an_order_is_due_when_it_has_stood_for_a_day_and_its_time_has_come() -> None:
+    found = pool({13: 60_000})
+    (first,) = far_plan([found], TODAY, NEW)
+    assert (first.order_by, first.due, first.since) == (TODAY, False, TODAY)
+    shifted = pool({12: 60_000})
+    (second,) = far_plan([shifted], day(1), NEW, previous=[first])
+    assert (second.due, second.since) == (True, TODAY)
+    (early,) = far_plan([pool({40: 60_000})], day(1), NEW, previous=[first])
+    assert not early.due
+
+
+def test_one_server_less_is_no_reason_to_change_ones_mind() -> None:
+    (order,) = far_plan([pool({13: 60_000})], TODAY, NEW)
+    before = replace(order, servers=order.servers + 1)
+    assert far_plan([pool({13: 60_000})], TODAY, NEW, previous=[before])[0].servers == order.servers + 1
+    before = replace(order, servers=order.servers + 2)
+    assert far_plan([pool({13: 60_000})], TODAY, NEW, previous=[before])[0].servers == order.servers
+
+
+def test_the_budget_is_kept_with_what_is_on_its_way() -> None:
+    found = pool({13: 2_000_000})
+    policy = Policy(most_servers=5)
+    assert sum(order.servers for order in far_plan([found, replace(found, pool="b")], TODAY, NEW, policy=policy)) <= 5
+    assert sum(order.servers for order in far_plan([found], TODAY, NEW, [InFlight("b", 3, day(2))], policy=policy)) <= 2
+    assert far_plan([found], TODAY, NEW, [InFlight("b", 5, day(2))], policy=policy) == []
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.dictionaries(st.integers(0, DAYS - 1), st.floats(0, 400_000), max_size=5), st.floats(0, 12_000), st.integers(0, 6), st.integers(1, 8))
+def test_orders_never_make_it_worse_nor_cost_more_than_allowed(demand: Mapping[int, float], every_day: float, lead: int, most: int) -> None:
+    found = pool(demand, every_day)
+    new = NewServer(lead, NEW.per_day)
+    policy = Policy(most_servers=most)
+    orders = far_plan([found], TODAY, new, policy=policy)
+    assert sum(order.servers for order in orders) <= most
+    assert late(found, orders) <= late(found, [])
+    for order in orders:
+        assert order.servers > 0
+        assert order.left < order.short
+        assert order.order_by >= TODAY
+        assert order.first_day == new.first_day(order.order_by)
+
+
+def test_the_trend_goes_on_as_the_last_weeks_did() -> None:
+    weeks = np.zeros((4, 7))
+    weeks[:, 2] = 1_000
+    ahead = outlook.trend(weeks.ravel())
+    assert ahead[2] == ahead[9] == 1_000
+    assert ahead[3] == 0
+    weeks[2:, 2] = 1_100
+    rising = outlook.trend(weeks.ravel())
+    assert rising[9] / rising[2] == pytest.approx(1.1**0.5)
+    # Not without end: no more than a tenth a week.
+    weeks[2:, 2] = 5_000
+    assert outlook.trend(weeks.ravel())[9] / outlook.trend(weeks.ravel())[2] == pytest.approx(1.1)
+    # An installation that began last week has no empty weeks before.
+    weeks[:3] = 0
+    assert outlook.trend(weeks.ravel())[2] == 5_000
+
+
+def test_the_calendar_counts_where_it_says_more_than_the_trend() -> None:
+    past = [Mailing(1, day(-7 * week), {"google": 1_000}) for week in range(1, 5)]
+    coming = [Mailing(1, day(7), {"google": 400}), Mailing(1, day(8), {"google": 5_000, "yahoo": 7})]
+    found = outlook.outlook_of(past, coming, TODAY)
+    assert found["google"][[0, 1, 7, 8, 9]].tolist() == [1_000, 0, 1_000, 5_000, 0]
+    assert found["yahoo"].sum() == 7
+
+
+def test_the_far_plan_is_made_with_the_near_one_and_kept(engine: sa.Engine, tmp_path: Path) -> None:
+    """A campaign in two weeks like one of last week, which took the only server three days."""
+    world = make_world(engine, tmp_path / "home", recipients=40)
+    now = dt.datetime(2026, 3, 2, 9, 0, tzinfo=dt.UTC)
+    world.server("s1", per_second=1.0)
+    world.set_server("s1", heartbeat_at=now)
+    servers.set_limits(world.engine, "s1", "*", {"per_second": 1.0, "per_day": 40_000})
+
+    def mailings(connection: sa.Connection) -> None:
+        row = dict(connection.execute(sa.select(Campaign.__table__).where(Campaign.id == 1)).mappings().one())
+        segments = {"include": ["buyers"], "exclude": []}
+        last = {"id": 2, "key": "last", "state": "finished", "started_at": now - dt.timedelta(days=40), "audience_counts": {"audience": 120_000}}
+        coming = {"id": 3, "key": "next", "state": "scheduled", "start_at": now + dt.timedelta(days=20), "started_at": None, "audience_counts": None}
+        for values in (last, coming):
+            connection.execute(sa.insert(Campaign).values(row | {"segments": segments} | values))
+        counters.add(connection, 2, 0, Counter({(0, "google", State.DELIVERED, ""): 120_000}), now)
+
+    transact(world.engine, mailings)
+    with reading(world.engine) as connection:
+        (found,) = outlook.read(connection, Fleet.read(connection, now, 10), now)
+    assert found.demand["google"][20] == 120_000
+    assert found.capacity["google"][0] == 40_000
+    (order,) = planning.make(world.engine, world.settings, now).document["far"]
+    assert (order["pool"], order["servers"] > 0, order["left"], order["due"]) == ("default", True, 0, False)
+    tomorrow = now + dt.timedelta(days=1)
+    (again,) = planning.make(world.engine, world.settings, tomorrow).document["far"]
+    assert again["since"] == "2026-03-02"
+    # Servers that are being made are on order.
+    for number in range(order["servers"]):
+        world.server(f"new-{number}")
+        world.set_server(f"new-{number}", state="provisioning", created_at=tomorrow)
+    assert planning.make(world.engine, world.settings, tomorrow).document["far"] == []

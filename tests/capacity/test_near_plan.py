@@ -1,0 +1,219 @@
+"""The near plan keeps every limit, sends all that can be sent, and is as good as the best there is where that can be found."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from mail_pipelines.benchmarks import plan as bench
+from mail_pipelines.capacity import aggregate
+from mail_pipelines.capacity.demand import Demand, Job
+from mail_pipelines.capacity.horizon import DAY, HOUR, Horizon
+from mail_pipelines.capacity.lines import Line, Rooms
+from mail_pipelines.capacity.near import NearPlan, near_plan
+from mail_pipelines.capacity.placing import split
+from tests.capacity import cases
+from tests.capacity.cases import NOW
+
+EXAMPLES = hypothesis.settings(max_examples=40)
+# A job that nobody may send is no matter of the plan.
+NEVER = float("inf")
+
+
+def finish(plan: NearPlan, job: Job) -> float:
+    found = plan.finish(job.id)
+    return NEVER if found is None else found
+
+
+def sent(plan: NearPlan) -> int:
+    return sum(int(part.placed.sum()) for part in plan.providers)
+
+
+@EXAMPLES
+@hypothesis.given(cases.mailings(), cases.fleets(), st.sampled_from((20.0, 0.0)))
+def test_no_grant_exceeds_a_limit(mailing: tuple[list[Job], list[Demand]], fleet: list[Line], seconds: float) -> None:
+    """Whether the solver has its time or not."""
+    jobs, demands = mailing
+    plan = near_plan(jobs, demands, fleet, NOW, seconds=seconds)
+    assert cases.exceeded(plan, fleet) == []
+    for part in plan.providers:
+        assert (part.placed >= 0).all()
+        assert (part.unmet >= 0).all()
+        for demand, placed in zip(part.demands, part.placed, strict=True):
+            assert not placed[: plan.horizon.first_from(demand.release)].any()
+            pools = {part.lines[number].pool_id for number in np.flatnonzero(placed.sum(axis=0))}
+            assert pools <= {demand.job.pool_id, demand.job.overflow_pool_id}
+
+
+@EXAMPLES
+@hypothesis.given(cases.mailings(), cases.fleets(), st.sampled_from((20.0, 0.0)))
+def test_all_is_sent_where_there_is_room_for_all(mailing: tuple[list[Job], list[Demand]], fleet: list[Line], seconds: float) -> None:
+    """With a server that may send as much as it can, from the first slot in which all demand is known."""
+    jobs, demands = mailing
+    plenty = [Line(99, pool, provider, 5.0) for pool in (1, 2) for provider in cases.PROVIDERS]
+    plan = near_plan(jobs, demands, [*fleet, *plenty], NOW, seconds=seconds)
+    assert sent(plan) == sum(demand.rows for demand in demands)
+    assert all(plan.finish(job.id) is not None for job in jobs)
+
+
+@EXAMPLES
+@hypothesis.given(cases.mailings(), cases.fleets(3), st.sampled_from((0.1, 1.0)), st.sampled_from((1, 2)))
+def test_another_server_never_delays_the_most_urgent(mailing: tuple[list[Job], list[Demand]], fleet: list[Line], rate: float, pool: int) -> None:
+    """When the last campaign of the highest class ends, that is: among themselves they are in the order of their deadlines."""
+    jobs = [replace(job, overflow_pool_id=None) for job in mailing[0]]
+    by_id = {job.id: job for job in jobs}
+    demands = [replace(demand, job=by_id[demand.job.id]) for demand in mailing[1]]
+    urgent = [job for job in jobs if job.priority == max(job.priority for job in jobs)]
+    more = [*fleet, *(Line(99, pool, provider, rate) for provider in cases.PROVIDERS)]
+    before, after = near_plan(jobs, demands, fleet, NOW), near_plan(jobs, demands, more, NOW)
+    for home in {job.pool_id for job in urgent}:
+        ours = [job for job in urgent if job.pool_id == home]
+        # Whole messages: a share of a slot may be one message off.
+        assert max(finish(after, job) for job in ours) <= max(finish(before, job) for job in ours) + 60
+
+
+@hypothesis.given(st.integers(0, 10_000), st.lists(st.integers(0, 500), min_size=1, max_size=20))
+def test_a_split_fills_all_servers_to_the_same_part(amount: int, rooms: list[int]) -> None:
+    room = np.array(rooms, dtype=np.int64)
+    shares = split(amount, room)
+    assert shares.sum() == min(amount, room.sum())
+    assert (shares <= room).all()
+    if room.sum():
+        assert (np.abs(shares - room * min(1.0, amount / room.sum())) < 1).all()
+
+
+def brute_force(demands: list[Demand], lines: list[Line], hours: int) -> tuple[int, ...]:
+    """The best there is, found by trying the order of campaigns and letting each take the earliest room: late messages and sum of slots by class."""
+    rooms = Rooms.of(lines, Horizon.of(NOW, hours))
+    best: tuple[int, ...] | None = None
+    for order in itertools.permutations(range(len(demands))):
+        left = rooms.soonest.copy()
+        late, slots = dict.fromkeys(range(4), 0), dict.fromkeys(range(4), 0)
+        for number in order:
+            demand = demands[number]
+            rest = demand.rows
+            for slot in range(rooms.horizon.first_from(demand.release), len(left)):
+                taken = min(rest, int(left[slot]))
+                left[slot] -= taken
+                rest -= taken
+                slots[demand.job.priority] += taken * slot
+                if demand.job.finish_by is not None and rooms.horizon.slots[slot].end > demand.job.finish_by:
+                    late[demand.job.priority] += taken
+            late[demand.job.priority] += rest
+        found = tuple(value for priority in range(3, -1, -1) for value in (late[priority], slots[priority]))
+        best = found if best is None else min(best, found)
+    assert best is not None
+    return best
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 400), st.none() | st.integers(1, 5), st.sampled_from((0, 0, NOW + HOUR))), min_size=1, max_size=4),
+    st.sampled_from((0.05, 0.1, 0.3)),
+)
+def test_small_cases_are_as_good_as_the_best_of_all_orders(campaigns: list[tuple[int, int, int | None, int]], rate: float) -> None:
+    """Without the share that every campaign gets, which is there to make it otherwise."""
+    jobs = [
+        Job(number, f"c{number}", priority, 1, None, 0, None if hours is None else NOW // HOUR * HOUR + hours * HOUR)
+        for number, (priority, _, hours, _) in enumerate(campaigns, start=1)
+    ]
+    demands = [Demand(job, "google", rows, release) for job, (_, rows, _, release) in zip(jobs, campaigns, strict=True)]
+    lines = [Line(1, 1, "google", rate)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggregate, "FLOOR_SHARE", 0.0)
+        plan = near_plan(jobs, demands, lines, NOW)
+    late, slots = dict.fromkeys(range(4), 0), dict.fromkeys(range(4), 0)
+    for job in jobs:
+        for part, number in plan.of_job(job.id):
+            for slot, count in enumerate(part.placed[number].sum(axis=1).tolist()):
+                slots[job.priority] += count * slot
+                if job.finish_by is not None and plan.horizon.slots[slot].end > job.finish_by:
+                    late[job.priority] += count
+            late[job.priority] += int(part.unmet[number])
+    found = tuple(value for priority in range(3, -1, -1) for value in (late[priority], slots[priority]))
+    assert found <= brute_force(demands, lines, 48)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_large_cases_end_within_two_hundredths_of_the_lower_bound(seed: int) -> None:
+    jobs, demands, lines = bench.case(seed, servers=20, providers=6, campaigns=12)
+    plan = near_plan(jobs, demands, lines, NOW)
+    assert {part.failure for part in plan.providers} == {""}
+    assert cases.exceeded(plan, lines) == []
+    assert bench.lower_bound(plan) < NOW + 2 * DAY
+    assert bench.makespan(plan) - NOW <= 1.02 * (bench.lower_bound(plan) - NOW)
+
+
+def test_the_benchmark_prints_figures_for_programs_and_the_solver_nothing() -> None:
+    """Of another process: the solver prints past Python."""
+    command = [sys.executable, "-m", "mail_pipelines.cli", "bench", "plan", "--quick", "--json"]
+    words = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "HiGHS" not in words
+    results = {result["name"]: result for result in json.loads(words.splitlines()[-1])["results"]}
+    assert results["makespan"]["met"]
+    assert results["providers planned by the solver"]["met"]
+    assert results["seconds of a plan"]["value"] > 0
+
+
+def test_every_campaign_gets_its_share_whatever_is_more_urgent() -> None:
+    jobs = [Job(1, "urgent", 3, 1), Job(2, "low", 0, 1)]
+    demands = [Demand(job, "google", 1_000_000) for job in jobs]
+    plan = near_plan(jobs, demands, [Line(1, 1, "google", 10.0)], NOW)
+    (part,) = plan.providers
+    low = part.placed[1].sum(axis=1)
+    assert (low[1:10] >= 0.02 * 9_000 - 1).all()
+    assert (low[1:10] <= 0.02 * 9_000 + 1).all()
+
+
+def test_what_begins_within_a_quarter_of_an_hour_may_only_fall() -> None:
+    jobs = [Job(1, "one", 1, 1)]
+    demands = [Demand(jobs[0], "google", 20_000)]
+    lines = [Line(1, 1, "google", 10.0)]
+    start = NOW // 900 * 900
+    plan = near_plan(jobs, demands, lines, NOW, previous={(1, "google", start): 500, (1, "google", start + 900): 9_999, (1, "google", start + 1800): 7})
+    assert plan.providers[0].placed[0].sum(axis=1).tolist()[:4] == [500, 9_000, 9_000, 1_500]
+
+
+def test_a_plan_stays_where_nothing_is_gained_by_another() -> None:
+    """Two equal campaigns: that the second was to go first is no worse than the other way round."""
+    jobs = [Job(1, "one", 1, 1), Job(2, "two", 1, 1)]
+    demands = [Demand(job, "google", 9_000) for job in jobs]
+    slot = NOW // 900 * 900 + 1800
+    plan = near_plan(jobs, demands, [Line(1, 1, "google", 10.0)], NOW, previous={(2, "google", slot): 9_000})
+    (part,) = plan.providers
+    assert part.placed[1, 2].sum() >= part.placed[0, 2].sum()
+
+
+def test_the_simple_rule_plans_when_the_solver_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of deadlines."""
+    jobs = [Job(1, "later", 1, 1, finish_by=NOW + 20 * HOUR), Job(2, "sooner", 1, 1, finish_by=NOW + 5 * HOUR)]
+    demands = [Demand(job, "google", 9_000) for job in jobs]
+
+    def fails(*_: object) -> None:
+        raise aggregate.PlanningFailed("the solver ended with Infeasible")
+
+    monkeypatch.setattr(aggregate, "solve", fails)
+    plan = near_plan(jobs, demands, [Line(1, 1, "google", 1.0)], NOW)
+    assert plan.providers[0].failure == "the solver ended with Infeasible"
+    assert sent(plan) == 18_000
+    assert finish(plan, jobs[1]) < finish(plan, jobs[0])
+
+
+def test_the_overflow_pool_helps_where_no_server_of_the_own_pool_can() -> None:
+    job = Job(1, "one", 1, 1, overflow_pool_id=2)
+    demands = [Demand(job, "google", 100)]
+    spare = Line(2, 2, "google", 1.0)
+    assert sent(near_plan([job], demands, [replace(spare, pool_id=3)], NOW)) == 0
+    assert sent(near_plan([job], demands, [spare], NOW)) == 100
+    both = near_plan([job], demands, [Line(1, 1, "google", 1.0), spare], NOW)
+    assert both.providers[0].placed[0].sum(axis=0).tolist() == [100, 0]
+    closed = near_plan([job], demands, [Line(1, 1, "google", 1.0, opens_at=NOW + HOUR), spare], NOW)
+    assert closed.providers[0].placed[0].sum(axis=0).tolist() == [0, 100]

@@ -1,0 +1,294 @@
+"""The plan in force: what it makes of grants, what it leaves to the rule of every tick, and what people are told of it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections import Counter
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from mail_pipelines.assets.capacity import capacity_plan
+from mail_pipelines.capacity import allotments, demand, planning, what_if
+from mail_pipelines.commands import context
+from mail_pipelines.database.engine import database_now, reading, transact
+from mail_pipelines.database.models import Allotment, Breaker, Campaign, CampaignCounter, CampaignMinute, State, SyncState
+from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.recording import slot_at
+from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.claims import OpenClaim
+from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.schedules import due_plan
+from tests.dispatch.test_hold_commands import says
+from tests.dispatch.world import World, make_world
+
+HEARTBEAT = 10.0
+NOW = dt.datetime(2026, 3, 2, 9, 7, tzinfo=dt.UTC)
+
+
+@pytest.fixture
+def world(engine: sa.Engine, tmp_path: Path) -> World:
+    """Two servers that speak, one message a second each, and a campaign with 40 rows."""
+    context.settings.cache_clear()
+    world = make_world(engine, tmp_path / "home", recipients=40)
+    for key in ("s1", "s2"):
+        world.server(key, per_second=1.0)
+        world.set_server(key, heartbeat_at=NOW)
+    return world
+
+
+def add_campaign(world: World, key: str, rows: int, **values: object) -> int:
+    """Another campaign like the first, with `rows` waiting for google."""
+
+    def work(connection: sa.Connection) -> int:
+        number = connection.execute(sa.select(sa.func.max(Campaign.id))).scalar_one() + 1
+        row = dict(connection.execute(sa.select(Campaign.__table__).where(Campaign.id == 1)).mappings().one())
+        connection.execute(sa.insert(Campaign).values(row | {"id": number, "key": key} | values))
+        if rows:
+            counters.add(connection, number, 0, Counter({(0, "google", State.PENDING, ""): rows}), NOW)
+        return int(number)
+
+    return transact(world.engine, work)
+
+
+def grants(world: World, campaign_id: int, provider: str = "google") -> dict[int, tuple[int, int]]:
+    """By the start of the slot (s from the current one) what is granted and planned on all servers."""
+    table = (Allotment.slot_start, sa.func.sum(Allotment.granted), sa.func.sum(Allotment.planned))
+    with reading(world.engine) as connection:
+        rows = connection.execute(sa.select(*table).where(Allotment.campaign_id == campaign_id, Allotment.provider == provider).group_by(Allotment.slot_start))
+        return {start - slot_at(NOW): (int(granted), int(planned)) for start, granted, planned in rows}
+
+
+def test_a_single_campaign_is_granted_all_there_is_with_a_plan_as_without(world: World) -> None:
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    before = grants(world, 1)
+    assert before == {0: (1_800, 0), 900: (1_800, 0)}
+    made = planning.make(world.engine, world.settings, NOW)
+    assert made.changed
+    rows = sum(wanted.rows for part in made.plan.providers for wanted in part.demands if wanted.provider == "google")
+    assert grants(world, 1) == {0: (1_800, rows), 900: (1_800, 0), 1800: (1_800, 0)}
+
+
+def test_the_urgent_campaign_goes_first_and_the_other_has_its_share(world: World) -> None:
+    urgent = add_campaign(world, "urgent", 5_000, priority=3)
+    low = add_campaign(world, "low", 5_000, priority=0)
+    world.set_campaign(state="paused")
+    planning.make(world.engine, world.settings, NOW)
+    found, others = grants(world, urgent), grants(world, low)
+    assert found[900] == (1_764, 1_764)
+    assert others[900] == (36, 36)
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert grants(world, urgent) == found
+    assert grants(world, low) == others
+
+
+def test_a_campaign_that_the_plan_does_not_know_has_its_share_at_once_and_the_next_plan_makes_it_good(world: World) -> None:
+    low = add_campaign(world, "low", 50_000, priority=0)
+    planning.make(world.engine, world.settings, NOW)
+    urgent = add_campaign(world, "urgent", 50_000, priority=3)
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert grants(world, urgent)[0][0] > 1_600
+    planning.make(world.engine, world.settings, NOW)
+    granted = [grants(world, campaign)[900][0] for campaign in (1, low, urgent)]
+    assert sum(granted) <= 1_802
+    assert granted[2] > 1_700
+
+
+def test_what_is_used_stays_granted_and_counts(world: World) -> None:
+    """A claim between two plans; the second plan plans the rest of the slot."""
+    world.set_server("s2", state="paused")
+    moment = dt.datetime.now(dt.UTC)
+    world.set_server("s1", heartbeat_at=moment)
+    planning.make(world.engine, world.settings)
+    with reading(world.engine) as connection:
+        server = servers.find(connection, "s1")
+    answer = world.claim(server, limit=7)
+    assert isinstance(answer, OpenClaim)
+    planning.make(world.engine, world.settings)
+    with reading(world.engine) as connection:
+        columns = (Allotment.granted, Allotment.used, Allotment.planned, Allotment.plan_epoch)
+        row = connection.execute(sa.select(*columns).where(Allotment.used > 0)).one()
+        waiting = connection.execute(
+            sa.select(sa.func.sum(CampaignCounter.count)).where(CampaignCounter.provider == "google", CampaignCounter.state == int(State.PENDING))
+        ).scalar_one()
+    assert row.used == len(answer.rows)
+    assert row.planned == row.used + waiting
+    assert row.granted >= row.planned
+
+
+def test_an_older_plan_never_overwrites_a_newer_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = add_campaign(world, "low", 50_000, priority=0)
+    read = planning.read
+
+    def overtaken(*arguments: object) -> planning.Situation:
+        situation = read(*arguments)  # type: ignore[arg-type]
+        monkeypatch.setattr(planning, "read", read)
+        transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == low).values(state="paused")))
+        assert planning.make(world.engine, world.settings, NOW).changed
+        return situation
+
+    monkeypatch.setattr(planning, "read", overtaken)
+    assert planning.make(world.engine, world.settings, NOW).changed is None
+    assert grants(world, low) == {}
+    with reading(world.engine) as connection:
+        kept = planning.in_force(connection)
+        assert kept is not None
+        assert (kept.epoch, [found["campaign"] for found in kept.document["campaigns"]]) == (1, ["spring"])
+        assert set(connection.execute(sa.select(Allotment.plan_epoch)).scalars()) == {1}
+
+
+def test_what_a_breaker_has_taken_a_plan_does_not_give_back(world: World) -> None:
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+
+    def opens(connection: sa.Connection) -> None:
+        values = {"server_id": 1, "provider": "google", "state": "open", "rule": "blocked", "reason": "", "trips": 1}
+        connection.execute(sa.insert(Breaker).values(**values, until=NOW + dt.timedelta(hours=2), changed_at=NOW, baseline={}))
+        connection.execute(sa.update(Allotment).where(Allotment.server_id == 1, Allotment.provider == "google").values(granted=0))
+
+    transact(world.engine, opens)
+    planning.make(world.engine, world.settings, NOW)
+    with reading(world.engine) as connection:
+        where = (Allotment.server_id == 1, Allotment.provider == "google")
+        assert set(connection.execute(sa.select(Allotment.granted).where(*where)).scalars()) == {0}
+
+
+def test_deferrals_of_the_last_hours_slow_a_server_down(world: World) -> None:
+    many = add_campaign(world, "many", 7_000)
+    minute = int(NOW.timestamp()) // 60 - 30
+
+    def answers(connection: sa.Connection) -> None:
+        rows = [(State.DELIVERED, 100), (State.DEFERRED, 300)]
+        for server in (1, 2):
+            connection.execute(
+                sa.insert(CampaignMinute),
+                [
+                    {"campaign_id": many, "minute": minute, "provider": "google", "server_id": server, "state": int(state), "reason": "", "count": count}
+                    for state, count in rows
+                ],
+            )
+
+    before = planning.make(world.engine, world.settings, NOW).plan.finish(many)
+    transact(world.engine, answers)
+    made = planning.make(world.engine, world.settings, NOW)
+    after = made.plan.finish(many)
+    assert before is not None
+    assert after is not None
+    assert after - NOW.timestamp() == pytest.approx(4 * (before - NOW.timestamp()), rel=0.1)
+    found = next(found for found in made.document["campaigns"] if found["campaign"] == "many")
+    assert found["bottleneck"] == "google: deferrals on 2 servers"
+
+
+def test_what_comes_too_late_is_named_with_the_servers_that_would_save_it(world: World) -> None:
+    add_campaign(world, "late", 20_000, finish_by=NOW + dt.timedelta(hours=1))
+    (found,) = [found for found in planning.make(world.engine, world.settings, NOW).document["campaigns"] if found["campaign"] == "late"]
+    # 7,200 an hour.
+    assert 12_000 < found["late"] < 14_500
+    assert found["bottleneck"] == "google: the rate of 2 servers"
+    assert found["finish_at"].startswith("2026-03-02T11:5")
+    with reading(world.engine) as connection:
+        kept = planning.in_force(connection)
+    assert kept is not None
+    (order,) = kept.document["orders"]
+    assert (order["campaign"], order["servers"]) == ("late", 4)
+
+
+def test_a_scheduled_campaign_is_expected_to_be_like_the_last_to_the_same_segments(world: World) -> None:
+    last = {"segments": {"include": ["buyers"], "exclude": []}, "audience_counts": {"audience": 3_600}}
+    add_campaign(world, "last", 3_600, state="finished", **last)
+    tomorrow = NOW.replace(hour=9, minute=0) + dt.timedelta(days=1)
+    add_campaign(world, "next", 0, state="scheduled", start_at=tomorrow, segments=last["segments"], audience_counts=None)
+    add_campaign(world, "first", 0, state="scheduled", start_at=tomorrow, segments={"include": ["new"], "exclude": []}, audience_counts=None)
+    found = {found["campaign"]: found for found in planning.make(world.engine, world.settings, NOW).document["campaigns"]}
+    assert (found["next"]["messages"], found["next"]["expected"], found["next"]["finish_at"]) == (3_600, True, "2026-03-03T09:30:00+00:00")
+    assert (found["first"]["messages"], found["first"]["finish_at"]) == (0, None)
+    assert found["first"]["bottleneck"] == "its size is known when its audience is made"
+    assert "last" not in found
+
+
+def test_a_plan_is_needed_while_something_is_sending_or_scheduled_soon(world: World) -> None:
+    def needed() -> bool:
+        with reading(world.engine) as connection:
+            return demand.needed(connection, NOW)
+
+    assert needed()
+    world.set_campaign(state="paused")
+    assert not needed()
+    world.set_campaign(state="scheduled", start_at=NOW + dt.timedelta(hours=47))
+    assert needed()
+    world.set_campaign(start_at=NOW + dt.timedelta(hours=49))
+    assert not needed()
+
+
+def test_the_schedule_asks_for_plans_while_there_is_something_to_plan_and_once_a_day(world: World) -> None:
+    world.set_campaign(state="paused")
+    with dg.instance_for_test() as instance:
+
+        def asked(hour: int, minute: int) -> object:
+            time = NOW.replace(hour=hour, minute=minute)
+            return due_plan(dg.build_schedule_context(instance, scheduled_execution_time=time), CentralDatabase())
+
+        assert isinstance(asked(9, 5), dg.SkipReason)
+        assert isinstance(asked(4, 0), dg.RunRequest)
+        world.set_campaign(state="sending")
+        request = asked(9, 5)
+        assert isinstance(request, dg.RunRequest)
+        assert request.run_key == "2026-03-02T09:05"
+
+
+def test_what_more_servers_would_change(world: World) -> None:
+    add_campaign(world, "big", 72_000)
+    with reading(world.engine) as connection:
+        situation = planning.read(connection, world.settings, NOW)
+    (answer,) = what_if.ask(situation, 2, NOW + dt.timedelta(hours=6), "big")
+    assert answer.finish_at is not None
+    assert answer.finish_with is not None
+    assert answer.finish_at.startswith("2026-03-02T19:0")
+    assert answer.finish_with.startswith("2026-03-02T14:0")
+    assert (answer.needed, answer.new_servers_from, answer.new_servers_help) == (2, "2026-03-06", False)
+    words = what_if.sentence(answer)
+    assert words.startswith("finishes 2026-03-02 19:0")
+    assert "; with 2 more warm servers 2026-03-02 14:0" in words
+    assert "; to finish by 2026-03-02 15:07 it needs 2 more warm servers; new servers would send from 6 March, when it is over" in words
+    with pytest.raises(what_if.UnknownCampaign, match="campaign bug has nothing to send within 48 hours; those that have: spring, big"):
+        what_if.ask(situation, 2, None, "bug")
+
+
+def test_the_plan_as_an_operator_sees_it(world: World) -> None:
+    assert says("plan", "show") == "there is no plan yet: one is made within five minutes once a campaign is sending or scheduled\n"
+    for key in ("s1", "s2"):
+        world.set_server(key, heartbeat_at=dt.datetime.now(dt.UTC))
+    add_campaign(world, "big", 72_000)
+    planning.make(world.engine, world.settings)
+    shown = says("plan", "show")
+    assert shown.startswith("plan 1 of ")
+    assert " big 1 72,000 " in shown
+    assert "google: the rate of 2 servers" in shown
+    kept = json.loads(says("plan", "show", "--json"))
+    assert {found["campaign"] for found in kept["campaigns"]} == {"spring", "big"}
+    answers = says("plan", "what-if", "--servers", "+3", "--campaign", "big")
+    assert answers.startswith("big: finishes ")
+    assert "with 3 more warm servers " in answers
+    (answer,) = json.loads(says("plan", "what-if", "--servers", "3", "--campaign", "big", "--json"))
+    assert answer["finish_with"] < answer["finish_at"]
+
+
+def test_the_asset_puts_a_plan_into_force_and_shows_it(world: World) -> None:
+    for key in ("s1", "s2"):
+        world.set_server(key, heartbeat_at=dt.datetime.now(dt.UTC))
+    add_campaign(world, "big", 72_000, finish_by=dt.datetime.now(dt.UTC) + dt.timedelta(hours=3))
+    result = dg.materialize([capacity_plan], resources={"database": CentralDatabase()})
+    (event,) = result.asset_materializations_for_node("capacity_plan")
+    shown = {key: value.value for key, value in event.metadata.items()}
+    assert shown["planned_messages"] == 72_000 + 40
+    assert shown["late_messages"] > 40_000
+    assert "| big | normal | 72,000 |" in str(shown["campaigns"])
+    assert "| big | 5 | " in str(shown["servers_missing_now"])
+    assert str(shown["servers_to_order"]).startswith("| pool | servers | order by | due |")
+    assert str(shown["plan_and_reality"]).startswith("![Messages an hour, sent and planned](data:image/png;base64,")
+    with reading(world.engine) as connection:
+        assert connection.execute(sa.select(SyncState.version).where(SyncState.source == "capacity")).scalar_one() == 1
+        current = slot_at(database_now(connection))
+        assert connection.execute(sa.select(sa.func.sum(Allotment.planned)).where(Allotment.slot_start >= current)).scalar_one() > 0
