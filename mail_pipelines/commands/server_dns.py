@@ -40,7 +40,8 @@ def dns(
         return
     missing = publisher.missing(found.all)
     if publish and missing:
-        publisher.publish(missing)
+        # All: a name's addresses are one set, and those that are there already belong to it.
+        publisher.publish(found.all)
         missing = publisher.missing(found.all)
     for record in found.all:
         typer.echo(record.zone_line())

@@ -279,6 +279,16 @@ def test_a_server_is_put_into_the_dns_and_taken_out_by_command(engine: sa.Engine
     publisher_of(installation.dns).withdraw([records.spf_record("_spf.mail.test", ["198.51.100.8"])])
 
 
+def test_a_second_address_of_a_server_joins_the_first(engine: sa.Engine, installation: config.Settings, knot: Knot, tmp_path: Path) -> None:
+    register(engine, "mx9", "192.0.2.9", "192.0.2.19")
+    by_update(knot, tmp_path).publish([HOST, REVERSE])
+    assert command("mx9", "--publish").exit_code == 0
+    assert knot.has("mx9.mail.test.", "A") == ["192.0.2.19", "192.0.2.9"]
+    assert command("mx9", "--withdraw").exit_code == 0
+    assert knot.has("mx9.mail.test.", "A") == knot.has("19.2.0.192.in-addr.arpa.", "PTR") == []
+    by_update(knot, tmp_path).withdraw([records.spf_record("_spf.mail.test", [])])
+
+
 def test_a_domains_return_path_includes_the_shared_record(engine: sa.Engine, installation: config.Settings) -> None:
     domain = store.add(engine, Names.of("shop.test"), installation.token_key(), NOW)
     with reading(engine) as connection:

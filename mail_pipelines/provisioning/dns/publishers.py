@@ -40,7 +40,9 @@ class DnsPublisher(Protocol):
     """What owns the records of servers. All three raise `DnsError`."""
 
     def publish(self, records: Sequence[Record]) -> None:
-        """Make them so. What it has no power over it leaves out: `missing` then goes on naming it."""
+        """Make them so: give all of a name's records of one type, since others of it go. What it has no power over it leaves out, and `missing` goes on
+        naming it.
+        """
 
     def withdraw(self, records: Sequence[Record]) -> None:
         """Remove them, where they still are as given."""
