@@ -19,7 +19,8 @@ from mail_pipelines.capacity.horizon import Horizon
 from mail_pipelines.capacity.lines import Counts, Line, Rooms
 from mail_pipelines.capacity.placing import Grants, place
 
-# A plan of 100 servers, 50 providers and 20 campaigns takes about two seconds of a core, which others may use too; whatever is not planned by then is planned by the simple rule.
+# A plan of 100 servers, 50 providers and 20 campaigns takes about two seconds of a core, which others may use too. Whatever is not planned by then the
+# simple rule plans.
 SECONDS = 60.0
 # Campaign, server, provider, start of the slot.
 Grant = tuple[int, int, str, int]
