@@ -72,6 +72,7 @@ def _metadata(report: Report) -> dict[str, Any]:
         **{f"settled_{state.name.lower()}": count for state, count in sorted(report.settled.items())},
         "claims": report.claims,
         "shards": len(report.shards),
+        **({"errands": report.errands} if report.errands else {}),
         "seconds": round(report.seconds, 2),
         "messages_per_second": round(report.sent / report.seconds, 1) if report.seconds else 0.0,
         "open": report.open_rows,

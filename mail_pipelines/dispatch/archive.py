@@ -184,7 +184,8 @@ class Shipper:
     def look(self, now: float) -> None:
         """Ship what is due. `now` is epoch seconds."""
         try:
-            if now - self._tried_at < PIECE_SECONDS and (self._error or self._pending() < PIECE_BYTES):
+            # Before the last time: the host's clock was set back meanwhile.
+            if 0 <= now - self._tried_at < PIECE_SECONDS and (self._error or self._pending() < PIECE_BYTES):
                 return
             self._tried_at = now
             self.ship(now)

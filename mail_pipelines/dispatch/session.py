@@ -22,11 +22,12 @@ from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
-from mail_pipelines.dispatch import composer, giving_way, last_error, servers, settlement
+from mail_pipelines.dispatch import composer, errands, giving_way, last_error, servers, settlement
 from mail_pipelines.dispatch.batch import set_within
 from mail_pipelines.dispatch.burst import BurstLane
 from mail_pipelines.dispatch.claims import Sender
 from mail_pipelines.dispatch.due import due_times, next_due, open_rows
+from mail_pipelines.dispatch.errands import Errands
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, is_locked, only_one
 from mail_pipelines.dispatch.follower import Follower
 from mail_pipelines.dispatch.interruption import on_first_signal
@@ -44,7 +45,7 @@ _POLL_PART, _LONGEST_POLL_SECONDS = 0.25, 5.0
 _LOOK_AROUND_SECONDS = 5.0
 # Of how many of them a lane then takes rows before it looks again: others do so too.
 _SHARDS_AT_ONCE = 8
-# How often a session looks whether a campaign of higher priority waits for its slot.
+# How often a session looks whether a campaign of higher priority waits for its slot, or something is to be done for another campaign.
 _GIVE_WAY_SECONDS = 5.0
 
 
@@ -62,6 +63,8 @@ class Report:
     claims: int = 0
     # From which rows were claimed.
     shards: set[int] = field(default_factory=set)
+    # Rows of other campaigns that were claimed besides.
+    errands: int = 0
     reason: str = ""
     interrupted: bool = False
     open_rows: int = 0
@@ -86,6 +89,8 @@ class Session:
     run_id: str
     journal: Journal
     progress: Callable[[Report], None] = lambda _: None
+    # Sends only what is due of a campaign, in the run of another one's session.
+    is_errand: bool = False
 
     def __post_init__(self) -> None:
         self.folders = ServerFolders.of(self.settings.server, self.server.key)
@@ -101,6 +106,7 @@ class Session:
                 sa.select(Brand.key).join(Campaign, Campaign.brand_id == Brand.id).where(Campaign.id == self.campaign_id)
             ).scalar_one()
         self._versions: dict[int, tuple[CompiledMessage, SendingAs | None]] = {}
+        self.errands = Errands(self)
 
     def run(self) -> Report:
         """Send until there is a reason to end. Raises `DispatchError` when this process must not send at all."""
@@ -114,7 +120,7 @@ class Session:
                 # What is loaded by now stays. Looking through it again and again would take a tenth of a session's time.
                 gc.freeze()
                 with composer.threads() as self.signing:
-                    asyncio.run(self._send(begin + self.settings.sending.session_seconds))
+                    self._serve(begin + self.settings.sending.session_seconds)
             except Exception as error:
                 last_error.keep(self.folders, f"session {self.run_id}", error)
                 raise
@@ -127,7 +133,17 @@ class Session:
         self.report.seconds = time.monotonic() - begin
         return self.report
 
-    async def _send(self, until: float) -> None:
+    def _serve(self, until: float) -> None:
+        """Send, and do errands between: nothing of its own is on its way then, so connections and their slots are free."""
+        asyncio.run(self.send(until))
+        while (errand := self.errands.wanted) is not None and not self.report.interrupted:
+            self.errands.do(errand, until)
+            if not self.report.interrupted:
+                asyncio.run(self.send(until))
+        if self.report.interrupted:
+            self.report.reason = "asked to end"
+
+    async def send(self, until: float) -> None:
         """Run the lanes until nothing is due within `linger_seconds`, one of them ends the session, or a signal asks for its end."""
         self.stopping = asyncio.Event()
         lanes: dict[str, Lane] = {}
@@ -156,6 +172,8 @@ class Session:
                     last_look = time.monotonic()
                     if (key := await in_thread(self._wanted_by)) is not None:
                         raise SessionOver(f"campaign {key} has a higher priority and waits for a slot of this server")
+                    if (errand := await in_thread(self.errands.look, not any(lane.has_claims for lane in lanes.values()))) is not None:
+                        raise SessionOver(f"an errand for campaign {errand.campaign}")
                 around = not running or time.monotonic() - last_around >= _LOOK_AROUND_SECONDS
                 if around:
                     last_around = time.monotonic()
@@ -175,6 +193,9 @@ class Session:
                 # One that only asks in vain makes no progress.
                 if self.report.claims > claims_before or any(lane.has_claims for lane in lanes.values()):
                     last_progress = time.monotonic()
+                    continue
+                if self.is_errand and running:
+                    # Its time is short, and a first claim may take seconds.
                     continue
                 waited = time.monotonic() - last_progress
                 if (reason := await in_thread(self._idle_reason, lanes, waited)) is not None:
@@ -211,24 +232,27 @@ class Session:
         with reading(self.engine) as connection:
             return giving_way.waits_for_a_slot(connection, self.server, self.run_id, slots=self.settings.server.slots)
 
+    def slots_are_taken(self) -> bool:
+        """Whether as many sessions of this server live as it has slots."""
+        return sum(is_locked(path) for path in self.folders.sessions.iterdir()) >= self.settings.server.slots
+
     def _idle_reason(self, lanes: Mapping[str, Lane], waited: float) -> str | None:
         """Why to end now that no lane has anything to do and none has had for `waited` seconds; None if it is worth waiting."""
-        slots_taken = sum(is_locked(path) for path in self.folders.sessions.iterdir()) >= self.settings.server.slots
         with reading(self.engine) as connection:
             due = due_times(connection, self.campaign_id, server_id=self.server.id)
             second = database_now(connection).timestamp()
             left = open_rows(connection, self.campaign_id, self.shard)
             # A slot that only waits is better used by whoever has work now.
-            waiting = giving_way.campaign_with_work(connection, self.server, besides=[self.campaign_id]) if slots_taken else None
+            waiting = giving_way.campaign_with_work(connection, self.server, besides=[self.campaign_id]) if self.slots_are_taken() else None
         asked = time.monotonic()
         waits = [max(moment - second, lanes[provider].wait_until - asked if provider in lanes else 0) for (_, provider), moment in due.items()]
         if not waits:
             return "all open rows are with other sessions or unknown" if left else "the shard is final"
-        linger = self.settings.sending.linger_seconds
+        linger = errands.LINGER_SECONDS if self.is_errand else self.settings.sending.linger_seconds
         if min(waits) > linger or waited > linger:
             refusals = {lane.reason for lane in lanes.values() if lane.reason}
             return "; ".join(sorted(refusals)) or "nothing falls due soon"
-        return f"campaign {waiting} waits for a slot of this server" if waiting is not None else None
+        return f"campaign {waiting} waits for a slot of this server" if waiting is not None and not self.is_errand else None
 
     def limits(self, provider: str) -> Limits:
         with reading(self.engine) as connection:

@@ -35,6 +35,13 @@ class Block:
         return Position(self.start.inode, self.start.offset + len(self.data))
 
 
+def quiet_seconds(written_at: float, now: float) -> float:
+    """How long nothing has been added to a file, by its date (epoch seconds); or how far its date is ahead: then nothing has been since the host's clock
+    was set back, and waiting for the clock to come there again would leave the end of the file unread for so long.
+    """
+    return abs(now - written_at)
+
+
 def blocks(journal: Journal, start: Position | None, now: float) -> Iterator[Block]:
     """Everything from `start` on (None: all there is), at most about `BLOCK_BYTES` at a time. `now` is epoch seconds.
 
@@ -62,7 +69,7 @@ def blocks(journal: Journal, start: Position | None, now: float) -> Iterator[Blo
                 return
             file.seek(offset)
             is_last = inode == files[-1][0]
-            quiet = now - status.st_mtime
+            quiet = quiet_seconds(status.st_mtime, now)
             for block in _blocks(journal, file, Position(inode, offset), may_end=quiet >= (SETTLED_SECONDS if is_last else LEFT_SECONDS)):
                 yield Block(block.start, block.data, gap)
                 gap = False

@@ -9,13 +9,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from tests.dispatch.world import World
-from tests.parts import clock
+from tests.parts.clock import HostClock
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["mail_pipelines.dispatch.session", "pymysql"])
 
 
-def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str, clock_ahead: float) -> None:
+def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str, clock: HostClock | None) -> None:
     from mail_pipelines import config
     from mail_pipelines.database.engine import open_engine, reading
     from mail_pipelines.dispatch import servers
@@ -26,7 +26,8 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environ)
-    clock.set_ahead(clock_ahead)
+    if clock is not None:
+        clock.goes_for_python()
     settings = config.load(environ)
     engine = open_engine(settings.database)
     with reading(engine) as connection:
@@ -36,13 +37,13 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
 
 
 class SessionProcess:
-    """One session of a world's campaign, in its own process, whose clock is `clock_ahead` seconds ahead."""
+    """One session of a world's campaign, in its own process, on a host whose clock is `clock`."""
 
-    def __init__(self, world: World, server: str, run_id: str, shard: int = 0, *, clock_ahead: float = 0, **environment: str) -> None:
+    def __init__(self, world: World, server: str, run_id: str, shard: int = 0, *, clock: HostClock | None = None, **environment: str) -> None:
         environ = {name: value for name, value in os.environ.items() if name.startswith("MAIL_PIPELINES_")} | environment
         self.result = world.settings.home / f"{run_id}.done"
         self.process: ForkServerProcess = _processes.Process(
-            target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id, clock_ahead), daemon=True
+            target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id, clock), daemon=True
         )
         self.process.start()
 

@@ -30,7 +30,7 @@ from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import accounts, audit, claims, servers, settlement, token_keys
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import OpenClaim
-from mail_pipelines.dispatch.giving_way import waits_for_a_slot
+from mail_pipelines.dispatch.giving_way import errand_for, waits_for_a_slot
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.recovery.reading import take_part
@@ -44,7 +44,7 @@ from mail_pipelines.domains.keys import KeyNotOpened
 from mail_pipelines.domains.signing import sending_as
 from mail_pipelines.messages.keyring import derive
 from tests.dispatch.test_audit import Log
-from tests.dispatch.test_giving_way import another_campaign
+from tests.dispatch.test_giving_way import URGENT, another_campaign, retries
 from tests.dispatch.world import Servers, World, make_world, write_play
 
 pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
@@ -126,6 +126,14 @@ def theft(fleet: Accounts) -> Theft:
 
 
 # --- what a server needs --------------------------------------------------------------------------------------------
+
+
+def test_a_server_does_errands_under_its_own_account(theft: Theft) -> None:
+    ((run_id,),) = theft.rows("SELECT run_id FROM claims")
+    retries(theft.world)
+    with reading(theft.engine) as connection:
+        found = errand_for(connection, theft.server, str(run_id), theft.world.campaign_id, slots=1, waits=False)
+    assert found == (URGENT, "urgent", 0)
 
 
 def test_a_server_gives_way_to_an_urgent_campaign_without_a_look_at_other_servers(theft: Theft) -> None:

@@ -151,6 +151,18 @@ def test_a_piece_is_due_after_a_minute_or_four_megabytes(mx1: Log) -> None:
     assert mx1.archived() == mx1.written
 
 
+def test_a_clock_that_is_set_back_holds_no_piece_up(mx1: Log) -> None:
+    now = time.time() + LATER
+    mx1.write()
+    mx1.shipper.look(now)
+    mx1.write()
+    mx1.shipper.look(now - 600)
+    assert mx1.archived() == mx1.written
+    mx1.write()
+    mx1.shipper.look(now - 600 + archive.PIECE_SECONDS / 2)
+    assert len(mx1.pieces()) == 2
+
+
 def _ship_for_ever(home: str, url: str) -> None:
     mx1 = Log(Path(home), url)
     while True:

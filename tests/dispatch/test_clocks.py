@@ -29,6 +29,7 @@ from mail_pipelines.dispatch.journal import Kind as Ending
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_hold_commands import says
 from tests.dispatch.world import Servers, World, make_world
+from tests.parts.clock import HostClock
 from tests.parts.processes import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -109,12 +110,13 @@ def test_a_clock_that_is_off_loses_repeats_and_exceeds_nothing(
     play = tmp_path / "play.toml"
     play.write_text(PLAY, encoding="utf-8")
     running.start(world, right, play)
-    running.start(world, wrong, play, clock_ahead=ahead)
-    sessions = [SessionProcess(world, "s1", "run-1"), SessionProcess(world, "s2", "run-2", clock_ahead=ahead)]
+    clock_of_s2 = HostClock.of(tmp_path / "clock", ahead)
+    running.start(world, wrong, play, clock=clock_of_s2)
+    sessions = [SessionProcess(world, "s1", "run-1"), SessionProcess(world, "s2", "run-2", clock=clock_of_s2)]
     wait_for(lambda: len(kept_by(world, "s2")) > 8 and open_claims_of(world, "run-2"), what="sending")
     sessions[1].kill()
     wait_for(lambda: not open_claims_of(world, "run-2"), what="settlement by the server whose clock is off")
-    sessions[1] = SessionProcess(world, "s2", "run-3", clock_ahead=ahead)
+    sessions[1] = SessionProcess(world, "s2", "run-3", clock=clock_of_s2)
     world.release(Kind.PROVIDER, "google")
     wait_for(lambda: world.states() == {State.DELIVERED: RECIPIENTS}, what=lambda: f"the end: {world.states()}")
     end = time.time()
@@ -158,8 +160,9 @@ def test_a_clock_that_is_ahead_asks_no_more_often(engine: sa.Engine, tmp_path: P
     world.hold(Kind.PROVIDER, "google")
     play = tmp_path / "play.toml"
     play.write_text(PLAY, encoding="utf-8")
-    running.start(world, server, play, clock_ahead=OFF_SECONDS)
-    assert SessionProcess(world, "s1", "run-1", clock_ahead=OFF_SECONDS).wait() == "google is held: look"
+    clock_of_s1 = HostClock.of(tmp_path / "clock", OFF_SECONDS)
+    running.start(world, server, play, clock=clock_of_s1)
+    assert SessionProcess(world, "s1", "run-1", clock=clock_of_s1).wait() == "google is held: look"
     assert asked_in_vain(world, "s1") == 1
 
 

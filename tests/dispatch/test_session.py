@@ -19,11 +19,11 @@ from mail_pipelines.campaigns import lifecycle, scheduling
 from mail_pipelines.campaigns import states as campaign_states
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEvent, Server, State
-from mail_pipelines.dispatch import servers
+from mail_pipelines.database.models import Campaign, CampaignVersion, Claim, Contact, Delivery, DeliveryEvent, Server, State
+from mail_pipelines.dispatch import last_error, servers
 from mail_pipelines.dispatch.claims import WrongServer
 from mail_pipelines.dispatch.session import Report, Session, journal_of
-from tests.dispatch.test_giving_way import another_campaign
+from tests.dispatch.test_giving_way import URGENT, another_campaign, retries
 from tests.dispatch.world import Running, Servers, World, make_world, write_play
 from tests.parts.processes import wait_for
 
@@ -268,6 +268,49 @@ def test_a_session_ends_in_order_for_an_urgent_campaign(start: Start) -> None:
     assert set(world.states()) == {State.DELIVERED, State.PENDING}
     assert len(world.copies()) == world.states()[State.DELIVERED]
     assert world.open_claims() == 0
+
+
+@pytest.mark.crosswise
+def test_a_session_sends_the_retries_of_an_urgent_campaign_and_goes_on(start: Start) -> None:
+    """In one run, and over the one connection that there is."""
+    world, server, _ = start(recipients=200, limits={"connections": 1, "per_second": 4.0})
+    world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(session(world, server).run)
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
+        retries(world)
+
+        def urgent() -> list[int]:
+            tokens = [world.ring().read_delivery(message.token)[0] for message in world.kept()]
+            return sorted(token.contact_id for token in tokens if token.campaign_id == URGENT)
+
+        wait_for(lambda: urgent() == [1, 2], what="the retries")
+        before = world.states()[State.DELIVERED]
+        report = run.result(90)
+    assert before < 200
+    assert (report.reason, report.errands, report.claimed) == ("the shard is final", 2, 200)
+    assert urgent() == [1, 2]
+    assert world.states() == {State.DELIVERED: 200}
+    assert world.copies() == dict.fromkeys(range(1, 201), 1)
+    assert world.open_claims() == 0
+
+
+def test_a_fault_of_an_urgent_campaign_stops_nobody_elses_session(start: Start) -> None:
+    world, server, _ = start(recipients=120, limits={"connections": 1, "per_second": 4.0})
+    world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})
+    broken = {"id": 9, "campaign_id": URGENT, "number": 1, "source": {}, "sha256": "0" * 64, "compiled": b"no message", "created_at": dt.datetime.now(dt.UTC)}
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(session(world, server).run)
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
+        retries(world)
+        transact(world.engine, lambda connection: connection.execute(sa.insert(CampaignVersion).values(**broken)))
+        transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == URGENT).values(version_id=9)))
+        report = run.result(60)
+    assert (report.reason, report.errands) == ("the shard is final", 0)
+    assert world.states() == {State.DELIVERED: 120}
+    error = last_error.read(world.folders(server.key))
+    assert error is not None
+    assert error["what"] == "errand of session run-1 for campaign urgent"
 
 
 def test_a_value_that_makes_no_message_stops_nobody_else(start: Start) -> None:

@@ -104,6 +104,19 @@ def test_a_torn_or_growing_last_record_is_left_for_later(tmp_path: Path) -> None
     assert rest.data == RECORDS[5] + b"\n"
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_log_that_was_written_before_the_clock_was_set_back_is_read_to_its_end(tmp_path: Path, rotated: bool) -> None:
+    path = tmp_path / "main.log"
+    path.write_bytes(RECORDS[0] + b"\n")
+    now = path.stat().st_mtime - 300
+    if rotated:
+        path.rename(tmp_path / "main.log.1")
+        path.write_bytes(RECORDS[3] + b"\n")
+        os.utime(path, (now - 2, now - 2))
+    wanted = [RECORDS[0] + b"\n", *([RECORDS[3] + b"\n"] if rotated else [])]
+    assert [block.data for block in tail.blocks(journal(path), None, now)] == wanted
+
+
 @pytest.mark.parametrize("cut", ["truncated", "gone"])
 def test_what_is_gone_is_told_and_the_rest_is_read(tmp_path: Path, cut: str) -> None:
     path = tmp_path / "main.log"

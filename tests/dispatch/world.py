@@ -49,6 +49,7 @@ from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.messages.content import Content
 from mail_pipelines.messages.keyring import KeyRing, derive
 from mail_pipelines.messages.tokens import DeliveryToken
+from tests.parts.clock import HostClock
 from tests.parts.processes import free_port, listens, wait_for
 
 CONTENT = Content(
@@ -335,9 +336,8 @@ def _open_folders() -> Path:
 class Running:
     """A server process of its own, as `mail-pipelines catcher run` or `exim run` starts it."""
 
-    def __init__(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str, clock_ahead: float = 0) -> None:
-        self.world, self.server, self.play = world, server, play
-        self.program = ["tests.parts.clock", str(clock_ahead)] if clock_ahead else ["mail_pipelines.cli"]
+    def __init__(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str, clock: HostClock | None = None) -> None:
+        self.world, self.server, self.play, self.clock = world, server, play, clock
         # Of some domains, as options of `exim run`.
         self.elsewhere = [word for destination in destinations for word in ("--destination", destination)]
         self.folders = world.folders(server.key)
@@ -349,8 +349,10 @@ class Running:
     def command(self, *words: str, port: int) -> subprocess.Popen[bytes]:
         """Start a `mail-pipelines` command and wait until it listens on `port`."""
         output = self.folders.log / "process.log"
+        # Destinations are other hosts.
+        program = ["tests.parts.clock", str(self.clock.file)] if self.clock is not None and port == self.server.port else ["mail_pipelines.cli"]
         with output.open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", *self.program, *words], env=self.environment, stdout=log, stderr=log)
+            process = subprocess.Popen([sys.executable, "-m", *program, *words], env=self.environment, stdout=log, stderr=log)
 
         def ready() -> bool:
             assert process.poll() is None, output.read_text()[-2000:]
@@ -458,12 +460,12 @@ class Servers:
     def __init__(self) -> None:
         self._running: list[Running] = []
 
-    def start(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str, clock_ahead: float = 0) -> Any:
+    def start(self, world: World, server: servers.ServerInfo, play: Path, *destinations: str, clock: HostClock | None = None) -> Any:
         """Start the server `server` of the world's kind, with destinations that behave as `play` says; `destinations` of some domains are elsewhere.
 
-        The clock of its process is so many seconds ahead, which only a catcher's can be.
+        All its processes go by `clock`, if that is given.
         """
-        return self._keep((Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations, clock_ahead=clock_ahead))
+        return self._keep((Running if world.kind == "catcher" else RunningExim)(world, server, play, *destinations, clock=clock))
 
     def start_two(self, world: World, play: Path, **limits: Mapping[str, Any]) -> tuple[RunningTwo, dict[str, World]]:
         """Start one Exim for the servers s1 and s2, with limits and token keys of their own; the world as each of them sees it."""

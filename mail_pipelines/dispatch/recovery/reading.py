@@ -93,7 +93,7 @@ def _contribute(engine: Engine, settings: Settings, server: servers.ServerInfo, 
     settled = settlement.settle_all(engine, sender, folders, journal, settings.sending, settings.token_key(), wait_seconds=0)
     end = journal.end()
     now = time.time()
-    if settled.waiting or now - max(path.stat().st_mtime for _, path in journal.files()) < tail.LEFT_SECONDS:
+    if settled.waiting or tail.quiet_seconds(max(path.stat().st_mtime for _, path in journal.files()), now) < tail.LEFT_SECONDS:
         return
     store = Store(engine, server.id)
     since = part.heartbeat_at - OVERLAP if part.heartbeat_at else None

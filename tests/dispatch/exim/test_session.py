@@ -7,6 +7,7 @@ import pytest
 from tests.dispatch.test_session import (  # noqa: F401 (collected here for the other kind)
     start,
     test_a_server_that_never_answers_ends_the_session_with_everything_unsent,
+    test_a_session_sends_the_retries_of_an_urgent_campaign_and_goes_on,
     test_a_stop_acts_within_five_seconds_at_full_speed,
     test_an_address_suppressed_while_sending_is_not_mailed,
     test_everybody_gets_one_message,
