@@ -4,6 +4,7 @@ What belongs here: which move exists, and what has to be true of a server that g
 a lost server's rows (`settlement.give_up`).
 
 ```
+provisioning → active  (made, verified)
 active ⇄ paused        active, paused → draining → active, paused
 paused, draining → retired (nothing in hand, log read), any → retired with its host lost
 active, draining → lost (by the centre, after half an hour of silence) → active, retired
@@ -38,6 +39,8 @@ LAST_LINES = dt.timedelta(minutes=5)
 
 
 class ServerState(enum.StrEnum):
+    # Registered while its host is being made (`provisioning`): it may speak and claims nothing.
+    PROVISIONING = "provisioning"
     ACTIVE = "active"
     # Claims nothing, and what is late of a claim is not sent.
     PAUSED = "paused"
@@ -68,8 +71,9 @@ MOVES = {
         Move("pause", frozenset({_S.ACTIVE, _S.DRAINING}), _S.PAUSED),
         Move("drain", frozenset({_S.ACTIVE, _S.PAUSED}), _S.DRAINING),
         Move("retire", frozenset({_S.PAUSED, _S.DRAINING, _S.LOST}), _S.RETIRED),
-        # What only the centre says, and `retire` of a host that is gone.
-        Move("lose", frozenset({_S.ACTIVE, _S.PAUSED, _S.DRAINING}), _S.LOST),
+        # What only the centre says: of a server that it has made, and of a host that is gone.
+        Move("serve", frozenset({_S.PROVISIONING}), _S.ACTIVE),
+        Move("lose", frozenset({_S.PROVISIONING, _S.ACTIVE, _S.PAUSED, _S.DRAINING}), _S.LOST),
     )
 }
 
@@ -80,7 +84,7 @@ def move(connection: Connection, key: str, verb: str) -> ServerState:
     swap = sa.update(Server).where(Server.key == key, Server.state.in_([source.value for source in known.sources])).values(state=known.target.value)
     if connection.execute(swap).rowcount != 1:
         found = ServerState(servers.find(connection, key).state)
-        possible = [f"{one.verb} → {one.target}" for one in MOVES.values() if found in one.sources and one.verb != "lose"]
+        possible = [f"{one.verb} → {one.target}" for one in MOVES.values() if found in one.sources and one.verb not in ("serve", "lose")]
         raise ServerStateError(f"server {key} is {found}, so it cannot become {known.target}; possible: {', '.join(possible) or 'nothing'}")
     return known.target
 
