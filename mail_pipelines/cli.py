@@ -17,6 +17,7 @@ from mail_pipelines.commands import (
     database,
     domain,
     exim,
+    fleet,
     hold,
     home,
     inbound,
@@ -44,6 +45,7 @@ app.command("why")(why.why)
 app.add_typer(unknown.app, name="unknown")
 app.add_typer(domain.app, name="domain")
 app.add_typer(database.app, name="database")
+server.app.add_typer(fleet.app)
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(catcher.app, name="catcher")

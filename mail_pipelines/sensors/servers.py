@@ -17,6 +17,7 @@ from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.jobs import audit_delivery_logs, build_audience, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
+from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sensors.campaigns import missing_keys
@@ -25,7 +26,18 @@ from mail_pipelines.sensors.ticks import instance_of
 
 SEND_POOL = "dispatch"
 CENTRE_JOBS = tuple(
-    job.name for job in (build_audience, report_campaign, refresh_snapshots_job, maintenance, close_open_rows, import_contacts, read_inbound_mail)
+    job.name
+    for job in (
+        build_audience,
+        report_campaign,
+        refresh_snapshots_job,
+        maintenance,
+        close_open_rows,
+        import_contacts,
+        read_inbound_mail,
+        provision_server,
+        retire_server,
+    )
 )
 
 

@@ -18,7 +18,17 @@ ASSETS = {
     "delivery_logs": "delivery",
     "campaign_statistics": "reporting",
 }
-SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs", "inbound_mail"}
+SENSORS = {
+    "dropped_files",
+    "due_campaigns",
+    "open_shards",
+    "finished_shards",
+    "finished_campaigns",
+    "server_health",
+    "capacity_shortage",
+    "failed_runs",
+    "inbound_mail",
+}
 JOBS = {
     "build_audience",
     "send_campaign",
@@ -29,6 +39,8 @@ JOBS = {
     "close_open_rows",
     "import_contacts",
     "read_inbound_mail",
+    "provision_server",
+    "retire_server",
 }
 
 
