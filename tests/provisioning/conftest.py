@@ -19,7 +19,7 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.dispatch import accounts, servers
 from mail_pipelines.domains.records import Purpose, Record
 from mail_pipelines.provisioning import making, store
-from mail_pipelines.provisioning.interfaces import Finding, Host, HostSource, Parts, Player, ProvisioningError, Say, ServerRecords, Target
+from mail_pipelines.provisioning.interfaces import Finding, Host, HostSource, Parts, Player, ProvisioningError, Say, ServerRecords, Target, Verify
 from mail_pipelines.provisioning.playing import Ansible
 from mail_pipelines.provisioning.sources.command import Command
 from mail_pipelines.provisioning.speaking import Heard
@@ -230,6 +230,9 @@ class World:
 
     def players(self, **players: Player) -> None:
         self.parts = replace(self.parts, players=players)
+
+    def verify(self, **verify: Verify) -> None:
+        self.parts = replace(self.parts, verify=verify)
 
     def ansible(self) -> None:
         """Hosts are installed by Ansible's own playbook of the tests."""
