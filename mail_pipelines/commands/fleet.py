@@ -113,11 +113,11 @@ def list_proposals(last: Annotated[int, typer.Option(help="show the newest so ma
     from mail_pipelines.database.engine import reading
     from mail_pipelines.provisioning import proposals
 
-    table = Table("proposal", "made (UTC)", "state", "servers", "cost/month", "why", "effect")
+    table = Table("proposal", "made (UTC)", "state", "servers", "pool", "cost/month", "why", "effect")
     with reading(open_engine()) as connection:
         for one in proposals.all_proposals(connection, last=last):
             made = f"{one.made_at:%Y-%m-%d %H:%M}"
-            table.add_row(str(one.id), made, one.state, str(one.servers), f"{one.cost_per_month:.2f}", escape(one.why), escape(one.effect))
+            table.add_row(str(one.id), made, one.state, str(one.servers), one.pool or "", f"{one.cost_per_month:.2f}", escape(one.why), escape(one.effect))
     console.print(table)
 
 

@@ -644,6 +644,7 @@ class ProvisionProposal(Base):
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
     state: Mapped[str] = mapped_column(ascii_string(16))
     servers: Mapped[int] = mapped_column(sa.Integer)
+    pool: Mapped[str | None] = mapped_column(ascii_string(KEY_LENGTH))
     why: Mapped[str] = mapped_column(sa.String(500))
     effect: Mapped[str] = mapped_column(sa.String(500))
     cost_per_month: Mapped[float] = mapped_column(sa.Double)

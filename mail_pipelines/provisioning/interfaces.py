@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.config import Settings
 from mail_pipelines.dispatch.archive import Archive
@@ -116,14 +116,16 @@ class Player(Protocol):
 
 
 class Finding(Protocol):
-    """One thing that was verified. `str` of it says what was found, and what to do."""
+    """What a check of a server has found; `text` says what, and what to do. `ok` is None where it could not be told, which is no failure."""
 
     @property
-    def failed(self) -> bool: ...
+    def name(self) -> str: ...
 
     @property
-    def of_network(self) -> bool:
-        """Whether every host of the same source would fail likewise: outbound port 25 is shut, the network is listed."""
+    def ok(self) -> bool | None: ...
+
+    @property
+    def text(self) -> str: ...
 
 
 Verify = Callable[[Target], Sequence[Finding]]
@@ -178,6 +180,8 @@ class Parts:
     records_of: RecordsOf
     verify: Mapping[str, Verify]
     archive: Archive | None = None
+    # Begins the warm-up of a server that has just become active, on a source whose addresses are cold.
+    warm_up: Callable[[Connection, str], None] | None = None
 
     def source(self, name: str) -> HostSource:
         for source in self.sources:

@@ -7,7 +7,7 @@ What belongs here: what is asked for when capacity runs short, and when again. W
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -18,7 +18,7 @@ from mail_pipelines.database.engine import database_now
 from mail_pipelines.errors import nearest
 from mail_pipelines.provisioning import budget, store
 from mail_pipelines.provisioning.interfaces import Parts, ProvisioningError
-from mail_pipelines.provisioning.states import MAKING
+from mail_pipelines.provisioning.states import IN_SERVICE, MAKING
 from mail_pipelines.provisioning.store import Provision
 
 OPEN, ACCEPTED, SUPERSEDED = "open", "accepted", "superseded"
@@ -28,11 +28,16 @@ _T = models.ProvisionProposal
 
 @dataclass(frozen=True)
 class Wanted:
-    """`servers` more than there are and are being made; why, and what they would do for the campaigns."""
+    """So many more servers of a pool (None: the default one); why, and what they would do for the campaigns.
+
+    What was asked for until `as_of` is counted already. Without a time nothing is: then all that are being made are subtracted.
+    """
 
     servers: int
     why: str
     effect: str = ""
+    pool: str | None = None
+    as_of: dt.datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Proposal:
     id: int
     state: str
     servers: int
+    pool: str | None
     why: str
     effect: str
     cost_per_month: float
@@ -61,12 +67,12 @@ def find(connection: Connection, proposal_id: int) -> Proposal:
 
 
 def propose(connection: Connection, parts: Parts, wanted: Wanted) -> Proposal:
-    """Store a proposal; it takes the place of one that nobody has decided."""
+    """Store a proposal; it takes the place of one for the same pool that nobody has decided."""
     now = database_now(connection)
-    connection.execute(sa.update(_T).where(_T.state == OPEN).values(state=SUPERSEDED, decided_at=now))
+    connection.execute(sa.update(_T).where(_T.state == OPEN, _T.pool.is_not_distinct_from(wanted.pool)).values(state=SUPERSEDED, decided_at=now))
     cost = wanted.servers * budget.HOURS_PER_MONTH * next_cost(connection, parts)
     texts = {"why": wanted.why[:_LONGEST], "effect": wanted.effect[:_LONGEST]}
-    result = connection.execute(sa.insert(_T).values(state=OPEN, servers=wanted.servers, cost_per_month=cost, made_at=now, **texts))
+    result = connection.execute(sa.insert(_T).values(state=OPEN, servers=wanted.servers, pool=wanted.pool, cost_per_month=cost, made_at=now, **texts))
     assert result.inserted_primary_key is not None
     return find(connection, result.inserted_primary_key[0])
 
@@ -83,7 +89,7 @@ def accept(connection: Connection, settings: ProvisioningSettings, proposal_id: 
     swap = sa.update(_T).where(_T.id == proposal_id, _T.state == OPEN).values(state=ACCEPTED, decided_at=database_now(connection))
     if connection.execute(swap).rowcount != 1:
         raise ProvisioningError(f"proposal {proposal_id} is {proposal.state}; `mail-pipelines server proposals` has the open one")
-    return [store.request(connection, settings, proposal.why, proposal_id=proposal_id) for _ in range(proposal.servers)]
+    return [store.request(connection, settings, proposal.why, proposal_id=proposal_id, pool=proposal.pool) for _ in range(proposal.servers)]
 
 
 def short(connection: Connection, parts: Parts, wanted: Wanted) -> str:
@@ -94,24 +100,34 @@ def short(connection: Connection, parts: Parts, wanted: Wanted) -> str:
     if wanted.servers <= 0:
         return "no servers are wanted"
     # All that act on a shortage wait for each other here.
-    making = [one for one in store.all_provisions(connection, lock=True) if one.state in MAKING]
-    servers = wanted.servers - len(making)
+    coming = sum(_counts(one, wanted) for one in store.all_provisions(connection, lock=True))
+    servers = wanted.servers - coming
     if servers <= 0:
-        return f"{wanted.servers} servers are wanted, and {len(making)} are being made"
-    last = last_action(connection)
+        return f"{wanted.servers} servers are wanted, and {coming} are coming"
+    last = last_action(connection, wanted.pool)
     if last is not None and now - last < dt.timedelta(minutes=settings.cool_down_minutes):
         return f"{servers} more servers are wanted; the last proposal or order was at {last:%H:%M:%S} UTC, and provisioning.cool_down_minutes is not over"
-    proposal = propose(connection, parts, Wanted(servers, wanted.why, wanted.effect))
+    proposal = propose(connection, parts, replace(wanted, servers=servers))
     if settings.mode == "propose":
         return f"proposal {proposal.id}: {servers} servers, {proposal.cost_per_month:.2f} a month: {wanted.why}"
     ordered = accept(connection, settings, proposal.id)
     return f"{', '.join(one.key for one in ordered)} are asked for: {wanted.why}"
 
 
-def last_action(connection: Connection) -> dt.datetime | None:
-    """When servers were last proposed, or asked for."""
+def _counts(one: Provision, wanted: Wanted) -> bool:
+    """Whether this server is one of those that are wanted, and on its way."""
+    if one.pool != wanted.pool:
+        return False
+    if wanted.as_of is None:
+        return one.state in MAKING
+    return one.state in MAKING | IN_SERVICE and one.requested_at > wanted.as_of
+
+
+def last_action(connection: Connection, pool: str | None) -> dt.datetime | None:
+    """When servers of a pool were last proposed, or asked for."""
+    asked = models.Provision
     moments = [
-        connection.execute(sa.select(_T.made_at).order_by(_T.id.desc()).limit(1)).scalar_one_or_none(),
-        connection.execute(sa.select(models.Provision.requested_at).order_by(models.Provision.id.desc()).limit(1)).scalar_one_or_none(),
+        connection.execute(sa.select(sa.func.max(_T.made_at)).where(_T.pool.is_not_distinct_from(pool))).scalar_one(),
+        connection.execute(sa.select(sa.func.max(asked.requested_at)).where(asked.pool.is_not_distinct_from(pool))).scalar_one(),
     ]
     return max((moment for moment in moments if moment is not None), default=None)

@@ -19,12 +19,9 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Heard:
-    failed: bool
+    ok: bool
     text: str
-    of_network: bool = False
-
-    def __str__(self) -> str:
-        return self.text
+    name: str = "heartbeat"
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,8 @@ class Speaks:
             with reading(self.engine) as connection:
                 server, now = servers.find(connection, target.name), database_now(connection)
             if not server.is_silent(now, self.settings.server.heartbeat_seconds):
-                return [Heard(False, "its process speaks with the database")]
+                return [Heard(True, "its process speaks with the database")]
             if time.monotonic() > end:
                 unit = f"see `journalctl -u mail-pipelines-{server.kind}` there" if server.kind == "exim" else "see its log in the home"
-                return [Heard(True, f"its process does not speak with the database within {_WAIT_SECONDS} s: {unit}")]
+                return [Heard(False, f"its process does not speak with the database within {_WAIT_SECONDS} s: {unit}")]
             time.sleep(_POLL_SECONDS)

@@ -62,7 +62,7 @@ PATH: dict[At, At] = {
     At(State.PROVISIONING, Step.PLAY): At(State.WAITING_DNS, Step.PUBLISH),
     At(State.WAITING_DNS, Step.PUBLISH): At(State.VERIFYING, Step.VERIFY),
     At(State.VERIFYING, Step.VERIFY): At(State.VERIFYING, Step.SERVE),
-    # Or to `warming`, where there is warm-up.
+    # Or to `warming`, until the server is warm.
     At(State.VERIFYING, Step.SERVE): At(State.ACTIVE, Step.NONE),
     At(State.DRAINING, Step.DRAIN): At(State.DRAINING, Step.SETTLE),
     At(State.DRAINING, Step.SETTLE): At(State.DRAINING, Step.REVOKE),

@@ -31,6 +31,9 @@ from mail_pipelines.provisioning.store import Provision
 LOOPBACK = "127.0.0.1"
 EXIM_PORT = 2525
 _BANNER_SECONDS = 5
+# Checks that every host of the same source would fail likewise.
+OF_NETWORK = frozenset({"port 25", "block lists"})
+_WORDS = {True: "ok", False: "failed", None: "unknown"}
 
 
 class Waits(ProvisioningError):
@@ -153,26 +156,28 @@ def publish(parts: Parts, provision: Provision, say: Say) -> Done:
 def verify(parts: Parts, provision: Provision, say: Say) -> Done:
     findings = parts.verify[parts.source(provision.source or "").kind](target_of(parts, provision))
     for finding in findings:
-        say(f"{provision.key}: {finding}")
-    failed = [finding for finding in findings if finding.failed]
-    if any(finding.of_network for finding in failed):
-        raise Unfit("; ".join(map(str, failed)))
+        say(f"{provision.key}: {finding.name}: {_WORDS[finding.ok]}, {finding.text}")
+    failed = [finding for finding in findings if finding.ok is False]
+    reasons = "; ".join(f"{finding.name}: {finding.text}" for finding in failed)
+    if any(finding.name in OF_NETWORK for finding in failed):
+        raise Unfit(reasons)
     if failed:
-        raise ProvisioningError("; ".join(map(str, failed)))
+        raise ProvisioningError(reasons)
     return PATH[provision.at], {}
 
 
 def serve(parts: Parts, provision: Provision, say: Say) -> Done:
     """Let it claim: as one that warms up where there is warm-up and its address needs it."""
-    warms = "warm" in registry.MOVES and not parts.source(provision.source or "").warm
 
-    def work(connection: Connection) -> None:
+    def work(connection: Connection) -> str:
         # A repetition finds it in service.
         if servers.find(connection, provision.key).state == registry.ServerState.PROVISIONING:
-            registry.move(connection, provision.key, "warm" if warms else "serve")
+            registry.move(connection, provision.key, "serve")
+            if parts.warm_up is not None and not parts.source(provision.source or "").warm:
+                parts.warm_up(connection, provision.key)
+        return servers.find(connection, provision.key).state
 
-    transact(parts.engine, work)
-    to = At(State.WARMING, Step.NONE) if warms else PATH[provision.at]
+    to = At(State.WARMING, Step.NONE) if transact(parts.engine, work) == State.WARMING else PATH[provision.at]
     say(f"{provision.key} is {to.state}")
     return to, {}
 

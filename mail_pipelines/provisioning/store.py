@@ -160,6 +160,13 @@ def give_back(connection: Connection, key: str, reason: str) -> Provision:
     return find(connection, key)
 
 
+def warmed(connection: Connection) -> int:
+    """Let those be active whose server has become so; returns how many."""
+    active = sa.select(models.Server.key).where(models.Server.state == State.ACTIVE.value)
+    swap = sa.update(_T).where(_T.state == State.WARMING.value, _T.key.in_(active))
+    return connection.execute(swap.values(state=State.ACTIVE.value, state_at=database_now(connection))).rowcount
+
+
 # --- sources ----------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,6 @@ class Provisioning(dg.ConfigurableResource):
     def parts(self, engine: sa.Engine, settings: Settings) -> Parts:
         return parts_of(engine, settings)
 
-    def wanted(self, engine: sa.Engine, settings: Settings) -> Wanted | None:
-        """What the capacity plan orders; None without one."""
-        return None
+    def wanted(self, engine: sa.Engine, settings: Settings) -> Sequence[Wanted]:
+        """What the capacity plan orders now, for each pool."""
+        return ()

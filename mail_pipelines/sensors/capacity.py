@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dagster as dg
+import sqlalchemy as sa
 
+from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import proposals, store
@@ -34,18 +36,28 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
     def capacity_shortage(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
         """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), and go on with those that wait for something."""
         engine, settings = database.engine, database.settings
-        said = "the capacity plan wants no servers"
-        if settings.provisioning.mode != "off" and (wanted := provisioning.wanted(engine, settings)) is not None:
-            parts = provisioning.parts(engine, settings)
-            said = transact(engine, lambda connection: proposals.short(connection, parts, wanted))
-            context.log.info("%s", said)
+        said = [] if settings.provisioning.mode == "off" else _short(provisioning, engine, settings)
+        for line in said:
+            context.log.info("%s", line)
         with reading(engine) as connection:
             due = store.due(connection, database_now(connection))
+            warming = any(one.state is State.WARMING for one in store.all_provisions(connection))
+        if warming:
+            transact(engine, store.warmed)
         busy: set[str] = set()
         if due:
             instance = instance_of(context)
             busy = {run.tags.get(SERVER_TAG, "") for job in (provision_server, retire_server) for run in unfinished(instance, job.name)}
         requests = [run_request(provision) for provision in due if provision.key not in busy]
-        return dg.SensorResult(run_requests=requests, skip_reason=None if requests else dg.SkipReason(said))
+        return dg.SensorResult(run_requests=requests, skip_reason=None if requests else dg.SkipReason("; ".join(said) or "no servers are wanted"))
 
     return capacity_shortage
+
+
+def _short(provisioning: Provisioning, engine: sa.Engine, settings: Settings) -> list[str]:
+    """Act on what is missing in each pool; what was done, in words."""
+    wanted = [one for one in provisioning.wanted(engine, settings) if one.servers > 0]
+    if not wanted:
+        return []
+    parts = provisioning.parts(engine, settings)
+    return [transact(engine, lambda connection, one=one: proposals.short(connection, parts, one)) for one in wanted]  # type: ignore[misc]

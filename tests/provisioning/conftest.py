@@ -197,7 +197,7 @@ class Verifier:
 
     def __call__(self, target: Target) -> Sequence[Finding]:
         ready = (self.place / target.name / "ready").exists()
-        return [Heard(not ready, "is installed" if ready else "is not installed"), *self.findings]
+        return [Heard(ready, "is installed" if ready else "is not installed"), *self.findings]
 
 
 @dataclass

@@ -172,7 +172,7 @@ def test_a_step_that_fails_is_tried_again_and_then_rolled_back(world: World, bad
 @pytest.mark.parametrize("bad", [step for (state, step) in PATH if state is State.FAILED])
 def test_a_step_of_the_removal_that_fails_is_tried_until_nothing_costs_any_more(world: World, bad: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     key = world.request()
-    monkeypatch.setattr(world.verifier, "findings", [Heard(True, "Exim does not start")])
+    monkeypatch.setattr(world.verifier, "findings", [Heard(False, "Exim does not start")])
     real, tried = making.DO[bad], []
 
     def fails(parts, provision, say):  # type: ignore[no-untyped-def]
@@ -185,7 +185,7 @@ def test_a_step_of_the_removal_that_fails_is_tried_until_nothing_costs_any_more(
     ended = world.to_the_end(key)
     assert tried == [0, 1, 2, 3, 4, 5]
     # Why it was given up stays.
-    assert (ended.state, ended.step, ended.reason) == (State.FAILED, Step.NONE, "verify: Exim does not start")
+    assert (ended.state, ended.step, ended.reason) == (State.FAILED, Step.NONE, "verify: heartbeat: Exim does not start")
     world.nothing_is_left(key)
 
 
@@ -248,8 +248,8 @@ def test_a_source_that_has_no_host_is_set_aside_and_the_next_is_used(world: Worl
 @SQLITE
 def test_a_source_whose_hosts_cannot_send_is_set_aside(world: World) -> None:
     north, south = world.hosters
-    world.verifier.findings = [Heard(True, "outbound port 25 is shut", of_network=True)]
-    assert world.advance(world.request()).reason == "verify: outbound port 25 is shut"
+    world.verifier.findings = [Heard(False, "nobody answers", "port 25")]
+    assert world.advance(world.request()).reason == "verify: port 25: nobody answers"
     world.nothing_is_left("mx1")
     world.verifier.findings = []
     assert world.advance("mx2").state is State.ACTIVE
@@ -312,7 +312,7 @@ def test_a_host_of_a_list_that_failed_is_left_alone_for_a_day(world: World) -> N
     north, _ = world.hosters
     made = [north.source().create(order) for order in (_order("a"), _order("b"))]
     world.use(Inventory("rack", made))
-    world.verifier.findings = [Heard(True, "no room for the log")]
+    world.verifier.findings = [Heard(False, "no room for the log")]
     world.to_the_end(world.request())
     world.verifier.findings = []
     assert world.to_the_end(world.request()).host == made[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import dagster as dg
 import pytest
@@ -38,7 +39,7 @@ def tick(world: World, database_url: str, instance: dg.DagsterInstance, monkeypa
     monkeypatch.setattr(resource, "parts_of", lambda engine, settings: world.parts)
     repository = build_defs().get_repository_def()
 
-    def look(mode: str, wanted: Wanted | None) -> dg.SensorResult:
+    def look(mode: str, *wanted: Wanted) -> dg.SensorResult:
         monkeypatch.setenv("MAIL_PIPELINES_PROVISIONING__MODE", mode)
         world.set(mode=mode)
         monkeypatch.setattr(Provisioning, "wanted", lambda self, engine, settings: wanted)
@@ -81,7 +82,7 @@ def test_propose_writes_down_what_why_cost_and_effect_and_orders_nothing_until_s
     tick("propose", LATE)
     assert open_proposals(world) == [proposal]
     transact(world.engine, lambda connection: proposals.accept(connection, world.settings.provisioning, proposal.id))
-    assert asked(tick("propose", None)) == [("provision_server", "mx1"), ("provision_server", "mx2")]
+    assert asked(tick("propose")) == [("provision_server", "mx1"), ("provision_server", "mx2")]
     assert {one.proposal_id for one in world.all().values()} == {proposal.id}
     with pytest.raises(store.ProvisioningError, match="is accepted"):
         transact(world.engine, lambda connection: proposals.accept(connection, world.settings.provisioning, proposal.id))
@@ -93,7 +94,7 @@ def test_auto_orders_what_is_missing_and_counts_what_is_under_way(world: World, 
     assert asked(result) == [("provision_server", "mx1"), ("provision_server", "mx2")]
     assert [run(request, instance).success for request in result.run_requests or []] == [True, True]
     assert [one.state for one in world.all().values()] == [State.ACTIVE, State.ACTIVE]
-    assert asked(tick("auto", None)) == []
+    assert asked(tick("auto")) == []
     # Of three that are wanted one is being made.
     world.request()
     assert {key for _, key in asked(tick("auto", Wanted(3, "more")))} == {"mx3", "mx4", "mx5"}
@@ -115,21 +116,21 @@ def test_a_server_that_is_being_worked_on_is_not_asked_for_again(world: World, t
     job = build_defs().resolve_job_def("provision_server")
     request = capacity.run_request(world.provision(key))
     instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags=request.tags, run_config=request.run_config)
-    assert asked(tick("propose", None)) == []
+    assert asked(tick("propose")) == []
 
 
 def test_one_that_waits_for_the_dns_is_asked_for_again_when_it_is_due(world: World, tick: Callable[..., dg.SensorResult], instance: dg.DagsterInstance) -> None:
     world.zone.quick = False
     world.set(retry_seconds=3600)
     world.request()
-    (request,) = tick("off", None).run_requests or []
+    (request,) = tick("off").run_requests or []
     result = run(request, instance)
     # It has done what could be done.
     assert result.success
     assert world.provision("mx1").state is State.WAITING_DNS
-    assert asked(tick("off", None)) == []
+    assert asked(tick("off")) == []
     transact(world.engine, lambda connection: connection.execute(sa.update(models.Provision).values(due_at=dt.datetime.now(dt.UTC))))
-    assert asked(tick("off", None)) == [("provision_server", "mx1")]
+    assert asked(tick("off")) == [("provision_server", "mx1")]
     world.zone.quick = True
     assert run(request, instance).success
     assert world.provision("mx1").state is State.ACTIVE
@@ -141,7 +142,7 @@ def test_a_run_fails_with_the_reason_when_the_server_could_not_be_made(
     for one in world.hosters:
         one.trouble('{"create": [1, "the API is away"]}')
     world.request()
-    (request,) = tick("propose", None).run_requests or []
+    (request,) = tick("propose").run_requests or []
     result = run(request, instance)
     assert not result.success
     (failure,) = [event for event in result.all_events if event.is_step_failure]
@@ -155,7 +156,7 @@ def test_a_server_that_goes_is_taken_out_by_its_own_job(world: World, tick: Call
     key = world.request()
     world.advance(key)
     transact(world.engine, lambda connection: store.give_back(connection, key, "not wanted"))
-    result = tick("propose", None)
+    result = tick("propose")
     assert asked(result) == [("retire_server", key)]
     assert run((result.run_requests or [])[0], instance).success
     assert world.provision(key).state is State.RETIRED
@@ -179,3 +180,32 @@ def test_a_day_of_waiting_makes_few_runs(world: World, tick: Callable[..., dg.Se
             world.to_the_end(key)
     assert [one.state for one in world.all().values()] == [State.ACTIVE] * 3
     assert runs < 200
+
+
+def test_each_pool_has_its_own_shortage(world: World, tick: Callable[..., dg.SensorResult]) -> None:
+    tick("propose", Wanted(1, "default is short"), Wanted(2, "vip is short", pool="vip"))
+    assert {(one.pool, one.servers) for one in open_proposals(world)} == {(None, 1), ("vip", 2)}
+
+
+def test_a_plan_counts_what_was_asked_for_before_it(world: World, tick: Callable[..., dg.SensorResult]) -> None:
+    """A plan that was made with one server under way, and wants one more, gets one more; that one is not ordered a second time by the same plan."""
+    world.set(cool_down_minutes=0)
+    world.request()
+    plan = Wanted(1, "short", as_of=dt.datetime.now(dt.UTC))
+    tick("auto", plan)
+    assert set(world.all()) == {"mx1", "mx2"}
+    world.advance("mx2")
+    tick("auto", plan)
+    assert set(world.all()) == {"mx1", "mx2"}
+
+
+def test_a_server_that_was_warming_is_active_when_its_warm_up_is_over(world: World, tick: Callable[..., dg.SensorResult]) -> None:
+    warmed = sa.update(models.Server).values(state="warming")
+    world.parts = replace(world.parts, warm_up=lambda connection, key: connection.execute(warmed.where(models.Server.key == key)))
+    key = world.request()
+    assert world.advance(key).state is State.WARMING
+    tick("propose")
+    assert world.provision(key).state is State.WARMING
+    transact(world.engine, lambda connection: connection.execute(sa.update(models.Server).values(state="active")))
+    tick("propose")
+    assert world.provision(key).state is State.ACTIVE

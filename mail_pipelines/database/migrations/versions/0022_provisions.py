@@ -46,6 +46,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer, primary_key=True),
         sa.Column("state", ascii_string(16), nullable=False),
         sa.Column("servers", sa.Integer, nullable=False),
+        sa.Column("pool", ascii_string(64), nullable=True),
         sa.Column("why", sa.String(500), nullable=False),
         sa.Column("effect", sa.String(500), nullable=False),
         sa.Column("cost_per_month", sa.Double, nullable=False),
