@@ -42,31 +42,38 @@ def advance(parts: Parts, key: str, say: Say) -> Provision:
 
     May be killed at any moment and called again. Raises `TryAgain`, `alone.Busy`, and `ProvisioningError` for a server that was not made here.
     """
-    settings = parts.settings
-    lock = Path(settings.server.run_folder) / "centre" / f"provision-{key}"
+    lock = Path(parts.settings.server.run_folder) / "centre" / f"provision-{key}"
     with alone(lock, f"server {key}", wait_seconds=_LOCK_SECONDS):
         while True:
             with reading(parts.engine) as connection:
                 provision = store.find(connection, key)
             if provision.step is Step.NONE:
-                lock.unlink(missing_ok=True)
                 return provision
             try:
-                store.begin(parts.engine, provision, settings.provisioning.retry_seconds)
-                say(f"{key}: {provision.step}" + (f", attempt {provision.attempt + 1}" if provision.attempt else ""))
-                if (done := DO[provision.step](parts, provision, say)) is not None:
-                    to, values = done
-                    transact(parts.engine, lambda connection: store.move(connection, provision, to, **values))  # noqa: B023 (called at once)
+                if (waits := _take(parts, provision, say)) is not None:
+                    return waits
             except store.Changed as changed:
+                # It was given up meanwhile: what there is of it goes.
                 say(str(changed))
-            except steps.Waits as waits:
-                say(f"{key} waits: {waits}")
-                return _wait(parts, provision, waits)
-            except DatabaseUnreachable:
-                # Neither can that be recorded.
-                raise
-            except Exception as error:  # noqa: BLE001 (whatever it is: to go on for ever would cost for ever)
-                _failed(parts, provision, error, say)
+
+
+def _take(parts: Parts, provision: Provision, say: Say) -> Provision | None:
+    """Take one step, which is recorded before and after it; returns where it stands if it waits. Raises `Changed`, `TryAgain`."""
+    try:
+        store.begin(parts.engine, provision, parts.settings.provisioning.retry_seconds)
+        say(f"{provision.key}: {provision.step}" + (f", attempt {provision.attempt + 1}" if provision.attempt else ""))
+        if (done := DO[provision.step](parts, provision, say)) is not None:
+            to, values = done
+            transact(parts.engine, lambda connection: store.move(connection, provision, to, **values))
+    except steps.Waits as waits:
+        say(f"{provision.key} waits: {waits}")
+        return _wait(parts, provision, waits)
+    except (DatabaseUnreachable, store.Changed):
+        # Neither can the first be recorded.
+        raise
+    except Exception as error:  # noqa: BLE001 (whatever it is: to go on for ever would cost for ever)
+        _failed(parts, provision, error, say)
+    return None
 
 
 def _wait(parts: Parts, provision: Provision, waits: steps.Waits) -> Provision:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.dispatch import registry, servers
+from mail_pipelines.domains.domain import RETIRED_DAYS
+from mail_pipelines.domains.records import Purpose
 from mail_pipelines.provisioning import store
 from mail_pipelines.provisioning.interfaces import Parts, ProvisioningError, Say
-from mail_pipelines.provisioning.states import PATH, Step
+from mail_pipelines.provisioning.states import PATH, State, Step
 from mail_pipelines.provisioning.steps import Done, Waits, hostname_of, order_of, target_of
 from mail_pipelines.provisioning.store import Provision
 
@@ -89,12 +91,17 @@ def clear(parts: Parts, provision: Provision, say: Say) -> Done:
     server = server_of(parts, provision)
     if server is not None and provision.host is not None and server.kind == "exim":
         found = parts.records_of(server.id, hostname_of(parts, provision), [provision.host.address], gone=True)
-        parts.dns.withdraw(found.own)
+        # What it has signed is on its way for days; one that was never in service has signed nothing.
+        stay = [record for record in found.own if record.purpose is Purpose.DKIM and provision.state is not State.FAILED]
+        go = [record for record in found.own if record not in stay]
+        parts.dns.withdraw(go)
         parts.dns.publish(found.shared)
         for record in parts.dns.missing(found.shared):
             say(f"change in the DNS: {record.zone_line()}")
-        for record in found.own:
+        for record in go:
             say(f"not in the DNS any more, or to be removed: {record.name} {record.type}")
+        for record in stay:
+            say(f"to be removed from the DNS in {RETIRED_DAYS} days: {record.name} {record.type}")
     parts.credentials.clear(provision.key)
     (parts.settings.home / "secrets" / "hosts" / provision.key).unlink(missing_ok=True)
     return PATH[provision.at], {}

@@ -6,6 +6,7 @@ import datetime as dt
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,14 +15,15 @@ import sqlalchemy as sa
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import create_engine, reading, transact
 from mail_pipelines.dispatch import registry, servers
-from mail_pipelines.provisioning import making, store
-from mail_pipelines.provisioning.interfaces import ProvisioningError
+from mail_pipelines.domains.records import Purpose, Record
+from mail_pipelines.provisioning import making, steps, store
+from mail_pipelines.provisioning.interfaces import ProvisioningError, ServerRecords
 from mail_pipelines.provisioning.sources.inventory import Inventory
 from mail_pipelines.provisioning.speaking import Heard
 from mail_pipelines.provisioning.states import FAILS, IN_SERVICE, MAKING, PATH, RETIRES, At, State, Step
 from tests.parts.kills import COMMITS, killed_at
 from tests.parts.processes import wait_for
-from tests.provisioning.conftest import World
+from tests.provisioning.conftest import World, records_of
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -190,11 +192,15 @@ def test_a_step_of_the_removal_that_fails_is_tried_until_nothing_costs_any_more(
 
 
 @SQLITE
-def test_a_server_that_was_given_up_while_it_is_being_made_goes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("then", [None, ProvisioningError("the disk is full"), steps.Waits("for the DNS")], ids=["done", "failed", "waits"])
+def test_a_server_that_was_given_up_while_it_is_being_made_goes(world: World, then: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the step comes to, at which it was."""
     key, real = world.request(), making.DO[Step.PLAY]
 
     def play(parts, provision, say):  # type: ignore[no-untyped-def]
         transact(world.engine, lambda connection: store.give_back(connection, key, "given up by hand"))
+        if then is not None:
+            raise then
         return real(parts, provision, say)
 
     monkeypatch.setitem(making.DO, Step.PLAY, play)
@@ -381,6 +387,27 @@ def test_it_gives_up_waiting_for_the_dns_after_the_set_time(world: World) -> Non
     assert ended.state is State.FAILED
     assert "have not appeared within 72 h" in (ended.reason or "")
     world.nothing_is_left(key)
+
+
+@SQLITE
+@pytest.mark.parametrize("served", [True, False])
+def test_the_keys_of_a_server_that_has_sent_stay_in_the_dns_and_its_names_go(world: World, served: bool) -> None:
+    """Mail that it has signed is verified days later. One that could not be made has signed nothing."""
+    key = Record(Purpose.DKIM, "s1._domainkey.example.com", "TXT", "v=DKIM1; k=rsa; p=AAAA")
+
+    def records(server_id: int, hostname: str, addresses: Sequence[str], *, gone: bool) -> ServerRecords:
+        shared = Record(Purpose.SPF, "spf.example.com", "TXT", "v=spf1 ~all" if gone else f"v=spf1 ip4:{addresses[0]} ~all")
+        return ServerRecords([*records_of(server_id, hostname, addresses, gone=gone).own, key], [shared])
+
+    world.parts = replace(world.parts, records_of=records)
+    world.verifier.findings = [] if served else [Heard(False, "Exim does not start")]
+    server = world.request()
+    if world.to_the_end(server).state is State.ACTIVE:
+        transact(world.engine, lambda connection: store.give_back(connection, server, "not wanted"))
+        world.advance(server)
+    world.nothing_is_left(server)
+    assert (key.zone_line() in world.zone.lines) is served
+    assert 'spf.example.com. 3600 IN TXT "v=spf1 ~all"' in world.zone.lines
 
 
 # --- leaving ----------------------------------------------------------------------------------------------------
