@@ -625,6 +625,8 @@ class Provision(Base):
     source: Mapped[str | None] = mapped_column(ascii_string(KEY_LENGTH))
     # The id of the host at its source, from the moment it is chosen or known.
     host_id: Mapped[str | None] = mapped_column(sa.String(200))
+    # When it is registered: a server of its name without that is somebody else's.
+    server_id: Mapped[int | None] = mapped_column(sa.Integer)
     # The rest of `provisioning.interfaces.Host`.
     host: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
     # Lines of zone files that it waits for.

@@ -21,9 +21,12 @@ _S = registry.ServerState
 
 
 def server_of(parts: Parts, provision: Provision) -> servers.ServerInfo | None:
-    """The server as sending knows it; None if it was never registered."""
+    """The server as sending knows it; None if it was never registered, or one of its name is somebody else's."""
     with reading(parts.engine) as connection:
-        return next((server for server in servers.all_servers(connection) if server.key == provision.key), None)
+        server = next((server for server in servers.all_servers(connection) if server.key == provision.key), None)
+    # The state is of servers that are made here: one killed between registering and recording that has it, too.
+    ours = server is not None and (server.id == provision.server_id or server.state == _S.PROVISIONING)
+    return server if ours else None
 
 
 def drain(parts: Parts, provision: Provision, say: Say) -> Done:

@@ -110,7 +110,7 @@ def equip(parts: Parts, provision: Provision, say: Say) -> Done:
     if kind == "exim":
         rotation.equip(parts.engine, parts.settings, server.id, _now(parts), allow_unverified=parts.settings.sending.allow_unverified)
     say(f"{provision.key}: registered, with keys of its own")
-    return PATH[provision.at], {}
+    return PATH[provision.at], {"server_id": server.id}
 
 
 def play(parts: Parts, provision: Provision, say: Say) -> Done:

@@ -55,6 +55,7 @@ class Provision:
     ordered_at: dt.datetime | None
     created_at: dt.datetime | None
     ended_at: dt.datetime | None
+    server_id: int | None = None
 
     @property
     def at(self) -> At:

@@ -66,6 +66,18 @@ def test_names_go_on_after_those_there_are(world: World) -> None:
     assert [world.request(), world.request()] == ["mx8", "mx9"]
 
 
+@SQLITE
+def test_a_server_that_somebody_has_registered_by_that_name_is_left_alone(world: World) -> None:
+    key = world.request()
+    servers.register(world.engine, key, kind="exim", host="127.0.0.1", port=25, now=dt.datetime.now(dt.UTC))
+    ended = world.advance(key)
+    assert ended.reason == "equip: somebody else has registered a server mx1"
+    assert world.server_state(key) == "active"
+    assert world.hosters[0].hosts == []
+    with reading(world.engine) as connection:
+        assert servers.find(connection, key).port == 25
+
+
 # --- killed -----------------------------------------------------------------------------------------------------
 
 

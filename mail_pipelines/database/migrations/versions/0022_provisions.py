@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("pool", ascii_string(64), nullable=True),
         sa.Column("source", ascii_string(64), nullable=True),
         sa.Column("host_id", sa.String(200), nullable=True),
+        sa.Column("server_id", sa.Integer, nullable=True),
         sa.Column("host", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("records", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("cost_per_hour", sa.Double, nullable=True),
