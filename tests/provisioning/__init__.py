@@ -1,1 +1,1 @@
-"""Tests of mail_pipelines.provisioning."""
+"""Tests of `mail_pipelines.provisioning`."""

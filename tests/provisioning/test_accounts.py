@@ -15,7 +15,7 @@ from mail_pipelines.provisioning import budget, store
 from mail_pipelines.provisioning.credentials import Accounts, folder
 from mail_pipelines.provisioning.states import State
 from mail_pipelines.resources.storage_accounts import StorageAccounts
-from tests.provisioning.conftest import World
+from tests.provisioning.world import World
 
 pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
 

@@ -15,7 +15,7 @@ from mail_pipelines.provisioning.interfaces import ProvisioningError
 from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import State
 from mail_pipelines.resources import provisioning as resource
-from tests.provisioning.conftest import World
+from tests.provisioning.world import World
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 Command = Callable[..., Result]

@@ -23,7 +23,7 @@ from mail_pipelines.provisioning.speaking import Heard
 from mail_pipelines.provisioning.states import FAILS, IN_SERVICE, MAKING, PATH, RETIRES, At, State, Step
 from tests.parts.kills import COMMITS, killed_at
 from tests.parts.processes import wait_for
-from tests.provisioning.conftest import World, records_of
+from tests.provisioning.world import World, records_of
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 

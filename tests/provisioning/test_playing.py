@@ -15,7 +15,7 @@ from mail_pipelines.provisioning.sources.inventory import Inventory
 from mail_pipelines.provisioning.ssh_keys import generate, public_of
 from mail_pipelines.provisioning.states import At, State, Step
 from tests.parts.processes import wait_for
-from tests.provisioning.conftest import Hoster, World
+from tests.provisioning.world import Hoster, World
 
 pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["sqlite"], indirect=True), pytest.mark.xdist_group("ansible")]
 

@@ -20,7 +20,7 @@ from mail_pipelines.resources import provisioning as resource
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
 from mail_pipelines.sensors import capacity
-from tests.provisioning.conftest import World
+from tests.provisioning.world import World
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 LATE = Wanted(2, "spring is late: 900,000 recipients", "spring ends at 17:40 instead of 21:05")

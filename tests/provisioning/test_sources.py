@@ -24,7 +24,7 @@ from mail_pipelines.provisioning.sources.inventory import Inventory
 from mail_pipelines.provisioning.speaking import Speaks
 from mail_pipelines.provisioning.states import State
 from tests.parts.processes import wait_for
-from tests.provisioning.conftest import World
+from tests.provisioning.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
