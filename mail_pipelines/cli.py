@@ -18,6 +18,7 @@ from mail_pipelines.commands import (
     database,
     domain,
     exim,
+    fleet,
     hold,
     home,
     inbound,
@@ -51,6 +52,7 @@ app.add_typer(database.app, name="database")
 server.app.command("dns")(server_dns.dns)
 server.app.command("verify")(server_verify.verify)
 server.app.command("check-egress")(server_verify.check_egress)
+server.app.add_typer(fleet.app)
 app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(alert.app, name="alert")

@@ -221,6 +221,26 @@ class AlertSettings(Section):
     reminder_hours: float = pydantic.Field(default=24, gt=0, description="what still lasts is told again after this (h)")
 
 
+class ProvisioningSettings(Section):
+    mode: Literal["off", "propose", "auto"] = pydantic.Field(
+        default="propose",
+        description="when capacity runs short: do nothing (off), make a proposal for `server provision` (propose), order servers (auto)",
+    )
+    hosts: str = pydantic.Field(default="{home}/hosts.toml", description="file of the host sources, in the order in which they are used (docs/provisioning.md)")
+    domain: str = pydantic.Field(default="", description="domain of the servers' own names: mx1 is then mx1.DOMAIN, in A and PTR records")
+    prefix: str = pydantic.Field(default="mx", pattern=r"^[a-z][a-z0-9-]{0,40}$", description="servers are called this and a number")
+    budget: float = pydantic.Field(default=0, ge=0, description="most that servers made here may cost in a calendar month, in the currency of their sources")
+    most: int = pydantic.Field(default=20, ge=0, description="never more than so many servers made here")
+    at_once: int = pydantic.Field(default=2, ge=1, description="so many are being made at once")
+    minimum_hours: float = pydantic.Field(default=168, ge=0, description="a server is kept for at least so long (h)")
+    cool_down_minutes: float = pydantic.Field(default=60, ge=0, description="after a proposal or an order, so long no other is made (min)")
+    attempts: int = pydantic.Field(default=3, ge=1, description="a step that fails so often ends the making of a server")
+    retry_seconds: float = pydantic.Field(default=60, ge=0, description="wait before a step is tried again, or what it waits for is looked at again (s)")
+    boot_seconds: float = pydantic.Field(default=300, gt=0, description="longest wait for a new host to answer by SSH (s)")
+    play_minutes: float = pydantic.Field(default=30, gt=0, description="longest time that the playbook may take (min)")
+    dns_hours: float = pydantic.Field(default=72, gt=0, description="longest wait for the DNS records of a server (h)")
+
+
 class OperationSettings(Section):
     time_zone: str = pydantic.Field(default="UTC", description="time zone of the schedules")
     snapshot_cron: str = pydantic.Field(default="*/15 * * * *", description="when `refresh_snapshots` runs")
@@ -251,6 +271,7 @@ class Settings(Section):
     metrics: MetricsSettings = MetricsSettings()
     inbound: InboundSettings = InboundSettings()
     alerts: AlertSettings = AlertSettings()
+    provisioning: ProvisioningSettings = ProvisioningSettings()
     operation: OperationSettings = OperationSettings()
 
     @property

@@ -11,13 +11,16 @@ from mail_pipelines import config, jobs, schedules
 from mail_pipelines.assets import audience, capacity, delivery, reporting, sending
 from mail_pipelines.ops import maintenance
 from mail_pipelines.ops.inbound import read_inbound_mail
+from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.resources.provisioning import Provisioning
 from mail_pipelines.resources.server import DispatchServer
 from mail_pipelines.sensors import alerts, campaigns, failures, files, inbound, servers, shards
+from mail_pipelines.sensors import capacity as shortage
 from mail_pipelines.sensors.ticks import sensor
 
 
-def _sensors(database: CentralDatabase, interval_seconds: int) -> list[dg.SensorDefinition]:
+def _sensors(database: CentralDatabase, provisioning: Provisioning, interval_seconds: int) -> list[dg.SensorDefinition]:
     """All sensors, which run from the start. What a campaign waits for has its tick in each interval, the others in every third."""
     calm = 3 * interval_seconds
     return [
@@ -29,6 +32,7 @@ def _sensors(database: CentralDatabase, interval_seconds: int) -> list[dg.Sensor
         sensor(inbound.inbound_mail, database, calm, jobs=[read_inbound_mail]),
         sensor(servers.server_health, database, calm),
         sensor(alerts.alerts, database, calm),
+        sensor(shortage.capacity_sensor(provisioning), database, calm, jobs=[provision_server, retire_server]),
         dg.run_failure_sensor(default_status=dg.DefaultSensorStatus.RUNNING, minimum_interval_seconds=calm, request_job=jobs.report_campaign)(
             failures.failed_runs
         ),
@@ -38,11 +42,11 @@ def _sensors(database: CentralDatabase, interval_seconds: int) -> list[dg.Sensor
 def build_defs(*, resources: Mapping[str, Any] | None = None, settings: config.OperationSettings | None = None) -> dg.Definitions:
     """All definitions; tests and commands give other `resources` or `settings` instead of patching."""
     operation = settings or config.load().operation
-    given: dict[str, Any] = {"database": CentralDatabase(), "server": DispatchServer(), **(resources or {})}
+    given: dict[str, Any] = {"database": CentralDatabase(), "server": DispatchServer(), "provisioning": Provisioning(), **(resources or {})}
     return dg.Definitions(
         assets=dg.load_assets_from_modules([audience, sending, delivery, capacity, reporting]),
-        jobs=[*jobs.ALL, maintenance.maintenance, maintenance.close_open_rows, maintenance.import_contacts, read_inbound_mail],
-        sensors=_sensors(given["database"], operation.sensor_seconds),
+        jobs=[*jobs.ALL, maintenance.maintenance, maintenance.close_open_rows, maintenance.import_contacts, read_inbound_mail, provision_server, retire_server],
+        sensors=_sensors(given["database"], given["provisioning"], operation.sensor_seconds),
         schedules=schedules.all_schedules(operation),
         resources=given,
         # Runs execute in one process: a send session is one process by design, and workers of a queue may not fork again.

@@ -22,6 +22,7 @@ from mail_pipelines import code_server
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading
 from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.home import environment
 from mail_pipelines.supervision import Processes
@@ -72,12 +73,14 @@ def _workspace(settings: Settings) -> Path:
 
 
 def catchers(engine: Engine, settings: Settings) -> list[str]:
-    """The built-in catchers to start here: those that are registered, or on an installation without any server those of `server.catchers`."""
+    """The built-in catchers to start here: those that are registered and do not run, or on an installation without any server those of `server.catchers`."""
     with reading(engine) as connection:
         known = servers.all_servers(connection)
     if not known:
         return list(settings.server.catchers)
-    return [server.key for server in known if server.kind == "catcher" and server.state not in ("retired", "lost")]
+    found = [server.key for server in known if server.kind == "catcher" and server.state not in ("retired", "lost")]
+    # One that was made by `server provision` goes on when `up` has ended.
+    return [key for key in found if not is_locked(ServerFolders.of(settings.server, key).log / "lock")]
 
 
 def start_catcher(processes: Processes, engine: Engine, settings: Settings, name: str) -> None:

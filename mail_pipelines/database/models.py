@@ -315,7 +315,7 @@ class Server(Base):
     # catcher or exim: which journal its log is.
     kind: Mapped[str] = mapped_column(ascii_string(16))
     pool_id: Mapped[int] = mapped_column(sa.ForeignKey("pools.id"), nullable=True, default=DEFAULT_POOL)
-    # active, warming, paused, draining, retired, lost; provisioning adds its own
+    # Of `dispatch.registry.ServerState`.
     state: Mapped[str] = mapped_column(ascii_string(16))
     host: Mapped[str] = mapped_column(sa.String(253))
     port: Mapped[int] = mapped_column(sa.Integer)
@@ -641,6 +641,74 @@ class CampaignFact(Base):
     provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
     kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
     count: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (MYSQL,)
+
+
+# --- provisioning -----------------------------------------------------------------------------------------------
+
+
+class Provision(Base):
+    """A server that is being made, was made, or is being given back here. `state` and `step` are of `provisioning.states`.
+
+    `key` is the server's name, and the one by which its host is found again at the source. It costs from `ordered_at` until `ended_at`.
+    """
+
+    __tablename__ = "provisions"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), unique=True)
+    state: Mapped[str] = mapped_column(ascii_string(16))
+    # What is to be done next, or is being done since `begun_at`; empty if nothing is.
+    step: Mapped[str] = mapped_column(ascii_string(16))
+    begun_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    # Failures of this step so far, and why the last one; of a failed server why it is that.
+    attempt: Mapped[int] = mapped_column(TinyInt)
+    reason: Mapped[str | None] = mapped_column(sa.String(1000))
+    # Since when it is in this state, and when there is something to do again.
+    state_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    due_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    why: Mapped[str] = mapped_column(sa.String(500))
+    proposal_id: Mapped[int | None] = mapped_column(sa.Integer)
+    pool: Mapped[str | None] = mapped_column(ascii_string(KEY_LENGTH))
+    source: Mapped[str | None] = mapped_column(ascii_string(KEY_LENGTH))
+    # The id of the host at its source, from the moment it is chosen or known.
+    host_id: Mapped[str | None] = mapped_column(sa.String(200))
+    # When it is registered: a server of its name without that is somebody else's.
+    server_id: Mapped[int | None] = mapped_column(sa.Integer)
+    # The rest of `provisioning.interfaces.Host`.
+    host: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    # Lines of zone files that it waits for.
+    records: Mapped[list[str] | None] = mapped_column(sa.JSON(none_as_null=True))
+    cost_per_hour: Mapped[float | None] = mapped_column(sa.Double)
+    requested_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    ordered_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "ended_at"), MYSQL)
+
+
+class ProvisionProposal(Base):
+    """Servers that would help, for somebody to decide. `state` is open, accepted or superseded."""
+
+    __tablename__ = "provision_proposals"
+    id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    state: Mapped[str] = mapped_column(ascii_string(16))
+    servers: Mapped[int] = mapped_column(sa.Integer)
+    pool: Mapped[str | None] = mapped_column(ascii_string(KEY_LENGTH))
+    why: Mapped[str] = mapped_column(sa.String(500))
+    effect: Mapped[str] = mapped_column(sa.String(500))
+    cost_per_month: Mapped[float] = mapped_column(sa.Double)
+    made_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    decided_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    __table_args__ = (MYSQL,)
+
+
+class SourceSetAside(Base):
+    """A host source that is not used any more until somebody says so: its hosts cannot send, or it gives none."""
+
+    __tablename__ = "sources_set_aside"
+    name: Mapped[str] = mapped_column(ascii_string(KEY_LENGTH), primary_key=True)
+    reason: Mapped[str] = mapped_column(sa.String(1000))
+    at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     __table_args__ = (MYSQL,)
 
 

@@ -4,6 +4,7 @@ What belongs here: which move exists, and what has to be true of a server that g
 a lost server's rows (`settlement.give_up`).
 
 ```
+provisioning → active  (made, verified)
 active ⇄ paused        active, paused → draining → active, paused
 paused, draining → retired (nothing in hand, log read), any → retired with its host lost
 active, draining → lost (by the centre, after half an hour of silence) → active, retired
@@ -39,6 +40,8 @@ LAST_LINES = dt.timedelta(minutes=5)
 
 
 class ServerState(enum.StrEnum):
+    # Registered while its host is being made (`provisioning`): it may speak and claims nothing.
+    PROVISIONING = "provisioning"
     ACTIVE = "active"
     # Sends like an active one, but no more a day to some provider than its warm-up allows (`capacity.warm_up`).
     WARMING = "warming"
@@ -71,15 +74,15 @@ MOVES = {
         Move("pause", frozenset({_S.ACTIVE, _S.WARMING, _S.DRAINING}), _S.PAUSED),
         Move("drain", frozenset({_S.ACTIVE, _S.WARMING, _S.PAUSED}), _S.DRAINING),
         Move("retire", frozenset({_S.PAUSED, _S.DRAINING, _S.LOST}), _S.RETIRED),
-        # What only the centre says, and `retire` of a host that is gone.
-        Move("lose", frozenset({_S.ACTIVE, _S.WARMING, _S.PAUSED, _S.DRAINING}), _S.LOST),
-        # What follows from its warm-up.
+        # What only the centre says: of a server that it has made, of a host that is gone (also `retire`), and what follows from a warm-up.
+        Move("serve", frozenset({_S.PROVISIONING}), _S.ACTIVE),
+        Move("lose", frozenset({_S.PROVISIONING, _S.ACTIVE, _S.WARMING, _S.PAUSED, _S.DRAINING}), _S.LOST),
         Move("warm", frozenset({_S.ACTIVE}), _S.WARMING),
         Move("warmed", frozenset({_S.WARMING}), _S.ACTIVE),
     )
 }
 # Verbs that nobody types.
-_OWN_VERBS = frozenset({"lose", "warm", "warmed"})
+_OWN_VERBS = frozenset({"serve", "lose", "warm", "warmed"})
 
 
 def move(connection: Connection, key: str, verb: str) -> ServerState:

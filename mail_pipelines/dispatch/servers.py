@@ -94,19 +94,19 @@ def short_of_space(key: str, free_mb: int) -> str:
     return f"the log disk of {key} has {free_mb} MB free, fewer than {MIN_FREE_MB}: it sends nothing until there is room" if free_mb < MIN_FREE_MB else ""
 
 
-def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None) -> ServerInfo:
-    """Add a server, or set host, port and `pool` of the one that has this key. It is active, without `pool` in the default one."""
-    return transact(engine, lambda connection: write(connection, key, kind=kind, host=host, port=port, now=now, pool=pool))
+def register(engine: Engine, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None, state: str = "active") -> ServerInfo:
+    """Add a server in `state`, without `pool` in the default one; or set host, port and `pool` of the one that has this key."""
+    return transact(engine, lambda connection: write(connection, key, kind=kind, host=host, port=port, now=now, pool=pool, state=state))
 
 
-def write(connection: Connection, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None) -> ServerInfo:
+def write(connection: Connection, key: str, *, kind: str, host: str, port: int, now: dt.datetime, pool: str | None = None, state: str = "active") -> ServerInfo:
     """As `register`, in a transaction of the caller's."""
     check_key(key, "server name")
     values: dict[str, Any] = {"kind": kind, "host": host, "port": port}
     if pool is not None:
         values["pool_id"] = pools.find(connection, pool)
     if not connection.execute(sa.update(Server).where(Server.key == key).values(**values)).rowcount:
-        connection.execute(sa.insert(Server).values(key=key, state="active", created_at=now, **values))
+        connection.execute(sa.insert(Server).values(key=key, state=state, created_at=now, **values))
     return find(connection, key)
 
 

@@ -19,6 +19,7 @@ from mail_pipelines.domains.resolver import ResolverError
 from mail_pipelines.jobs import audit_delivery_logs, build_audience, plan_capacity, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
+from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import listing
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
@@ -29,7 +30,18 @@ from mail_pipelines.sensors.ticks import instance_of
 SEND_POOL = "dispatch"
 CENTRE_JOBS = tuple(
     job.name
-    for job in (build_audience, report_campaign, refresh_snapshots_job, plan_capacity, maintenance, close_open_rows, import_contacts, read_inbound_mail)
+    for job in (
+        build_audience,
+        report_campaign,
+        refresh_snapshots_job,
+        plan_capacity,
+        maintenance,
+        close_open_rows,
+        import_contacts,
+        read_inbound_mail,
+        provision_server,
+        retire_server,
+    )
 )
 
 

@@ -19,7 +19,18 @@ ASSETS = {
     "campaign_statistics": "reporting",
     "capacity_plan": "capacity",
 }
-SENSORS = {"dropped_files", "due_campaigns", "open_shards", "finished_shards", "finished_campaigns", "server_health", "failed_runs", "inbound_mail", "alerts"}
+SENSORS = {
+    "alerts",
+    "dropped_files",
+    "due_campaigns",
+    "open_shards",
+    "finished_shards",
+    "finished_campaigns",
+    "server_health",
+    "capacity_shortage",
+    "failed_runs",
+    "inbound_mail",
+}
 JOBS = {
     "build_audience",
     "send_campaign",
@@ -31,6 +42,8 @@ JOBS = {
     "close_open_rows",
     "import_contacts",
     "read_inbound_mail",
+    "provision_server",
+    "retire_server",
 }
 
 

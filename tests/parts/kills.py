@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
 
 from mail_pipelines.database.engine import create_engine
 
+EVERY = ("before_cursor_execute", "commit")
+# What was not committed is as if it had not been done: enough where no statement takes long, and much less to go through.
+COMMITS = ("commit",)
 
-def die_at(step: int, engine: sa.Engine) -> Callable[..., None]:
+
+def die_at(step: int, engine: sa.Engine, events: Sequence[str] = EVERY) -> Callable[..., None]:
     """Kill this process at the `step`th statement or commit of an engine; returns what counts one step more."""
     steps = 0
 
@@ -22,12 +26,12 @@ def die_at(step: int, engine: sa.Engine) -> Callable[..., None]:
         if steps == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sa.event.listen(engine, "before_cursor_execute", one_more)
-    sa.event.listen(engine, "commit", one_more)
+    for event in events:
+        sa.event.listen(engine, event, one_more)
     return one_more
 
 
-def killed_at(step: int, url: str, work: Callable[[sa.Engine, Callable[..., None]], object]) -> bool:
+def killed_at(step: int, url: str, work: Callable[[sa.Engine, Callable[..., None]], object], events: Sequence[str] = EVERY) -> bool:
     """Do `work` in another process, which is killed at its `step`th statement or commit; whether it came so far.
 
     `work` gets an engine of its own and what counts one step more, for steps that are none of the database's.
@@ -36,7 +40,7 @@ def killed_at(step: int, url: str, work: Callable[[sa.Engine, Callable[..., None
     if pid == 0:
         try:
             engine = create_engine(url)
-            work(engine, die_at(step, engine))
+            work(engine, die_at(step, engine, events))
         except BaseException:  # noqa: BLE001 (a child of a test must not go on with the test)
             traceback.print_exc()
             os._exit(1)

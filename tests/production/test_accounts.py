@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 from unittest import mock
+from urllib.parse import urlsplit
 
 import amqp
 import dagster as dg
@@ -266,6 +267,31 @@ def test_its_account_at_the_broker_ends_with_its_open_connections(fleet: Fleet) 
         wait_for(lambda: _is_closed(stolen), what="the end of the open connection")
     with pytest.raises(amqp.AccessRefused), Connection(broker.url(SPARE)) as again:
         again.connect()
+
+
+def test_an_account_is_made_for_a_new_server_and_given_another_password(fleet: Fleet) -> None:
+    """As provisioning does it, each time it plays on the host: the last password counts, and its own queues are all it has."""
+    broker = fleet.backing.broker
+    assert broker is not None
+    url = urlsplit(broker.url(OTHER))
+    vhost = url.path.strip("/")
+
+    def connect(password: str) -> Connection:
+        return Connection(f"{url.scheme}://mx9:{password}@{url.hostname}:{url.port}/{vhost}")
+
+    with mock.patch.dict(os.environ, broker.environ):
+        for password in ("first-password", "second-password"):
+            broker_accounts.put("mx9", password, vhost)
+        try:
+            with connect("second-password") as own:
+                own.default_channel.queue_declare("mx9-ctl")
+                own.default_channel.queue_delete("mx9-ctl")
+                with pytest.raises(amqp.AccessRefused):
+                    own.default_channel.queue_declare(OTHER)
+            with pytest.raises(amqp.AccessRefused), connect("first-password") as old:
+                old.connect()
+        finally:
+            broker_accounts.delete("mx9")
 
 
 def _is_closed(connection: Connection) -> bool:

@@ -9,6 +9,9 @@ import pytest
 from mail_pipelines.config import DnsSettings
 from tests.dispatch.world import Servers
 from tests.parts.dns import Zone, serving
+from tests.provisioning.world import hosters, key_file, world
+
+__all__ = ["dns", "hosters", "key_file", "running", "world", "zone"]
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""Servers that would help: proposing them, and acting on it.
+
+What belongs here: what is asked for when capacity runs short, and when again. What does not: how many are wanted, which the capacity plan says, and making them
+(`making`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass, replace
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.config import ProvisioningSettings
+from mail_pipelines.database import models
+from mail_pipelines.database.engine import database_now
+from mail_pipelines.errors import nearest
+from mail_pipelines.provisioning import budget, store
+from mail_pipelines.provisioning.interfaces import Parts, ProvisioningError
+from mail_pipelines.provisioning.states import IN_SERVICE, MAKING
+from mail_pipelines.provisioning.store import Provision
+
+OPEN, ACCEPTED, SUPERSEDED = "open", "accepted", "superseded"
+_LONGEST = 500
+_T = models.ProvisionProposal
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """So many more servers of a pool (None: the default one); why, and what they would do for the campaigns.
+
+    What was asked for until `as_of` is counted already. Without a time nothing is: then all that are being made are subtracted.
+    """
+
+    servers: int
+    why: str
+    effect: str = ""
+    pool: str | None = None
+    as_of: dt.datetime | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    id: int
+    state: str
+    servers: int
+    pool: str | None
+    why: str
+    effect: str
+    cost_per_month: float
+    made_at: dt.datetime
+    decided_at: dt.datetime | None
+
+
+def all_proposals(connection: Connection, *, last: int = 20) -> list[Proposal]:
+    """The newest first."""
+    columns = [getattr(_T, name) for name in Proposal.__dataclass_fields__]
+    return [Proposal(**row._mapping) for row in connection.execute(sa.select(*columns).order_by(_T.id.desc()).limit(last))]
+
+
+def find(connection: Connection, proposal_id: int) -> Proposal:
+    for proposal in all_proposals(connection, last=1000):
+        if proposal.id == proposal_id:
+            return proposal
+    raise ProvisioningError(f"there is no proposal {proposal_id}; {nearest(proposal_id, (str(known.id) for known in all_proposals(connection)))}")
+
+
+def propose(connection: Connection, parts: Parts, wanted: Wanted) -> Proposal:
+    """Store a proposal; it takes the place of one for the same pool that nobody has decided."""
+    now = database_now(connection)
+    connection.execute(sa.update(_T).where(_T.state == OPEN, _T.pool.is_not_distinct_from(wanted.pool)).values(state=SUPERSEDED, decided_at=now))
+    cost = wanted.servers * budget.HOURS_PER_MONTH * next_cost(connection, parts)
+    texts = {"why": wanted.why[:_LONGEST], "effect": wanted.effect[:_LONGEST]}
+    result = connection.execute(sa.insert(_T).values(state=OPEN, servers=wanted.servers, pool=wanted.pool, cost_per_month=cost, made_at=now, **texts))
+    assert result.inserted_primary_key is not None
+    return find(connection, result.inserted_primary_key[0])
+
+
+def next_cost(connection: Connection, parts: Parts) -> float:
+    """What a server of the first source costs that is not set aside."""
+    aside = store.set_aside(connection)
+    return next((source.cost_per_hour for source in parts.sources if source.name not in aside), 0.0)
+
+
+def accept(connection: Connection, settings: ProvisioningSettings, proposal_id: int) -> list[Provision]:
+    """Ask for the servers of a proposal. Raises `ProvisioningError` if it was decided already."""
+    proposal = find(connection, proposal_id)
+    swap = sa.update(_T).where(_T.id == proposal_id, _T.state == OPEN).values(state=ACCEPTED, decided_at=database_now(connection))
+    if connection.execute(swap).rowcount != 1:
+        raise ProvisioningError(f"proposal {proposal_id} is {proposal.state}; `mail-pipelines server proposals` has the open one")
+    return [store.request(connection, settings, proposal.why, proposal_id=proposal_id, pool=proposal.pool) for _ in range(proposal.servers)]
+
+
+def short(connection: Connection, parts: Parts, wanted: Wanted) -> str:
+    """Act on a shortage as `provisioning.mode` says, unless that was done lately or is being done; what was done, in words, or why nothing."""
+    settings, now = parts.settings.provisioning, database_now(connection)
+    if settings.mode == "off":
+        return "provisioning.mode is off"
+    if wanted.servers <= 0:
+        return "no servers are wanted"
+    # All that act on a shortage wait for each other here.
+    coming = sum(_counts(one, wanted) for one in store.all_provisions(connection, lock=True))
+    servers = wanted.servers - coming
+    if servers <= 0:
+        return f"{wanted.servers} servers are wanted, and {coming} are coming"
+    last = last_action(connection, wanted.pool)
+    if last is not None and now - last < dt.timedelta(minutes=settings.cool_down_minutes):
+        return f"{servers} more servers are wanted; the last proposal or order was at {last:%H:%M:%S} UTC, and provisioning.cool_down_minutes is not over"
+    proposal = propose(connection, parts, replace(wanted, servers=servers))
+    if settings.mode == "propose":
+        return f"proposal {proposal.id}: {servers} servers, {proposal.cost_per_month:.2f} a month: {wanted.why}"
+    ordered = accept(connection, settings, proposal.id)
+    return f"{', '.join(one.key for one in ordered)} are asked for: {wanted.why}"
+
+
+def _counts(one: Provision, wanted: Wanted) -> bool:
+    """Whether this server is one of those that are wanted, and on its way."""
+    if one.pool != wanted.pool:
+        return False
+    if wanted.as_of is None:
+        return one.state in MAKING
+    return one.state in MAKING | IN_SERVICE and one.requested_at > wanted.as_of
+
+
+def last_action(connection: Connection, pool: str | None) -> dt.datetime | None:
+    """When servers of a pool were last proposed, or asked for."""
+    asked = models.Provision
+    moments = [
+        connection.execute(sa.select(sa.func.max(_T.made_at)).where(_T.pool.is_not_distinct_from(pool))).scalar_one(),
+        connection.execute(sa.select(sa.func.max(asked.requested_at)).where(asked.pool.is_not_distinct_from(pool))).scalar_one(),
+    ]
+    return max((moment for moment in moments if moment is not None), default=None)
