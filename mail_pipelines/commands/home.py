@@ -66,11 +66,14 @@ def reference() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    host: Annotated[bool, typer.Option("--host", help="of a dispatch server: only whether this host could send now")] = False,
+    wait: Annotated[float, typer.Option(help="with --host: look again for so long (s) until nothing is wrong")] = 0,
+) -> None:
     """Look for what is wrong and say what to do; exit status 1 if anything is."""
-    from mail_pipelines import doctor
+    from mail_pipelines import doctor, readiness
 
-    findings = doctor.examine()
+    findings = readiness.examine(wait_seconds=wait) if host else doctor.examine()
     for finding in findings:
         console.print(f"{finding.check}: {finding.problem}\n    {finding.remedy}", markup=False, highlight=False)
     if findings:

@@ -284,7 +284,7 @@ def account(name: str) -> None:
     from mail_pipelines.resources import server_storage
 
     given = accounts.give(open_engine(), name)
-    place, key_place, storage_place = _secrets_of(name)
+    place, key_place, storage_place, url_place = _secrets_of(name)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(place, given.password + "\n")
     several = f"with several servers there: in servers/{name}.toml of the home, the token key too; docs/production.md"
@@ -300,14 +300,16 @@ def account(name: str) -> None:
         console.print(str(held), markup=False, highlight=False)
         return
     replace_file(key_place, own.decode("ascii") + "\n")
+    # The last one, by which others see that all of it is there.
+    replace_file(url_place, given.url + "\n")
     console.print(f"and put a copy of {key_place} into its home as secrets/token_key", markup=False, highlight=False)
     _equip(name, allow_unverified=False)
 
 
-def _secrets_of(name: str) -> tuple[Path, Path, Path]:
-    """Where the centre keeps a server's password, token key, and addresses of Dagster's storage and the results, to be copied to its host."""
+def _secrets_of(name: str) -> tuple[Path, Path, Path, Path]:
+    """Where the centre keeps a server's password, token key, addresses of Dagster's storage and the results, and URL, to be copied to its host."""
     folder = settings().home / "secrets" / "servers"
-    return folder / f"{name}.password", folder / f"{name}.token_key", folder / f"{name}.environment"
+    return folder / f"{name}.password", folder / f"{name}.token_key", folder / f"{name}.environment", folder / f"{name}.url"
 
 
 @app.command("dkim")
@@ -351,8 +353,9 @@ def revoke(name: str) -> None:
     from mail_pipelines.resources import broker_accounts
 
     done = accounts.revoke(open_engine(), name, dt.datetime.now(dt.UTC))
-    for place in _secrets_of(name):
-        place.unlink(missing_ok=True)
+    folder = _secrets_of(name)[0].parent
+    for kind in ("password", "token_key", "url", "broker", "storage"):
+        (folder / f"{name}.{kind}").unlink(missing_ok=True)
     console.print(f"server {name} is revoked; {done.unknown:,} recipients it had in hand are unknown now")
     for record in done.records:
         console.print(f"remove from the DNS at once: {record}", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""One installation for all tests of a file: both hosts take a minute or more."""
+"""One installation for all tests of a file: making it takes minutes of the processor."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.installing import ROOT, Installation, Play, two_machines
+from tests.infra.installing import CENTRE, ROOT, SERVER, Installation, Play, installation
 from tests.infra.machine import environment
 
 OWN = ROOT / ".venv"
-PLACE = Path("/opt/mail-pipelines/.venv")
+# Where the two versions of a host that has had an upgrade are.
+FIRST, SECOND = "/opt/mail-pipelines-1/.venv", "/opt/mail-pipelines-2/.venv"
+PLACES = {CENTRE: (FIRST,), SERVER: (FIRST, SECOND)}
 
 
 @pytest.fixture(scope="session")
@@ -24,18 +26,22 @@ def tree() -> Path:
 
 @pytest.fixture(scope="module")
 def hosts(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """Two bare hosts. The centre finds the Python packages of these tests where it would install the same ones: that would take most of the time."""
+    """Bare hosts. Those with the project find the Python packages of these tests where they would install the same ones: that would take most of the time."""
     # Sockets of SSH have short paths.
     folder = tmp_path_factory.mktemp("h")
-    files = folder / "files"
-    environment(OWN, PLACE, tree, files)
-    with two_machines(folder, tree, files, {OWN: str(PLACE)}) as installation:
-        yield installation
+    files = {name: folder / "files" / name for name in PLACES}
+    for name, places in PLACES.items():
+        for place in places:
+            environment(OWN, Path(place), tree, files[name])
+    shown = {name: dict.fromkeys(places, OWN) for name, places in PLACES.items()}
+    with installation(folder, tree, files, shown) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def first_play(hosts: Installation) -> Play:
-    return hosts.play()
+    """A centre and a server by one command."""
+    return hosts.play("site.yml")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""The playbook for a centre, run by ansible-runner against two machines: a database host and a centre."""
+"""An installation by the playbooks, run by ansible-runner against machines: a database host, a centre and a dispatch server, and the world around them."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,16 +16,25 @@ from typing import Any
 import ansible_runner
 
 from tests.infra.machine import Machine, machine
-from tests.parts.hosts import two_hosts
+from tests.parts.dns import Zone
+from tests.parts.hosts import Host, hosts
+from tests.parts.processes import stop
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DATABASE, CENTRE = "db.example.com", "centre.example.com"
+DATABASE, CENTRE, SERVER = "db.example.com", "centre.example.com", "mx1.example.com"
 PUBLIC, BOUNCES = "mail.example.com", "mx.example.com"
+# As each unit has it: the project's own Python, user, folder and environment.
+AS_UNIT = (
+    "cd /opt/mail-pipelines; set -a; . /etc/mail-pipelines/environment; "
+    'exec setpriv --reuid=mail-pipelines --regid=mail-pipelines --init-groups .venv/bin/python -c "$@"'
+)
+# One process for several commands: most of the time of each is its start.
+COMMANDS = "import json, sys\nfrom mail_pipelines.cli import app\nfor words in json.load(sys.stdin):\n    app(words, standalone_mode=False)"
 
 
 @dataclass
 class Play:
-    """What a run of the playbook did: how it ended, and the tasks that changed or failed, of each host."""
+    """What a run of a playbook did: how it ended, and the tasks that changed or failed, of each host."""
 
     status: str = ""
     changed: list[str] = field(default_factory=list)
@@ -32,18 +42,43 @@ class Play:
     output: str = ""
 
 
+@dataclass
+class World:
+    """Who is not of the installation: its DNS and its mail. `zone` says what is published."""
+
+    host: Host
+    folder: Path
+    process: subprocess.Popen[str]
+    zone: Zone = field(default_factory=Zone)
+
+    def publish(self, *lines: str) -> None:
+        self.zone.publish(*lines)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        for line in lines:
+            print(line, file=self.process.stdin, flush=True)
+            assert self.process.stdout.readline() == f"{line}\n"
+
+    def mail(self) -> list[tuple[str, bytes]]:
+        """Of each message that has come, how it came, and what it is."""
+        found = [path.read_bytes().partition(b"\n") for path in sorted(self.folder.glob("*.mail"))]
+        return [(how.decode(), message) for how, _, message in found]
+
+
 @dataclass(frozen=True)
 class Installation:
     database: Machine
     centre: Machine
+    server: Machine
+    world: World
     folder: Path
 
-    def play(self, **variables: Any) -> Play:
-        """Run centre.yml by SSH, as an operator does from a third machine; `variables` take the place of the roles' own."""
+    def play(self, playbook: str, *options: str, checkout: Path = ROOT, **variables: Any) -> Play:
+        """Run one by SSH, as an operator does from another machine; `variables` are those of all hosts."""
         found = Play()
 
         def on_event(event: dict[str, Any]) -> bool:
-            data = event["event_data"]
+            data = event.get("event_data", {})
             where = f"{data.get('host')}: {data.get('task')}"
             if event["event"] == "runner_on_ok" and data["res"].get("changed"):
                 found.changed.append(where)
@@ -54,21 +89,18 @@ class Installation:
         work = self.folder / "play"
         (work / "env").mkdir(parents=True)
         (work / "env/settings").write_text('{"pexpect_timeout": 1}', encoding="utf-8")
-        hosts = {
-            group: {"hosts": {machine.name: {"ansible_host": machine.host.address}}}
-            for group, machine in (("database", self.database), ("centre", self.centre))
-        }
         run = ansible_runner.run(
             private_data_dir=str(work),
-            project_dir=str(ROOT / "infra/ansible"),
-            playbook="centre.yml",
-            inventory={"all": {"vars": {"public_name": PUBLIC, "bounce_host": BOUNCES, "ansible_user": "root", **variables}, "children": hosts}},
+            project_dir=str(checkout / "infra/ansible"),
+            playbook=playbook,
+            cmdline=" ".join(options) or None,
+            inventory=self._inventory(variables),
             quiet=True,
             event_handler=on_event,
             cancel_callback=lambda: False,
             suppress_env_files=True,
             envvars={
-                "ANSIBLE_CONFIG": str(ROOT / "infra/ansible/ansible.cfg"),
+                "ANSIBLE_CONFIG": str(checkout / "infra/ansible/ansible.cfg"),
                 "ANSIBLE_HOME": str(work / "home"),
                 "ANSIBLE_PRIVATE_KEY_FILE": str(self.folder / "key"),
                 "ANSIBLE_SSH_EXECUTABLE": str(self.folder / "ssh"),
@@ -83,32 +115,63 @@ class Installation:
         shutil.rmtree(work)
         return found
 
+    def commands(self, *lines: str) -> str:
+        """What `mail-pipelines` commands at the centre say; none of their words has a space."""
+        return self.centre.run("sh", "-c", AS_UNIT, "sh", COMMANDS, text=json.dumps([line.split() for line in lines])).stdout
+
+    def _inventory(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"servers": [{"name": "mx1", "address": self.server.host.address, "hostname": SERVER}], "metrics_address": self.server.host.address}
+        groups = {"database": (self.database, {}), "centre": (self.centre, {}), "servers": (self.server, own)}
+        shared = {"public_name": PUBLIC, "bounce_host": BOUNCES, "ansible_user": "root", "centre_addresses": [self.centre.host.address]}
+        return {
+            "all": {
+                "vars": shared | dict(variables),
+                "children": {group: {"hosts": {on.name: {"ansible_host": on.host.address, **more}}} for group, (on, more) in groups.items()},
+            }
+        }
+
 
 @contextmanager
-def two_machines(folder: Path, tree: Path, files: Path, shown: Mapping[Path, str]) -> Iterator[Installation]:
-    """A database host and a centre, bare, which reach each other and nobody else. `files` and `shown` are the centre's."""
+def installation(folder: Path, tree: Path, files: Mapping[str, Path], shown: Mapping[str, Mapping[str, Path]]) -> Iterator[Installation]:
+    """Three bare hosts, which reach each other, the world and nobody else. `files` and `shown` are what single ones have beside the tree."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
     with ExitStack() as stack:
-        hosts = dict(zip((DATABASE, CENTRE), stack.enter_context(two_hosts()), strict=True))
-        names = "".join(f"{host.address} {name}\n" for name, host in hosts.items())
-        names += f"{hosts[CENTRE].address} {PUBLIC} {BOUNCES}\n127.0.0.1 localhost\n"
-        # Both can be reached from the network of either, and this machine has no part in that.
-        (folder / "ssh").write_text(f'#!/bin/sh\nexec {" ".join(hosts[CENTRE].run)} ssh "$@"\n', encoding="utf-8")
+        outside, *inside = stack.enter_context(hosts(4))
+        world = stack.enter_context(_world(outside, folder / "world"))
+        places = dict(zip((DATABASE, CENTRE, SERVER), inside, strict=True))
+        names = "".join(f"{host.address} {name}\n" for name, host in places.items())
+        names += f"{places[CENTRE].address} {PUBLIC} {BOUNCES}\n127.0.0.1 localhost\n"
+        # All can be reached from the network of each, and this machine has no part in that.
+        (folder / "ssh").write_text(f'#!/bin/sh\nexec {" ".join(outside.run)} ssh "$@"\n', encoding="utf-8")
         (folder / "ssh").chmod(0o755)
         (folder / "known_hosts").touch()
         machines = []
-        for name, host in hosts.items():
-            own = files if name == CENTRE else folder / name
-            _equip(own, name, names, folder)
-            machines.append(stack.enter_context(machine(name, host, tree, own, shown if name == CENTRE else {})))
-        yield Installation(*machines, folder)
+        for name, host in places.items():
+            own = files.get(name, folder / name)
+            _equip(own, name, names, outside.address, folder)
+            machines.append(stack.enter_context(machine(name, host, tree, own, shown.get(name, {}))))
+        yield Installation(*machines, world, folder)
 
 
-def _equip(files: Path, name: str, names: str, folder: Path) -> None:
+@contextmanager
+def _world(host: Host, folder: Path) -> Iterator[World]:
+    folder.mkdir()
+    words = [*host.run, sys.executable, "-m", "tests.infra.world", host.address, str(folder)]
+    process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        world = World(host, folder, process)
+        world.publish("people.test. 60 IN MX 10 mx.people.test.", f"mx.people.test. 60 IN A {host.address}")
+        yield world
+    finally:
+        stop(process)
+
+
+def _equip(files: Path, name: str, names: str, resolver: str, folder: Path) -> None:
     """What a provider puts on a new host: its name, its key, and the key of whoever may log in."""
     (files / "etc/ssh").mkdir(parents=True)
     (files / "etc/hostname").write_text(f"{name}\n", encoding="utf-8")
     (files / "etc/hosts").write_text(names, encoding="utf-8")
+    (files / "etc/resolv.conf").write_text(f"nameserver {resolver}\n", encoding="utf-8")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(files / "etc/ssh/ssh_host_ed25519_key")], check=True)
     address = next(line.split()[0] for line in names.splitlines() if name in line.split())
     with (folder / "known_hosts").open("a", encoding="utf-8") as known:

@@ -94,10 +94,10 @@ class Machine:
 
 
 @contextmanager
-def machine(name: str, host: Host, tree: Path, files: Path, shown: Mapping[Path, str] | None = None) -> Iterator[Machine]:
-    """Boot one; `files` are put over its tree, `shown` are folders of this machine and where it has them."""
+def machine(name: str, host: Host, tree: Path, files: Path, shown: Mapping[str, Path] | None = None) -> Iterator[Machine]:
+    """Boot one; `files` are put over its tree, `shown` are places in it with the folders of this machine that are there."""
     group = f"mail-pipelines-{os.getpid()}-{name}"
-    arguments = [str(tree), str(files), group, *(str(word) for pair in (shown or {}).items() for word in pair)]
+    arguments = [str(tree), str(files), group, *(str(word) for place, shows in (shown or {}).items() for word in (shows, place))]
     words = [*host.run, "unshare", "--mount", "sh", "-c", ENTER, "enter", *arguments]
     process = subprocess.Popen(words, env={**os.environ, "BOOT": BOOT}, stdin=subprocess.DEVNULL, start_new_session=True)
     try:

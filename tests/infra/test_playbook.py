@@ -1,7 +1,4 @@
-"""What can be told of the playbook without hosts: that Ansible reads it, and that the program takes the environment that it writes.
-
-What it makes of two bare hosts is `script/centre`'s to show.
-"""
+"""What can be told of the playbooks without hosts: that Ansible and its critic take them, and that the program takes what they write."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from mail_pipelines import config
@@ -30,9 +28,19 @@ def ansible(home: Path, *words: object) -> str:
     return done.stdout
 
 
-def test_ansible_reads_it_and_finds_every_role(tmp_path: Path) -> None:
-    said = ansible(tmp_path, "--list-tasks", FOLDER / "centre.yml")
-    assert {role.name for role in (FOLDER / "roles").iterdir()} <= {line.split(" : ")[0].strip() for line in said.splitlines() if " : " in line}
+def test_ansible_reads_them_and_finds_every_role(tmp_path: Path) -> None:
+    said = ansible(tmp_path, "--list-tasks", FOLDER / "site.yml")
+    roles = {role.name for role in (FOLDER / "roles").iterdir()}
+    assert roles == {line.split(" : ")[0].strip() for line in said.splitlines() if " : " in line}
+    assert all((FOLDER / f"roles/{role}/meta/argument_specs.yml").is_file() for role in roles)
+
+
+@pytest.mark.slow
+def test_nothing_but_builtin_modules_and_nothing_that_ansible_lint_would_not_have_in_production(tmp_path: Path) -> None:
+    words = ["--offline", "--nocolor", "--profile", "production", "--enable-list", "only-builtins"]
+    environ = os.environ | {"ANSIBLE_HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([Path(sys.executable).parent / "ansible-lint", *words], cwd=FOLDER, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> None:
@@ -60,3 +68,29 @@ def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> Non
     assert settings.broker.url == "amqp://centre:of the broker@127.0.0.1:5672/mail"
     assert (settings.sending.public_url, settings.sending.bounce_host) == ("https://mail.example.com", "mx.example.com")
     assert "@db.example.com/dagster?" in environ["DAGSTER_MYSQL_URL"]
+
+
+def test_the_program_takes_what_it_writes_for_a_host_with_two_servers(tmp_path: Path) -> None:
+    """Each has its own account and key; what is the host's has the first one's."""
+    home, lines = tmp_path / "home", ["url://one", "word one", "key one", "url://two", "word two", "key two", "of the broker", "of the storage", "certificate"]
+    servers = [{"name": "mx1", "address": "192.0.2.1", "hostname": "mx1.example.com"}, {"name": "mx2", "address": "192.0.2.2"}]
+    given = {"servers": servers, "worker_read": {"stdout_lines": lines}, "metrics_address": "10.0.0.11", "worker_verify_key": "ab" * 32, "worker_settings": {}}
+    roles = FOLDER / "roles/worker/templates"
+    (home / "servers").mkdir(parents=True)
+    template = {"src": str(roles / "server.toml.j2"), "dest": f"{home}/servers/{{{{ item.name }}}}.toml"}
+    tasks: list[dict[str, object]] = [
+        {"ansible.builtin.template": {"src": str(roles / "server.environment.j2"), "dest": str(tmp_path / "environment")}},
+        {"ansible.builtin.template": template, "loop": "{{ servers }}", "loop_control": {"index_var": "worker_index"}},
+    ]
+    play = {"hosts": "centre", "gather_facts": False, "connection": "local", "tasks": tasks, "vars": {"ansible_python_interpreter": sys.executable}}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    shared = yaml.safe_load((FOLDER / "group_vars/all.yml").read_text())
+    ansible(tmp_path, "--extra-vars", json.dumps(shared | given | {"playbook_dir": str(FOLDER)}), tmp_path / "play.yml")
+    environ = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if line)
+    environ = {name: value.strip("'") for name, value in environ.items()} | {"MAIL_PIPELINES_HOME": str(home)}
+    first, second = config.members(environ | {"MAIL_PIPELINES_SENDING__TOKEN_KEY": "key one"}).values()
+    assert [(one.database.url, one.database.password) for one in (first, second)] == [("url://one", "word one"), ("url://two", "word two")]
+    assert (first.sending.token_key, second.sending.token_key) == ("key one", "key two")
+    assert [one.server.address for one in (first, second)] == ["192.0.2.1", "192.0.2.2"]
+    assert (second.server.exim, first.server.hostname, second.metrics.port) == ("mx1", "mx1.example.com", 9467)
+    assert first.broker.url == second.broker.url == "amqps://mx1:of the broker@centre.example.com:5671/mail"

@@ -1,4 +1,4 @@
-"""Two hosts on one wire: network namespaces with an address each, so that one can be asked from the other."""
+"""Hosts on one wire: network namespaces with an address each, so that one can be asked from the other."""
 
 from __future__ import annotations
 
@@ -24,27 +24,41 @@ class Host:
 
 
 @contextmanager
-def two_hosts(names: str = "") -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach each other and nobody else; `names` are lines of the second one's /etc/hosts, with {address} for the first."""
-    hosts = tuple(Host(f"mail-pipelines-{os.getpid()}-{number}", f"10.9.8.{number}") for number in (1, 2))
-    first, second = hosts
-    files = Path("/etc/netns") / second.namespace
+def hosts(count: int) -> Iterator[tuple[Host, ...]]:
+    """Hosts that reach each other and nobody else, each by its device `wire`."""
+    made = tuple(Host(f"mail-pipelines-{os.getpid()}-{number}", f"10.9.8.{number}") for number in range(1, count + 1))
+    first, *others = made
     try:
-        for host in hosts:
+        for host in made:
             _ip("netns", "add", host.namespace)
-        _ip("link", "add", "wire", "netns", first.namespace, "type", "veth", "peer", "name", "wire", "netns", second.namespace)
-        for host in hosts:
+        # The first one's is also what connects them.
+        _ip("-n", first.namespace, "link", "add", "wire", "type", "bridge")
+        for number, host in enumerate(others, start=2):
+            port = f"port{number}"
+            _ip("-n", first.namespace, "link", "add", port, "type", "veth", "peer", "name", "wire", "netns", host.namespace)
+            _ip("-n", first.namespace, "link", "set", port, "master", "wire", "up")
+        for host in made:
             _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "wire")
             for device in ("lo", "wire"):
                 _ip("-n", host.namespace, "link", "set", device, "up")
-        # `ip netns exec` shows this file as /etc/hosts.
-        files.mkdir(parents=True)
-        (files / "hosts").write_text(names.format(address=first.address))
-        yield first, second
+        yield made
     finally:
-        for host in hosts:
+        for host in made:
             subprocess.run(["ip", "netns", "delete", host.namespace], check=False)
-        shutil.rmtree(files, ignore_errors=True)
+
+
+@contextmanager
+def two_hosts(names: str) -> Iterator[tuple[Host, Host]]:
+    """Two of them; `names` are lines of the second one's /etc/hosts, with {address} for the first."""
+    with hosts(2) as (first, second):
+        files = Path("/etc/netns") / second.namespace
+        try:
+            # `ip netns exec` shows this file as /etc/hosts.
+            files.mkdir(parents=True)
+            (files / "hosts").write_text(names.format(address=first.address))
+            yield first, second
+        finally:
+            shutil.rmtree(files, ignore_errors=True)
 
 
 def _ip(*words: str) -> None:
