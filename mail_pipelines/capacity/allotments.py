@@ -160,7 +160,8 @@ def write_plan(connection: Connection, fleet: Fleet, present: Mapping[Place, Gra
         _, server_id, provider, _ = place
         if fleet.breaker(server_id, provider) != breakers.CLOSED:
             continue
-        after = Grant(max(before.used, wanted.get(place, 0)), before.used, planned.get(place, 0))
+        # A campaign without rows that wait keeps its grant, for they may come back; so does an overflow pool that is no longer needed.
+        after = Grant(max(before.used, wanted.get(place, before.granted)), before.used, planned.get(place, 0))
         if after != before:
             rows.append(_row(place, after.granted) | {"planned": after.planned, "plan_epoch": epoch})
     _upsert(connection, rows, lowers=True, stamps=("planned", "plan_epoch"))

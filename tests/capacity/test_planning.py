@@ -119,6 +119,17 @@ def test_what_is_used_stays_granted_and_counts(world: World) -> None:
     assert row.granted >= row.planned
 
 
+def test_who_waits_for_nothing_keeps_what_he_has(world: World) -> None:
+    """All rows are claimed: those that come back find a grant."""
+    idle = add_campaign(world, "idle", 5)
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    moves = Counter({(0, "google", State.PENDING, ""): -5, (0, "google", State.CLAIMED, ""): 5})
+    transact(world.engine, lambda connection: counters.add(connection, idle, 0, moves, NOW))
+    before = grants(world, idle)
+    planning.make(world.engine, world.settings, NOW)
+    assert grants(world, idle) == before == {0: (900, 0), 900: (900, 0)}
+
+
 def test_an_older_plan_never_overwrites_a_newer_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     low = add_campaign(world, "low", 50_000, priority=0)
     read = planning.read
