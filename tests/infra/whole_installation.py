@@ -289,6 +289,11 @@ def test_a_host_is_bare_again(installed: Installation) -> None:
     assert (play.status, play.failed) == ("successful", []), play.output
     left = installed.server.run("sh", "-c", "ls -d /etc/mail-pipelines /etc/*/mail-pipelines* /var/*/mail-pipelines /run/mail-pipelines", check=False).stdout
     assert left == ""
-    assert installed.server.run("sh", "-c", "id mail-pipelines; pgrep -f [m]ail-pipelines; which exim4; nft list tables", check=False).stdout == ""
+    assert (
+        installed.server.run(
+            "sh", "-c", "id mail-pipelines; systemctl list-units --plain --no-legend 'mail-pipelines-*'; which exim4; nft list tables", check=False
+        ).stdout
+        == ""
+    )
     again = installed.play("remove.yml")
     assert (again.status, again.failed, again.changed) == ("successful", [], []), again.output
