@@ -200,7 +200,7 @@ def _upsert(connection: Connection, rows: Sequence[Mapping[str, object]], *, low
         from sqlalchemy.dialects import mysql
 
         insert = mysql.insert(table)
-        given = {name: sa.func.values(sa.column(name)) for name in ("granted", *stamps)}
+        given: dict[str, sa.ColumnElement[Any]] = {name: sa.func.values(sa.column(name)) for name in ("granted", *stamps)}
         values = given | {"granted": sa.func.greatest(least, given["granted"])}
         statement: sa.Insert = insert.on_duplicate_key_update(**values)
     else:
