@@ -19,6 +19,7 @@ import datetime as dt
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -200,8 +201,8 @@ def _upsert(connection: Connection, rows: Sequence[Mapping[str, object]], *, low
         from sqlalchemy.dialects import mysql
 
         insert = mysql.insert(table)
-        given: dict[str, sa.ColumnElement[Any]] = {name: sa.func.values(sa.column(name)) for name in ("granted", *stamps)}
-        values = given | {"granted": sa.func.greatest(least, given["granted"])}
+        given = {name: sa.func.values(sa.column(name)) for name in ("granted", *stamps)}
+        values: dict[str, Any] = given | {"granted": sa.func.greatest(least, given["granted"])}
         statement: sa.Insert = insert.on_duplicate_key_update(**values)
     else:
         from sqlalchemy.dialects import sqlite

@@ -61,7 +61,9 @@ def _cells(found: dict[str, Any]) -> list[str]:
 @app.command("what-if")
 def what_if(
     servers: Annotated[int, typer.Option(min=0, help="warm servers more in each campaign's pool, as +3")] = 0,
-    finish_by: Annotated[dt.datetime | None, typer.Option(help="also say how many it takes to finish by then; UTC if no offset is given")] = None,
+    finish_by: Annotated[
+        str | None, typer.Option(help="also say how many it takes to finish by then: a time with its zone, as in 2026-03-02T15:00:00+01:00")
+    ] = None,
     campaign: Annotated[str | None, typer.Option(help="only this one")] = None,
     as_json: Json = False,
 ) -> None:
@@ -69,13 +71,14 @@ def what_if(
     import json
     from dataclasses import asdict
 
+    from mail_pipelines.campaigns.yaml_form import parse_time
     from mail_pipelines.capacity import planning
     from mail_pipelines.capacity import what_if as questions
     from mail_pipelines.database.engine import reading
 
+    deadline = None if finish_by is None else parse_time(finish_by, "--finish-by")
     with reading(open_engine()) as connection:
         situation = planning.read(connection, settings())
-    deadline = None if finish_by is None else finish_by if finish_by.tzinfo else finish_by.replace(tzinfo=dt.UTC)
     answers = questions.ask(situation, servers, deadline, campaign)
     if as_json:
         typer.echo(json.dumps([asdict(answer) for answer in answers]))

@@ -284,6 +284,8 @@ def test_the_plan_as_an_operator_sees_it(world: World) -> None:
     assert "with 3 more warm servers " in answers
     (answer,) = json.loads(says("plan", "what-if", "--servers", "3", "--campaign", "big", "--json"))
     assert answer["finish_with"] < answer["finish_at"]
+    soon = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=6)).isoformat()
+    assert " it needs 2 more warm servers; " in says("plan", "what-if", "--finish-by", soon, "--campaign", "big")
 
 
 def test_the_asset_puts_a_plan_into_force_and_shows_it(world: World) -> None:
