@@ -17,14 +17,14 @@ from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet, Limits
 from mail_pipelines.capacity.horizon import DAY
 from mail_pipelines.capacity.new_servers import new_server
-from mail_pipelines.database.models import Campaign, CampaignCounter, Server, State
+from mail_pipelines.database.models import DEFAULT_POOL, Campaign, CampaignCounter, Provision, Server, State
 from mail_pipelines.dispatch import pools
+from mail_pipelines.dispatch.registry import ServerState
+from mail_pipelines.provisioning.states import MAKING
 
 # So many weeks back make the trend, and so much a week it may rise or fall.
 PAST_WEEKS = 4
 _LEAST_GROWTH, _MOST_GROWTH = 0.9, 1.1
-# States of a server that is on order.
-_ON_ORDER = ("requested", "provisioning", "waiting_dns", "verifying")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,11 @@ def of_pool(pool_id: int, key: str, demand: Mapping[str, Daily], fleet: Fleet) -
 
 def in_flight(connection: Connection) -> list[InFlight]:
     """Servers that are being made, by pool and the day on which they are to send first."""
-    keys = pools.keys(connection)
-    rows = connection.execute(sa.select(Server.pool_id, Server.created_at).where(Server.state.in_(_ON_ORDER)).order_by(Server.id))
-    return [InFlight(keys[row.pool_id], 1, new_server().first_day(row.created_at.date())) for row in rows]
+    default = pools.keys(connection)[DEFAULT_POOL]
+    # One that serves already is of the fleet, also in the moment before its row says so.
+    serves = sa.exists().where(Server.id == Provision.server_id, Server.state != ServerState.PROVISIONING.value)
+    query = sa.select(Provision.pool, Provision.requested_at).where(Provision.state.in_(MAKING), ~serves).order_by(Provision.id)
+    return [InFlight(row.pool or default, 1, new_server().first_day(row.requested_at.date())) for row in connection.execute(query)]
 
 
 def outlook_of(past: Iterable[Mailing], coming: Iterable[Mailing], today: dt.date) -> dict[str, Daily]:

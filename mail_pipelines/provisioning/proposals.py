@@ -18,7 +18,7 @@ from mail_pipelines.database import models
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.errors import nearest
 from mail_pipelines.provisioning import budget, store
-from mail_pipelines.provisioning.interfaces import Parts, ProvisioningError
+from mail_pipelines.provisioning.interfaces import HostSource, Parts, ProvisioningError
 from mail_pipelines.provisioning.states import IN_SERVICE, MAKING
 from mail_pipelines.provisioning.store import Provision
 
@@ -80,8 +80,14 @@ def propose(connection: Connection, parts: Parts, wanted: Wanted) -> Proposal:
 
 def next_cost(connection: Connection, parts: Parts) -> float:
     """What a server of the first source costs that is not set aside."""
+    following = next_source(connection, parts.sources)
+    return 0.0 if following is None else following.cost_per_hour
+
+
+def next_source(connection: Connection, sources: Sequence[HostSource]) -> HostSource | None:
+    """The first that is not set aside."""
     aside = store.set_aside(connection)
-    return next((source.cost_per_hour for source in parts.sources if source.name not in aside), 0.0)
+    return next((source for source in sources if source.name not in aside), None)
 
 
 def accept(connection: Connection, settings: ProvisioningSettings, proposal_id: int) -> list[Provision]:

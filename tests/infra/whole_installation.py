@@ -69,8 +69,8 @@ def secrets_of(installation: Installation) -> set[str]:
     """Everything that must not be seen: what the hosts have made for themselves."""
     found = installation.database.run("sh", "-c", "cat /etc/mail-pipelines/database/*").stdout.split()
     found += installation.centre.run("cat", "/etc/mail-pipelines/broker", "/etc/mail-pipelines/operator.password").stdout.split()
-    found += installation.centre.run("sh", "-c", f"cat {SECRETS}/*_key {SECRETS}/servers/mx1.[bpst]*").stdout.split()
-    assert len(found) == 11
+    found += installation.centre.run("sh", "-c", f"cat {SECRETS}/*_key {SECRETS}/servers/mx1.[bpt]*").stdout.split()
+    assert len(found) == 10
     return set(found)
 
 
@@ -263,11 +263,11 @@ SWITCH, RESTART = f"{SERVER}: It takes the place of the one that runs", f"{SERVE
 def test_another_version_and_new_passwords_come_by_the_same_command(installed: Installation, newer: Path) -> None:
     before = installed.server.run("cat", "/etc/mail-pipelines/environment").stdout
     installed.commands("server account mx1")
-    installed.centre.run("rm", f"{SECRETS}/servers/mx1.broker", f"{SECRETS}/servers/mx1.storage")
+    installed.centre.run("rm", f"{SECRETS}/servers/mx1.broker")
     play = installed.play("server.yml", checkout=newer)
     assert (play.status, play.failed) == ("successful", []), play.output
-    # Ansible says nothing of tasks that handle secrets, such as those of the storage's account and the environment, but for what they have restarted.
-    made = [f"{CENTRE}: Passwords for broker and storage, of the first server of each host", f"{CENTRE}: Accounts at the broker"]
+    # Ansible says nothing of tasks that handle secrets, such as that of the environment, but for what they have restarted.
+    made = [f"{CENTRE}: Passwords for the broker, of the first server of each host", f"{CENTRE}: Accounts at the broker"]
     assert play.changed == [*made, *UPGRADE, SWITCH, RESTART]
     assert runs(installed) == "Newer."
     now = installed.server.run("cat", "/etc/mail-pipelines/environment").stdout
