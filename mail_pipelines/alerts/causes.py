@@ -20,7 +20,7 @@ from mail_pipelines.capacity import breakers
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Campaign as CampaignRow
-from mail_pipelines.database.models import State
+from mail_pipelines.database.models import SENDING_STATES, State
 from mail_pipelines.dispatch import clock, holds, servers
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.registry import ServerState
@@ -37,7 +37,7 @@ RECOVERY_FOR = dt.timedelta(minutes=30)
 HELD_FOR = dt.timedelta(hours=12)
 # By then bounces have come, and rows of campaigns with `on_unknown: resend` were sent again.
 UNKNOWN_FOR = overdue.RESEND_AFTER
-_ON_DUTY = (ServerState.ACTIVE.value, ServerState.DRAINING.value)
+_ON_DUTY = (*SENDING_STATES, ServerState.DRAINING.value)
 
 
 @dataclass

@@ -100,6 +100,7 @@ def recover(world: World) -> None:
 
 THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
     "silent": (lambda world: change(world, heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
+    "silent while warming": (lambda world: change(world, state="warming", heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
     "lost": (lambda world: change(world, state="lost"), ["server-lost:s1"], "was declared lost"),
     "failed": (lambda world: change(world, state="failed"), ["server-failed:s1"], "could not be provisioned"),
     "clock": (lambda world: change(world, health={"clock_ahead": -240.0}), ["clock:s1"], "240 s behind"),
