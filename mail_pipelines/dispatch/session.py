@@ -179,7 +179,7 @@ class Session:
                     last_around = time.monotonic()
                 for provider, shards in (await in_thread(self._due_shards, around)).items():
                     lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
-                    if provider not in running and lane.wait_until <= time.monotonic():
+                    if provider not in running and lane.asks_at <= time.monotonic():
                         running[provider] = asyncio.create_task(lane.run(until, shards))
                 claims_before = self.report.claims
                 if running:
