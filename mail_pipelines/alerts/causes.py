@@ -19,8 +19,8 @@ from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.capacity import breakers
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now
-from mail_pipelines.database.models import Campaign as CampaignRow
 from mail_pipelines.database.models import SENDING_STATES, State
+from mail_pipelines.database.models import Campaign as CampaignRow
 from mail_pipelines.dispatch import clock, holds, servers
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.registry import ServerState
