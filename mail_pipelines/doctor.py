@@ -28,6 +28,10 @@ from mail_pipelines.dispatch.files import DispatchError, ServerFolders
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.token_keys import InUse
 from mail_pipelines.domains import store
+from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.provisioning import store as provisions
+from mail_pipelines.provisioning.dns import publishers
+from mail_pipelines.provisioning.sources import reading as hosts_file
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -192,6 +196,7 @@ def check_central_database(settings: config.Settings, *, is_centre: bool) -> Ite
             if is_centre:
                 yield from check_archive(connection, settings)
                 yield from check_server_keys(connection, settings)
+                yield from check_making(connection, settings)
         yield from check_servers(engine, settings.server.heartbeat_seconds)
     except migrate.SchemaOutdated as error:
         yield Finding("schema", str(error), "upgrade the centre first, then its servers")
@@ -273,6 +278,23 @@ def check_server_keys(connection: sa.Connection, settings: config.Settings) -> I
             f"server {server.key} sends nothing from {_names(lacking[server.id])}: it has no DKIM key of its own there",
             f"`mail-pipelines server dkim {server.key}`",
         )
+
+
+def check_making(connection: sa.Connection, settings: config.Settings) -> Iterator[Finding]:
+    """Servers that are being made here and do not come on by themselves, and what would keep others from being made."""
+    try:
+        hosts_file.read(settings)
+        publishers.publisher_of(settings.dns)
+    except MailPipelinesError as error:
+        yield Finding("provisioning", str(error), "correct it: no server can be made or removed until then (docs/provisioning.md)")
+    for one in provisions.making(connection)[:SHOWN]:
+        if one.records:
+            waits = f"server {one.key} waits for {len(one.records)} DNS records"
+            yield Finding("provisioning", waits, "publish what `mail-pipelines server provisions` prints")
+        elif one.reason:
+            yield Finding("provisioning", f"server {one.key} is {one.standing}", "it is tried again; see `mail-pipelines server provisions`")
+    for source, reason in provisions.set_aside(connection).items():
+        yield Finding("provisioning", f"host source {source} is set aside: {reason}", f"`mail-pipelines server sources --use-again {source}` when that is over")
 
 
 def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]:

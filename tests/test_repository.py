@@ -107,7 +107,7 @@ def test_up_starts_the_web_server() -> None:
 @pytest.mark.slow
 def test_loading_the_definitions_stays_light() -> None:
     """Every send run and code server loads them; these libraries cost 0.5 to 1 s and 100 MB a process."""
-    heavy = ["css_inline", "dlt", "duckdb", "fastapi", "inscriptis", "matplotlib", "mjml", "pandas", "pyarrow", "selectolax"]
+    heavy = ["css_inline", "dlt", "duckdb", "fastapi", "highspy", "inscriptis", "matplotlib", "mjml", "pandas", "pyarrow", "selectolax"]
     program = f"import sys, mail_pipelines.definitions; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -115,7 +115,7 @@ def test_loading_the_definitions_stays_light() -> None:
 
 
 def test_the_command_line_starts_light() -> None:
-    heavy = ["alembic", "dagster", "duckdb", "matplotlib", "pandas", "pyarrow"]
+    heavy = ["alembic", "dagster", "duckdb", "highspy", "matplotlib", "pandas", "pyarrow"]
     program = f"import sys, mail_pipelines.cli; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"

@@ -25,7 +25,9 @@ from mail_pipelines.dispatch import clock, holds, servers
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.registry import ServerState
 from mail_pipelines.dispatch.servers import ServerInfo
-from mail_pipelines.provisioning import listing
+from mail_pipelines.provisioning import listing, proposals
+from mail_pipelines.provisioning import store as provisions
+from mail_pipelines.provisioning.states import State as Making
 
 # A beat may be late once.
 SILENT_FOR = dt.timedelta(minutes=1)
@@ -37,6 +39,8 @@ RECOVERY_FOR = dt.timedelta(minutes=30)
 HELD_FOR = dt.timedelta(hours=12)
 # By then bounces have come, and rows of campaigns with `on_unknown: resend` were sent again.
 UNKNOWN_FOR = overdue.RESEND_AFTER
+# Of a server that could not be made an operator is told for so long; and of one that waits for the DNS when a publisher would have been quicker.
+FAILED_FOR, WAITING_FOR = dt.timedelta(days=1), dt.timedelta(minutes=10)
 _ON_DUTY = (*SENDING_STATES, ServerState.DRAINING.value)
 
 
@@ -77,9 +81,30 @@ def _lost(look: Look) -> Iterator[Cause]:
 
 
 def _failed(look: Look) -> Iterator[Cause]:
-    for server in look.fleet:
-        if server.state == "failed":
-            yield Cause("server-failed", server.key, f"server {server.key} could not be provisioned", f"mail-pipelines server show {server.key}")
+    for one in provisions.all_provisions(look.connection, since=look.now - FAILED_FOR):
+        if one.state is Making.FAILED:
+            left = "" if one.ended_at is not None else "; its parts are not all removed yet"
+            yield Cause("server-failed", one.key, f"server {one.key} could not be made: {one.reason}{left}", "mail-pipelines server provisions --all")
+
+
+def _waiting_dns(look: Look) -> Iterator[Cause]:
+    for one in provisions.making(look.connection):
+        if one.state is Making.WAITING_DNS and one.records:
+            text = f"server {one.key} waits for {len(one.records)} DNS records: publish them, it goes on by itself"
+            yield Cause("server-dns", one.key, text, "mail-pipelines server provisions", WAITING_FOR)
+
+
+def _proposed(look: Look) -> Iterator[Cause]:
+    for one in proposals.all_proposals(look.connection):
+        if one.state == proposals.OPEN:
+            what = f"{one.servers} more server{'s' if one.servers > 1 else ''}{f' of pool {one.pool}' if one.pool else ''} for {one.cost_per_month:.2f} a month"
+            effect = f" ({one.effect})" if one.effect else ""
+            yield Cause("proposal", str(one.id), f"proposal {one.id}: {what}: {one.why}{effect}", f"mail-pipelines server provision --proposal {one.id}")
+
+
+def _set_aside(look: Look) -> Iterator[Cause]:
+    for source, reason in provisions.set_aside(look.connection).items():
+        yield Cause("source", source, f"host source {source} is set aside: {reason}", f"mail-pipelines server sources --use-again {source}")
 
 
 def _clock(look: Look) -> Iterator[Cause]:
@@ -162,6 +187,9 @@ CAUSES: tuple[Callable[[Look], Iterator[Cause]], ...] = (
     _silent,
     _lost,
     _failed,
+    _waiting_dns,
+    _set_aside,
+    _proposed,
     _clock,
     _log_disk,
     _listed,

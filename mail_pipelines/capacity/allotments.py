@@ -20,6 +20,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -219,7 +220,7 @@ def _upsert(connection: Connection, rows: Sequence[Mapping[str, object]], *, low
 
         insert = mysql.insert(table)
         given = {name: sa.func.values(sa.column(name)) for name in ("granted", *stamps)}
-        values = given | {"granted": sa.func.greatest(least, given["granted"])}
+        values: dict[str, Any] = given | {"granted": sa.func.greatest(least, given["granted"])}
         statement: sa.Insert = insert.on_duplicate_key_update(**values)
     else:
         from sqlalchemy.dialects import sqlite

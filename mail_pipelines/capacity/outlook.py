@@ -17,14 +17,14 @@ from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet, Limits
 from mail_pipelines.capacity.horizon import DAY
 from mail_pipelines.capacity.new_servers import new_server
-from mail_pipelines.database.models import Campaign, CampaignCounter, Server, State
+from mail_pipelines.database.models import DEFAULT_POOL, Campaign, CampaignCounter, Provision, Server, State
 from mail_pipelines.dispatch import pools
+from mail_pipelines.dispatch.registry import ServerState
+from mail_pipelines.provisioning.states import MAKING
 
 # So many weeks back make the trend, and so much a week it may rise or fall.
 PAST_WEEKS = 4
 _LEAST_GROWTH, _MOST_GROWTH = 0.9, 1.1
-# States of a server that is on order.
-_ON_ORDER = ("requested", "provisioning", "waiting_dns", "verifying")
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,28 @@ def read(connection: Connection, fleet: Fleet, now: dt.datetime) -> list[Outlook
     for pool_id in sorted({mailing.pool_id for mailing in [*past, *coming]} & keys.keys()):
         theirs = [mailing for mailing in past if mailing.pool_id == pool_id]
         demand = outlook_of(theirs, [mailing for mailing in coming if mailing.pool_id == pool_id], today)
-        limits = {provider: fleet.limits(0, provider) for provider in demand}
-        capacity = {
-            provider: sum(
-                (_days(line) for member in fleet.members if member.pool_id == pool_id and (line := fleet.limits(member.id, provider))), np.zeros(DAYS)
-            )
-            for provider in demand
-        }
-        warm = {provider: float(_days(line)[-1]) if line is not None else 0.0 for provider, line in limits.items()}
-        found.append(Outlook(keys[pool_id], demand, capacity, warm))
+        found.append(of_pool(pool_id, keys[pool_id], demand, fleet))
     return found
+
+
+def of_pool(pool_id: int, key: str, demand: Mapping[str, Daily], fleet: Fleet) -> Outlook:
+    """What the servers of a pool, and a warm one more, can send of a demand (`outlook_of`)."""
+    limits = {provider: fleet.limits(0, provider) for provider in demand}
+    capacity = {
+        provider: sum((_days(line) for member in fleet.members if member.pool_id == pool_id and (line := fleet.limits(member.id, provider))), np.zeros(DAYS))
+        for provider in demand
+    }
+    warm = {provider: float(_days(line)[-1]) if line is not None else 0.0 for provider, line in limits.items()}
+    return Outlook(key, demand, capacity, warm)
 
 
 def in_flight(connection: Connection) -> list[InFlight]:
     """Servers that are being made, by pool and the day on which they are to send first."""
-    keys = pools.keys(connection)
-    rows = connection.execute(sa.select(Server.pool_id, Server.created_at).where(Server.state.in_(_ON_ORDER)).order_by(Server.id))
-    return [InFlight(keys[row.pool_id], 1, new_server().first_day(row.created_at.date())) for row in rows]
+    default = pools.keys(connection)[DEFAULT_POOL]
+    # One that serves already is of the fleet, also in the moment before its row says so.
+    serves = sa.exists().where(Server.id == Provision.server_id, Server.state != ServerState.PROVISIONING.value)
+    query = sa.select(Provision.pool, Provision.requested_at).where(Provision.state.in_(MAKING), ~serves).order_by(Provision.id)
+    return [InFlight(row.pool or default, 1, new_server().first_day(row.requested_at.date())) for row in connection.execute(query)]
 
 
 def outlook_of(past: Iterable[Mailing], coming: Iterable[Mailing], today: dt.date) -> dict[str, Daily]:

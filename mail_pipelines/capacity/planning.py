@@ -124,15 +124,16 @@ def _enforce(connection: Connection, settings: Settings, situation: Situation, p
 
 @dataclass(frozen=True)
 class Kept:
-    """The plan in force as it was kept: its number, and `forecast.document` with the orders of the far plan as `far`."""
+    """The plan in force as it was kept: its number, `forecast.document` with the orders of the far plan as `far`, and the moment that it is of."""
 
     epoch: int
     document: Mapping[str, Any]
+    made_at: dt.datetime
 
 
 def in_force(connection: Connection) -> Kept | None:
-    row = connection.execute(sa.select(SyncState.version, SyncState.value).where(*_MINE)).one_or_none()
-    return None if row is None else Kept(row.version, row.value)
+    row = connection.execute(sa.select(SyncState.version, SyncState.value, SyncState.changed_at).where(*_MINE)).one_or_none()
+    return None if row is None else Kept(row.version, row.value, row.changed_at)
 
 
 def sent_by_hour(connection: Connection, since: dt.datetime) -> list[tuple[int, int]]:

@@ -160,12 +160,12 @@ def sources(use_again: Annotated[str | None, typer.Option(help="use this one aga
         done = transact(parts.engine, lambda connection: store.use_again(connection, known))
         console.print(f"host source {known} is used again" if done else f"host source {known} is not set aside")
         return
-    table = Table("host source", "cost/h", "servers", "at most", "addresses", "set aside")
+    table = Table("host source", "cost/h", "servers", "at most", "warm-up", "set aside")
     with reading(parts.engine) as connection:
         aside = store.set_aside(connection)
         living = [one.source for one in store.all_provisions(connection)]
     for source in parts.sources:
         most = "" if source.most is None else str(source.most)
-        warm = "warm" if source.warm else "cold"
+        warm = source.curve or "warm"
         table.add_row(source.name, f"{source.cost_per_hour:g}", str(living.count(source.name)), most, warm, escape(aside.get(source.name, "")))
     console.print(table)

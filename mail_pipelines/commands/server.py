@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,7 +52,17 @@ def list_servers() -> None:
                 f"{beat}{' (silent)' if silent else ' (log disk full)' if server.shortage else ' (clock is off)' if server.clock_error else ''}",
                 _alarms(audits.get(server.key)),
             )
+        making = _making(connection)
     console.print(table)
+    for key, standing in making.items():
+        console.print(f"{key} is being made: {standing}; `mail-pipelines server provisions`", markup=False, highlight=False)
+
+
+def _making(connection: Connection) -> Mapping[str, str]:
+    """Where each server is that is being made. Only the centre may read it."""
+    from mail_pipelines.provisioning import store
+
+    return {one.key: one.standing for one in store.making(connection)} if settings().this_server is None else {}
 
 
 def _health(health: Mapping[str, Any]) -> dict[str, str]:
@@ -132,12 +141,15 @@ def show(name: str) -> None:
         stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.server_id == server.id and breaker.state != breakers.CLOSED]
         # Only the centre may read them.
         warming = warm_up.standings(connection, now, server.id) if settings().this_server is None else []
+        making = _making(connection).get(name)
     table = Table(show_header=False, box=None)
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
     table.add_row("pool", pool)
     table.add_row("address", f"{server.host}:{server.port}")
     table.add_row("state", "drained" if draining and not claims else server.state)
+    if making is not None:
+        table.add_row("being made", escape(making))
     for reason in left:
         table.add_row("before it retires", reason)
     if hold is not None:
@@ -279,37 +291,25 @@ def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its hos
 @app.command("account")
 def account(name: str) -> None:
     """Make the account of a server on another host for all databases, or give it a new password, with its token key and DKIM keys; all is kept in the home."""
-    from mail_pipelines.dispatch import accounts
-    from mail_pipelines.dispatch.files import replace_file
-    from mail_pipelines.resources import server_storage
+    from mail_pipelines.dispatch.accounts import KeyHeld
+    from mail_pipelines.provisioning.credentials import Kept
+    from mail_pipelines.resources.provisioning import accounts_of
 
-    given = accounts.give(open_engine(), name)
-    place, key_place, storage_place, url_place = _secrets_of(name)
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    replace_file(place, given.password + "\n")
+    kept, credentials = Kept.of(settings(), name), accounts_of(open_engine(), settings())
+    given = credentials.give_databases(name)
     several = f"with several servers there: in servers/{name}.toml of the home, the token key too; docs/production.md"
     console.print(f"server {name} has an account; on its host set ({several})", markup=False, highlight=False)
     console.print(f"MAIL_PIPELINES_DATABASE__URL={given.url}", markup=False, highlight=False)
-    console.print(f"and MAIL_PIPELINES_DATABASE__PASSWORD_FILE to a copy of {place}", markup=False, highlight=False)
-    if storage := server_storage.give(open_engine(), settings(), given):
-        replace_file(storage_place, "".join(f"{variable}='{value}'\n" for variable, value in storage.items()))
-        console.print(f"and put the lines of {storage_place} into its environment file", markup=False, highlight=False)
+    console.print(f"and MAIL_PIPELINES_DATABASE__PASSWORD_FILE to a copy of {kept.password}", markup=False, highlight=False)
+    if kept.environment.exists():
+        console.print(f"and put the lines of {kept.environment} into its environment file", markup=False, highlight=False)
     try:
-        own = accounts.token_key_of(open_engine(), name, settings().token_key())
-    except accounts.KeyHeld as held:
+        credentials.give_key(given)
+    except KeyHeld as held:
         console.print(str(held), markup=False, highlight=False)
         return
-    replace_file(key_place, own.decode("ascii") + "\n")
-    # The last one, by which others see that all of it is there.
-    replace_file(url_place, given.url + "\n")
-    console.print(f"and put a copy of {key_place} into its home as secrets/token_key", markup=False, highlight=False)
+    console.print(f"and put a copy of {kept.token_key} into its home as secrets/token_key", markup=False, highlight=False)
     _equip(name, allow_unverified=False)
-
-
-def _secrets_of(name: str) -> tuple[Path, Path, Path, Path]:
-    """Where the centre keeps a server's password, token key, addresses of Dagster's storage and the results, and URL, to be copied to its host."""
-    folder = settings().home / "secrets" / "servers"
-    return folder / f"{name}.password", folder / f"{name}.token_key", folder / f"{name}.environment", folder / f"{name}.url"
 
 
 @app.command("dkim")
@@ -350,12 +350,11 @@ def revoke(name: str) -> None:
     import datetime as dt
 
     from mail_pipelines.dispatch import accounts
+    from mail_pipelines.provisioning.credentials import Kept
     from mail_pipelines.resources import broker_accounts
 
     done = accounts.revoke(open_engine(), name, dt.datetime.now(dt.UTC))
-    folder = _secrets_of(name)[0].parent
-    for kind in ("password", "token_key", "url", "broker", "storage"):
-        (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    Kept.of(settings(), name).remove()
     console.print(f"server {name} is revoked; {done.unknown:,} recipients it had in hand are unknown now")
     for record in done.records:
         console.print(f"remove from the DNS at once: {record}", markup=False, highlight=False)

@@ -30,11 +30,13 @@ def dns(
     publisher = publisher_of(settings().dns)
     with reading(open_engine()) as connection:
         server = servers.find(connection, name)
-        found = records.of_server(connection, server.id, *_told(server, hostname, address), include, dt.datetime.now(dt.UTC))
-        rest = records.without_server(connection, server.id, include)
+        told = _told(server, hostname, address)
+        now = dt.datetime.now(dt.UTC)
+        gone = records.of_gone_server(connection, server.id, *told, include) if withdraw else None
+        found = gone or records.of_server(connection, server.id, *told, include, now)
     if withdraw:
         publisher.withdraw(found.own)
-        publisher.publish([rest] if rest else [])
+        publisher.publish(found.shared)
         for record in found.own:
             typer.echo(f"; withdrawn, or to be removed by hand: {record.zone_line()}")
         return

@@ -1,14 +1,14 @@
-"""Accounts and keys of a server that is made here, and the files in which the centre keeps them until they are on its host.
+"""Accounts and keys of a server on a host of its own, and the files in which the centre keeps them until they are on that host.
 
-What belongs here: which there are, where, and their end. What does not: what an account may do (`database.boundary` for the central database), and
-RabbitMQ's tool (passed in).
+What belongs here: which there are, where, and their end. What does not: what an account may do (`database.boundary`; of Dagster's
+storage and the results `resources.server_storage`), and the broker's own tool (`resources.broker_accounts`); these two are passed in.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,11 +17,12 @@ from sqlalchemy.engine import Engine
 
 from mail_pipelines.config import Settings
 from mail_pipelines.dispatch import accounts
+from mail_pipelines.dispatch.accounts import Account
 from mail_pipelines.dispatch.files import replace_file
 
 
-class OtherAccounts(Protocol):
-    """Accounts by a server's name somewhere else. Both raise `MailPipelinesError`, and may be repeated."""
+class BrokerAccounts(Protocol):
+    """Accounts at the broker by the server's name. Both raise `MailPipelinesError`, and may be repeated."""
 
     def put(self, account: str, password: str) -> None:
         """Make it, or give it another password."""
@@ -29,8 +30,23 @@ class OtherAccounts(Protocol):
     def delete(self, account: str) -> None: ...
 
 
-# What is in the folder of each server: NAME. and one of these.
-_OWN = ("url", "password", "token_key")
+@dataclass(frozen=True)
+class Kept:
+    """The files of one server. `environment` are lines of its host's environment file. `url` is written last, by which others see that the rest is there."""
+
+    password: Path
+    environment: Path
+    token_key: Path
+    broker: Path
+    url: Path
+
+    @classmethod
+    def of(cls, settings: Settings, name: str) -> Kept:
+        return cls(**{ending: folder(settings) / f"{name}.{ending}" for ending in cls.__dataclass_fields__})
+
+    def remove(self) -> None:
+        for path in vars(self).values():
+            path.unlink(missing_ok=True)
 
 
 def folder(settings: Settings) -> Path:
@@ -40,37 +56,46 @@ def folder(settings: Settings) -> Path:
 
 @dataclass(frozen=True)
 class Accounts:
-    """`others`: the accounts that a server has elsewhere, by the ending of the file with the password: broker, storage."""
+    """`storage` lets an account of the central database use Dagster's storage and the results, and returns what to set for that on its host."""
 
     engine: Engine
     settings: Settings
-    others: Sequence[tuple[str, OtherAccounts]] = ()
+    storage: Callable[[Account], Mapping[str, str]]
+    broker: BrokerAccounts | None = None
+
+    def give_databases(self, name: str) -> Account:
+        """The account of all databases, or a new password for it."""
+        kept = Kept.of(self.settings, name)
+        kept.password.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        given = accounts.give(self.engine, name)
+        replace_file(kept.password, given.password + "\n")
+        if lines := self.storage(given):
+            replace_file(kept.environment, "".join(f"{variable}='{value}'\n" for variable, value in lines.items()))
+        return given
+
+    def give_key(self, given: Account) -> None:
+        """The token key, and with it all that the account needs. Raises `accounts.KeyHeld` for a server that cannot get its own one now."""
+        kept = Kept.of(self.settings, given.server)
+        replace_file(kept.token_key, accounts.token_key_of(self.engine, given.server, self.settings.token_key()).decode("ascii") + "\n")
+        replace_file(kept.url, given.url + "\n")
 
     def give(self, name: str, kind: str) -> Sequence[Path]:
         if kind == "catcher":
             # A process of the centre's own, with the centre's own.
             return ()
-        given = accounts.give(self.engine, name)
-        token_key = accounts.token_key_of(self.engine, name, self.settings.token_key()).decode("ascii")
-        written = [self._write(name, ending, value) for ending, value in zip(_OWN, (given.url, given.password, token_key), strict=True)]
-        for ending, other in self.others:
+        self.give_key(self.give_databases(name))
+        kept = Kept.of(self.settings, name)
+        if self.broker is not None:
             password = secrets.token_urlsafe(32)
-            written.append(self._write(name, ending, password))
-            other.put(name, password)
-        # The URL is none.
-        return written[1:]
+            replace_file(kept.broker, password + "\n")
+            self.broker.put(name, password)
+        # The URL is no secret; the password, which is in the addresses of `environment` too, is.
+        return [kept.password, kept.token_key, kept.broker, kept.environment]
 
     def take(self, name: str) -> None:
         accounts.revoke(self.engine, name, dt.datetime.now(dt.UTC))
 
     def clear(self, name: str) -> None:
-        for _, other in self.others:
-            other.delete(name)
-        for ending in (*_OWN, *(ending for ending, _ in self.others)):
-            (folder(self.settings) / f"{name}.{ending}").unlink(missing_ok=True)
-
-    def _write(self, name: str, ending: str, value: str) -> Path:
-        path = folder(self.settings) / f"{name}.{ending}"
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, value + "\n")
-        return path
+        if self.broker is not None:
+            self.broker.delete(name)
+        Kept.of(self.settings, name).remove()

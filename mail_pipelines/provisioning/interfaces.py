@@ -16,6 +16,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.dispatch.archive import Archive
 from mail_pipelines.domains.records import Record
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.provisioning.finding import Finding
 
 # One line of what happens, for a person: the log of a run, or a screen.
 Say = Callable[[str], None]
@@ -76,8 +77,8 @@ class HostSource(Protocol):
         """How many servers at most; None: any number."""
 
     @property
-    def warm(self) -> bool:
-        """Whether the reputation of its addresses is made already."""
+    def curve(self) -> str:
+        """The curve by which its addresses are warmed up; "" if their reputation is made already."""
 
     @property
     def reused(self) -> bool:
@@ -115,43 +116,22 @@ class Player(Protocol):
     def remove(self, target: Target, say: Say) -> None: ...
 
 
-class Finding(Protocol):
-    """What a check of a server has found; `text` says what, and what to do. `ok` is None where it could not be told, which is no failure."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def ok(self) -> bool | None: ...
-
-    @property
-    def text(self) -> str: ...
-
-
 Verify = Callable[[Target], Sequence[Finding]]
 
 
 class DnsPublisher(Protocol):
-    def publish(self, records: Sequence[Record]) -> None:
-        """Make each name's records of a type those that are given."""
+    """What owns the records of servers (`dns.publishers`). All three raise `MailPipelinesError`."""
 
-    def withdraw(self, records: Sequence[Record]) -> None: ...
+    def publish(self, records: Sequence[Record]) -> None:
+        """Make them so: give all of a name's records of one type, since others of it go. What it has no power over it leaves out, and `missing` goes on
+        naming it.
+        """
+
+    def withdraw(self, records: Sequence[Record]) -> None:
+        """Remove them, where they still are as given."""
 
     def missing(self, records: Sequence[Record]) -> Sequence[Record]:
-        """Those that resolvers do not see yet."""
-
-
-@dataclass(frozen=True)
-class ServerRecords:
-    """The records of one server: its own, and those it shares with others as they are to be (with or without it)."""
-
-    own: Sequence[Record]
-    shared: Sequence[Record] = ()
-
-
-class RecordsOf(Protocol):
-    def __call__(self, server_id: int, hostname: str, addresses: Sequence[str], *, gone: bool) -> ServerRecords:
-        """What the DNS should have while this server sends from these addresses, or when it is `gone`: `own` is then what has to go."""
+        """Those that resolvers do not see yet, or about which none answers."""
 
 
 class Credentials(Protocol):
@@ -177,11 +157,10 @@ class Parts:
     players: Mapping[str, Player]
     credentials: Credentials
     dns: DnsPublisher
-    records_of: RecordsOf
     verify: Mapping[str, Verify]
     archive: Archive | None = None
-    # Begins the warm-up of a server that has just become active, on a source whose addresses are cold.
-    warm_up: Callable[[Connection, str], None] | None = None
+    # Begins the warm-up of a server that has just become active, on the curve of a source whose addresses are cold.
+    warm_up: Callable[[Connection, str, str], None] | None = None
 
     def source(self, name: str) -> HostSource:
         for source in self.sources:

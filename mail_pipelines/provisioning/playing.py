@@ -21,10 +21,11 @@ import sqlalchemy as sa
 from mail_pipelines.config import Settings
 from mail_pipelines.provisioning import alone, credentials
 from mail_pipelines.provisioning.interfaces import CannotBeMade, ProvisioningError, Say, Target
+from mail_pipelines.provisioning.over_ssh import known_hosts
 from mail_pipelines.provisioning.secret_values import Secrets
 
 INSTALL, REMOVE = "server.yml", "remove.yml"
-_SSH_PORT = 22
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _END_SECONDS = 30
 
 
@@ -45,7 +46,10 @@ class Played:
 
 
 def inventory(target: Target, settings: Settings, own: Mapping[str, Any]) -> dict[str, Any]:
-    """What the playbook knows, as `infra/ansible/server.yml` describes it; `own` variables of the operator come before ours. Nothing of it is secret."""
+    """What the playbook knows, as the head of `infra/ansible/server.yml` has it; `own` variables of the operator come before ours. Nothing of it is secret.
+
+    What is not known here is left to the defaults of the roles.
+    """
     host = target.host
     login = {
         "ansible_host": host.address,
@@ -54,20 +58,19 @@ def inventory(target: Target, settings: Settings, own: Mapping[str, Any]) -> dic
         "ansible_ssh_private_key_file": host.key_file,
     }
     servers = [{"name": target.name, "port": target.port, "address": host.address, "hostname": target.hostname}]
+    broker = urlsplit(settings.broker.url or "").hostname
+    authority = settings.broker.ca or sa.make_url(settings.database.url).query.get("ssl_ca")
     common = {
         "public_name": urlsplit(settings.sending.public_url).hostname,
         "bounce_host": settings.sending.bounce_host,
-        "database_host": sa.make_url(settings.database.url).host,
         "worker_secrets_host": "localhost",
         "worker_secrets": str(credentials.folder(settings)),
         "worker_verify_key": settings.broker.verify_key,
+        # The centre's own way to its broker may be one that no other host has.
+        **({"broker_host": broker} if broker not in (None, *_LOOPBACK) else {}),
+        **({"worker_authority": authority} if authority else {}),
     }
-    return {"all": {"vars": {**common, **own}, "children": {"servers": {"hosts": {target.name: {**login, "servers": servers}}}}}}
-
-
-def known_hosts(target: Target) -> str:
-    host = target.host
-    return f"{host.address if host.port == _SSH_PORT else f'[{host.address}]:{host.port}'} {host.host_key}\n"
+    return {"all": {"vars": {**common, **own}, "children": {"centre": {}, "servers": {"hosts": {target.name: {**login, "servers": servers}}}}}}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Ansible:
             "project": str(self.project),
             "playbook": playbook,
             "inventory": inventory(target, self.settings, self.variables),
-            "known_hosts": known_hosts(target),
+            "known_hosts": known_hosts(target.host),
             "seconds": int(self.settings.provisioning.play_minutes * 60),
         }
         played = Played()

@@ -12,6 +12,7 @@ from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.domains.domain import RETIRED_DAYS
 from mail_pipelines.domains.records import Purpose
 from mail_pipelines.provisioning import store
+from mail_pipelines.provisioning.dns import records as dns
 from mail_pipelines.provisioning.interfaces import Parts, ProvisioningError, Say
 from mail_pipelines.provisioning.states import PATH, State, Step
 from mail_pipelines.provisioning.steps import Done, Waits, hostname_of, order_of, target_of
@@ -93,7 +94,9 @@ def _take_off(parts: Parts, provision: Provision, say: Say) -> None:
 def clear(parts: Parts, provision: Provision, say: Say) -> Done:
     server = server_of(parts, provision)
     if server is not None and provision.host is not None and server.kind == "exim":
-        found = parts.records_of(server.id, hostname_of(parts, provision), [provision.host.address], gone=True)
+        with reading(parts.engine) as connection:
+            name, addresses = hostname_of(parts, provision), [provision.host.address]
+            found = dns.of_gone_server(connection, server.id, name, addresses, parts.settings.dns.spf_include)
         # What it has signed is on its way for days; one that was never in service has signed nothing.
         stay = [record for record in found.own if record.purpose is Purpose.DKIM and provision.state is not State.FAILED]
         go = [record for record in found.own if record not in stay]

@@ -20,9 +20,11 @@ from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.dispatch.files import replace_file
 from mail_pipelines.domains import rotation
+from mail_pipelines.domains import store as domains
 from mail_pipelines.domains.domain import KeyState
 from mail_pipelines.domains.records import dkim_record
-from mail_pipelines.provisioning import reserving, ssh_keys, store
+from mail_pipelines.provisioning import dns_checks, reserving, ssh_keys, store
+from mail_pipelines.provisioning.dns import records as dns
 from mail_pipelines.provisioning.interfaces import CannotBeMade, Host, NoHost, Order, Parts, ProvisioningError, Say, Target
 from mail_pipelines.provisioning.states import PATH, At, State, Step
 from mail_pipelines.provisioning.store import Provision
@@ -33,7 +35,6 @@ EXIM_PORT = 2525
 _BANNER_SECONDS = 5
 # Checks that every host of the same source would fail likewise.
 OF_NETWORK = frozenset({"port 25", "block lists"})
-_WORDS = {True: "ok", False: "failed", None: "unknown"}
 
 
 class Waits(ProvisioningError):
@@ -133,17 +134,20 @@ def publish(parts: Parts, provision: Provision, say: Say) -> Done:
     """Publish its records and take its keys into use; `Waits` while resolvers do not see them."""
     if parts.source(provision.source or "").kind != "exim":
         return PATH[provision.at], {}
+    settings, address, hostname = parts.settings, host_of(provision).address, hostname_of(parts, provision)
+    unverified = settings.sending.allow_unverified
     with reading(parts.engine) as connection:
-        server = servers.find(connection, provision.key)
-    found = parts.records_of(server.id, hostname_of(parts, provision), [host_of(provision).address], gone=False)
-    records = [*found.own, *found.shared]
+        server, now = servers.find(connection, provision.key), database_now(connection)
+        records = dns.of_server(connection, server.id, hostname, [address], settings.dns.spf_include, now).all
+        sending = domains.all_domains(connection)
     parts.dns.publish(records)
-    missing = list(parts.dns.missing(records))
-    lines = [record.zone_line() for record in missing]
-    if not missing:
-        now = _now(parts)
-        steps = rotation.equip(parts.engine, parts.settings, server.id, now, allow_unverified=parts.settings.sending.allow_unverified)
+    lines = [] if unverified else [record.zone_line() for record in parts.dns.missing(records)]
+    if not lines:
+        steps = rotation.equip(parts.engine, settings, server.id, now, allow_unverified=unverified)
         lines = [dkim_record(step.domain, step.key).zone_line() for step in steps if step.key.state is KeyState.WAITING]
+    if not lines and not unverified and (policy := dns_checks.sender_policy(settings.dns, provision.key, [address], sending)).ok is False:
+        # A return path that does not include the shared record, or has its own.
+        lines = [policy.text]
     if lines:
         waited = _now(parts) - provision.state_at
         if waited > dt.timedelta(hours=parts.settings.provisioning.dns_hours):
@@ -156,7 +160,7 @@ def publish(parts: Parts, provision: Provision, say: Say) -> Done:
 def verify(parts: Parts, provision: Provision, say: Say) -> Done:
     findings = parts.verify[parts.source(provision.source or "").kind](target_of(parts, provision))
     for finding in findings:
-        say(f"{provision.key}: {finding.name}: {_WORDS[finding.ok]}, {finding.text}")
+        say(f"{provision.key}: {finding.name}: {finding.word}, {finding.text}")
     failed = [finding for finding in findings if finding.ok is False]
     reasons = "; ".join(f"{finding.name}: {finding.text}" for finding in failed)
     if any(finding.name in OF_NETWORK for finding in failed):
@@ -173,8 +177,8 @@ def serve(parts: Parts, provision: Provision, say: Say) -> Done:
         # A repetition finds it in service.
         if servers.find(connection, provision.key).state == registry.ServerState.PROVISIONING:
             registry.move(connection, provision.key, "serve")
-            if parts.warm_up is not None and not parts.source(provision.source or "").warm:
-                parts.warm_up(connection, provision.key)
+            if parts.warm_up is not None and (curve := parts.source(provision.source or "").curve):
+                parts.warm_up(connection, provision.key, curve)
         return servers.find(connection, provision.key).state
 
     to = At(State.WARMING, Step.NONE) if transact(parts.engine, work) == State.WARMING else PATH[provision.at]

@@ -58,6 +58,12 @@ class Provision:
     server_id: int | None = None
 
     @property
+    def standing(self) -> str:
+        """Where it is, and what it waits for or has failed by, in words."""
+        words = f"{self.state}{f', {self.step}' if self.step else ''}"
+        return f"{words}: {self.reason}" if self.reason else words
+
+    @property
     def at(self) -> At:
         return At(self.state, self.step)
 
@@ -92,6 +98,11 @@ def due(connection: Connection, now: dt.datetime) -> list[Provision]:
     """Those for whom something is to be done now."""
     query = sa.select(*_columns()).where(_T.ended_at.is_(None), _T.step != Step.NONE.value, sa.or_(_T.due_at.is_(None), _T.due_at <= now)).order_by(_T.id)
     return [_provision(row) for row in connection.execute(query)]
+
+
+def making(connection: Connection) -> list[Provision]:
+    """Those that are to be servers and do not serve yet."""
+    return [one for one in all_provisions(connection) if one.state in MAKING]
 
 
 # --- changes ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.provisioning import block_lists, listing
+from mail_pipelines.provisioning import store as provisions
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sensors import alerts as sensor
 from mail_pipelines.sensors import servers as server_sensor
@@ -91,6 +92,25 @@ def listed(world: World, *texts: str) -> None:
     put(world, models.SyncState, source=listing.SOURCE, key="s1", value=value, version=1, changed_at=now_of(world))
 
 
+def made(world: World, state: str, **values: Any) -> None:
+    """A server mx1 that somebody asked for."""
+
+    def work(connection: sa.Connection) -> None:
+        key = provisions.request(connection, world.settings.provisioning, "short").key
+        connection.execute(sa.update(models.Provision).where(models.Provision.key == key).values(state=state, **values))
+
+    transact(world.engine, work)
+
+
+def propose(world: World) -> None:
+    given = {"state": "open", "servers": 2, "cost_per_month": 14.4, "made_at": now_of(world)}
+    put(world, models.ProvisionProposal, **given, why="spring is late", effect="it ends at noon")
+
+
+def aside(world: World) -> None:
+    transact(world.engine, lambda connection: provisions.put_aside(connection, "north", "port 25 is shut"))
+
+
 def recover(world: World) -> None:
     put(world, models.Recovery, generation="g", began_at=now_of(world), finished_at=None)
     transact(world.engine, lambda connection: connection.execute(sa.update(models.LedgerGeneration).values(generation="g")))
@@ -102,7 +122,10 @@ THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
     "silent": (lambda world: change(world, heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
     "silent while warming": (lambda world: change(world, state="warming", heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
     "lost": (lambda world: change(world, state="lost"), ["server-lost:s1"], "was declared lost"),
-    "failed": (lambda world: change(world, state="failed"), ["server-failed:s1"], "could not be provisioned"),
+    "failed": (lambda world: made(world, "failed", reason="create: no room"), ["server-failed:mx1"], "could not be made: create: no room"),
+    "waits for the DNS": (lambda world: made(world, "waiting_dns", records=["mx1 IN A 192.0.2.1"]), ["server-dns:mx1"], "waits for 1 DNS records"),
+    "proposed": (propose, ["proposal:1"], "proposal 1: 2 more servers for 14.40 a month: spring is late (it ends at noon)"),
+    "set aside": (aside, ["source:north"], "host source north is set aside: port 25 is shut"),
     "clock": (lambda world: change(world, health={"clock_ahead": -240.0}), ["clock:s1"], "240 s behind"),
     "disk": (lambda world: change(world, health={"free_mb": 1_500}), ["log-disk:s1"], "1,500 MB free"),
     "full": (lambda world: change(world, health={"free_mb": 3}), ["log-disk:s1"], "it sends nothing until there is room"),
@@ -115,6 +138,8 @@ THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
     "unknown": (unknown, ["unknown:spring"], "3 recipients of whom nobody knows"),
 }
 NOT_THERE: dict[str, Callable[[World], object]] = {
+    "being made": lambda world: made(world, "provisioning"),
+    "failed long ago": lambda world: made(world, "failed", ended_at=now_of(world) - 48 * HOUR),
     "never spoke": lambda world: change(world, heartbeat_at=None),
     "paused": lambda world: change(world, state="paused", heartbeat_at=now_of(world) - HOUR, health={"free_mb": 1, "clock_ahead": 99.0}),
     "retired": lambda world: change(world, state="retired", heartbeat_at=now_of(world) - HOUR),
@@ -256,7 +281,7 @@ def test_public_addresses_are_looked_up_a_few_times_a_day(world: World) -> None:
 
 
 def test_a_listed_server_is_shown_told_and_goes_on(world: World, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(commands.console, "width", 300)
     with serving(Zone()) as zone, dg.instance_for_test() as instance:
         on_lists(zone)
         for name, value in {"SERVERS": zone.address, "TIMEOUT_SECONDS": "2", "BLOCK_LIST_HOURS": "6"}.items():

@@ -20,9 +20,10 @@ from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.new_servers import NewServer, new_server
 from mail_pipelines.capacity.outlook import Mailing
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Campaign, State
+from mail_pipelines.database.models import Campaign, Provision, State
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import servers
+from mail_pipelines.provisioning import store
 from tests.dispatch.world import make_world
 
 TODAY = dt.date(2026, 3, 2)
@@ -186,8 +187,15 @@ def test_the_far_plan_is_made_with_the_near_one_and_kept(engine: sa.Engine, tmp_
     tomorrow = now + dt.timedelta(days=1)
     (again,) = planning.make(world.engine, world.settings, tomorrow).document["far"]
     assert again["since"] == "2026-03-02"
+
     # Servers that are being made are on order.
-    for number in range(order["servers"]):
-        world.server(f"new-{number}")
-        world.set_server(f"new-{number}", state="provisioning", created_at=tomorrow)
+    def order_all(connection: sa.Connection) -> None:
+        for _ in range(order["servers"]):
+            key = store.request(connection, world.settings.provisioning, "short").key
+            connection.execute(sa.update(Provision).where(Provision.key == key).values(requested_at=tomorrow))
+
+    transact(world.engine, order_all)
+    # One of them is registered already.
+    world.server("mx1")
+    world.set_server("mx1", state="provisioning")
     assert planning.make(world.engine, world.settings, tomorrow).document["far"] == []

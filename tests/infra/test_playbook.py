@@ -72,7 +72,8 @@ def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> Non
 
 def test_the_program_takes_what_it_writes_for_a_host_with_two_servers(tmp_path: Path) -> None:
     """Each has its own account and key; what is the host's has the first one's."""
-    home, lines = tmp_path / "home", ["url://one", "word one", "key one", "url://two", "word two", "key two", "of the broker", "of the storage", "certificate"]
+    home, lines = tmp_path / "home", ["url://one", "word one", "key one", "url://two", "word two", "key two"]
+    lines += ["of the broker", "DAGSTER_MYSQL_URL='dagster://mx1'", "MAIL_PIPELINES_BROKER__RESULTS='db+results://mx1'", "certificate"]
     servers = [{"name": "mx1", "address": "192.0.2.1", "hostname": "mx1.example.com"}, {"name": "mx2", "address": "192.0.2.2"}]
     given = {"servers": servers, "worker_read": {"stdout_lines": lines}, "metrics_address": "10.0.0.11", "worker_verify_key": "ab" * 32, "worker_settings": {}}
     roles = FOLDER / "roles/worker/templates"
@@ -94,3 +95,4 @@ def test_the_program_takes_what_it_writes_for_a_host_with_two_servers(tmp_path: 
     assert [one.server.address for one in (first, second)] == ["192.0.2.1", "192.0.2.2"]
     assert (second.server.exim, first.server.hostname, second.metrics.port) == ("mx1", "mx1.example.com", 9467)
     assert first.broker.url == second.broker.url == "amqps://mx1:of the broker@centre.example.com:5671/mail"
+    assert (first.broker.results, environ["DAGSTER_MYSQL_URL"]) == ("db+results://mx1", "dagster://mx1")

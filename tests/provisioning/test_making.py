@@ -6,7 +6,6 @@ import datetime as dt
 import os
 import signal
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,17 +14,20 @@ import sqlalchemy as sa
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import create_engine, reading, transact
 from mail_pipelines.dispatch import registry, servers
-from mail_pipelines.domains.records import Purpose, Record
+from mail_pipelines.domains import store as domains
+from mail_pipelines.domains.domain import Names
 from mail_pipelines.provisioning import making, steps, store
-from mail_pipelines.provisioning.interfaces import ProvisioningError, ServerRecords
+from mail_pipelines.provisioning.finding import Finding
+from mail_pipelines.provisioning.interfaces import ProvisioningError
 from mail_pipelines.provisioning.sources.inventory import Inventory
-from mail_pipelines.provisioning.speaking import Heard
 from mail_pipelines.provisioning.states import FAILS, IN_SERVICE, MAKING, PATH, RETIRES, At, State, Step
 from tests.parts.kills import COMMITS, killed_at
 from tests.parts.processes import wait_for
-from tests.provisioning.world import World, records_of
+from tests.provisioning.world import World
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+# Of the first server.
+NAMES = ("mx1.example.com. 3600 IN A 127.0.0.1", "1.0.0.127.in-addr.arpa. 3600 IN PTR mx1.example.com.")
 
 
 def test_the_table_leads_from_every_place_to_an_end() -> None:
@@ -49,7 +51,7 @@ def test_a_server_is_made_serves_and_is_given_back(world: World) -> None:
     assert world.server_state("mx1") == "active"
     north, south = world.hosters
     assert (north.created, north.hosts, south.created) == (["mx1"], ["mx1"], [])
-    assert world.zone.lines == {"mx1.example.com. 3600 IN CNAME host-1.example.com."}
+    assert world.zone.lines == set(NAMES)
     assert made.ordered_at is not None
     assert made.created_at is not None
     assert made.ordered_at <= made.created_at
@@ -186,7 +188,7 @@ def test_a_step_that_fails_is_tried_again_and_then_rolled_back(world: World, bad
 @pytest.mark.parametrize("bad", [step for (state, step) in PATH if state is State.FAILED])
 def test_a_step_of_the_removal_that_fails_is_tried_until_nothing_costs_any_more(world: World, bad: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     key = world.request()
-    monkeypatch.setattr(world.verifier, "findings", [Heard(False, "Exim does not start")])
+    monkeypatch.setattr(world.verifier, "findings", [Finding("heartbeat", False, "Exim does not start")])
     real, tried = making.DO[bad], []
 
     def fails(parts, provision, say):  # type: ignore[no-untyped-def]
@@ -266,7 +268,7 @@ def test_a_source_that_has_no_host_is_set_aside_and_the_next_is_used(world: Worl
 @SQLITE
 def test_a_source_whose_hosts_cannot_send_is_set_aside(world: World) -> None:
     north, south = world.hosters
-    world.verifier.findings = [Heard(False, "nobody answers", "port 25")]
+    world.verifier.findings = [Finding("port 25", False, "nobody answers")]
     assert world.advance(world.request()).reason == "verify: port 25: nobody answers"
     world.nothing_is_left("mx1")
     world.verifier.findings = []
@@ -330,7 +332,7 @@ def test_a_host_of_a_list_that_failed_is_left_alone_for_a_day(world: World) -> N
     north, _ = world.hosters
     made = [north.source().create(order) for order in (_order("a"), _order("b"))]
     world.use(Inventory("rack", made))
-    world.verifier.findings = [Heard(False, "no room for the log")]
+    world.verifier.findings = [Finding("heartbeat", False, "no room for the log")]
     world.to_the_end(world.request())
     world.verifier.findings = []
     assert world.to_the_end(world.request()).host == made[1]
@@ -377,13 +379,12 @@ def test_no_more_are_made_than_may_be(world: World) -> None:
 def test_it_waits_for_the_dns_with_the_exact_records_and_goes_on_by_itself(world: World) -> None:
     world.zone.quick = False
     key = world.request()
-    line = "mx1.example.com. 3600 IN CNAME host-1.example.com."
     waits = world.advance(key)
-    assert (waits.state, waits.records) == (State.WAITING_DNS, [line])
+    assert (waits.state, waits.records) == (State.WAITING_DNS, list(NAMES))
     assert world.server_state(key) == "provisioning"
     with reading(world.engine) as connection:
         assert [one.key for one in store.due(connection, dt.datetime.now(dt.UTC) + dt.timedelta(seconds=5))] == [key]
-    world.zone.write({line})
+    world.zone.write(set(NAMES))
     assert world.advance(key).state is State.ACTIVE
     assert world.provision(key).records is None
 
@@ -405,20 +406,17 @@ def test_it_gives_up_waiting_for_the_dns_after_the_set_time(world: World) -> Non
 @pytest.mark.parametrize("served", [True, False])
 def test_the_keys_of_a_server_that_has_sent_stay_in_the_dns_and_its_names_go(world: World, served: bool) -> None:
     """Mail that it has signed is verified days later. One that could not be made has signed nothing."""
-    key = Record(Purpose.DKIM, "s1._domainkey.example.com", "TXT", "v=DKIM1; k=rsa; p=AAAA")
-
-    def records(server_id: int, hostname: str, addresses: Sequence[str], *, gone: bool) -> ServerRecords:
-        shared = Record(Purpose.SPF, "spf.example.com", "TXT", "v=spf1 ~all" if gone else f"v=spf1 ip4:{addresses[0]} ~all")
-        return ServerRecords([*records_of(server_id, hostname, addresses, gone=gone).own, key], [shared])
-
-    world.parts = replace(world.parts, records_of=records)
-    world.verifier.findings = [] if served else [Heard(False, "Exim does not start")]
+    sending = world.settings.sending.model_copy(update={"token_key": "a key for tests", "allow_unverified": True})
+    dns = world.settings.dns.model_copy(update={"spf_include": "spf.example.com"})
+    world.parts = replace(world.parts, settings=world.settings.model_copy(update={"sending": sending, "dns": dns}))
+    domains.add(world.engine, Names.of("shop.test"), world.settings.token_key(), dt.datetime.now(dt.UTC))
+    world.verifier.findings = [] if served else [Finding("heartbeat", False, "Exim does not start")]
     server = world.request()
     if world.to_the_end(server).state is State.ACTIVE:
         transact(world.engine, lambda connection: store.give_back(connection, server, "not wanted"))
         world.advance(server)
     world.nothing_is_left(server)
-    assert (key.zone_line() in world.zone.lines) is served
+    assert len([line for line in world.zone.lines if "._domainkey.shop.test. " in line]) == served
     assert 'spf.example.com. 3600 IN TXT "v=spf1 ~all"' in world.zone.lines
 
 

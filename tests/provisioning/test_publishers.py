@@ -23,8 +23,9 @@ from mail_pipelines.domains import rotation, store
 from mail_pipelines.domains.domain import Names
 from mail_pipelines.domains.records import Hosts, Purpose, Record, records_of
 from mail_pipelines.provisioning.dns import records
-from mail_pipelines.provisioning.dns.publishers import ByHand, Command, DnsPublisher, Rfc2136, publisher_of
+from mail_pipelines.provisioning.dns.publishers import ByHand, Command, Rfc2136, publisher_of
 from mail_pipelines.provisioning.dns.records import DnsError
+from mail_pipelines.provisioning.interfaces import DnsPublisher
 from tests.parts.knot import KEY, Knot, running
 
 NOW = dt.datetime(2026, 11, 30, 9, 0, tzinfo=dt.UTC)

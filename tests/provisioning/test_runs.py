@@ -201,7 +201,7 @@ def test_a_plan_counts_what_was_asked_for_before_it(world: World, tick: Callable
 
 def test_a_server_that_was_warming_is_active_when_its_warm_up_is_over(world: World, tick: Callable[..., dg.SensorResult]) -> None:
     warmed = sa.update(models.Server).values(state="warming")
-    world.parts = replace(world.parts, warm_up=lambda connection, key: connection.execute(warmed.where(models.Server.key == key)))
+    world.parts = replace(world.parts, warm_up=lambda connection, key, curve: connection.execute(warmed.where(models.Server.key == key)))
     key = world.request()
     assert world.advance(key).state is State.WARMING
     tick("propose")

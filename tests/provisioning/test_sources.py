@@ -21,8 +21,8 @@ from mail_pipelines.provisioning.sources import reading
 from mail_pipelines.provisioning.sources.catchers import Catchers, Starter
 from mail_pipelines.provisioning.sources.command import Command
 from mail_pipelines.provisioning.sources.inventory import Inventory
-from mail_pipelines.provisioning.speaking import Speaks
 from mail_pipelines.provisioning.states import State
+from mail_pipelines.provisioning.verifying import Speaks
 from tests.parts.processes import wait_for
 from tests.provisioning.world import World
 

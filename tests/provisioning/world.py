@@ -17,12 +17,12 @@ import sqlalchemy as sa
 from mail_pipelines import config
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.dispatch import accounts, servers
-from mail_pipelines.domains.records import Purpose, Record
-from mail_pipelines.provisioning import making, store
-from mail_pipelines.provisioning.interfaces import Finding, Host, HostSource, Parts, Player, ProvisioningError, Say, ServerRecords, Target, Verify
+from mail_pipelines.domains.records import Record
+from mail_pipelines.provisioning import making, over_ssh, store
+from mail_pipelines.provisioning.finding import Finding
+from mail_pipelines.provisioning.interfaces import Host, HostSource, Parts, Player, Say, Target, Verify
 from mail_pipelines.provisioning.playing import Ansible
 from mail_pipelines.provisioning.sources.command import Command
-from mail_pipelines.provisioning.speaking import Heard
 from mail_pipelines.provisioning.store import Provision
 from tests.provisioning import hoster
 
@@ -122,13 +122,7 @@ class Ssh:
         self._run(target, f"rm -rf {self.place}/{target.name}")
 
     def _run(self, target: Target, words: str) -> None:
-        host = target.host
-        known = self.place / f"known-{target.name}"
-        known.write_text(f"[{host.address}]:{host.port} {host.host_key}\n")
-        options = ["-F", "/dev/null", "-i", host.key_file, "-o", f"UserKnownHostsFile={known}", "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes"]
-        done = subprocess.run(["ssh", *options, "-p", str(host.port), f"{host.user}@{host.address}", words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ProvisioningError(done.stderr)
+        over_ssh.run(target.host, ["sh", "-c", words], seconds=30).check_returncode()
 
 
 @dataclass
@@ -184,10 +178,6 @@ class Zone:
         return [record for record in records if record.zone_line() not in self.lines]
 
 
-def records_of(server_id: int, hostname: str, addresses: Sequence[str], *, gone: bool) -> ServerRecords:
-    return ServerRecords([Record(Purpose.LINKS, hostname, "CNAME", f"host-{server_id}.example.com")])
-
-
 @dataclass
 class Verifier:
     """Looks whether the host is installed; tests give findings of their own."""
@@ -197,7 +187,7 @@ class Verifier:
 
     def __call__(self, target: Target) -> Sequence[Finding]:
         ready = (self.place / target.name / "ready").exists()
-        return [Heard(ready, "is installed" if ready else "is not installed"), *self.findings]
+        return [Finding("host", ready, "is installed" if ready else "is not installed"), *self.findings]
 
 
 @dataclass
@@ -279,7 +269,7 @@ class World:
         assert all(key not in one.hosts for one in self.hosters)
         assert not (self.keys.folder / f"{key}.token_key").exists()
         assert not (self.settings.home / "secrets" / "hosts" / key).exists()
-        assert not any(key in line for line in self.zone.lines)
+        assert not any(f"{key}." in line for line in self.zone.lines)
         assert self.server_state(key) in (None, "retired")
         assert self.provision(key).ended_at is not None
 
@@ -295,11 +285,12 @@ def world(engine: sa.Engine, tmp_path: Path, hosters: tuple[Hoster, Hoster]) -> 
     (tmp_path / "home" / "secrets").mkdir(parents=True)
     settings = config.load()
     given = {"domain": "example.com", "retry_seconds": 0, "attempts": 2, "boot_seconds": 5, "play_minutes": 1, "minimum_hours": 0}
-    settings = settings.model_copy(update={"provisioning": settings.provisioning.model_copy(update=given)})
+    sending = settings.sending.model_copy(update={"allow_unverified": False})
+    settings = settings.model_copy(update={"provisioning": settings.provisioning.model_copy(update=given), "sending": sending})
     place = tmp_path / "place"
     place.mkdir()
     keys, zone, verifier = Keys(engine, settings.home / "secrets" / "servers"), Zone(tmp_path / "zone"), Verifier(place)
     sources = [one.source() for one in hosters]
-    parts = Parts(engine, settings, sources, {"exim": Ssh(place)}, keys, zone, records_of, {"exim": verifier})
+    parts = Parts(engine, settings, sources, {"exim": Ssh(place)}, keys, zone, {"exim": verifier})
     yield World(parts, hosters, place, keys, zone, verifier)
     shutil.rmtree(place, ignore_errors=True)

@@ -1,6 +1,6 @@
 """How records get into the DNS: by dynamic update, by the operator's own command, or by hand.
 
-What belongs here: the interface `DnsPublisher` and its implementations. All can be repeated. `publish` makes a name's records of a type exactly those
+What belongs here: the implementations of `DnsPublisher`, which raise `DnsError`. All can be repeated. `publish` makes a name's records of a type exactly those
 that are given, since the names are the server's own; `withdraw` removes those that are given, and none that somebody else has put there meanwhile.
 Whether the world sees them is asked by `missing`, of the resolvers, never of the publisher. What does not belong here: which records (`records`).
 """
@@ -11,7 +11,6 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import dns.exception
 import dns.message
@@ -30,25 +29,11 @@ from mail_pipelines.domains.domain import Status
 from mail_pipelines.domains.records import TTL_SECONDS, Record, zone_value
 from mail_pipelines.domains.resolver import Question, ask
 from mail_pipelines.provisioning.dns.records import DnsError, sets
+from mail_pipelines.provisioning.interfaces import DnsPublisher
 
 # A command of a cloud does several calls over the network.
 COMMAND_SECONDS = 120
 _SHOWN = 500
-
-
-class DnsPublisher(Protocol):
-    """What owns the records of servers. All three raise `DnsError`."""
-
-    def publish(self, records: Sequence[Record]) -> None:
-        """Make them so: give all of a name's records of one type, since others of it go. What it has no power over it leaves out, and `missing` goes on
-        naming it.
-        """
-
-    def withdraw(self, records: Sequence[Record]) -> None:
-        """Remove them, where they still are as given."""
-
-    def missing(self, records: Sequence[Record]) -> list[Record]:
-        """Those that resolvers do not see yet, or about which none answers."""
 
 
 def publisher_of(settings: DnsSettings) -> DnsPublisher:

@@ -17,10 +17,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts.addresses import normal_domain
-from mail_pipelines.database.models import Server
+from mail_pipelines.database.models import Provision, Server
+from mail_pipelines.dispatch.registry import ServerState
 from mail_pipelines.domains import store
 from mail_pipelines.domains.records import Purpose, Record, dkim_record
 from mail_pipelines.errors import MailPipelinesError
+
+_GONE = (ServerState.RETIRED.value, ServerState.LOST.value)
 
 
 class DnsError(MailPipelinesError):
@@ -29,26 +32,31 @@ class DnsError(MailPipelinesError):
 
 @dataclass(frozen=True)
 class ServerRecords:
-    """`own` are this server's alone, and go with it. `shared` is the SPF record that the return paths of all domains include; None if the setting is empty."""
+    """`own` are this server's alone, and go with it. `shared` is the SPF record that the return paths of all domains include; empty if the setting is."""
 
     own: tuple[Record, ...]
-    shared: Record | None = None
+    shared: tuple[Record, ...]
 
     @property
     def all(self) -> list[Record]:
-        return [*self.own, *([self.shared] if self.shared else [])]
+        return [*self.own, *self.shared]
 
 
 def of_server(connection: Connection, server_id: int, hostname: str, addresses: Iterable[str], spf_include: str, now: dt.datetime) -> ServerRecords:
     """What the DNS should have while a server of this name sends from `addresses`. Raises `DnsError` for what is no name or no address."""
     texts = tuple(addresses)
-    shared = spf_record(spf_include, {*of_fleet(connection, without=server_id), *texts}) if spf_include else None
-    return ServerRecords((*host_records(hostname, texts), *own_keys(connection, server_id, now)), shared)
+    own = (*host_records(hostname, texts), *own_keys(connection, server_id, now))
+    return ServerRecords(own, _shared(spf_include, {*of_fleet(connection, without=server_id), *texts}))
 
 
-def without_server(connection: Connection, server_id: int, spf_include: str) -> Record | None:
-    """The shared record as it should be when this server is gone."""
-    return spf_record(spf_include, of_fleet(connection, without=server_id)) if spf_include else None
+def of_gone_server(connection: Connection, server_id: int, hostname: str, addresses: Iterable[str], spf_include: str) -> ServerRecords:
+    """What has to go with a server, also keys that were retired long ago; and the shared record as it should be then."""
+    own = (*host_records(hostname, addresses), *own_keys(connection, server_id, None))
+    return ServerRecords(own, _shared(spf_include, of_fleet(connection, without=server_id)))
+
+
+def _shared(spf_include: str, addresses: Iterable[str]) -> tuple[Record, ...]:
+    return (spf_record(spf_include, addresses),) if spf_include else ()
 
 
 def host_records(hostname: str, addresses: Iterable[str]) -> list[Record]:
@@ -78,20 +86,22 @@ def spf_record(name: str, addresses: Iterable[str]) -> Record:
     return Record(Purpose.SPF, name, "TXT", " ".join(("v=spf1", *terms, "~all")))
 
 
-def own_keys(connection: Connection, server_id: int, now: dt.datetime) -> list[Record]:
-    """The records of the DKIM keys that only this server signs with; a retired one until its mail has arrived."""
+def own_keys(connection: Connection, server_id: int, now: dt.datetime | None) -> list[Record]:
+    """The records of the DKIM keys that only this server signs with; a retired one until its mail has arrived, or (without `now`) for ever."""
     return [
         dkim_record(domain.names.domain, key)
         for domain in store.all_domains(connection)
         for key in domain.keys
-        if key.server_id == server_id and (key.published_until is None or key.published_until > now)
+        if key.server_id == server_id and (now is None or key.published_until is None or key.published_until > now)
     ]
 
 
 def of_fleet(connection: Connection, *, without: int = 0) -> set[str]:
-    """The addresses that servers send from, as their heartbeats tell, but for one server's."""
-    rows = connection.execute(sa.select(Server.health, Server.host).where(Server.state.not_in(("retired", "lost", "failed")), Server.id != without))
-    found = set()
+    """The addresses that servers send from, as their heartbeats tell and their hosts were made, but for one server's."""
+    hosts = sa.select(Provision.host).join(Server, Server.id == Provision.server_id)
+    hosts = hosts.where(Provision.host.is_not(None), Server.state.not_in(_GONE), Server.id != without)
+    found = {host["address"] for host in connection.execute(hosts).scalars() if is_public(host["address"])}
+    rows = connection.execute(sa.select(Server.health, Server.host).where(Server.state.not_in(_GONE), Server.id != without))
     for health, host in rows:
         for text in (*(health or {}).get("addresses", ()), host):
             if is_public(text):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from mail_pipelines.capacity.warm_up_rules import WarmUpError, rules
 from mail_pipelines.config import Settings
 from mail_pipelines.keys import check_key
 from mail_pipelines.provisioning.interfaces import Host, HostSource, ProvisioningError
@@ -29,6 +30,13 @@ class _Table(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
+def _known(curve: str) -> str:
+    try:
+        return rules().curve(curve).name
+    except WarmUpError as error:
+        raise ValueError(str(error)) from error
+
+
 class _Host(_Table):
     address: str
     host_key: str
@@ -42,6 +50,7 @@ class _Source(_Table):
     cost_per_hour: float = pydantic.Field(default=0, ge=0)
     most: int | None = pydantic.Field(default=None, ge=0)
     warm: bool = False
+    curve: Annotated[str, pydantic.AfterValidator(_known)] = "normal"
 
 
 class _Inventory(_Source):
@@ -98,12 +107,12 @@ def read(settings: Settings) -> Hosts:
 
 
 def _made(source: _Inventory | _Command | _Catchers, settings: Settings) -> HostSource:
-    name, cost, most, warm = source.name, source.cost_per_hour, source.most, source.warm
+    name, cost, most, curve = source.name, source.cost_per_hour, source.most, "" if source.warm else source.curve
     match source:
         case _Inventory():
             hosts = [Host(f"{host.address}:{host.port}", host.address, host.host_key, host.user, host.key_file, host.port) for host in source.hosts]
-            return Inventory(name, hosts, cost, most, warm)
+            return Inventory(name, hosts, cost, most, curve)
         case _Command():
-            return Command(name, source.command, source.user, source.key_file, cost, most, warm, source.seconds)
+            return Command(name, source.command, source.user, source.key_file, cost, most, curve, source.seconds)
         case _Catchers():
-            return Catchers(name, settings.home / "hosts", Path(settings.server.run_folder), cost, most, warm)
+            return Catchers(name, settings.home / "hosts", Path(settings.server.run_folder), cost, most, curve)
