@@ -19,8 +19,8 @@ from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.capacity import breakers
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now
+from mail_pipelines.database.models import SENDING_STATES, State
 from mail_pipelines.database.models import Campaign as CampaignRow
-from mail_pipelines.database.models import State
 from mail_pipelines.dispatch import clock, holds, servers
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.registry import ServerState
@@ -41,7 +41,7 @@ HELD_FOR = dt.timedelta(hours=12)
 UNKNOWN_FOR = overdue.RESEND_AFTER
 # Of a server that could not be made an operator is told for so long; and of one that waits for the DNS when a publisher would have been quicker.
 FAILED_FOR, WAITING_FOR = dt.timedelta(days=1), dt.timedelta(minutes=10)
-_ON_DUTY = (ServerState.ACTIVE.value, ServerState.DRAINING.value)
+_ON_DUTY = (*SENDING_STATES, ServerState.DRAINING.value)
 
 
 @dataclass

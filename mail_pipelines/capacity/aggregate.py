@@ -60,9 +60,15 @@ def solve(
     """
     left = [_Left.of(rooms) for rooms in pools]
     share = min(FLOOR_SHARE, FLOORS_SHARE / len(items)) if len(items) > 1 else 0.0
-    floors = {number: _floor(item, left[item.pools[0]], share, previous) for number, item in enumerate(items)}
-    for number, floor in floors.items():
-        left[items[number].pools[0]].taken += floor
+    floors: dict[int, Amounts] = {}
+    frozen: dict[tuple[int, int], float] = {place: count for place, count in previous.items() if place[1] < FROZEN_SLOTS}
+    for number, item in enumerate(items):
+        floors[number] = floor = _floor(item, left[item.pools[0]], share, frozen)
+        left[item.pools[0]].taken += floor
+        # What was planned before is the campaign's, whose rows that come back are an item of their own.
+        for slot in range(min(FROZEN_SLOTS, len(floor))):
+            if (item.campaign_id, slot) in frozen:
+                frozen[item.campaign_id, slot] -= floor[slot]
     found: dict[tuple[int, int], Amounts] = {}
     for priority in sorted({item.priority for item in items}, reverse=True):
         chosen = [number for number, item in enumerate(items) if item.priority == priority]
@@ -101,16 +107,15 @@ class _Left:
         return cap
 
 
-def _floor(item: Item, pool: _Left, share: float, previous: Mapping[tuple[int, int], int]) -> Amounts:
-    """The share of a pool that an item gets in any case, as early as that share allows, but not more of a frozen slot than was planned before."""
+def _floor(item: Item, pool: _Left, share: float, frozen: Mapping[tuple[int, int], float]) -> Amounts:
+    """The share of a pool that an item gets in any case, as early as that share allows, but not more of a `frozen` slot than is left of what was planned."""
     slots = len(pool.taken)
     caps = pool.full * share
     amounts = np.zeros(slots)
     left = float(item.rows)
     for slot in range(item.first, slots):
         within = (pool.first <= slot) & (pool.last > slot)
-        most = previous.get((item.campaign_id, slot), np.inf) if slot < FROZEN_SLOTS else np.inf
-        amounts[slot] = min(left, most, caps[within].min())
+        amounts[slot] = min(left, frozen.get((item.campaign_id, slot), np.inf), caps[within].min())
         caps[within] -= amounts[slot]
         left -= amounts[slot]
         if left <= 0:

@@ -16,6 +16,7 @@ with its breaker not open, and has limits left in this slot, hour and day.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from mail_pipelines.dispatch import holds
 
 # Weight of priority low, normal, high, urgent.
 PRIORITY_WEIGHTS = (1, 4, 16, 64)
+# So much of what is left of the day of a server that is warmed up may be unspent before grants are lowered.
+_SLACK = 1.1
 _WAITING = (State.PENDING, State.DEFERRED)
 # Campaign, server, provider, start of the slot.
 Place = tuple[int, int, str, int]
@@ -69,11 +72,7 @@ def fill(engine: Engine, heartbeat_seconds: float, now: dt.datetime | None = Non
         fleet = Fleet.read(connection, moment, heartbeat_seconds)
         wanted = shares(connection, fleet, slots, planned, present)
         raised = {place: granted for place, granted in wanted.items() if place not in present or granted > present[place].granted}
-        lowered = {
-            place: granted
-            for place, granted in wanted.items()
-            if place in present and granted < present[place].granted and fleet.warms(*place[1:3]) and fleet.breaker(*place[1:3]) == breakers.CLOSED
-        }
+        lowered = _lowered(fleet, wanted, present)
         _upsert(connection, [_row(place, granted) for place, granted in sorted(raised.items())], lowers=False)
         _upsert(connection, [_row(place, granted) for place, granted in sorted(lowered.items())], lowers=True)
         return len(raised) + len(lowered)
@@ -134,7 +133,11 @@ def shares(connection: Connection, fleet: Fleet, slots: Sequence[int], planned: 
 
 
 def _of_the_day(weights: Mapping[Place, int], left: int, planned: Mapping[Place, int], present: Mapping[Place, Grant]) -> dict[Place, int]:
-    """What campaigns are to be granted of what a server that is warmed up has `left`: together no more than that beside what they have used."""
+    """What campaigns are to be granted of what a server that is warmed up has `left`: together no more than that beside what they have used.
+
+    If it is less than a message for each, the most urgent have it.
+    """
+    weights = dict(sorted(weights.items(), key=lambda item: -item[1]))
     used = {place: present[place].used if place in present else 0 for place in weights}
     wanted = dict(used)
     for place in weights:
@@ -147,6 +150,21 @@ def _of_the_day(weights: Mapping[Place, int], left: int, planned: Mapping[Place,
         wanted[place] += share
         left -= share
     return wanted
+
+
+def _lowered(fleet: Fleet, wanted: Mapping[Place, int], present: Mapping[Place, Grant]) -> dict[Place, int]:
+    """The grants that are too high where servers are warmed up, together by so much that it matters: they are written while claims wait for them."""
+    places_of: defaultdict[tuple[int, str, int], list[Place]] = defaultdict(list)
+    warms = functools.cache(lambda server, provider: fleet.warms(server, provider) and fleet.breaker(server, provider) == breakers.CLOSED)
+    for place in wanted:
+        if place in present and warms(*place[1:3]):
+            places_of[place[1:]].append(place)
+    lowered: dict[Place, int] = {}
+    for (server, provider, start), places in places_of.items():
+        unspent = sum(max(wanted[place], present[place].granted) - present[place].used for place in places)
+        if unspent > _SLACK * fleet.left(server, provider, start):
+            lowered |= {place: wanted[place] for place in places if wanted[place] < present[place].granted}
+    return lowered
 
 
 def write_plan(connection: Connection, fleet: Fleet, present: Mapping[Place, Grant], planned: Mapping[Place, int], slots: Sequence[int], epoch: int) -> int:

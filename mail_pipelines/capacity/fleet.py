@@ -94,7 +94,8 @@ class Fleet:
         caps = self._warming.get((server_id, provider), self._warming.get((server_id, warm_up.ANY)))
         if found is None or caps is None:
             return found
-        least = tuple(min((cap for cap in (found.per_day[0], warm) if cap is not None), default=None) for warm in caps)
+        own = found.per_day[0]
+        least = caps if own is None else tuple(own if warm is None else min(own, warm) for warm in caps)
         return Limits(found.per_second, found.per_hour, least, warming=caps[0] is not None)
 
     def warms(self, server_id: int, provider: str) -> bool:

@@ -85,7 +85,7 @@ def token_key_of(engine: Engine, key: str, token_key: bytes) -> bytes:
 
     def work(connection: Connection) -> bytes:
         server = servers.find(connection, key)
-        at_rest = server.heartbeat_at is None or server.state != registry.ServerState.ACTIVE
+        at_rest = server.heartbeat_at is None or not server.sends
         if token_keys.in_use(server, token_key) is not InUse.OWN and not (at_rest and registry.open_claims(connection, server.id) == 0):
             raise KeyHeld(
                 f"server {key} works under another token key: `mail-pipelines server drain {key}`, and when `mail-pipelines server show {key}` says that it is "

@@ -57,6 +57,8 @@ _PACE_SECONDS = 0.2
 # How long a lane waits after the mail server could not be reached, or took nothing more.
 _NO_SERVER_SECONDS = 2.0
 _NOTHING_SECONDS = 0.5
+# A lane whose grant or limit is used up asks again after so long at the latest: more may have been granted within the slot, by the rule or by a plan.
+_ASK_AGAIN_SECONDS = 30.0
 _JOURNAL_POLL_SECONDS = 0.05
 # However long it took: the destination has said something, or has the message.
 _ANSWERED = frozenset({Ending.DELIVERED, Ending.REFUSED, Ending.UNKNOWN})
@@ -88,9 +90,9 @@ class Lane:
         self.provider = provider
         self.limits = limits
         self.pacer = Pacer(session.folders.pacers, provider, per_second=self.limits.per_second, connections=self.limits.connections)
-        # Why nothing is sent, and until when (monotonic seconds).
+        # Why nothing is sent, until when by what is known, and when it is worth asking again (monotonic seconds).
         self.reason = ""
-        self.wait_until = 0.0
+        self.wait_until = self.asks_at = 0.0
         # This session's share of the connection slots.
         self._share = max(1, math.ceil(self.limits.connections / session.settings.server.slots))
         self._links: dict[Link, asyncio.Task[None]] = {}
@@ -165,7 +167,8 @@ class Lane:
             raise failures[0]
 
     def _wait(self, reason: str, seconds: float) -> None:
-        self.reason, self.wait_until = reason, time.monotonic() + seconds
+        now = time.monotonic()
+        self.reason, self.wait_until, self.asks_at = reason, now + seconds, now + min(seconds, _ASK_AGAIN_SECONDS)
 
     async def _claim(self, shard: int) -> Batch | NothingClaimed:
         """Open the next claim, of rows of a shard."""

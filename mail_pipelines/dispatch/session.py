@@ -181,8 +181,8 @@ class Session:
                     lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
                     if provider in running:
                         continue
-                    if lane.wait_until > time.monotonic():
-                        next_around = min(next_around, lane.wait_until)
+                    if lane.asks_at > time.monotonic():
+                        next_around = min(next_around, lane.asks_at)
                         continue
                     running[provider] = asyncio.create_task(lane.run(until, shards))
                 claims_before = self.report.claims
@@ -193,7 +193,7 @@ class Session:
                     await set_within(self.stopping, min(max(_POLL_SECONDS, waited * _POLL_PART), _LONGEST_POLL_SECONDS))
                 for provider in [provider for provider, task in running.items() if task.done()]:
                     running.pop(provider).result()
-                    next_around = min(next_around, lanes[provider].wait_until)
+                    next_around = min(next_around, lanes[provider].asks_at)
                 self.progress(self.report)
                 # One that only asks in vain makes no progress.
                 if self.report.claims > claims_before or any(lane.has_claims for lane in lanes.values()):

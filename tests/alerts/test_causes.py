@@ -120,6 +120,7 @@ def recover(world: World) -> None:
 
 THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
     "silent": (lambda world: change(world, heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
+    "silent while warming": (lambda world: change(world, state="warming", heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
     "lost": (lambda world: change(world, state="lost"), ["server-lost:s1"], "was declared lost"),
     "failed": (lambda world: made(world, "failed", reason="create: no room"), ["server-failed:mx1"], "could not be made: create: no room"),
     "waits for the DNS": (lambda world: made(world, "waiting_dns", records=["mx1 IN A 192.0.2.1"]), ["server-dns:mx1"], "waits for 1 DNS records"),

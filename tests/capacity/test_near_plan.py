@@ -185,6 +185,22 @@ def test_what_begins_within_a_quarter_of_an_hour_may_only_fall() -> None:
     assert plan.providers[0].placed[0].sum(axis=1).tolist()[:4] == [500, 9_000, 9_000, 1_500]
 
 
+@pytest.mark.parametrize("priority", [0, 3])
+def test_rows_that_come_back_share_what_is_frozen_with_the_rest_of_their_campaign(priority: int) -> None:
+    """Both have a share of their own, and together no more than was planned before there were two: the solver finds that possible."""
+    jobs = [Job(1, "urgent", 3, 1), Job(2, "other", priority, 1)]
+    demands = [Demand(job, "google", 50_000) for job in jobs]
+    lines = [Line(1, 1, "google", 1.0)]
+    now = NOW // 900 * 900 + 10
+    previous = {(job, provider, start): count for (job, _, provider, start), count in near_plan(jobs, demands, lines, now).grants(3).items()}
+    plan = near_plan(jobs, [*demands, Demand(jobs[1], "google", 500, now + 660)], lines, now + 60, previous)
+    (part,) = plan.providers
+    assert not part.failure
+    sent = part.placed[1:].sum(axis=(0, 2))
+    assert sent[1] == previous[2, "google", now // 900 * 900 + 900]
+    assert sent[2] > 0
+
+
 def test_a_plan_stays_where_nothing_is_gained_by_another() -> None:
     """Two equal campaigns: that the second was to go first is no worse than the other way round."""
     jobs = [Job(1, "one", 1, 1), Job(2, "two", 1, 1)]

@@ -308,10 +308,32 @@ def test_nobody_is_granted_more_than_what_is_left_of_the_day(fleet: Fleet) -> No
     assert fleet.unspent("google", slot_at(fleet.now)) == 40
 
 
-def second_campaign(world: World) -> None:
+def test_grants_are_not_all_written_anew_for_a_few_messages(fleet: Fleet) -> None:
+    """Of one in fifty messages: all but the grant of the campaign that sent them stay, for claims wait while they are written."""
+    transact(fleet.world.engine, lambda connection: warm_up.set_by_hand(connection, "new", fleet.now, curve="manual", step=2))
+    second_campaign(fleet.world)
+    fleet.begin_day(0)
+    fleet.fill()
+    assert fleet.send("google", 9) == 9
+    assert allotments.fill(fleet.world.engine, HEARTBEAT) == 1
+    assert allotments.fill(fleet.world.engine, HEARTBEAT) == 0
+
+
+def test_the_last_message_of_a_day_is_the_most_urgent_campaigns(fleet: Fleet) -> None:
+    second_campaign(fleet.world, priority=3)
+    fleet.begin_day(0)
+    usage = {"server_id": fleet.server.id, "provider": "google", "window_seconds": DAY, "window_start": day_of(fleet.now), "used": 3}
+    transact(fleet.world.engine, lambda connection: connection.execute(sa.insert(ProviderUsage).values(usage)))
+    fleet.fill()
+    with reading(fleet.world.engine) as connection:
+        query = sa.select(Allotment.campaign_id, Allotment.granted).where(Allotment.provider == "google", Allotment.slot_start == slot_at(fleet.now))
+        assert dict(connection.execute(query).tuples().all()) == {1: 0, 2: 1}
+
+
+def second_campaign(world: World, priority: int = 0) -> None:
     def work(connection: sa.Connection) -> None:
         given = dict(connection.execute(sa.select(Campaign.__table__).where(Campaign.id == world.campaign_id)).one()._mapping)
-        connection.execute(sa.insert(Campaign).values(given | {"id": 2, "key": "second", "priority": 0}))
+        connection.execute(sa.insert(Campaign).values(given | {"id": 2, "key": "second", "priority": priority}))
         counters.add(connection, 2, counters.CENTRE, Counter({(0, "google", State.PENDING, ""): 50}), BEGIN)
 
     transact(world.engine, work)

@@ -17,10 +17,11 @@ import sqlalchemy as sa
 
 from mail_pipelines.campaigns import lifecycle, scheduling
 from mail_pipelines.campaigns import states as campaign_states
+from mail_pipelines.capacity import allotments
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Campaign, CampaignVersion, Claim, Contact, Delivery, DeliveryEvent, Server, State
-from mail_pipelines.dispatch import last_error, servers
+from mail_pipelines.database.models import Allotment, Campaign, CampaignVersion, Claim, Contact, Delivery, DeliveryEvent, Server, State
+from mail_pipelines.dispatch import lane, last_error, servers
 from mail_pipelines.dispatch.claims import WrongServer
 from mail_pipelines.dispatch.session import Report, Session, journal_of
 from tests.dispatch.test_giving_way import URGENT, another_campaign, retries
@@ -95,6 +96,25 @@ def test_a_session_that_only_waits_gives_way_to_whoever_has_work(start: Start) -
         wait_for(lambda: world.states() == {State.DEFERRED: 4}, what="four deferrals")
         another_campaign(world, priority=0)
         assert run.result(30).reason == "campaign urgent waits for a slot of this server"
+
+
+def test_a_session_without_a_grant_goes_on_when_it_gets_one_within_the_slot(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grants of a slot rise, when another campaign has ended, with a plan, or with a warm-up; a session that is there already does not wait for the next."""
+    world, server, _ = start(recipients=8, sending={"linger_seconds": 2000})
+    monkeypatch.setattr(allotments, "fill", lambda *_: None)
+    monkeypatch.setattr(lane, "_ASK_AGAIN_SECONDS", 0.2, raising=False)
+    world.grant(server, 1)
+    with ThreadPoolExecutor() as pool:
+        own = session(world, server)
+        run = pool.submit(own.run)
+        try:
+            wait_for(lambda: world.states().get(State.DELIVERED) == 4, what="one message for each provider")
+            transact(world.engine, lambda connection: connection.execute(sa.update(Allotment).values(granted=100)))
+            wait_for(lambda: world.states() == {State.DELIVERED: 8}, what="the rest")
+        finally:
+            world.set_campaign(state="paused")
+            own.report.interrupted = True
+        run.result(30)
 
 
 def test_the_message_names_its_recipient_and_its_sender(start: Start) -> None:

@@ -114,8 +114,10 @@ def test_a_key_is_given_to_a_server_at_rest(world: World) -> None:
     # One that never ran, in whatever state.
     assert give() == OWN
     world.set_server("s1", heartbeat_at=NOW)
-    with pytest.raises(accounts.KeyHeld, match="server drain s1"):
-        give()
+    for state in ("warming", "active"):
+        world.set_server("s1", state=state)
+        with pytest.raises(accounts.KeyHeld, match="server drain s1"):
+            give()
     claim = world.claim(server, limit=5)
     assert isinstance(claim, OpenClaim)
     world.set_server("s1", state="draining")
