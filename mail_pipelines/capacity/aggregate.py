@@ -60,7 +60,14 @@ def solve(
     """
     left = [_Left.of(rooms) for rooms in pools]
     share = min(FLOOR_SHARE, FLOORS_SHARE / len(items)) if len(items) > 1 else 0.0
-    floors = {number: _floor(item, left[item.pools[0]], share, previous) for number, item in enumerate(items)}
+    frozen = {place: float(count) for place, count in previous.items() if place[1] < FROZEN_SLOTS}
+    floors: dict[int, Amounts] = {}
+    for number, item in enumerate(items):
+        floors[number] = _floor(item, left[item.pools[0]], share, frozen)
+        # Rows of a campaign that wait and those that come back share what it was to send.
+        for slot in range(FROZEN_SLOTS):
+            if (item.campaign_id, slot) in frozen:
+                frozen[item.campaign_id, slot] -= floors[number][slot]
     for number, floor in floors.items():
         left[items[number].pools[0]].taken += floor
     found: dict[tuple[int, int], Amounts] = {}
@@ -101,7 +108,7 @@ class _Left:
         return cap
 
 
-def _floor(item: Item, pool: _Left, share: float, previous: Mapping[tuple[int, int], int]) -> Amounts:
+def _floor(item: Item, pool: _Left, share: float, frozen: Mapping[tuple[int, int], float]) -> Amounts:
     """The share of a pool that an item gets in any case, as early as that share allows, but not more of a frozen slot than was planned before."""
     slots = len(pool.taken)
     caps = pool.full * share
@@ -109,7 +116,7 @@ def _floor(item: Item, pool: _Left, share: float, previous: Mapping[tuple[int, i
     left = float(item.rows)
     for slot in range(item.first, slots):
         within = (pool.first <= slot) & (pool.last > slot)
-        most = previous.get((item.campaign_id, slot), np.inf) if slot < FROZEN_SLOTS else np.inf
+        most = frozen.get((item.campaign_id, slot), np.inf)
         amounts[slot] = min(left, most, caps[within].min())
         caps[within] -= amounts[slot]
         left -= amounts[slot]
