@@ -23,7 +23,7 @@ from mail_pipelines.capacity.lines import Line, Rooms
 from mail_pipelines.capacity.near import NearPlan, near_plan
 from mail_pipelines.capacity.placing import split
 from tests.capacity import cases
-from tests.capacity.cases import NOW
+from tests.capacity.cases import NOON, NOW
 
 EXAMPLES = hypothesis.settings(max_examples=40)
 # A job that nobody may send is no matter of the plan.
@@ -247,3 +247,11 @@ def test_the_earliest_end_does_not_wait_for_less_urgent_campaigns() -> None:
     ends = {name: dt.datetime.fromisoformat(moment).timestamp() for name, moment in found.items() if moment is not None}
     assert 58 * HOUR < ends["urgent"] - NOW < 64 * HOUR
     assert ends["other"] - NOW > 1000 * HOUR
+
+
+def test_rows_that_come_back_do_not_ask_for_more_than_was_planned_of_a_frozen_slot() -> None:
+    urgent, other = Job(1, "urgent", 3, 1), Job(2, "other", 0, 1)
+    demands = [Demand(urgent, "google", 5_000), Demand(other, "google", 5_000), Demand(other, "google", 5_000, NOON + 600)]
+    planned = {(2, "google", start): 1 for start in (NOON, NOON + 900)}
+    plan = near_plan([urgent, other], demands, [Line(1, 1, "google", 1.0)], NOON, planned)
+    assert [part.failure for part in plan.providers] == [""]
