@@ -212,5 +212,5 @@ def test_what_a_host_finds_is_found_here_and_what_is_no_finding_is_told(host: Ho
     program.chmod(0o755)
     assert verifying.on_host(host, "mx1") == [Finding("port 25", False, "nobody answers")]
     program.write_text("#!/bin/sh\necho the schema is older than this version >&2; exit 1\n")
-    with pytest.raises(ProvisioningError, match="status 1.: the schema is older than this version"):
+    with pytest.raises(ProvisioningError, match=r"status 1\): the schema is older than this version"):
         verifying.on_host(host, "mx1")
