@@ -30,6 +30,7 @@ from mail_pipelines.commands import (
     server,
     server_dns,
     server_verify,
+    simulate,
     unknown,
     why,
     worker,
@@ -57,6 +58,7 @@ app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(alert.app, name="alert")
 app.add_typer(plan.app, name="plan")
+app.command("simulate")(simulate.simulate)
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")
 app.add_typer(inbound.app, name="inbound")

@@ -15,7 +15,7 @@ import numpy as np
 from mail_pipelines.capacity.demand import Demand, Job
 from mail_pipelines.capacity.horizon import DAY, HOUR
 from mail_pipelines.capacity.lines import Counts, Line
-from mail_pipelines.capacity.near import NearPlan, ProviderPlan, near_plan
+from mail_pipelines.capacity.near import NearPlan, ProviderPlan, near_plan, urgency
 
 # No more warm servers than this are looked for to save a deadline.
 MOST_SERVERS = 64
@@ -88,9 +88,10 @@ def _ending(part: ProviderPlan, number: int) -> float:
 
 
 def _earliest(part: ProviderPlan, number: int) -> float | None:
-    """When the messages that the horizon leaves would be out, at the speed that all servers have in its last day."""
+    """When the messages that the horizon leaves would be out, after those of more urgent campaigns, at the speed that all servers have in its last day."""
     end = part.rooms.horizon.end
-    unmet = int(part.unmet.sum())
+    mine = urgency(part.demands[number].job)
+    unmet = sum(int(count) for count, demand in zip(part.unmet, part.demands, strict=True) if urgency(demand.job) <= mine)
     if not part.unmet[number]:
         return part.finish(number)
     last_day = [slot for slot, times in enumerate(part.rooms.horizon.slots) if times.start >= end - DAY]

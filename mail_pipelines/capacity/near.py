@@ -112,7 +112,7 @@ def near_plan(
     lines_of: defaultdict[str, list[Line]] = defaultdict(list)
     for line in lines:
         lines_of[line.provider].append(line)
-    ranks = {job.id: rank for rank, job in enumerate(sorted(jobs, key=_urgency))}
+    ranks = {job.id: rank for rank, job in enumerate(sorted(jobs, key=urgency))}
     before: defaultdict[str, dict[tuple[int, int], int]] = defaultdict(dict)
     numbers = {slot.start: number for number, slot in enumerate(horizon.slots)}
     for (campaign_id, provider, start), count in (previous or {}).items():
@@ -125,7 +125,8 @@ def near_plan(
     return NearPlan(horizon, tuple(jobs), tuple(parts), time.monotonic() - begin)
 
 
-def _urgency(job: Job) -> tuple[float, ...]:
+def urgency(job: Job) -> tuple[float, ...]:
+    """What campaigns are sorted by, the most urgent first."""
     return -job.priority, float("inf") if job.finish_by is None else job.finish_by, job.start_at, job.id
 
 

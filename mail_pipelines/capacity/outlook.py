@@ -45,16 +45,19 @@ def read(connection: Connection, fleet: Fleet, now: dt.datetime) -> list[Outlook
     for pool_id in sorted({mailing.pool_id for mailing in [*past, *coming]} & keys.keys()):
         theirs = [mailing for mailing in past if mailing.pool_id == pool_id]
         demand = outlook_of(theirs, [mailing for mailing in coming if mailing.pool_id == pool_id], today)
-        limits = {provider: fleet.limits(0, provider) for provider in demand}
-        capacity = {
-            provider: sum(
-                (_days(line) for member in fleet.members if member.pool_id == pool_id and (line := fleet.limits(member.id, provider))), np.zeros(DAYS)
-            )
-            for provider in demand
-        }
-        warm = {provider: float(_days(line)[-1]) if line is not None else 0.0 for provider, line in limits.items()}
-        found.append(Outlook(keys[pool_id], demand, capacity, warm))
+        found.append(of_pool(pool_id, keys[pool_id], demand, fleet))
     return found
+
+
+def of_pool(pool_id: int, key: str, demand: Mapping[str, Daily], fleet: Fleet) -> Outlook:
+    """What the servers of a pool, and a warm one more, can send of a demand (`outlook_of`)."""
+    limits = {provider: fleet.limits(0, provider) for provider in demand}
+    capacity = {
+        provider: sum((_days(line) for member in fleet.members if member.pool_id == pool_id and (line := fleet.limits(member.id, provider))), np.zeros(DAYS))
+        for provider in demand
+    }
+    warm = {provider: float(_days(line)[-1]) if line is not None else 0.0 for provider, line in limits.items()}
+    return Outlook(key, demand, capacity, warm)
 
 
 def in_flight(connection: Connection) -> list[InFlight]:

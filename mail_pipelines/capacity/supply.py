@@ -16,14 +16,18 @@ from mail_pipelines.database.models import Campaign, CampaignMinute, State
 from mail_pipelines.delivery.recording import SLOT_SECONDS
 
 # Deferrals of so long ago count, if there were so many answers; a line never counts for less than this part of itself.
-_FLOW_HOURS, _LEAST_ANSWERS, _LEAST_FLOW = 2, 100, 0.1
+FLOW_HOURS, _LEAST_ANSWERS, _LEAST_FLOW = 2, 100, 0.1
 # A provider that is on trial takes a few messages now, and what it is worth later the next plan will know.
 _TRIAL_SECONDS = 2 * SLOT_SECONDS
 
 
 def read(connection: Connection, fleet: Fleet, providers: Iterable[str], now: dt.datetime) -> list[Line]:
     """The lines of all members that speak to these providers, as far as these are not held."""
-    flows = _flows(connection, now)
+    return lines(fleet, _flows(connection, now), providers, now)
+
+
+def lines(fleet: Fleet, flows: Mapping[Pair, float], providers: Iterable[str], now: dt.datetime) -> list[Line]:
+    """The same from plain values: `flows` is what `flow` says of each pair, 1 where it is missing."""
     return [
         _line(fleet, member.id, member.pool_id, provider, limits, flows.get((member.id, provider), 1.0), now)
         for provider in sorted(set(providers))
@@ -57,12 +61,12 @@ def more_servers(fleet: Fleet, count: int, pool_ids: Iterable[int], providers: I
 
 
 def _flows(connection: Connection, now: dt.datetime) -> Mapping[Pair, float]:
-    """The part of the answers of the last hours that were no deferrals, by server and provider; only where there were enough."""
+    """The part of the answers of the last hours that were no deferrals, by server and provider."""
     sending = connection.execute(sa.select(Campaign.id).where(Campaign.state == "sending")).scalars().all()
     if not sending:
         return {}
     by = (CampaignMinute.server_id, CampaignMinute.provider, CampaignMinute.state)
-    since = int(now.timestamp()) // 60 - _FLOW_HOURS * 60
+    since = int(now.timestamp()) // 60 - FLOW_HOURS * 60
     answers = [int(state) for state in (State.DELIVERED, State.BOUNCED, State.DEFERRED)]
     query = (
         sa.select(*by, sa.func.sum(CampaignMinute.count))
@@ -72,8 +76,9 @@ def _flows(connection: Connection, now: dt.datetime) -> Mapping[Pair, float]:
     counts: defaultdict[Pair, dict[int, int]] = defaultdict(dict)
     for server_id, provider, state, count in connection.execute(query):
         counts[server_id, provider][state] = int(count)
-    return {
-        pair: max(_LEAST_FLOW, 1 - found.get(int(State.DEFERRED), 0) / sum(found.values()))
-        for pair, found in counts.items()
-        if sum(found.values()) >= _LEAST_ANSWERS
-    }
+    return {pair: flow(found.get(int(State.DEFERRED), 0), sum(found.values())) for pair, found in counts.items()}
+
+
+def flow(deferred: int, answers: int) -> float:
+    """The part of a line that is counted on after so many deferrals among the answers of the last `FLOW_HOURS`."""
+    return max(_LEAST_FLOW, 1 - deferred / answers) if answers >= _LEAST_ANSWERS else 1.0

@@ -203,7 +203,7 @@ def judge(engine: Engine, now: dt.datetime | None = None) -> list[Change]:
 
 
 @dataclass
-class _Course:
+class Course:
     """One pair while its days are judged. `recent` are days of the past, oldest first, and `written` those that were judged now."""
 
     at: Standing
@@ -233,7 +233,7 @@ class _Course:
 
 def _judge_server(connection: Connection, server_id: int, key: str, days: Mapping[int, Mapping[str, Counts]], known: Rules) -> list[Change]:
     rows = connection.execute(sa.select(WarmUp.__table__).where(WarmUp.server_id == server_id).with_for_update()).mappings().all()
-    courses = {row["provider"]: _Course(Standing(**row), []) for row in rows}
+    courses = {row["provider"]: Course(Standing(**row), []) for row in rows}
     for row in _past(connection, server_id, min(days) - known.complaint_days * DAY):
         if row.provider in courses:
             courses[row.provider].recent.append((row.day, _counts(row), Verdict(row.verdict)))
@@ -241,7 +241,7 @@ def _judge_server(connection: Connection, server_id: int, key: str, days: Mappin
     for day, found in days.items():
         for provider, counts in found.items():
             if counts.sent and provider not in courses and ANY in courses:
-                courses[provider] = _Course(replace(courses[ANY].at, provider=provider, judged=day - DAY), [])
+                courses[provider] = Course(replace(courses[ANY].at, provider=provider, judged=day - DAY), [])
         for provider, course in courses.items():
             if course.at.judged >= day:
                 continue
@@ -261,7 +261,7 @@ def _past(connection: Connection, server_id: int, since: int) -> list[sa.Row[tup
     return list(connection.execute(sa.select(WarmUpDay.__table__).where(WarmUpDay.server_id == server_id, WarmUpDay.day >= since).order_by(WarmUpDay.day)))
 
 
-def _volume(connection: Connection, course: _Course) -> int:
+def _volume(connection: Connection, course: Course) -> int:
     """The most messages of a day in the last week with mail."""
     last = course.at.last_used or 0
     mine = (WarmUpDay.server_id == course.at.server_id, WarmUpDay.provider == course.at.provider, WarmUpDay.day > last - _WEEK)

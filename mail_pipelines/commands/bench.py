@@ -107,6 +107,18 @@ def plan(quick: Quick = False, as_json: Json = False) -> None:
     _show("plan", bench.run(quick), as_json)
 
 
+@app.command("fleet")
+def fleet(
+    seconds: Annotated[float | None, typer.Option(min=4, help="least time of each campaign; 240 if not given, --quick: 12")] = None,
+    quick: Quick = False,
+    as_json: Json = False,
+) -> None:
+    """Campaigns by 1, 2, 4 and 8 rate-limited servers: when they end, against the plan's lower bound, and how long any idles that might send."""
+    from mail_pipelines.benchmarks import fleet as bench
+
+    _show("fleet", bench.run(quick, seconds), as_json)
+
+
 @app.command("crash")
 def crash(
     kills: Annotated[

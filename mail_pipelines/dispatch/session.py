@@ -41,7 +41,7 @@ from mail_pipelines.messages.composing import SenderIdentity
 _POLL_SECONDS = 0.5
 # A session that waits looks the more seldom the longer it has waited: after this part of that time, and so often at least.
 _POLL_PART, _LONGEST_POLL_SECONDS = 0.25, 5.0
-# How often a session looks what its campaign's other shards have, while only some of its lanes have something to do.
+# How often a session looks what its campaign's other shards have, while only some of its lanes have something to do; it does as well when one ends.
 _LOOK_AROUND_SECONDS = 5.0
 # Of how many of them a lane then takes rows before it looks again: others do so too.
 _SHARDS_AT_ONCE = 8
@@ -161,7 +161,7 @@ class Session:
     async def _run_lanes(self, lanes: dict[str, Lane], until: float) -> None:
         running: dict[str, asyncio.Task[None]] = {}
         last_progress = last_look = time.monotonic()
-        last_around = -math.inf
+        next_around = -math.inf
         try:
             while True:
                 if self.report.interrupted:
@@ -174,13 +174,17 @@ class Session:
                         raise SessionOver(f"campaign {key} has a higher priority and waits for a slot of this server")
                     if (errand := await in_thread(self.errands.look, not any(lane.has_claims for lane in lanes.values()))) is not None:
                         raise SessionOver(f"an errand for campaign {errand.campaign}")
-                around = not running or time.monotonic() - last_around >= _LOOK_AROUND_SECONDS
+                around = not running or time.monotonic() >= next_around
                 if around:
-                    last_around = time.monotonic()
+                    next_around = time.monotonic() + _LOOK_AROUND_SECONDS
                 for provider, shards in (await in_thread(self._due_shards, around)).items():
                     lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
-                    if provider not in running and lane.wait_until <= time.monotonic():
-                        running[provider] = asyncio.create_task(lane.run(until, shards))
+                    if provider in running:
+                        continue
+                    if lane.wait_until > time.monotonic():
+                        next_around = min(next_around, lane.wait_until)
+                        continue
+                    running[provider] = asyncio.create_task(lane.run(until, shards))
                 claims_before = self.report.claims
                 if running:
                     await asyncio.wait(running.values(), timeout=_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -189,6 +193,7 @@ class Session:
                     await set_within(self.stopping, min(max(_POLL_SECONDS, waited * _POLL_PART), _LONGEST_POLL_SECONDS))
                 for provider in [provider for provider, task in running.items() if task.done()]:
                     running.pop(provider).result()
+                    next_around = min(next_around, lanes[provider].wait_until)
                 self.progress(self.report)
                 # One that only asks in vain makes no progress.
                 if self.report.claims > claims_before or any(lane.has_claims for lane in lanes.values()):

@@ -47,6 +47,17 @@ def too_dear(provisions: Iterable[Provision], cost_per_hour: float, settings: Pr
     return f"one more would cost {more:.2f} until the end of the month, with {spent:.2f} for those there are: above provisioning.budget, {settings.budget:.2f}"
 
 
+def allowed(provisions: Iterable[Provision], cost_per_hour: float, settings: ProvisioningSettings, now: dt.datetime) -> int:
+    """How many more may be asked for, by number and money; those that are asked for and not ordered yet count as if they were ordered now."""
+    known = list(provisions)
+    living = [one for one in known if one.ended_at is None]
+    number = max(0, settings.most - len(living))
+    if not (each := cost_of_one_more(cost_per_hour, now)):
+        return number
+    promised = sum(one.ordered_at is None for one in living) * each
+    return max(0, min(number, int((settings.budget - cost_this_month(known, now) - promised) / each)))
+
+
 def may_be_given_back_at(provision: Provision, settings: ProvisioningSettings) -> dt.datetime | None:
     """When a server has reached its shortest lifetime; None if it has no host yet."""
     return None if provision.created_at is None else provision.created_at + dt.timedelta(hours=settings.minimum_hours)

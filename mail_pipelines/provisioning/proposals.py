@@ -102,23 +102,38 @@ def accept(connection: Connection, settings: ProvisioningSettings, proposal_id: 
 def short(connection: Connection, parts: Parts, wanted: Wanted) -> str:
     """Act on a shortage as `provisioning.mode` says, unless that was done lately or is being done; what was done, in words, or why nothing."""
     settings, now = parts.settings.provisioning, database_now(connection)
-    if settings.mode == "off":
-        return "provisioning.mode is off"
-    if wanted.servers <= 0:
-        return "no servers are wanted"
     # All that act on a shortage wait for each other here.
-    coming = sum(_counts(one, wanted) for one in store.all_provisions(connection, lock=True))
-    servers = wanted.servers - coming
-    if servers <= 0:
-        return f"{wanted.servers} servers are wanted, and {coming} are coming"
-    last = last_action(connection, wanted.pool)
-    if last is not None and now - last < dt.timedelta(minutes=settings.cool_down_minutes):
-        return f"{servers} more servers are wanted; the last proposal or order was at {last:%H:%M:%S} UTC, and provisioning.cool_down_minutes is not over"
+    provisions = store.all_provisions(connection, since=budget.month_of(now)[0], lock=True)
+    servers, said = missing(wanted, provisions, last_action(connection, wanted.pool), next_cost(connection, parts), settings, now)
+    if not servers:
+        return said
     proposal = propose(connection, parts, replace(wanted, servers=servers))
     if settings.mode == "propose":
         return f"proposal {proposal.id}: {servers} servers, {proposal.cost_per_month:.2f} a month: {wanted.why}"
     ordered = accept(connection, settings, proposal.id)
     return f"{', '.join(one.key for one in ordered)} are asked for: {wanted.why}"
+
+
+def missing(
+    wanted: Wanted, provisions: Sequence[Provision], last: dt.datetime | None, cost_per_hour: float, settings: ProvisioningSettings, now: dt.datetime
+) -> tuple[int, str]:
+    """How many servers are to be proposed or ordered now, or 0 and why none. `last` is when that was done for this pool before.
+
+    No more are ordered than may be made: those that are refused would be missing at once again, and be ordered after each cool-down.
+    """
+    if settings.mode == "off":
+        return 0, "provisioning.mode is off"
+    if wanted.servers <= 0:
+        return 0, "no servers are wanted"
+    coming = sum(_counts(one, wanted) for one in provisions)
+    servers = wanted.servers - coming
+    if servers <= 0:
+        return 0, f"{wanted.servers} servers are wanted, and {coming} are coming"
+    if last is not None and now - last < dt.timedelta(minutes=settings.cool_down_minutes):
+        return 0, f"{servers} more servers are wanted; the last proposal or order was at {last:%H:%M:%S} UTC, and provisioning.cool_down_minutes is not over"
+    if settings.mode == "auto" and (most := budget.allowed(provisions, cost_per_hour, settings, now)) < servers:
+        return most, "" if most else f"{servers} more servers are wanted, and provisioning.budget and provisioning.most allow none"
+    return servers, ""
 
 
 def _counts(one: Provision, wanted: Wanted) -> bool:

@@ -6,10 +6,12 @@ All that reserve wait for each other, so that two servers never take the same ho
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from sqlalchemy.engine import Connection
 
+from mail_pipelines.config import ProvisioningSettings
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.provisioning import budget, store
 from mail_pipelines.provisioning.interfaces import CannotBeMade, HostSource, NoHost, Parts, ProvisioningError
@@ -33,12 +35,7 @@ def reserve(connection: Connection, parts: Parts, provision: Provision) -> Reser
     """Raises `Full`, or `CannotBeMade` with what is wrong with each source."""
     settings, now = parts.settings.provisioning, database_now(connection)
     others = [one for one in store.all_provisions(connection, since=budget.month_of(now)[0], lock=True) if one.id != provision.id]
-    living = [one for one in others if one.ended_at is None and one.source is not None]
-    if len(living) >= settings.most:
-        raise CannotBeMade(f"there are {len(living)} servers made here, and provisioning.most is {settings.most}")
-    making = [one for one in living if one.state in MAKING and one.step is not Step.RESERVE]
-    if len(making) >= settings.at_once:
-        raise Full(f"{len(making)} servers are being made, and provisioning.at_once is {settings.at_once}")
+    living = within_numbers(others, settings)
     if not parts.sources:
         raise CannotBeMade(f"there is no host source: name one in {settings.hosts} (docs/provisioning.md)")
     aside, reasons = store.set_aside(connection), []
@@ -58,3 +55,14 @@ def reserve(connection: Connection, parts: Parts, provision: Provision) -> Reser
             except NoHost as error:
                 reasons.append(str(error))
     raise CannotBeMade(f"no host to be had: {'; '.join(reasons)}")
+
+
+def within_numbers(others: Iterable[Provision], settings: ProvisioningSettings) -> list[Provision]:
+    """Those of the other servers that have a host, if one more may be made beside them. Raises `Full` or `CannotBeMade`."""
+    living = [one for one in others if one.ended_at is None and one.source is not None]
+    if len(living) >= settings.most:
+        raise CannotBeMade(f"there are {len(living)} servers made here, and provisioning.most is {settings.most}")
+    making = [one for one in living if one.state in MAKING and one.step is not Step.RESERVE]
+    if len(making) >= settings.at_once:
+        raise Full(f"{len(making)} servers are being made, and provisioning.at_once is {settings.at_once}")
+    return living

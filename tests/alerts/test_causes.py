@@ -280,7 +280,7 @@ def test_public_addresses_are_looked_up_a_few_times_a_day(world: World) -> None:
 
 
 def test_a_listed_server_is_shown_told_and_goes_on(world: World, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(commands.console, "width", 300)
     with serving(Zone()) as zone, dg.instance_for_test() as instance:
         on_lists(zone)
         for name, value in {"SERVERS": zone.address, "TIMEOUT_SECONDS": "2", "BLOCK_LIST_HOURS": "6"}.items():

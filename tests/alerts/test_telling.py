@@ -221,7 +221,7 @@ def test_a_test_message_goes_over_every_channel(relay: Relay, hook: Hook, monkey
 
 def test_the_list_has_what_is_and_what_was(engine: sa.Engine, database_url: str, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", database_url)
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(context.console, "width", 300)
     telling.look(engine, [SILENT, SLOW], channels_of(settings(relay)), NOW, DAY)
     telling.look(engine, [SLOW], channels_of(settings(relay)), NOW + 6 * MINUTE, DAY)
     shown = command("list").output

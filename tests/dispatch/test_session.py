@@ -75,6 +75,18 @@ def test_a_session_sends_its_own_shard_and_then_the_others(start: Start) -> None
     assert {next(shard for provider, shard in claimed if provider == own) for own in {provider for provider, _ in claimed}} == {0}
 
 
+def test_a_lane_whose_shard_has_no_more_goes_on_at_once_while_another_is_slow(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mail_pipelines.dispatch.session._LOOK_AROUND_SECONDS", 600.0)
+    world, server, _ = start(recipients=96, shards=3)
+    servers.set_limits(world.engine, None, "google", {"connections": 4, "per_second": 2.0})
+    session(world, server).run()
+    assert world.states() == {State.DELIVERED: 96}
+    with reading(world.engine) as connection:
+        slow = connection.execute(sa.select(sa.func.max(Claim.closed_at)).where(Claim.provider == "google", Claim.shard == 0)).scalar_one()
+        begun = connection.execute(sa.select(sa.func.min(Claim.opened_at)).where(Claim.provider == "yahoo", Claim.shard != 0)).scalar_one()
+    assert begun < slow
+
+
 def test_a_session_that_only_waits_gives_way_to_whoever_has_work(start: Start) -> None:
     world, server, _ = start(recipients=4, sending={"linger_seconds": 100, "first_retry_seconds": 90, "last_retry_seconds": 90}, greylist_percent=100)
     world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})

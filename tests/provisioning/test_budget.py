@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 
 import pytest
 
 from mail_pipelines.config import ProvisioningSettings
-from mail_pipelines.provisioning import budget
+from mail_pipelines.provisioning import budget, proposals
+from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import State, Step
 from mail_pipelines.provisioning.store import Provision
 
@@ -52,3 +54,31 @@ def test_a_server_is_kept_for_its_shortest_lifetime() -> None:
     until = budget.may_be_given_back_at(server("2026-11-16"), ProvisioningSettings(minimum_hours=24))
     assert until == dt.datetime(2026, 11, 17, tzinfo=dt.UTC)
     assert budget.may_be_given_back_at(server(None), ProvisioningSettings()) is None
+
+
+def requested(identity: int) -> Provision:
+    return replace(server(None), id=identity, state=State.REQUESTED, step=Step.RESERVE, source=None)
+
+
+@pytest.mark.parametrize(
+    ("budget_for", "most", "asked", "allowed"),
+    [
+        # Servers at 1.0 an hour, from the middle of the month: 360 each.
+        (1080, 20, 0, 3),
+        # What is asked for is promised.
+        (1080, 20, 2, 1),
+        (1080, 20, 4, 0),
+        (1080, 2, 1, 1),
+        (0, 20, 0, 0),
+    ],
+)
+def test_no_more_servers_are_ordered_than_may_be_made(budget_for: float, most: int, asked: int, allowed: int) -> None:
+    settings = ProvisioningSettings(mode="auto", budget=budget_for, most=most)
+    known = [requested(number) for number in range(asked)]
+    assert budget.allowed(known, 1.0, settings, NOW) == allowed
+    assert budget.allowed(known, 0.0, settings, NOW) == most - asked
+    wanted = Wanted(5, "because", as_of=NOW)
+    servers, said = proposals.missing(wanted, known, None, 1.0, settings, NOW)
+    assert (servers, bool(said)) == (allowed, allowed == 0)
+    # A proposal tells what is missing, and what it would cost.
+    assert proposals.missing(wanted, known, None, 1.0, ProvisioningSettings(mode="propose", budget=budget_for), NOW) == (5, "")

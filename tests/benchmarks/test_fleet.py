@@ -1,0 +1,31 @@
+"""The instruments of `bench fleet` do what their figures are read as; and one small fleet sends, whatever the machine's pace."""
+
+from __future__ import annotations
+
+import pytest
+
+from mail_pipelines.benchmarks import fleet
+from mail_pipelines.benchmarks.fleet import Look
+
+A, B = ("s1", "large"), ("s2", "large")
+
+
+def test_only_time_with_grant_and_due_rows_in_which_nothing_arrives_counts_as_idle() -> None:
+    both, one = frozenset({A, B}), frozenset({B})
+    looks = [Look(10.0, 9, both), Look(11.0, 5, both), Look(12.5, 3, one), Look(13.5, 0, frozenset())]
+    wanted, idle = fleet._times(looks, {A: [10.2, 10.9], B: [11.5, 12.5]})
+    assert wanted == {A: 2.5, B: 3.5}
+    # A has none from 11 to 12.5, and may send none after; B has none from 10 to 11, nor from 12.5 on.
+    assert idle == {A: 1.5, B: 2.0}
+
+
+@pytest.mark.server
+@pytest.mark.timeout(300)
+def test_two_servers_send_all_of_it_once_and_no_sooner_than_the_plan_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "QUICK_FLEETS", (2,))
+    finish, idle, lost = fleet.run(quick=True, seconds=6)
+    assert finish.reference == pytest.approx(6, abs=0.5)
+    assert finish.ratio >= 0.95
+    assert 0 < idle.reference <= finish.value + 2
+    assert idle.value <= idle.reference
+    assert lost.met

@@ -1,0 +1,98 @@
+"""A simulated fleet: campaigns end, no limit is exceeded, and one that is would be seen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mail_pipelines.cli import app
+from mail_pipelines.simulation.buying import Mode
+from mail_pipelines.simulation.checking import Checker
+from mail_pipelines.simulation.events import Events
+from mail_pipelines.simulation.run import Outcome, simulate
+from mail_pipelines.simulation.scenario import BEGIN, Scenario, Size
+from mail_pipelines.simulation.sending import Ledger
+
+SIZE = Size(recipients=300_000, servers=8, campaigns=3, days=6)
+# Long enough for the far plan to order servers that send while they are needed.
+SHORT = Size(recipients=1_600_000, servers=8, campaigns=4, days=10)
+TIMES = {"median seconds of a plan", "most seconds of a plan", "processor seconds", "seconds", "memory (MB)"}
+
+
+def without_times(outcome: Outcome) -> Outcome:
+    return replace(outcome, figures={name: value for name, value in outcome.figures.items() if name not in TIMES})
+
+
+def test_campaigns_end_within_all_limits_and_the_same_seed_says_the_same() -> None:
+    outcome = simulate(SIZE)
+    assert [one.finished is not None for one in outcome.campaigns] == [True] * 3
+    assert {name: outcome.figures[name] for name in ("messages", "lost", "extra", "still waiting", "limits broken")} == {
+        "messages": 300_000, "lost": 0, "extra": 0, "still waiting": 0, "limits broken": 0,
+    }  # fmt: skip
+    assert outcome.violations == []
+    assert without_times(simulate(SIZE)) == without_times(outcome)
+    assert without_times(simulate(replace(SIZE, seed=2))) != without_times(outcome)
+
+
+@pytest.mark.parametrize(("mode", "servers"), [("auto", True), ("off", False)])
+def test_servers_are_ordered_where_campaigns_are_too_large_for_the_fleet(mode: Mode, servers: bool) -> None:
+    outcome = simulate(SHORT, mode)
+    assert bool(outcome.decisions) is servers
+    assert bool(outcome.figures["messages by ordered servers"]) is servers
+    assert outcome.figures["limits broken"] == 0
+
+
+def one_line() -> Checker:
+    return Checker(per_second=np.array([[1.0]]), per_hour=np.array([[1000.0]]), per_day=np.array([[np.inf]]))
+
+
+@pytest.mark.parametrize(
+    ("sent", "warm_up", "shut", "seen"),
+    [
+        ([900], np.inf, False, 0),
+        ([901], np.inf, False, 1),
+        ([500, 500], np.inf, False, 0),
+        ([500, 501], np.inf, False, 1),
+        # A new hour.
+        ([500, 500, 0, 0, 500], np.inf, False, 0),
+        ([500, 500, 0, 0, 500], 1499, False, 1),
+        ([1], np.inf, True, 1),
+        ([0], np.inf, True, 0),
+    ],
+)
+def test_the_checker_sees_what_is_sent_beyond_a_limit(sent: list[int], warm_up: float, shut: bool, seen: int) -> None:
+    checker = one_line()
+    for number, count in enumerate(sent):
+        checker.see(BEGIN + number * 900, np.array([[count]]), np.array([[warm_up]]), np.array([[shut]]))
+    assert checker.violations == seen == len(checker.named)
+
+
+def test_grants_beyond_a_limit_would_be_seen() -> None:
+    """Sending does as it is granted, so that it is the plan that is checked."""
+    rng = np.random.default_rng(1)
+    scenario = Scenario.of(SIZE, rng)
+    shape = scenario.per_day.shape
+    events, ledger = Events(SIZE.servers, shape, rng), Ledger(scenario, rng)
+    ledger.start(0)
+    granted = np.zeros((3, *shape), dtype=np.int64)
+    granted[0, 2, 0] = int(scenario.per_second[2, 0] * 900) + 1
+    nothing, free = np.zeros(shape, dtype=np.int64), np.full(shape, np.inf)
+    slot = ledger.send(granted, events, nothing, nothing > 0, free)
+    checker = Checker(scenario.per_second, scenario.per_hour, scenario.per_day)
+    checker.see(BEGIN, slot.offered, free, nothing > 0)
+    assert checker.named == [f"{BEGIN}: server 3, provider 0: more than allowed in 900 s"]
+    held = ledger.send(granted, events, nothing, nothing > 0, np.where(free > 0, 10.0, 0.0))
+    assert (held.offered.sum(), held.held_back) == (10, granted.sum() - 10)
+
+
+def test_the_command_prints_json() -> None:
+    result = CliRunner().invoke(app, ["simulate", "--recipients", "20000", "--servers", "2", "--campaigns", "1", "--days", "5", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["figures"]["messages"] == 20_000
+    assert document["campaigns"][0]["finished"] is not None
+    assert set(document) == set(asdict(simulate(replace(SIZE, recipients=2_000, campaigns=1))))
