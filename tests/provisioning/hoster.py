@@ -26,6 +26,7 @@ PidFile {folder}/pid
 PasswordAuthentication no
 PermitRootLogin yes
 StrictModes no
+SetEnv PATH={folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin
 UsePAM no
 """
 

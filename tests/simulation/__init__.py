@@ -1,1 +1,1 @@
-"""The simulated fleet."""
+"""Tests of `mail-pipelines simulate`."""
