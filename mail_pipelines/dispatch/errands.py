@@ -45,15 +45,17 @@ class Errands:
     def do(self, errand: giving_way.Errand, until: float) -> None:
         """Send what is due of that campaign. A fault of it is not this session's."""
         session, self.wanted = self._session, None
+        other = replace(session, campaign_id=errand.campaign_id, campaign_key=errand.campaign, shard=errand.shard, progress=lambda _: None, is_errand=True)
+        other.signing = session.signing
         try:
-            other = replace(session, campaign_id=errand.campaign_id, campaign_key=errand.campaign, shard=errand.shard, progress=lambda _: None, is_errand=True)
-            other.signing = session.signing
             asyncio.run(other.send(min(until, time.monotonic() + ERRAND_SECONDS)))
         except (MailPipelinesError, ValueError, LookupError) as error:
             last_error.keep(session.folders, f"errand of session {session.run_id} for campaign {errand.campaign}", error)
-            self._not_before = math.inf
-            return
-        session.memory = other.memory
+            pause = math.inf
+        else:
+            session.memory = other.memory
+            pause = _PAUSE_SECONDS if other.report.claims else _VAIN_PAUSE_SECONDS
         session.report.errands += other.report.claimed
+        # A signal that came meanwhile is the session's.
         session.report.interrupted = other.report.interrupted
-        self._not_before = time.monotonic() + (_PAUSE_SECONDS if other.report.claims else _VAIN_PAUSE_SECONDS)
+        self._not_before = time.monotonic() + pause
