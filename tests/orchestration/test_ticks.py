@@ -25,5 +25,5 @@ def test_all_ticks_of_a_process_share_one_instance(tmp_path: Path) -> None:
 
 def test_no_sensor_has_dagster_open_a_resource() -> None:
     sensors = build_defs().get_repository_def().sensor_defs
-    assert len(sensors) == 9
+    assert len(sensors) == 10
     assert [sensor.name for sensor in sensors if sensor.required_resource_keys and sensor.name != "failed_runs"] == []
