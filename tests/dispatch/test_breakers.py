@@ -15,7 +15,7 @@ from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Allotment, Delivery, State
 from mail_pipelines.delivery.breakers import provider_rules
 from mail_pipelines.dispatch import servers
-from mail_pipelines.dispatch.session import Session, journal_of
+from mail_pipelines.dispatch.session import Report, Session, journal_of
 from tests.dispatch.world import Running, RunningExim, Servers, World, make_world, write_play
 from tests.parts.processes import stop, wait_for
 
@@ -33,9 +33,11 @@ def restart(started: Running) -> None:
     started.start()
 
 
-def session(world: World, server: servers.ServerInfo, run_id: str) -> None:
+def session(world: World, server: servers.ServerInfo, run_id: str, reports: list[Report] | None = None) -> None:
     journal = journal_of(world.folders(server.key), server.kind)
-    Session(world.engine, world.settings, server, world.campaign_id, world.campaign_key, 0, run_id, journal).run()
+    report = Session(world.engine, world.settings, server, world.campaign_id, world.campaign_key, 0, run_id, journal).run()
+    if reports is not None:
+        reports.append(report)
 
 
 def providers(world: World) -> dict[str, dict[State, int]]:
@@ -55,16 +57,18 @@ def grants(world: World, server: servers.ServerInfo, provider: str) -> int:
 
 def test_a_provider_that_blocks_one_server_is_left_alone_and_tried_again(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Microsoft refuses: the server stops sending there and only there, tries five, and goes on when they are accepted."""
-    world = make_world(engine, tmp_path / "home", recipients=600, kind=kind, linger_seconds=0)
+    # A session that lingers less may end while its second claims take their time.
+    world = make_world(engine, tmp_path / "home", recipients=600, kind=kind, linger_seconds=5)
     server, other = world.server(connections=4, per_second=200.0), world.server("s2")
     # Slow enough that the refusals of a first claim are recorded long before the last row is offered.
     servers.set_limits(engine, None, "microsoft", {"connections": 2, "per_second": 10.0})
     play = write_play(tmp_path / "play.toml", refuse_percent=100, refusals=[REFUSAL], domains=["microsoft.test"], reply_seconds=[0.01, 0.02])
     play.write_text(play.read_text() + ACCEPTS)
     started = running.start(world, server, play)
-    sending = threading.Thread(target=session, args=(world, server, "run-1"))
+    reports: list[Report] = []
+    sending = threading.Thread(target=session, args=(world, server, "run-1", reports))
     sending.start()
-    (opened,) = wait_for(lambda: breakers.judge(engine, dt.datetime.now(dt.UTC)), what="the breaker")
+    (opened,) = wait_for(lambda: breakers.judge(engine, dt.datetime.now(dt.UTC)), what=lambda: f"the breaker of a session that ended so: {reports}")
     sending.join(60)
     assert (opened.server_id, opened.provider, opened.state, opened.rule) == (server.id, "microsoft", OPEN, "blocked")
     ends = providers(world)
