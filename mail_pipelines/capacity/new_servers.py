@@ -8,6 +8,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from mail_pipelines.capacity.warm_up_rules import rules
+
 _DATA = Path(__file__).with_name("new_server.toml")
 
 
@@ -32,5 +34,4 @@ class NewServer:
 @functools.cache
 def new_server() -> NewServer:
     data = tomllib.loads(_DATA.read_text(encoding="utf-8"))
-    curve = tuple(int(24 * data["first_per_hour"] * data["growth"] ** day) for day in range(data["warm_after_days"]))
-    return NewServer(data["lead_days"], curve)
+    return NewServer(data["lead_days"], rules().curve(data["curve"]).caps)
