@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.database import models
-from mail_pipelines.database.engine import create_engine, reading, transact
+from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.domains import store as domains
 from mail_pipelines.domains.domain import Names
@@ -22,7 +22,6 @@ from mail_pipelines.provisioning.interfaces import ProvisioningError
 from mail_pipelines.provisioning.sources.inventory import Inventory
 from mail_pipelines.provisioning.states import FAILS, IN_SERVICE, MAKING, PATH, RETIRES, At, State, Step
 from tests.parts.kills import COMMITS, killed_at
-from tests.parts.processes import wait_for
 from tests.provisioning.world import World
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -135,15 +134,7 @@ def test_a_command_whose_caller_was_killed_is_waited_for_and_its_host_taken(worl
     north, _ = world.hosters
     key = world.request()
     (north.folder / "slow").touch()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            making.advance(replace(world.parts, engine=create_engine(database_url)), key, lambda _: None)
-        finally:
-            os._exit(1)
-    wait_for((north.folder / "asked").exists, what="the command to have begun")
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    world.killed_at(key, database_url, north.folder / "asked", "the command to have begun")
     assert world.provision(key).at == At(State.PROVISIONING, Step.CREATE)
     ended: list[State] = []
     again = threading.Thread(target=lambda: ended.append(world.advance(key).state))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mail_pipelines.database.engine import create_engine, transact
+from mail_pipelines.database.engine import transact
 from mail_pipelines.provisioning import making, player, store
 from mail_pipelines.provisioning.sources.inventory import Inventory
 from mail_pipelines.provisioning.ssh_keys import generate, public_of
@@ -137,15 +136,7 @@ def test_killed_in_a_play_and_started_again_the_play_has_ended_and_the_same_host
     north, _ = world.hosters
     key = world.request()
     (world.place / "slow").touch()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            making.advance(replace(world.parts, engine=create_engine(database_url)), key, lambda _: None)
-        finally:
-            os._exit(1)
-    wait_for((world.place / "playing").exists, seconds=60, what="the play to be at its slow task")
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    world.killed_at(key, database_url, world.place / "playing", "the play to be at its slow task")
     assert world.provision(key).at == At(State.PROVISIONING, Step.PLAY)
     # The player notices that its caller is gone.
     nothing_runs(world)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines import config
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import create_engine, reading, transact
 from mail_pipelines.dispatch import accounts, servers
 from mail_pipelines.domains.records import Record
 from mail_pipelines.provisioning import making, over_ssh, store
@@ -24,6 +26,7 @@ from mail_pipelines.provisioning.interfaces import Host, HostSource, Parts, Play
 from mail_pipelines.provisioning.playing import Ansible
 from mail_pipelines.provisioning.sources.command import Command
 from mail_pipelines.provisioning.store import Provision
+from tests.parts.processes import wait_for
 from tests.provisioning import hoster
 
 PLAYBOOK = """
@@ -238,6 +241,18 @@ class World:
 
     def advance(self, key: str) -> Provision:
         return making.advance(self.parts, key, self.said.append)
+
+    def killed_at(self, key: str, database_url: str, reached: Path, what: str) -> None:
+        """Have a process of its own take a server on, and kill it once the file that it makes on the way is there; `what` is then true."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                making.advance(replace(self.parts, engine=create_engine(database_url)), key, lambda _: None)
+            finally:
+                os._exit(1)
+        wait_for(reached.exists, seconds=60, what=what)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
     def to_the_end(self, key: str) -> Provision:
         """Until it is in service, waits or has ended, with all attempts."""
