@@ -132,8 +132,9 @@ def day_caps(connection: Connection, days: int) -> dict[Pair, tuple[int | None, 
     found: dict[Pair, tuple[int | None, ...]] = {}
     for row in connection.execute(sa.select(WarmUp.server_id, WarmUp.provider, WarmUp.curve, WarmUp.step, WarmUp.per_day)):
         curve = rules().curves.get(row.curve)
-        later = [curve.cap(row.step + ahead) if curve and curve.by_itself else row.per_day for ahead in range(1, days)]
-        found[row.server_id, row.provider] = (row.per_day, *later)[:days]
+        # Each tick asks for all servers: by slices, not cap by cap.
+        later = curve.caps[row.step + 1 : row.step + days] if curve and curve.by_itself else (row.per_day,) * (days - 1)
+        found[row.server_id, row.provider] = (row.per_day, *later, *(None,) * (days - 1 - len(later)))[:days]
     return found
 
 
