@@ -106,6 +106,17 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
+# What is run as a whole by another test, or runs the tests.
+ELSEWHERE = {"script/demo\n": ROOT / "tests/demo/test_demo.py", "script/test\n": ROOT / ".ci/run"}
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_what_is_run_elsewhere_is_run_there(command: str) -> None:
+    name = command.strip().rpartition("/")[2]
+    assert name in ELSEWHERE[command].read_text(encoding="utf-8")
+    assert os.access(ROOT / command.strip(), os.X_OK)
+
+
 # Only one whole installation runs at a time: two cores are too few for more.
 @pytest.mark.xdist_group("platform")
 @pytest.mark.server
@@ -124,6 +135,8 @@ def test_the_commands_of_the_page_work_in_their_order(page: Path, checkout: Path
     }
     (tmp_path / "variables").touch()
     for block in _blocks(page):
+        if block.text in ELSEWHERE:
+            continue
         if block.kind == "bash":
             script = f'. "$STATE"\n{block.text}\nexport -p >"$STATE"\n'
             result = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=checkout, env=environ, capture_output=True, text=True)

@@ -20,6 +20,7 @@ from mail_pipelines.dispatch.catcher.store import kept
 from mail_pipelines.dispatch.claims import OpenClaim
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.world import Servers, World, make_world, write_play
+from tests.parts.processes import wait_for
 
 CAP = 12
 
@@ -119,15 +120,22 @@ def test_a_warming_server_never_passes_its_cap_and_the_others_send_the_rest(engi
         running.start(world, server, play)
     with reading(engine) as connection:
         begun = database_now(connection)
-    for tick in range(5):
+    for tick in range(30):
         allotments.fill(engine, 10)
         with reading(engine) as connection:
-            wanted = openings.find(connection, database_now(connection), slots=2, heartbeat_seconds=10, in_flight=())
-        sessions = [SessionProcess(world, opening.server, f"run-{tick}-{number}", opening.shard) for number, opening in enumerate(wanted)]
+            wanted = openings.find(connection, database_now(connection), slots=2, heartbeat_seconds=60, in_flight=())
+        # Nobody waits for a server that is late: the best are the new one's only if it is there in time.
+        first, then = ([opening for opening in wanted if (opening.server == "new") is new] for new in (True, False))
+        sessions = [SessionProcess(world, opening.server, f"run-{tick}-{number}", opening.shard) for number, opening in enumerate(first)]
+        if tick == 0:
+            assert first
+            assert then
+            wait_for(lambda: len(taken_by(world, fleet["new"])) == 4 * CAP, seconds=60, what="the claims of the new server")
+        sessions += [SessionProcess(world, opening.server, f"run-{tick}-old-{number}", opening.shard) for number, opening in enumerate(then)]
         for session in sessions:
             session.wait()
-        if tick == 0:
-            assert {opening.server for opening in wanted} == {"new", "old"}
+        if world.states() == {State.DELIVERED: 600}:
+            break
     with reading(engine) as connection:
         # At midnight another day begins, and with it another cap.
         days = 1 + (database_now(connection).date() - begun.date()).days
@@ -140,7 +148,12 @@ def test_a_warming_server_never_passes_its_cap_and_the_others_send_the_rest(engi
     for domain in ("google.test", "microsoft.test", "yahoo.test", "small.test"):
         assert 0 < arrived["new", domain] <= CAP * days
         assert arrived["old", domain] >= 150 - CAP * days
-    with reading(engine) as connection:
-        of_new = sa.select(Delivery.contact_id).where(Delivery.server_id == fleet["new"].id, Delivery.provider == "google", Delivery.attempt == 0)
-        assert all(contact <= 300 for contact in connection.execute(of_new).scalars())
+    assert max(taken_by(world, fleet["new"])) <= 300
     world.check_counters()
+
+
+def taken_by(world: World, server: servers.ServerInfo) -> list[int]:
+    """Who is or was with a server, and was never refused."""
+    query = sa.select(Delivery.contact_id).where(Delivery.server_id == server.id, Delivery.attempt == 0)
+    with reading(world.engine) as connection:
+        return list(connection.execute(query).scalars())
