@@ -19,7 +19,7 @@ from mail_pipelines.contacts import sets, time_zones
 from mail_pipelines.database import models
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Contact, Delivery, State, WindowSpan
+from mail_pipelines.database.models import Contact, Delivery, State, WindowRows, WindowSpan
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import windows
 from mail_pipelines.dispatch.windows import Windows
@@ -52,8 +52,13 @@ def closing(connection: Connection, now: dt.datetime, lease_seconds: float) -> b
     """Whether windows of running campaigns have closed whose rows have not been put off yet. As for claims, they close a lease before their time."""
     row = models.Campaign
     until = int(now.timestamp() + lease_seconds)
-    closed = sa.exists().where(WindowSpan.campaign_id == row.id, *_closed(sa.func.coalesce(row.windows_kept, 0), until))
+    closed = sa.exists().where(WindowSpan.campaign_id == row.id, *_closed(sa.func.coalesce(row.windows_kept, 0), until), _with_rows())
     return connection.execute(sa.select(row.id).where(row.state.in_(_RUNNING), row.send_window.is_not(None), closed).limit(1)).first() is not None
+
+
+def _with_rows() -> sa.ColumnElement[bool]:
+    """Of all zones those that recipients were in; whoever has come to another since is put off by a claim."""
+    return sa.exists().where(WindowRows.campaign_id == WindowSpan.campaign_id, WindowRows.time_zone == WindowSpan.time_zone).correlate(WindowSpan)
 
 
 def _closed(since: sa.ColumnElement[int] | int, until: int) -> tuple[sa.ColumnElement[bool], ...]:
@@ -67,7 +72,7 @@ def put_off(engine: Engine, campaign: Campaign, now: dt.datetime, lease_seconds:
     second, until = int(now.timestamp()), int(now.timestamp() + lease_seconds)
     with reading(engine) as connection:
         kept = connection.execute(sa.select(models.Campaign.windows_kept).where(models.Campaign.id == campaign.id)).scalar_one() or 0
-        query = sa.select(WindowSpan.time_zone).where(WindowSpan.campaign_id == campaign.id, *_closed(kept, until)).distinct()
+        query = sa.select(WindowSpan.time_zone).where(WindowSpan.campaign_id == campaign.id, *_closed(kept, until), _with_rows()).distinct()
         closed = connection.execute(query).scalars().all()
         if not closed:
             return 0

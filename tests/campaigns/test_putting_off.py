@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines import commands
 from mail_pipelines.campaigns import audience, check, lifecycle, manifest, progress, putting_off, store, why
 from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.campaigns.send_window import SendWindow
+from mail_pipelines.commands import campaign as command
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, Delivery, State, WindowRows, WindowSpan
@@ -107,7 +107,7 @@ def test_who_still_waits_when_the_window_closes_is_put_off_until_it_opens_again(
         openings = progress.openings(connection, campaign, closes)
     assert [(opening.at.day, opening.at.hour, opening.recipients) for opening in openings] == [(2, 14, 10), (3, 3, 10)]
     # In the evening in New York, and again on the next: now nothing opens before the campaign's end on Wednesday at 9:00.
-    evening = dt.datetime(2026, 3, 2, 22, tzinfo=dt.UTC)
+    evening = dt.datetime(2026, 3, 2, 23, tzinfo=dt.UTC)
     assert putting_off.put_off(engine, load(engine), evening, 120) == 40
     assert counters_equal_ledger(engine, campaign.id)
     night = evening + dt.timedelta(days=1)
@@ -126,12 +126,13 @@ def test_whoever_is_never_reached_expires_and_is_told_why(engine: sa.Engine, set
     verdict = why.of_campaign(engine, settings, address["America/New_York"], campaign.key, NOW).verdict
     assert verdict == "deferred: it waits for its send window, which opens 2026-03-02 09:00 in America/New_York (14:00 UTC)"
     assert why.of_campaign(engine, settings, address["Europe/Berlin"], campaign.key, NOW).verdict == "pending: it waits for its turn"
-    monkeypatch.setattr(commands.campaign, "_now", lambda: NOW)
+    monkeypatch.setattr(command, "_now", lambda: NOW)
+    monkeypatch.setattr(command, "open_engine", lambda: engine)
     assert "until Mon 14:00 UTC, 09:00 in America/New_York" in says("campaign", "status", campaign.key)
     assert "09:00 to 18:00 on mon, tue, wed, thu, fri by the recipient's clock" in says("campaign", "show", campaign.key)
     for day in (2, 3):
-        putting_off.put_off(engine, load(engine), dt.datetime(2026, 3, day, 22, tzinfo=dt.UTC), 120)
-    night = dt.datetime(2026, 3, 3, 23, tzinfo=dt.UTC)
+        putting_off.put_off(engine, load(engine), dt.datetime(2026, 3, day, 23, tzinfo=dt.UTC), 120)
+    night = dt.datetime(2026, 3, 3, 23, 30, tzinfo=dt.UTC)
     verdict = why.of_campaign(engine, settings, address["America/New_York"], campaign.key, night).verdict
     assert verdict == "deferred: it is outside its send window, which does not open again before the campaign's end"
     end = NOW + dt.timedelta(hours=48)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from mail_pipelines.campaigns import putting_off, store
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Contact, State, WindowSpan
+from mail_pipelines.database.models import Contact, State, WindowRows, WindowSpan
 from mail_pipelines.dispatch.claims import NothingClaimed
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_crashes import check_promise, settle
@@ -46,6 +46,9 @@ def open_windows(world: World, zones: dict[str, tuple[tuple[int, int], ...]]) ->
         connection.execute(
             sa.insert(WindowSpan), [{"campaign_id": 1, "time_zone": zone, "opens_at": opens, "closes_at": closes} for zone, opens, closes in rows]
         )
+        # As the freeze counts them; here all of one provider.
+        counted = [{"campaign_id": 1, "provider": "google", "time_zone": zone, "opens_at": now - 9000, "count": RECIPIENTS // len(zones)} for zone in zones]
+        connection.execute(sa.insert(WindowRows), counted)
         for number, zone in enumerate(zones):
             connection.execute(sa.update(Contact).where(Contact.id % len(zones) == number).values(time_zone=zone or None))
 
