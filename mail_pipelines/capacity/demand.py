@@ -123,6 +123,10 @@ def _in_windows(known: _Waiting, job: Job, provider: str, rows: int, second: int
                 found[spans] += count
         elif opening == known.spans.opened(zone, second):
             (open_now if known.spans.next_opening(zone, second, second) is None else shut)[spans] += count
+    if not (open_now or shut):
+        # Nothing was counted, as where a provider has only rows that came from another one.
+        own = known.spans.spans.get(windows.OWN, ())
+        shut[tuple(span for span in own if span[1] > second and span[0] < min(end, span[1]))] = 1
     weights = open_now or shut
     weight, given, share = sum(weights.values()), 0, 0
     for spans, count in sorted(weights.items()):

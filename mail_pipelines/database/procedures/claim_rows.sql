@@ -72,7 +72,7 @@ BEGIN
   DECLARE v_limits_of VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin;
 
   DECLARE v_state TINYINT;
-  DECLARE v_earliest, v_latest, v_last_place, v_since, v_until BIGINT;
+  DECLARE v_earliest, v_latest, v_last_place, v_since, v_until, v_last_due, v_due_since BIGINT;
   DECLARE v_found, v_from_pending, v_from_deferred, v_size, v_passed_over INT;
   DECLARE v_asking INT;
   DECLARE v_domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin;
@@ -235,6 +235,20 @@ BEGIN
     SELECT last_place, since INTO v_last_place, v_since
       FROM claim_rows_places
      WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND since BETWEEN v_second - c_go_on AND v_second;
+    -- The same of deferred rows. Where there is a send window most rows are deferred ones, else there are few that are due.
+    IF v_windowed THEN
+      CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_dues (
+        campaign_id INT NOT NULL,
+        shard TINYINT NOT NULL,
+        provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+        last_due INT NOT NULL,
+        since BIGINT NOT NULL,
+        PRIMARY KEY (campaign_id, shard, provider)
+      ) ENGINE = MEMORY;
+      SELECT last_due, since INTO v_last_due, v_due_since
+        FROM claim_rows_dues
+       WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND since BETWEEN v_second - c_go_on AND v_second;
+    END IF;
 
     -- While warming servers may send some of these rows, an established one begins behind the best of them: as many as those may still send in this slot, but
     -- not more than half. It takes what lies before when nothing is left behind.
@@ -266,13 +280,20 @@ BEGIN
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
     -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts. Where they
     -- begin is asked without locks: to pass over rows that wait for another server takes twice as long with them, and would hide them from it.
-    SELECT sort_key INTO v_earliest
-      FROM deliveries
-     WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred AND sort_key <= v_second
-       AND (reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
-            OR server_id NOT IN (SELECT id FROM servers WHERE state IN ('active', 'warming')))
-     ORDER BY sort_key
-     LIMIT 1;
+    dues: LOOP
+      SELECT sort_key INTO v_earliest
+        FROM deliveries
+       WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred
+         AND sort_key BETWEEN COALESCE(v_last_due, c_first_place) AND v_second
+         AND (reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
+              OR server_id NOT IN (SELECT id FROM servers WHERE state IN ('active', 'warming')))
+       ORDER BY sort_key
+       LIMIT 1;
+      IF v_earliest IS NOT NULL OR v_last_due IS NULL THEN
+        LEAVE dues;
+      END IF;
+      SET v_last_due = NULL;
+    END LOOP;
     IF v_earliest IS NOT NULL THEN
       SET v_state = c_deferred, v_latest = v_second;
     ELSE
@@ -314,6 +335,8 @@ BEGIN
       SET v_room = v_room - ROW_COUNT();
       IF v_room = 0 OR v_state = c_pending AND v_earliest = c_first_place THEN
         LEAVE queues;
+      ELSEIF v_state = c_deferred AND v_last_due IS NOT NULL THEN
+        SET v_latest = v_last_due - 1, v_earliest = c_first_place, v_last_due = NULL;
       ELSEIF v_state = c_deferred THEN
         SET v_state = c_pending, v_earliest = COALESCE(v_last_place, c_first_place), v_latest = c_last_place;
       ELSE
@@ -326,6 +349,13 @@ BEGIN
       FROM claim_rows_judged
      WHERE state = c_pending
     HAVING MAX(sort_key) IS NOT NULL;
+    IF v_windowed THEN
+      REPLACE INTO claim_rows_dues (campaign_id, shard, provider, last_due, since)
+      SELECT p_campaign_id, p_shard, p_provider, MAX(sort_key), IF(v_last_due IS NULL, v_second, v_due_since)
+        FROM claim_rows_judged
+       WHERE state = c_deferred
+      HAVING MAX(sort_key) IS NOT NULL;
+    END IF;
     IF v_unsubscribe = 'list' THEN
       UPDATE claim_rows_judged AS q
         JOIN subscriptions AS s ON s.contact_id = q.contact_id AND s.list_id = v_list_id AND NOT s.subscribed
