@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.campaigns import exclusion, ledger, manifest, members, states, store
+from mail_pipelines.campaigns import exclusion, ledger, manifest, members, putting_off, states, store
 from mail_pipelines.campaigns.campaign import Campaign, CampaignError
 from mail_pipelines.campaigns.shards import shards_for
 from mail_pipelines.campaigns.states import LATE_AFTER, Actor, CampaignState, StateError
@@ -140,8 +140,9 @@ def _load(engine: Engine, settings: Settings, campaign: Campaign, now: dt.dateti
         loaded += rows
         progress("load ledger", loaded, expected)
 
+    windows = putting_off.write_spans(engine, campaign, now)
     with manifest.open_file(settings, campaign.key, campaign.audience_manifest) as file:
-        found = ledger.load(engine, campaign.id, file, now, advance)
+        found = ledger.load(engine, campaign.id, file, now, advance, windows)
     if found != expected:
         raise CampaignError(
             f"the ledger has {found} rows of campaign {campaign.key}, its manifest {expected}: it is not opened for sending; "

@@ -7,6 +7,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
+from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.dispatch.holds import Hold
 from mail_pipelines.errors import MailPipelinesError
@@ -62,6 +63,7 @@ class Definition:
     start_at: dt.datetime | None = None
     finish_by: dt.datetime | None = None
     expire_at: dt.datetime | None = None
+    window: SendWindow | None = None
 
     def __post_init__(self) -> None:
         if (self.unsubscribe is Unsubscribe.LIST) != (self.list is not None):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.campaigns import members, store, versions
-from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Definition
+from mail_pipelines.campaigns.campaign import EXPIRES_AFTER, Campaign, CampaignError, Definition
 from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import ConfigError, Settings
 from mail_pipelines.database.engine import reading
@@ -22,6 +22,9 @@ from mail_pipelines.segments import saved
 from mail_pipelines.segments.catalogue import read_catalogue
 from mail_pipelines.segments.criteria import CriteriaError, parse
 from mail_pipelines.segments.store import SnapshotError
+
+# Its spans in all time zones are kept in the database, about 600 for each day.
+LONGEST_WITH_WINDOW = dt.timedelta(days=31)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,28 @@ def _times(campaign: Campaign, now: dt.datetime, start_at: dt.datetime | None) -
         yield Problem("finish_by", f"{definition.finish_by.isoformat()} is not after the start, {begin.isoformat()}")
     if definition.expire_at is not None and definition.expire_at <= begin:
         yield Problem("expire_at", f"{definition.expire_at.isoformat()} is not after the start, {begin.isoformat()}")
+    yield from _window(definition, begin)
+
+
+def _window(definition: Definition, begin: dt.datetime) -> Iterator[Problem]:
+    """Whether the campaign's own time zone has an opening; of contacts in others it depends on who is in the audience."""
+    if (window := definition.window) is None:
+        return
+    end = definition.expire_at or begin + EXPIRES_AFTER
+    if end - begin > LONGEST_WITH_WINDOW:
+        yield Problem("expire_at", f"a campaign with a send window may last {LONGEST_WITH_WINDOW.days} days, not until {end.isoformat()}")
+        return
+    first, last = int(begin.timestamp()), int(end.timestamp())
+    spans = window.spans(window.zone, first, last) if first < last else []
+    expires = "expire_at" if definition.expire_at else "48 hours after the start"
+    if not spans:
+        yield Problem(
+            "window",
+            f"it never opens in {window.zone} between {begin.isoformat()} and {end.isoformat()} ({expires}): start at another time, expire later, or widen it",
+        )
+    elif definition.finish_by is not None and begin < definition.finish_by and spans[0][0] >= int(definition.finish_by.timestamp()):
+        opens = dt.datetime.fromtimestamp(spans[0][0], dt.UTC).isoformat()
+        yield Problem("finish_by", f"the send window opens in {window.zone} only at {opens}, not before {definition.finish_by.isoformat()}")
 
 
 def _content(connection: Connection, version: versions.Version | None) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -35,7 +35,10 @@ _CHUNK = sa.Table("freeze_chunk", sa.MetaData(), sa.Column("contact_id", sa.BigI
 
 @dataclass(frozen=True)
 class Allowed:
-    """`members` may be mailed: contact_id, engagement_rank, address_hash and provider as the database has them. `excluded` counts the rest by reason."""
+    """`members` may be mailed: contact_id, engagement_rank, address_hash and provider as the database has them. `excluded` counts the rest by reason.
+
+    Of a campaign with a send window they have a time_zone, too (null: none).
+    """
 
     members: pa.Table
     excluded: dict[str, int]
@@ -53,16 +56,19 @@ def allowed(engine: Engine, campaign: Campaign, members: pa.Table, advance: Call
         kept.append(part)
         excluded.update(reasons)
         advance(looked_at)
-    empty = pa.schema([("contact_id", pa.int64()), ("engagement_rank", pa.int32()), ("address_hash", pa.binary(16)), ("provider", pa.string())])
-    table = pa.concat_tables([empty.empty_table(), *kept])
+    columns = [("contact_id", pa.int64()), ("engagement_rank", pa.int32()), ("address_hash", pa.binary(16)), ("provider", pa.string())]
+    if campaign.definition.window is not None:
+        columns.append(("time_zone", pa.string()))
+    table = pa.concat_tables([pa.schema(columns).empty_table(), *kept])
     unique = _first_of_each_address(table)
     if unique.num_rows < table.num_rows:
         excluded[DUPLICATE] += table.num_rows - unique.num_rows
     return Allowed(unique, dict(sorted(excluded.items())))
 
 
-def _query(campaign: Campaign) -> sa.Select[bytes, str, str | None]:
-    """address_hash, provider and, of those who may not be mailed, the reason: one row for each row of `_CHUNK`, in the order of contact_id."""
+def _query(campaign: Campaign) -> sa.Select[Any]:
+    """Of those who may not be mailed the reason, then address_hash, provider and, if it matters, time_zone: one row for each row of `_CHUNK`, in the order
+    of contact_id."""
     scopes = campaign_scopes(campaign.brand_id, campaign.list_id)
     cases = [
         (Contact.id.is_(None), sa.literal(MISSING)),
@@ -73,7 +79,8 @@ def _query(campaign: Campaign) -> sa.Select[bytes, str, str | None]:
         source = source.outerjoin(Subscription, sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == campaign.list_id))
         cases.append((Subscription.subscribed.is_(False), sa.literal(UNSUBSCRIBED)))
     reason = sa.case(*cases).label("reason")
-    return sa.select(Contact.address_hash, Contact.provider, reason).select_from(source).order_by(_CHUNK.c.contact_id)
+    zone = () if campaign.definition.window is None else (Contact.time_zone,)
+    return sa.select(reason, Contact.address_hash, Contact.provider, *zone).select_from(source).order_by(_CHUNK.c.contact_id)
 
 
 def _suppression_reason(scopes: list[Scope]) -> sa.ColumnElement[str]:
@@ -83,7 +90,7 @@ def _suppression_reason(scopes: list[Scope]) -> sa.ColumnElement[str]:
     return sa.func.coalesce(by_address.correlate(Contact).scalar_subquery(), by_domain.correlate(Contact).scalar_subquery())
 
 
-def _look(engine: Engine, query: sa.Select[bytes, str, str | None], chunk: pa.Table) -> tuple[int, pa.Table, Counter[str]]:
+def _look(engine: Engine, query: sa.Select[Any], chunk: pa.Table) -> tuple[int, pa.Table, Counter[str]]:
     """How many were looked at, those allowed, and the others by reason."""
     import pyarrow as pa
 
@@ -92,11 +99,13 @@ def _look(engine: Engine, query: sa.Select[bytes, str, str | None], chunk: pa.Ta
         try:
             bulk.load(connection, _CHUNK, chunk.select(["contact_id"]), ignore_duplicates=True)
             # Both sides are in the order of contact_id, so that the ids need not travel back.
-            hashes, providers, reasons = zip(*connection.execute(query).all(), strict=True)
+            reasons, hashes, providers, *zones = zip(*connection.execute(query).all(), strict=True)
         finally:
             _CHUNK.drop(connection)
     found = chunk.select(["contact_id", "engagement_rank"])
     found = found.append_column("address_hash", pa.array(hashes, pa.binary(16))).append_column("provider", pa.array(providers, pa.string()))
+    for names in zones:
+        found = found.append_column("time_zone", pa.array(names, pa.string()))
     allowed = found.filter(pa.array([reason is None for reason in reasons]))
     return chunk.num_rows, allowed, Counter(reason for reason in reasons if reason is not None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,6 +14,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from mail_pipelines.campaigns.campaign import Campaign
 from mail_pipelines.database.models import CampaignCounter, CampaignFact, CampaignMinute, State
+from mail_pipelines.dispatch import windows
 from mail_pipelines.errors import MailPipelinesError
 
 
@@ -96,6 +98,34 @@ def per_minute(connection: Connection, campaign_id: int, state: State, now: dt.d
         CampaignMinute.campaign_id == campaign_id, CampaignMinute.minute >= end - minutes, CampaignMinute.minute < end, CampaignMinute.state == int(state)
     )
     return float(connection.execute(count).scalar_one()) / minutes
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Recipients who wait for their send window to open in these time zones ("" for the campaign's own) at `at`. `last`: it does not, and they will expire."""
+
+    at: dt.datetime
+    recipients: int
+    zones: tuple[str, ...]
+    last: bool
+
+
+def openings(connection: Connection, campaign: Campaign, now: dt.datetime) -> list[Opening]:
+    """Of the deferred recipients of a campaign with a send window, those who wait for it, by the hour at which it opens."""
+    if campaign.definition.window is None or campaign.state.is_terminal:
+        return []
+    rows: Counter[int] = Counter()
+    zones: defaultdict[int, set[str]] = defaultdict(set)
+    for waiting in windows.waiting(connection, [campaign.id], int(now.timestamp())).values():
+        for (zone, opening), count in waiting.items():
+            rows[opening] += count
+            zones[opening].add(zone or campaign.definition.window.zone)
+    end = None if campaign.expires_at is None else int(campaign.expires_at.timestamp())
+    return [
+        Opening(dt.datetime.fromtimestamp(opening, dt.UTC), count, tuple(sorted(zones[opening])), end is not None and opening > end)
+        for opening, count in sorted(rows.items())
+        if count
+    ]
 
 
 def _sums(connection: Connection, campaign_id: int, *by: InstrumentedAttribute[Any]) -> dict[tuple[Any, ...], int]:

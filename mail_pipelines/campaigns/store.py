@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.campaigns.campaign import Campaign, CampaignError, Definition, OnUnknown, Priority, Unsubscribe
+from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.campaigns.states import CampaignState, StateError
 from mail_pipelines.database import models
 from mail_pipelines.dispatch import holds
@@ -71,6 +72,7 @@ def _columns(connection: Connection, definition: Definition, now: dt.datetime) -
         "start_at": definition.start_at,
         "finish_by": definition.finish_by,
         "expire_at": definition.expire_at,
+        "send_window": None if definition.window is None else definition.window.to_document(),
         "updated_at": now,
     }
 
@@ -138,6 +140,7 @@ def _campaign(row: sa.Row[Any], in_force: holds.InForce) -> Campaign:
         start_at=row.start_at,
         finish_by=row.finish_by,
         expire_at=row.expire_at,
+        window=None if row.send_window is None else SendWindow.from_document(row.send_window),
     )
     return Campaign(
         id=row.id,

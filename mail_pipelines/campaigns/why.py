@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass, field
+from zoneinfo import ZoneInfo
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -25,6 +26,7 @@ from mail_pipelines.database.models import Claim, Contact, Delivery, DeliveryEve
 from mail_pipelines.delivery import evidence, retention
 from mail_pipelines.delivery.events import DEFERRED
 from mail_pipelines.delivery.ledger_archive import ArchivedClaim, Event, LedgerArchive, LedgerArchiveError, Manifest, Recipient
+from mail_pipelines.dispatch import windows
 from mail_pipelines.segments import explaining, saved
 from mail_pipelines.segments.criteria import CriteriaError
 from mail_pipelines.segments.saved import SegmentError
@@ -34,6 +36,7 @@ from mail_pipelines.segments.store import SnapshotMissing
 # Without a campaign's name: so many of the newest.
 RECENT_CAMPAIGNS = 20
 _LAST = dt.datetime.max.replace(tzinfo=dt.UTC)
+_MISSED = "came to the end of its time: its send window did not open again before"
 _NOT_FROZEN = "its audience is not frozen yet"
 _ENDED = {
     State.PENDING: "waits for its turn",
@@ -88,6 +91,8 @@ class _Row:
     claim_id: int | None
     words: str
     server: str | None
+    # Of a row that waits for its send window, or missed it: what there is to say of that.
+    window: str
 
 
 def recent(engine: Engine, settings: Settings, email: str) -> list[Answer]:
@@ -147,7 +152,26 @@ def _row(connection: Connection, campaign: Campaign, person: _Person, archive: L
         # What was said instead is among the events.
         words = words if state == row.state else ""
     server = connection.execute(sa.select(Server.key).where(Server.id == row.server_id)).scalar_one_or_none()
-    return _Row(row.contact_id, row.provider, row.shard, state, row.sort_key, row.attempt, row.claim_id, words, server)
+    window = _window(connection, campaign, row.contact_id, state, row.sort_key, row.reason)
+    return _Row(row.contact_id, row.provider, row.shard, state, row.sort_key, row.attempt, row.claim_id, words, server, window)
+
+
+def _window(connection: Connection, campaign: Campaign, contact_id: int, state: State, sort_key: int, reason: str | None) -> str:
+    """What is to be said of the send window of a row that waits for it, or expired without it; nothing of others."""
+    window = campaign.definition.window
+    if window is None or reason not in (windows.WAITS, windows.NEVER) or state not in (State.DEFERRED, State.EXPIRED):
+        return ""
+    if reason == windows.NEVER:
+        return "is outside its send window, which does not open again before the campaign's end" if state is State.DEFERRED else _MISSED
+    if state is State.EXPIRED:
+        return ""
+    name = connection.execute(sa.select(Contact.time_zone).where(Contact.id == contact_id)).scalar_one_or_none()
+    spans = windows.read(connection, campaign.id, {name} if name else set())
+    zone = spans.zone(name)
+    opens = spans.opened(zone, sort_key) or sort_key
+    own = zone or window.zone
+    local = dt.datetime.fromtimestamp(opens, ZoneInfo(own))
+    return f"waits for its send window, which opens {local:%Y-%m-%d %H:%M} in {own} ({local.astimezone(dt.UTC):%H:%M} UTC)"
 
 
 def _manifest(connection: Connection, campaign: Campaign) -> Manifest | None:
@@ -171,6 +195,8 @@ def _sentence(campaign: Campaign, row: _Row | None) -> str:
         return "not in the audience" if campaign.audience_manifest is not None else _NOT_FROZEN
     state = row.state
     through = f", through {row.server}" if row.server and state in (State.DELIVERED, State.BOUNCED, State.DEFERRED, State.UNKNOWN, State.CLAIMED) else ""
+    if row.window:
+        return f"{state.name.lower()}: it {row.window}"
     return f"{state.name.lower()}{through}: it {_ENDED[state]}"
 
 

@@ -4,6 +4,7 @@
     segments: {include: [buyers], exclude: [mailed-this-week]}
     unsubscribe: list news          # or: brand, all
     start_at: 2026-03-02T09:00:00+01:00
+    window: {from: "09:00", until: "18:00", days: [mon, tue, wed, thu, fri], zone: Europe/Berlin}
     content:
       subject: Hello {{ first_name | default('friend') }}
       from_address: news@shop.example
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from mail_pipelines.campaigns.campaign import DEFAULT_POOL, CampaignError, Definition, OnUnknown, Priority, Unsubscribe
+from mail_pipelines.campaigns.send_window import SendWindow, WindowError
 from mail_pipelines.errors import nearest
 from mail_pipelines.keys import InvalidKey, check_key, slug
 
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
     from mail_pipelines.messages.content import Content
 
 T = TypeVar("T")
-_KEYS = ("name", "key", "brand", "pool", "overflow_pool", "segments", "unsubscribe", "on_unknown", "priority", "start_at", "finish_by", "expire_at", "content")
+_KEYS = (
+    *("name", "key", "brand", "pool", "overflow_pool", "segments", "unsubscribe", "on_unknown", "priority"),
+    *("start_at", "finish_by", "expire_at", "window", "content"),
+)
 
 
 class FormError(CampaignError):
@@ -79,6 +84,7 @@ def from_tree(tree: object) -> Document:
         start_at=_time(document, "start_at"),
         finish_by=_time(document, "finish_by"),
         expire_at=_time(document, "expire_at"),
+        window=None if document.get("window") is None else _window(document["window"]),
     )
     return Document(definition, None if document.get("content") is None else _content(document["content"]))
 
@@ -167,6 +173,13 @@ def parse_time(text: str, path: str) -> dt.datetime:
     return moment.astimezone(dt.UTC)
 
 
+def _window(tree: object) -> SendWindow:
+    try:
+        return SendWindow.from_document(tree)
+    except WindowError as error:
+        raise FormError(f"window.{error}" if isinstance(tree, Mapping) else f"window: {error}, got {_shown(tree)}") from error
+
+
 def _content(tree: object) -> Content:
     from mail_pipelines.messages.content import Content, ContentError
 
@@ -203,6 +216,7 @@ def to_tree(document: Document) -> dict[str, Any]:
         "start_at": definition.start_at,
         "finish_by": definition.finish_by,
         "expire_at": definition.expire_at,
+        "window": None if definition.window is None else definition.window.to_document(),
         "content": None if document.content is None else document.content.to_document(),
     }
     return {key: value for key, value in tree.items() if value is not None}

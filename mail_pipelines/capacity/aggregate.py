@@ -7,6 +7,7 @@ class what would come after its deadline counts most, then the time at which mes
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class Item:
     """Rows of one campaign that wait for the provider. `first` is the slot from which they may be sent, `late` the first that ends after the deadline.
 
     `pools` are the numbers of the pools that may send them, its own first; `rank` is its place among all campaigns, the most urgent first.
+    `parts` is how much of each slot its send window is open, from 0 to 1.
     """
 
     campaign_id: int
@@ -48,6 +50,13 @@ class Item:
     first: int
     late: int
     rank: int
+    parts: tuple[float, ...] | None = None
+
+    def opens(self, slots: int) -> Amounts:
+        """Which part of each of so many slots it may be sent in."""
+        parts: Amounts = np.ones(slots) if self.parts is None else np.array(self.parts)
+        parts[: self.first] = 0.0
+        return parts
 
 
 def solve(
@@ -62,8 +71,10 @@ def solve(
     share = min(FLOOR_SHARE, FLOORS_SHARE / len(items)) if len(items) > 1 else 0.0
     floors: dict[int, Amounts] = {}
     frozen: dict[tuple[int, int], float] = {place: count for place, count in previous.items() if place[1] < FROZEN_SLOTS}
+    windows = Counter(item.campaign_id for item in items if item.parts is not None)
     for number, item in enumerate(items):
-        floors[number] = floor = _floor(item, left[item.pools[0]], share, frozen)
+        # Of a campaign with a send window there is an item for each of its openings.
+        floors[number] = floor = _floor(item, left[item.pools[0]], share / max(1, windows[item.campaign_id]), frozen)
         left[item.pools[0]].taken += floor
         # What was planned before is the campaign's, whose rows that come back are an item of their own.
         for slot in range(min(FROZEN_SLOTS, len(floor))):
@@ -100,6 +111,11 @@ class _Left:
         table = np.array(rooms.intervals, dtype=np.int64)
         return cls(table[:, 0], table[:, 1], table[:, 2].astype(float), np.zeros(rooms.slot.shape[1]))
 
+    def most(self, parts: Amounts) -> Amounts:
+        """What an item may send in each slot (S) that is open to it in these parts; no limit of its own where all of the slot is."""
+        # The first limits are those of each slot alone.
+        return np.where(parts < 1.0, parts * self.full[: len(parts)], np.inf)
+
     @property
     def cap(self) -> Amounts:
         sums = np.concatenate([[0.0], np.cumsum(self.taken)])
@@ -113,9 +129,10 @@ def _floor(item: Item, pool: _Left, share: float, frozen: Mapping[tuple[int, int
     caps = pool.full * share
     amounts = np.zeros(slots)
     left = float(item.rows)
-    for slot in range(item.first, slots):
+    parts = item.opens(slots)
+    for slot in np.flatnonzero(parts).tolist():
         within = (pool.first <= slot) & (pool.last > slot)
-        amounts[slot] = min(left, frozen.get((item.campaign_id, slot), np.inf), caps[within].min())
+        amounts[slot] = min(left, frozen.get((item.campaign_id, slot), np.inf), caps[within].min(), pool.most(parts)[slot])
         caps[within] -= amounts[slot]
         left -= amounts[slot]
         if left <= 0:
@@ -139,13 +156,15 @@ def _class(
     for place, number in enumerate(chosen):
         item = items[number]
         slope = 1 + _ORDER * (len(items) - item.rank)
+        parts = item.opens(slots)
         for position, pool in enumerate(item.pools):
-            when = np.arange(item.first, slots)
+            when = np.flatnonzero(parts)
+            most = left[pool].most(parts)[when]
             cost = hours[when] * slope + _LATE * (when >= item.late) + _OVERFLOW * position
             before = np.array([previous.get((item.campaign_id, int(slot)), 0) for slot in when], dtype=float)
             # What was planned before is a little cheaper, up to that much.
-            kept = np.flatnonzero(before > 0)
-            for index, upper, price in ((np.arange(len(when)), np.full(len(when), np.inf), cost), (kept, before[kept], cost[kept] - _KEPT)):
+            kept = np.flatnonzero((before > 0) & np.isinf(most))
+            for index, upper, price in ((np.arange(len(when)), most, cost), (kept, before[kept], cost[kept] - _KEPT)):
                 costs.append(price)
                 uppers.append(upper)
                 times.append(when[index])

@@ -31,7 +31,7 @@ from mail_pipelines.database.engine import database_now, is_mysql, transact
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, State
 from mail_pipelines.delivery.breakers import provider_rules
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
-from mail_pipelines.dispatch import holds
+from mail_pipelines.dispatch import holds, windows
 
 # Weight of priority low, normal, high, urgent.
 PRIORITY_WEIGHTS = (1, 4, 16, 64)
@@ -94,7 +94,7 @@ def read(connection: Connection, slots: Sequence[int]) -> dict[Place, Grant]:
 
 def shares(connection: Connection, fleet: Fleet, slots: Sequence[int], planned: Mapping[Place, int], present: Mapping[Place, Grant]) -> dict[Place, int]:
     """What each campaign is to be granted in these slots, the current one first, if so much is `planned` there; `present` are their grants."""
-    campaigns_of = _demand(connection)
+    campaigns_of = _demand(connection, slots[-1] + SLOT_SECONDS)
     known = {(campaign, provider) for campaign, _, provider, _ in planned}
     planned_slots = {(provider, start) for _, _, provider, start in planned}
     wanted: dict[Place, int] = {}
@@ -187,19 +187,22 @@ def write_plan(connection: Connection, fleet: Fleet, present: Mapping[Place, Gra
     return len(rows)
 
 
-def _demand(connection: Connection) -> dict[str, list[_Campaign]]:
-    """Campaigns with rows waiting, by provider."""
+def _demand(connection: Connection, until: int) -> dict[str, list[_Campaign]]:
+    """Campaigns with rows waiting, by provider; not those of which all wait for a send window that opens no earlier than at `until`."""
     columns = (Campaign.id, CampaignCounter.provider, Campaign.priority, Campaign.pool_id, Campaign.overflow_pool_id)
+    rows = sa.func.sum(CampaignCounter.count).label("rows")
     waiting = connection.execute(
-        sa.select(*columns)
+        sa.select(*columns, Campaign.send_window.is_not(None).label("windowed"), rows)
         .join_from(CampaignCounter, Campaign, Campaign.id == CampaignCounter.campaign_id)
         .where(Campaign.state == "sending", ~holds.over_campaigns(), CampaignCounter.state.in_([int(state) for state in _WAITING]))
         .group_by(*columns)
-        .having(sa.func.sum(CampaignCounter.count) > 0)
-    )
+        .having(rows > 0)
+    ).all()
+    later = windows.waiting(connection, {row.id for row in waiting if row.windowed}, until - 1)
     demand: defaultdict[str, list[_Campaign]] = defaultdict(list)
     for row in waiting:
-        demand[row.provider].append(_Campaign(row.id, PRIORITY_WEIGHTS[row.priority], row.pool_id, row.overflow_pool_id))
+        if row.rows > sum(later.get((row.id, row.provider), {}).values()):
+            demand[row.provider].append(_Campaign(row.id, PRIORITY_WEIGHTS[row.priority], row.pool_id, row.overflow_pool_id))
     return demand
 
 

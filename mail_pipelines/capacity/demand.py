@@ -1,22 +1,26 @@
 """Demand: which campaigns have how many messages for which providers, from when on, and by when they should be sent.
 
 What belongs here: reading it from the counters, and from what is scheduled. The ledger is never scanned: of deferred rows the counters know how many there
-are but not when each is due, so they count from the first retry on.
+are but not when each is due, so they count from the first retry on. Of a campaign with a send window it is known how many wait for which opening; what is
+in open windows is taken to be in the zones that are open now as the rows of these openings were.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from mail_pipelines.campaigns.campaign import EXPIRES_AFTER
+from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity.horizon import HOURS
 from mail_pipelines.database.models import Campaign, CampaignCounter, State
-from mail_pipelines.dispatch import holds
+from mail_pipelines.dispatch import holds, windows
+from mail_pipelines.dispatch.windows import Span, Windows
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Demand:
-    """Messages of a campaign for a provider that may be sent from `release` (epoch seconds) on."""
+    """Messages of a campaign for a provider that may be sent from `release` (epoch seconds) on; if it has a send window, only within these spans."""
 
     job: Job
     provider: str
     rows: int
     release: int = 0
+    spans: tuple[Span, ...] | None = None
 
 
 def needed(connection: Connection, now: dt.datetime) -> bool:
@@ -58,9 +63,14 @@ def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_s
     second = int(now.timestamp())
     sending = _jobs(connection, Campaign.state == "sending")
     counts = _waiting(connection, list(sending))
+    windowed = _windowed(connection, list(sending))
     demands = []
     for (campaign_id, provider), by_state in sorted(counts.items()):
         job = sending[campaign_id]
+        if campaign_id in windowed:
+            rows = by_state.get(State.PENDING, 0) + by_state.get(State.DEFERRED, 0)
+            demands += _in_windows(windowed[campaign_id], job, provider, rows, second, second + horizon_seconds)
+            continue
         # What is claimed is on its way, and what of it is deferred will be counted then.
         if (pending := by_state.get(State.PENDING, 0)) > 0:
             demands.append(Demand(job, provider, pending))
@@ -68,14 +78,80 @@ def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_s
             demands.append(Demand(job, provider, deferred, second + retry_seconds))
     soon = now + dt.timedelta(seconds=horizon_seconds)
     scheduled = _jobs(connection, Campaign.state.in_(("scheduled", "building")), Campaign.start_at <= soon)
-    sizes = expected_sizes(connection, list(scheduled))
+    sizes, expected = expected_sizes(connection, list(scheduled)), _expected_spans(connection, scheduled, second + horizon_seconds)
     jobs = [job for job in sending.values() if any(demand.job.id == job.id for demand in demands)]
     for job in scheduled.values():
         size = sizes.get(job.id)
         coming = Job(job.id, job.key, job.priority, job.pool_id, job.overflow_pool_id, job.start_at, job.finish_by, expected=True, sized=size is not None)
         jobs.append(coming)
-        demands += [Demand(coming, provider, rows, job.start_at) for provider, rows in sorted((size or {}).items())]
+        demands += [Demand(coming, provider, rows, job.start_at, expected.get(job.id)) for provider, rows in sorted((size or {}).items())]
     return jobs, demands
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """The spans of a campaign, and by provider, zone and opening the rows that were put off until then, or are there in it."""
+
+    spans: Windows
+    rows: Mapping[str, Mapping[tuple[str, int], int]]
+
+
+def _windowed(connection: Connection, campaign_ids: list[int]) -> dict[int, _Waiting]:
+    """What is known of campaigns with a send window."""
+    chosen = sa.select(Campaign.id).where(Campaign.id.in_(campaign_ids), Campaign.send_window.is_not(None))
+    ids = list(connection.execute(chosen).scalars())
+    waiting: defaultdict[int, dict[str, Mapping[tuple[str, int], int]]] = defaultdict(dict)
+    for (campaign_id, provider), rows in windows.waiting(connection, ids, 0).items():
+        waiting[campaign_id][provider] = rows
+    zones = {number: {zone for rows in waiting[number].values() for zone, _ in rows} for number in ids}
+    return {number: _Waiting(windows.read(connection, number, zones[number]), waiting[number]) for number in ids}
+
+
+def _in_windows(known: _Waiting, job: Job, provider: str, rows: int, second: int, end: int) -> list[Demand]:
+    """The rows of a campaign by the spans in which they may be sent, those whose windows close first before the others."""
+    mine = known.rows.get(provider, {})
+    found: Counter[tuple[Span, ...]] = Counter()
+    open_now: Counter[tuple[Span, ...]] = Counter()
+    # Whose window has just closed, and who have not been put off yet.
+    shut: Counter[tuple[Span, ...]] = Counter()
+    for (zone, opening), count in sorted(mine.items()):
+        spans = tuple((opens, closes) for opens, closes in known.spans.spans.get(zone, ()) if closes > max(second, opening) and opens < end and closes > opens)
+        if opening > second:
+            rows -= count
+            # What has no opening before the campaign's end will never be sent.
+            if known.spans.reason(zone, opening) == windows.WAITS:
+                found[spans] += count
+        elif opening == known.spans.opened(zone, second):
+            (open_now if known.spans.next_opening(zone, second, second) is None else shut)[spans] += count
+    if not (open_now or shut):
+        # Nothing was counted, as where a provider has only rows that came from another one.
+        own = known.spans.spans.get(windows.OWN, ())
+        shut[tuple(span for span in own if span[1] > second and span[0] < min(end, span[1]))] = 1
+    weights = open_now or shut
+    weight, given, share = sum(weights.values()), 0, 0
+    for spans, count in sorted(weights.items()):
+        # Each prefix rounded, so that the sum stays.
+        share += count
+        part = max(0, rows) * share // weight - given
+        given += part
+        found[spans] += part
+    return [Demand(job, provider, count, spans=spans) for spans, count in sorted(found.items(), key=_first_end) if count > 0]
+
+
+def _first_end(found: tuple[tuple[Span, ...], int]) -> int:
+    spans, _ = found
+    return spans[0][1] if spans else 0
+
+
+def _expected_spans(connection: Connection, jobs: Mapping[int, Job], end: int) -> dict[int, tuple[Span, ...]]:
+    """When scheduled campaigns with a send window may be sent by their own zone: who will be in the audience is not known."""
+    found = {}
+    columns = (Campaign.id, Campaign.send_window, Campaign.start_at, Campaign.expire_at)
+    for row in connection.execute(sa.select(*columns).where(Campaign.id.in_(list(jobs)), Campaign.send_window.is_not(None))):
+        window = SendWindow.from_document(row.send_window)
+        until = int((row.expire_at or row.start_at + EXPIRES_AFTER).timestamp())
+        found[row.id] = tuple(window.spans(window.zone, jobs[row.id].start_at, min(until, end)))
+    return found
 
 
 def _jobs(connection: Connection, *conditions: sa.ColumnElement[bool]) -> dict[int, Job]:

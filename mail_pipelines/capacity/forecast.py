@@ -112,13 +112,19 @@ def bottleneck(part: ProviderPlan, number: int) -> str:
     last = len(part.rooms.horizon.slots) if part.unmet[number] or not len(slots) else int(slots[-1]) + 1
     first = part.rooms.horizon.first_from(part.demands[number].release)
     rooms = part.rooms.of_lines(able)
-    rate = rooms.slot[:, first:last]
+    spans = part.demands[number].spans
+    # While its window is closed nothing else holds it up.
+    opened = np.ones(last - first) if spans is None else np.array(part.rooms.horizon.open_parts(spans)[first:last])
+    closed = float((rooms.slot[:, first:last] * (1 - opened)).sum())
+    rate = (rooms.slot[:, first:last] * opened).astype(np.int64)
     in_hours, in_days = _under(rate, rooms.hour, rooms.hour_of[first:last]), _under(rate, rooms.day, rooms.day_of[first:last])
     flow = np.array([part.lines[line].flow for line in able])
-    others = int(part.placed[:, first:last][:, :, able].sum() - part.placed[number, first:last][:, able].sum())
+    together = part.placed[:, first:last][:, opened > 0]
+    others = int(together[:, :, able].sum() - together[number][:, able].sum())
     warming = sum(part.lines[line].warming for line in able)
     words = f"{len(able)} server{'s' if len(able) > 1 else ''}"
     causes: dict[str, float] = {
+        "the send window": closed,
         f"other campaigns on {words}": others,
         f"the hourly limits of {words}": rate.sum() - in_hours,
         f"{'the warm-up' if warming else 'the daily limits'} of {warming or len(able)} server{'s' if (warming or len(able)) > 1 else ''}": rate.sum() - in_days,

@@ -5,7 +5,7 @@ Slots lie on the epoch's quarters and hours, so that each is within one window o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mail_pipelines.delivery.recording import SLOT_SECONDS
@@ -50,6 +50,15 @@ class Horizon:
     def first_from(self, moment: int) -> int:
         """The number of the first slot that begins no earlier than `moment`; the current one counts as beginning now."""
         return next((number for number, slot in enumerate(self.slots) if max(slot.start, self.now) >= moment), len(self.slots))
+
+    def open_parts(self, spans: Sequence[tuple[int, int]]) -> list[float]:
+        """Of each slot the part of what is not over that lies within spans (epoch seconds, in order, apart)."""
+        return [sum(end - begin for begin, end in self.within(slot, spans)) / self.usable(slot) for slot in self.slots]
+
+    def within(self, slot: Slot, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What of a slot lies within spans, as far as it is not over."""
+        first = max(slot.start, self.now)
+        return [(max(begin, first), min(end, slot.end)) for begin, end in spans if begin < slot.end and end > first]
 
     def runs(self, seconds: int) -> Iterator[tuple[int, int]]:
         """Which slots lie in the same window of `seconds`: (first, one past the last), in order."""

@@ -54,11 +54,16 @@ class ProviderPlan:
         if not len(slots):
             return float(self.rooms.horizon.now)
         last = int(slots[-1])
-        slot = self.rooms.horizon.slots[last]
+        horizon, slot, spans = self.rooms.horizon, self.rooms.horizon.slots[last], self.demands[number].spans
         mine = np.flatnonzero(self.placed[number, last])
         # All campaigns of a slot are sent side by side, so each ends when its servers have sent all that they have to send in it.
         used, room = self.placed[:, last, mine].sum(), self.rooms.effective[mine, last].sum()
-        return slot.end - self.rooms.horizon.usable(slot) * (1 - min(1.0, float(used / room)))
+        seconds = horizon.usable(slot) * min(1.0, float(used / room))
+        if spans is None:
+            return slot.end - horizon.usable(slot) + seconds
+        # Within the part of the slot in which its window is open.
+        opened = horizon.within(slot, spans)
+        return min(opened[0][0] + seconds, float(opened[-1][1]))
 
 
 @dataclass(frozen=True)
@@ -150,9 +155,10 @@ def _provider(
         able.append(np.sort(np.concatenate([pool_lines[pool] for pool in mine])) if mine else np.empty(0, dtype=np.int64))
         deadline = demand.job.finish_by
         late = len(horizon.slots) if deadline is None else sum(slot.end <= deadline for slot in horizon.slots)
-        items.append(Item(demand.job.id, demand.job.priority, demand.rows, mine, horizon.first_from(demand.release), late, ranks[demand.job.id]))
+        parts = None if demand.spans is None else tuple(horizon.open_parts(demand.spans))
+        items.append(Item(demand.job.id, demand.job.priority, demand.rows, mine, horizon.first_from(demand.release), late, ranks[demand.job.id], parts))
     # Nobody plans for those whom no server may send.
-    chosen = [number for number, item in enumerate(items) if item.pools and item.first < len(horizon.slots)]
+    chosen = [number for number, item in enumerate(items) if item.pools and item.opens(len(horizon.slots)).any()]
     placed = np.zeros((len(items), len(horizon.slots), len(lines)), dtype=np.int64)
     failure = ""
     if chosen:

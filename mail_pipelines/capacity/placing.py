@@ -20,8 +20,8 @@ Grants = NDArray[np.int64]
 def place(items: Sequence[Item], rooms: Rooms, pool_lines: Sequence[Counts], amounts: Mapping[tuple[int, int], Amounts] | None = None) -> Grants:
     """Messages by item, slot and line: I × S × V. `pool_lines` are the numbers of the lines of each pool; `amounts` is what `aggregate.solve` returns.
 
-    No line gets more than its room in any slot, hour or day, no item more than its rows, and none before its first slot. What does not fit into its slot
-    goes to the next.
+    No line gets more than its room in any slot, hour or day, no item more than its rows, and none before its first slot or in one in which its send window
+    is closed. What does not fit into its slot goes to the next.
     """
     slots = rooms.slot.shape[1]
     placed = np.zeros((len(items), slots, rooms.slot.shape[0]), dtype=np.int64)
@@ -29,19 +29,22 @@ def place(items: Sequence[Item], rooms: Rooms, pool_lines: Sequence[Counts], amo
     left = np.array([item.rows for item in items], dtype=np.int64)
     order = sorted(range(len(items)), key=lambda number: items[number].rank)
     due = None if amounts is None else {key: _whole(amount) for key, amount in amounts.items()}
+    parts = [item.opens(slots) for item in items]
     late: dict[tuple[int, int], int] = {}
     for slot in range(slots):
         in_hour, in_day = rooms.hour_of[slot], rooms.day_of[slot]
         room = np.minimum(rooms.slot[:, slot], np.minimum(hour[:, in_hour], day[:, in_day]))
         for number in order:
             item = items[number]
-            if slot < item.first or not left[number]:
+            part = parts[number][slot]
+            if not part or not left[number]:
                 continue
             for pool in item.pools:
                 lines = pool_lines[pool]
                 key = number, pool
                 wanted = int(left[number]) if due is None else min(int(left[number]), late.get(key, 0) + (int(due[key][slot]) if key in due else 0))
-                shares = split(wanted, room[lines])
+                most = wanted if part == 1.0 else min(wanted, int(part * rooms.effective[lines, slot].sum()))
+                shares = split(most, room[lines])
                 given = int(shares.sum())
                 room[lines] -= shares
                 placed[number, slot, lines] += shares

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from zoneinfo import ZoneInfo
 
 import typer
 from rich.markup import escape
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from mail_pipelines.campaigns.audience import Progress
     from mail_pipelines.campaigns.campaign import Campaign
+    from mail_pipelines.campaigns.progress import Opening
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -124,6 +126,7 @@ def show(key: Key) -> None:
         "start": _time(definition.start_at),
         "finish by": _time(definition.finish_by),
         "expires": _time(campaign.expires_at),
+        "window": definition.window,
         "content": f"version {version.number}, {version.content.subject!r}" if version else None,
         "matched": f"{counts['matched']:,}" if counts else None,
         "excluded": excluded,
@@ -254,6 +257,15 @@ def status(key: Key, follow: Annotated[bool, typer.Option("--follow", help="unti
             live.update(table, refresh=True)
 
 
+def _opening(opening: Opening) -> str:
+    """What recipients wait for."""
+    if opening.last:
+        return "  whose send window does not open again"
+    zones = opening.zones[0] + (f" and {len(opening.zones) - 1} more" if len(opening.zones) > 1 else "")
+    local = opening.at.astimezone(ZoneInfo(opening.zones[0]))
+    return f"  until {opening.at:%a %H:%M} UTC, {local:%H:%M} in {zones}"
+
+
 def _status(engine: sa.Engine, key: str) -> tuple[Table, bool]:
     """The table, and whether nothing in it will change any more."""
     from mail_pipelines.campaigns import progress, store
@@ -263,6 +275,7 @@ def _status(engine: sa.Engine, key: str) -> tuple[Table, bool]:
     with reading(engine) as connection:
         campaign = store.load(connection, key)
         totals = progress.totals(connection, campaign)
+        openings = progress.openings(connection, campaign, _now())
         rates = {
             state.name.lower(): progress.per_minute(connection, campaign.id, state, _now()) for state in State if state.is_final or state is State.DEFERRED
         }
@@ -272,5 +285,7 @@ def _status(engine: sa.Engine, key: str) -> tuple[Table, bool]:
     for name, count in totals.parts().items():
         share = f"{count / totals.audience:.1%}" if totals.audience else ""
         table.add_row(name, f"{count:,}", share, f"{rates[name]:,.0f}" if rates.get(name) else "")
+        for opening in openings if name == "deferred" else ():
+            table.add_row(_opening(opening), f"{opening.recipients:,}", "", "", style="dim")
     table.add_row("audience", f"{totals.audience:,}", "", "", style="bold")
     return table, campaign.state.is_terminal and totals.open == 0

@@ -69,6 +69,8 @@ def show(email: Address) -> None:
         table.add_row("contact", "none (erased, or never imported)")
     else:
         table.add_row("contact", f"{found.contact_id}, since {found.created_at:%Y-%m-%d}, provider {found.provider}")
+        if found.time_zone:
+            table.add_row("time_zone", found.time_zone)
     for key, value in found.attributes.items():
         table.add_row(key, escape(str(value)))
     console.print(table)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.contacts import attributes, fields, lists, merging
+from mail_pipelines.contacts import attributes, fields, lists, merging, time_zones
 from mail_pipelines.contacts.addresses import AddressError, parse
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # What `--map column=` is given to say that the column holds the addresses.
 ADDRESS_FIELD = "email"
+# A column of this name, or mapped to it, is the contact's own time zone and no field.
+TIME_ZONE = "time_zone"
 _ADDRESS_COLUMNS = frozenset({"email", "mail", "emailaddress", "mailaddress"})
 ERASED = "the address was erased at the person's request and is not taken again"
 
@@ -58,7 +60,7 @@ class ImportReport:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column that is imported: its place, its name in the file, and the field it becomes."""
+    """A column that is imported: its place, its name in the file, and the field it becomes, or `TIME_ZONE`."""
 
     place: int
     name: str
@@ -89,7 +91,8 @@ def import_file(
 ) -> ImportReport:
     """Import a CSV or Parquet file; contacts not yet known to the list are subscribed to it, which is made if there is none.
 
-    `mapping` gives columns another field key, or `email` to the one with the addresses, or nothing to leave one out. `types`
+    `mapping` gives columns another field key, `email` to the one with the addresses, `time_zone` to the one with names of the IANA database, or
+    nothing to leave one out. `types`
     declares fields; those unknown take the type of the Parquet column, or the narrowest that fits the first rows. An empty
     cell says nothing and changes nothing. Nobody who unsubscribed is subscribed again, no suppression is lifted.
     `progress` is called with the rows read and the fraction of the file. Rejects go to `<path>.rejected.csv` by default.
@@ -148,7 +151,10 @@ def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping
         if name in file.refused:
             raise ContactFileError(f"column {name!r} is of type {file.refused[name]}, which no field can hold; leave it out with --map {name}=")
         try:
-            key = fields.check_key(key) if name in mapping else fields.key_of(name)
+            if key.strip().lower().replace(" ", "_") == TIME_ZONE:
+                key = TIME_ZONE
+            else:
+                key = fields.check_key(key) if name in mapping else fields.key_of(name)
         except fields.FieldError as error:
             raise fields.FieldError(f"column {name!r}: {error}; give it one with --map '{name}=KEY', or leave it out with --map '{name}='") from None
         if key in columns:
@@ -157,6 +163,7 @@ def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping
     for key in types:
         if key not in columns:
             raise fields.FieldError(f"no column of the file becomes the field {key!r}; {nearest(key, list(columns))}")
+        fields.check_key(key)
     return file.columns.index(email), list(columns.values())
 
 
@@ -183,6 +190,8 @@ def _declare(
     known = fields.declared(connection)
     chosen: dict[str, FieldType] = {}
     for column in columns:
+        if column.key == TIME_ZONE:
+            continue
         texts = first.columns[column.place].to_pylist() if first else []
         type_ = types.get(column.key) or known.get(column.key) or file.types.get(column.name)
         chosen[column.key] = type_ or fields.infer_type(text.strip() for text in texts if text and text.strip())
@@ -205,7 +214,8 @@ def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mappin
     problems: dict[int, list[str]] = {}
     encoded: dict[str, pa.Array] = {}
     for column in columns:
-        encoded[column.key], wrong = attributes.encode(batch.columns[column.place], types[column.key])
+        texts = batch.columns[column.place]
+        encoded[column.key], wrong = time_zones.encode(texts) if column.key == TIME_ZONE else attributes.encode(texts, types[column.key])
         for row, reason in wrong.items():
             problems.setdefault(row, []).append(f"column {column.name!r}: {reason}")
     # The last row of each address; earlier ones are merged into it.
@@ -235,6 +245,8 @@ def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mappin
     hashes = [address.hash for _, address in addresses]
     domains = [address.domain for _, address in addresses]
     taken = encoded if len(kept) == len(batch.lines) else {key: column.take(pa.array(kept, pa.int64())) for key, column in encoded.items()}
+    zones = taken.get(TIME_ZONE, pa.nulls(len(kept), pa.string()))
+    values = {key: column for key, column in taken.items() if key != TIME_ZONE}
     repeated = seen.before(hashes)
     rows = pa.table(
         {
@@ -245,7 +257,8 @@ def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mappin
             "address_hash": pa.array(hashes, pa.binary(16)),
             "domain": pa.array(domains, pa.string()),
             "provider": pa.array(map(provider_of, domains), pa.string()),
-            "attributes": attributes.join(taken, len(kept)),
+            "time_zone": zones,
+            "attributes": attributes.join(values, len(kept)),
         }
     )
     # In the order of the unique index, which is then written page by page.

@@ -53,6 +53,7 @@ class Profile:
     address: str
     contact_id: int | None
     provider: str | None
+    time_zone: str | None
     created_at: dt.datetime | None
     attributes: dict[str, Any]
     lists: list[ListMembership]
@@ -74,16 +75,17 @@ def profile(connection: Connection, email: str) -> Profile:
     address = parse(email)
     suppressions = _suppressions(connection, address.hash, address.domain)
     contact = connection.execute(
-        sa.select(Contact.id, Contact.provider, Contact.created_at, Contact.attributes).where(Contact.address_hash == address.hash)
+        sa.select(Contact.id, Contact.provider, Contact.time_zone, Contact.created_at, Contact.attributes).where(Contact.address_hash == address.hash)
     ).one_or_none()
     if contact is None:
         if not suppressions:
             raise UnknownContact(f"nothing is known of {mask(address.address)}")
-        return Profile(address.address, None, None, None, {}, [], suppressions, [])
+        return Profile(address.address, None, None, None, None, {}, [], suppressions, [])
     return Profile(
         address.address,
         contact.id,
         contact.provider,
+        contact.time_zone,
         contact.created_at,
         contact.attributes,
         _lists(connection, contact.id),

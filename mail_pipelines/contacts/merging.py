@@ -29,10 +29,10 @@ _COLLISIONS = 5
 _temporary = sa.MetaData()
 _NOTHING_NEW = 0
 _CONTACTS = Contact.metadata.tables[Contact.__tablename__]
-_COPIED = ["email", "address", "address_hash", "domain", "provider", "attributes"]
+_COPIED = ["email", "address", "address_hash", "domain", "provider", "time_zone", "attributes"]
 # One row a contact: `line` is its place in the file, `repeated` says that the file had the address before. `attributes` is JSON
-# text in the layout of `json.dumps`. The database finds `contact_id`: NULL for a contact to be made, `_NOTHING_NEW` for a row
-# that changes nothing, else the contact to be changed.
+# text in the layout of `json.dumps`. A `time_zone` of NULL says nothing. The database finds `contact_id`: NULL for a contact to be made,
+# `_NOTHING_NEW` for a row that changes nothing, else the contact to be changed.
 STAGED = sa.Table(
     "staged_contacts",
     _temporary,
@@ -43,6 +43,7 @@ STAGED = sa.Table(
     sa.Column("address_hash", Hash16, nullable=False),
     sa.Column("domain", ascii_string(253), nullable=False),
     sa.Column("provider", ascii_string(32), nullable=False),
+    sa.Column("time_zone", ascii_string(48)),
     sa.Column("attributes", LongText, nullable=False),
     sa.Column("contact_id", sa.BigInteger),
     prefixes=["TEMPORARY"],
@@ -56,6 +57,7 @@ _UPDATES = sa.Table(
     _temporary,
     sa.Column("contact_id", sa.BigInteger, nullable=False),
     sa.Column("email", sa.String(254), nullable=False),
+    sa.Column("time_zone", ascii_string(48)),
     sa.Column("attributes", LongText, nullable=False),
     prefixes=["TEMPORARY"],
     mysql_engine="InnoDB",
@@ -185,13 +187,14 @@ def _find(connection: Connection, list_id: int) -> None:
 
 
 def _same_letters() -> sa.ColumnElement[bool]:
-    """Whether a contact has the staged e-mail and attributes, case and order of the fields included."""
+    """Whether a contact has the staged e-mail, attributes and time zone, case and order of the fields included."""
     pairs: list[tuple[Any, Any]] = [(Contact.email, STAGED.c.email), (Contact.attributes, STAGED.c.attributes)]
-    return sa.and_(*(sa.cast(stored, sa.LargeBinary) == sa.cast(staged, sa.LargeBinary) for stored, staged in pairs))
+    same_zone = sa.or_(STAGED.c.time_zone.is_(None), sa.func.coalesce(Contact.time_zone, "") == STAGED.c.time_zone)
+    return sa.and_(*(sa.cast(stored, sa.LargeBinary) == sa.cast(staged, sa.LargeBinary) for stored, staged in pairs), same_zone)
 
 
 def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
-    """Write e-mail and merged attributes of the known contacts that differ, and mark the rows that prove to say nothing new."""
+    """Write e-mail, time zone and merged attributes of the known contacts that differ, and mark the rows that prove to say nothing new."""
     import pyarrow as pa
 
     query = (
@@ -201,6 +204,8 @@ def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
             STAGED.c.attributes,
             Contact.id,
             Contact.email.label("stored_email"),
+            Contact.time_zone.label("stored_zone"),
+            sa.func.coalesce(STAGED.c.time_zone, Contact.time_zone).label("zone"),
             sa.type_coerce(Contact.attributes, sa.Text).label("stored"),
             Subscription.contact_id.label("subscriber"),
         )
@@ -209,22 +214,23 @@ def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
         .where(STAGED.c.contact_id > _NOTHING_NEW, sa.not_(_same_letters()))
         .with_for_update()
     )
-    changed: list[tuple[int, str, str]] = []
+    changed: list[tuple[int, str, str | None, str]] = []
     alike: list[int] = []
     for row in connection.execute(query):
         stored = json.loads(row.stored)
         merged = stored | json.loads(row.attributes)
-        if merged != stored or row.email != row.stored_email:
-            changed.append((row.id, row.email, json.dumps(merged, ensure_ascii=False)))
+        if merged != stored or row.email != row.stored_email or row.zone != row.stored_zone:
+            changed.append((row.id, row.email, row.zone, json.dumps(merged, ensure_ascii=False)))
         elif row.subscriber is not None:
             alike.append(row.line)
     for chosen in slices(alike):
         connection.execute(sa.update(STAGED).where(STAGED.c.line.in_(chosen)).values(contact_id=_NOTHING_NEW))
     if changed:
-        ids, emails, texts = zip(*changed, strict=True)
-        rows = pa.table({"contact_id": pa.array(ids, pa.int64()), "email": pa.array(emails, pa.string()), "attributes": pa.array(texts, pa.string())})
+        ids, *columns = zip(*changed, strict=True)
+        texts = dict(zip(("email", "time_zone", "attributes"), columns, strict=True))
+        rows = pa.table({"contact_id": pa.array(ids, pa.int64())} | {name: pa.array(values, pa.string()) for name, values in texts.items()})
         _stage(connection, _UPDATES, rows)
-        values = {"email": _UPDATES.c.email, "attributes": sa.type_coerce(_UPDATES.c.attributes, sa.JSON), "updated_at": now}
+        values = {"email": _UPDATES.c.email, "time_zone": _UPDATES.c.time_zone, "attributes": sa.type_coerce(_UPDATES.c.attributes, sa.JSON), "updated_at": now}
         connection.execute(sa.update(Contact).where(Contact.id == _UPDATES.c.contact_id).values(values))
 
 

@@ -200,6 +200,9 @@ class Campaign(Base):
     start_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     finish_by: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     expire_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    # The document of `campaigns.send_window`; and the epoch second up to which rows of windows that closed have been put off.
+    send_window: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    windows_kept: Mapped[int | None] = mapped_column(sa.BigInteger)
     version_id: Mapped[int | None] = mapped_column(sa.Integer)
     # Set by the freeze: number of shards in use, manifest (file name, sha256, rows, snapshot versions), counts by reason.
     shards: Mapped[int | None] = mapped_column(TinyInt)
@@ -213,6 +216,32 @@ class Campaign(Base):
     archive: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
     archived_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     __table_args__ = (sa.Index(None, "state", "start_at"), MYSQL)
+
+
+class WindowSpan(Base):
+    """When a campaign with a send window may be sent to recipients of a time zone, in epoch seconds; "" is the zone of those who have none.
+
+    The last span of each zone has no length: it is the campaign's end (`dispatch.windows`).
+    """
+
+    __tablename__ = "window_spans"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    time_zone: Mapped[str] = mapped_column(ascii_string(48), primary_key=True)
+    opens_at: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    closes_at: Mapped[int] = mapped_column(sa.BigInteger)
+    __table_args__ = (MYSQL,)
+
+
+class WindowRows(Base):
+    """How many rows of a campaign were put off until a span opens, or were there in it from the start. Claims do not take off what they send."""
+
+    __tablename__ = "window_rows"
+    campaign_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    time_zone: Mapped[str] = mapped_column(ascii_string(48), primary_key=True)
+    opens_at: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    count: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (MYSQL,)
 
 
 class CampaignVersion(Base):

@@ -1,4 +1,4 @@
-"""Dropping bookkeeping that nothing refers to any more: claims, allotments, usage windows, days of warm-ups."""
+"""Dropping bookkeeping that nothing refers to any more: claims, allotments, usage windows, days of warm-ups, send windows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage, WarmUpDay
+from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage, WarmUpDay, WindowRows, WindowSpan
 from mail_pipelines.delivery.recording import USAGE_WINDOWS
 
 KEEP_CLAIMS = dt.timedelta(days=14)
@@ -28,6 +28,7 @@ def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
     A server proves by one of its own newest claims that the database did not go back in time. So the claims of each server's last
     two weeks of activity are kept, however long ago they were, and those of campaigns that run for as long as they do.
     """
+    over = sa.select(Campaign.id).where(Campaign.state.in_(("finished", "cancelled", "archived")))
     past, past_days = int((now - KEEP_WINDOWS).timestamp()), int((now - KEEP_DAYS).timestamp())
     return {
         "claims": _prune_claims(engine),
@@ -42,6 +43,10 @@ def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
         ),
         "warm_up_days": _delete(
             engine, WarmUpDay, (WarmUpDay.server_id, WarmUpDay.provider, WarmUpDay.day), WarmUpDay.day < int((now - KEEP_WARM_UP_DAYS).timestamp())
+        ),
+        "window_spans": _delete(engine, WindowSpan, (WindowSpan.campaign_id, WindowSpan.time_zone, WindowSpan.opens_at), WindowSpan.campaign_id.in_(over)),
+        "window_rows": _delete(
+            engine, WindowRows, (WindowRows.campaign_id, WindowRows.provider, WindowRows.time_zone, WindowRows.opens_at), WindowRows.campaign_id.in_(over)
         ),
     }
 

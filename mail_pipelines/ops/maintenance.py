@@ -6,7 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from mail_pipelines.campaigns import archiving, lifecycle, overdue
+from mail_pipelines.campaigns import archiving, lifecycle, overdue, putting_off
 from mail_pipelines.contacts import importing
 from mail_pipelines.database import partitions as table_partitions
 from mail_pipelines.database.engine import reading
@@ -23,18 +23,21 @@ _RUNS_AT_ONCE = 500
 
 @dg.op(out=dg.Out(dg.Nothing))
 def close_rows(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
-    """Expire waiting rows of campaigns past their end, cancel those of cancelled ones, give up rows unknown for too long, finish what is done."""
+    """Expire waiting rows of campaigns past their end, put off those whose send window has closed, cancel those of cancelled campaigns, give up rows
+    unknown for too long, finish what is done."""
     engine, now = database.engine, dt.datetime.now(dt.UTC)
-    unknown_hours = database.settings.sending.unknown_hours
+    unknown_hours, lease_seconds = database.settings.sending.unknown_hours, database.settings.sending.lease_seconds
     with reading(engine) as connection:
         running = lifecycle.running(connection)
         cancelled = overdue.cancelled_with_open_rows(connection)
     for campaign in running:
         expired = lifecycle.expire_open_rows(engine, campaign, now)
+        put_off = putting_off.put_off(engine, campaign, now, lease_seconds)
         given_up = lifecycle.give_up_unknown(engine, campaign.id, now, unknown_hours)
         resent = overdue.resend_unknown(engine, campaign, now)
-        if expired or given_up or resent:
-            context.log.info("%s: %d expired, %d unresolved, %d unknown to be sent again", campaign.key, expired, given_up, resent)
+        if expired or put_off or given_up or resent:
+            words = "%s: %d expired, %d put off until their send window opens, %d unresolved, %d unknown to be sent again"
+            context.log.info(words, campaign.key, expired, put_off, given_up, resent)
         lifecycle.finish_if_done(engine, campaign.id, now)
     for campaign in cancelled:
         ended = lifecycle.cancel_waiting_rows(engine, campaign.id, now)
@@ -137,7 +140,7 @@ def maintenance() -> None:
     prune_runs()
 
 
-@dg.job(description="End rows whose time is over: expired, given up, cancelled. Requested by a sensor when there are such rows.")
+@dg.job(description="Rows whose time is over: expired, put off until their send window opens, given up, cancelled. Requested by a sensor when there are such.")
 def close_open_rows() -> None:
     close_rows()
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines import partitions
-from mail_pipelines.campaigns import lifecycle, overdue
+from mail_pipelines.campaigns import lifecycle, overdue, putting_off
 from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Campaign, Segment, State
@@ -93,6 +93,7 @@ def finished_campaigns(context: dg.SensorEvaluationContext, database: CentralDat
         ended = lifecycle.ended(connection, now - _REPORT_FOR)
         cancelled = [campaign for campaign in ended if campaign.state is CampaignState.CANCELLED]
         opened = overdue.open_rows(connection, running + cancelled)
+        windows_closed = putting_off.closing(connection, now, database.settings.sending.lease_seconds)
     finished = [campaign.key for campaign in ended if not opened.get(campaign.id)]
     finished += [campaign.key for campaign in running if not opened[campaign.id] and lifecycle.finish_if_done(engine, campaign.id, now)]
     requested = report_requests(finished, [campaign.key for campaign in running if campaign.key not in finished], now)
@@ -101,7 +102,7 @@ def finished_campaigns(context: dg.SensorEvaluationContext, database: CentralDat
     asked = set(json.loads(context.cursor or "[]"))
     new = [(key, run_key) for key, run_key in requested if key in known and run_key not in asked][:REPORTS_A_TICK]
     runs = [dg.RunRequest(job_name=report_campaign.name, partition_key=key, run_key=run_key) for key, run_key in new]
-    if any(overdue.needs_closing(campaign, opened[campaign.id], now) for campaign in running + cancelled):
+    if windows_closed or any(overdue.needs_closing(campaign, opened[campaign.id], now) for campaign in running + cancelled):
         if not unfinished(instance, close_open_rows.name):
             runs.append(dg.RunRequest(job_name=close_open_rows.name))
     elif any(rows.get(State.UNKNOWN) for rows in opened.values()):

@@ -429,3 +429,32 @@ def test_a_reject_file_that_cannot_be_written_is_named(engine: sa.Engine, tmp_pa
     target = tmp_path / "folder" / "rejected.csv"
     with pytest.raises(ContactFileError, match=r"cannot be written to .*rejected\.csv: No such file"):
         run(engine, write(tmp_path, "email\nnobody\n"), reject_path=target)
+
+
+def zones(engine: sa.Engine) -> dict[str, str | None]:
+    with reading(engine) as connection:
+        return dict(connection.execute(sa.select(Contact.address, Contact.time_zone)).tuples().all())
+
+
+def test_a_time_zone_is_the_contacts_own_and_no_field(engine: sa.Engine, tmp_path: Path) -> None:
+    path = write(tmp_path, "email,Time Zone,city\nann@a.test,europe/berlin,Berlin\nbob@a.test,,Bonn\ncat@a.test,Europe/Berln,Bern\ndan@a.test,Asia/Kolkata,\n")
+    report = run(engine, path)
+    assert (report.inserted, report.rejected) == (3, 1)
+    assert rejects(report) == {4: "column 'Time Zone': 'Europe/Berln' is no time zone: expected a name of the IANA database, as Europe/Berlin"}
+    assert zones(engine) == {"ann@a.test": "Europe/Berlin", "bob@a.test": None, "dan@a.test": "Asia/Kolkata"}
+    assert attributes(engine) == {"ann@a.test": {"city": "Berlin"}, "bob@a.test": {"city": "Bonn"}, "dan@a.test": {}}
+    again = run(engine, path, now=LATER)
+    assert (again.unchanged, again.updated) == (3, 0)
+    # An empty cell says nothing, another zone replaces the one before; many new contacts beside.
+    more = "".join(f"new{number}@b.test,America/New_York\n" for number in range(20))
+    changes = write(tmp_path, f"email,tz\nann@a.test,\nbob@a.test,UTC\ndan@a.test,America/New_York\n{more}", "changes.csv")
+    report = run(engine, changes, mapping={"tz": "time_zone"}, now=LATER)
+    assert (report.inserted, report.updated, report.unchanged) == (20, 2, 1)
+    assert {name: zone for name, zone in zones(engine).items() if name.endswith("a.test")} == {
+        "ann@a.test": "Europe/Berlin",
+        "bob@a.test": "UTC",
+        "dan@a.test": "America/New_York",
+    }
+    assert set(changed(engine)) >= {"bob@a.test", "dan@a.test"}
+    with pytest.raises(FieldError, match="'time_zone' is the name of a built-in value"):
+        run(engine, path, types={"time_zone": "text"})

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Allotment, Base, Claim, ProviderUsage
+from mail_pipelines.database.models import Allotment, Base, Claim, ProviderUsage, WindowRows, WindowSpan
 from mail_pipelines.delivery import upkeep
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.claims import Memory, OpenClaim
@@ -98,9 +98,17 @@ def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(
         for number in range(30)
     ]
     transact(engine, lambda connection: (connection.execute(sa.insert(Allotment), grants), connection.execute(sa.insert(ProviderUsage), windows)))
+    running = make_campaign(engine, "running", state="sending")
+    spans = [
+        {"campaign_id": number, "time_zone": f"z{opens}", "opens_at": opens, "closes_at": opens + 1}
+        for number in (campaign.id, running.id)
+        for opens in range(50)
+    ]
+    waiting = [{"campaign_id": campaign.id, "provider": f"p{number}", "time_zone": "", "opens_at": 1, "count": 1} for number in range(30)]
+    transact(engine, lambda connection: (connection.execute(sa.insert(WindowSpan), spans), connection.execute(sa.insert(WindowRows), waiting)))
     with sizes_of_transactions(engine, "DELETE") as sizes:
-        assert upkeep.prune(engine, NOW) == {"claims": 70, "allotments": 100, "provider_usage": 60, "warm_up_days": 0}
-    assert sum(sizes) == 230
+        assert upkeep.prune(engine, NOW) == {"claims": 70, "allotments": 100, "provider_usage": 60, "warm_up_days": 0, "window_spans": 50, "window_rows": 30}
+    assert sum(sizes) == 310
     assert max(sizes) <= 20
 
     def left(table: type[Base]) -> int:
@@ -108,4 +116,4 @@ def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(
             return connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
 
     assert (left(Claim), left(Allotment), left(ProviderUsage)) == (5, 50, 60)
-    assert upkeep.prune(engine, NOW) == {"claims": 0, "allotments": 0, "provider_usage": 0, "warm_up_days": 0}
+    assert upkeep.prune(engine, NOW) == dict.fromkeys(("claims", "allotments", "provider_usage", "warm_up_days", "window_spans", "window_rows"), 0)

@@ -393,7 +393,7 @@ def test_a_thief_gets_no_more_addresses_than_were_granted(theft: Theft) -> None:
     # The procedure's own tables are within reach of whoever has called it, and of no use to him.
     schema = world.engine.url.database
     real = ("suppressions", "contacts", "allotments", "provider_usage", "holds", "servers", "campaigns", "deliveries")
-    for own_table, name in itertools.product(("claim_rows_found", "claim_rows_places"), real):
+    for own_table, name in itertools.product(("claim_rows_judged", "claim_rows_places"), real):
         with theft.engine.connect() as connection:
             call(connection, "claim_rows", (claims.new_id(), 1, 0, "google", 1, 0, own.incarnation, "b", "r", memory.generation, None, None, 1, 0, 1))
             connection.connection.rollback()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, DatabaseUnreachable, create_engine, transact
-from mail_pipelines.database.models import Allotment, Contact, Delivery, ProviderUsage, State
+from mail_pipelines.database.models import Allotment, Contact, Delivery, ProviderUsage, State, WindowSpan
 from mail_pipelines.database.procedures import installation
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.dispatch import claims, servers
@@ -193,6 +194,41 @@ class TestOnMariaDB:
         give_back(everybody)
         world.engine.dispose()
         assert contacts(1) == everybody[:1]
+
+    def test_it_goes_on_among_deferred_rows_where_most_are_deferred_until_a_window_opens(self, world: World, server: servers.ServerInfo) -> None:
+        def contacts(limit: int) -> list[int]:
+            opened = world.claim(server, limit=limit)
+            assert isinstance(opened, OpenClaim)
+            return [row.contact_id for row in opened.rows]
+
+        def defer(contact_ids: Iterable[int]) -> None:
+            rows = sa.update(Delivery).where(Delivery.contact_id.in_(contact_ids), Delivery.provider == "google")
+            values = {"state": int(State.DEFERRED), "claim_id": None, "reason": "window", "sort_key": now - 50 + Delivery.contact_id}
+            transact(world.engine, lambda connection: connection.execute(rows.values(values)))
+
+        now = int(dt.datetime.now(dt.UTC).timestamp()) - 100
+        spans = [{"campaign_id": 1, "time_zone": "", "opens_at": now - 60, "closes_at": now + 9000}]
+        transact(world.engine, lambda connection: connection.execute(sa.insert(WindowSpan), spans))
+        world.set_campaign(send_window={"from": "00:00", "until": "24:00", "zone": "UTC"})
+        defer(range(1, 41))
+        everybody = contacts(3) + contacts(40)
+        assert everybody == sorted(everybody)
+        assert len(everybody) == 10
+        defer(everybody)
+        world.engine.dispose()
+        assert contacts(2) == everybody[:2]
+        defer(everybody[:2])
+        assert contacts(2) == everybody[1:3]
+        # More than are left there: the others too.
+        assert contacts(8) == [*everybody[3:], *everybody[:1]]
+        defer(everybody)
+        transact(world.engine, lambda connection: connection.exec_driver_sql("UPDATE claim_rows_dues SET since = since - 31"))
+        assert contacts(1) == everybody[:1]
+        # One row before the place where the last claim ended is found when there is nothing behind it.
+        world.engine.dispose()
+        assert contacts(9) == everybody[1:]
+        defer(everybody[3:4])
+        assert contacts(5) == everybody[3:4]
 
     def test_a_dump_without_procedures_is_mended_by_init(self, world: World, server: servers.ServerInfo) -> None:
         transact(world.engine, lambda connection: installation.remove(connection, procedure.NAME))

@@ -37,12 +37,14 @@ from mail_pipelines.database.models import (
     Subscription,
     Suppression,
     WarmUp,
+    WindowRows,
+    WindowSpan,
 )
 from mail_pipelines.database.procedures import installation
 from mail_pipelines.delivery import domain_health
 from mail_pipelines.delivery.events import RESENT
 from mail_pipelines.delivery.recording import SLOT_SECONDS, USAGE_WINDOWS, slot_at, windows_at
-from mail_pipelines.dispatch import claims, greylisting
+from mail_pipelines.dispatch import claims, greylisting, windows
 from mail_pipelines.dispatch.claiming import best_ranks, hindrances, procedure
 from mail_pipelines.dispatch.claiming.refusals import Verdict
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, Sender, WrongServer
@@ -69,11 +71,17 @@ FILLED = (
     Subscription,
     Suppression,
     WarmUp,
+    WindowRows,
+    WindowSpan,
     Campaign,
     ContactList,
     Server,
     Pool,
 )
+
+
+# When the window of a campaign is open in a time zone, in seconds from now. Claims are for two minutes.
+ZONES = {"open": ((-600, 7200),), "closed": ((-5000, -100), (3600, 7200)), "closing": ((-600, 60), (90_000, 95_000)), "over": ((-5000, -100),), "never": ()}
 
 
 # --- situations ---------------------------------------------------------------------------------------------------
@@ -100,6 +108,9 @@ class Recipient:
     silent: str | None
     # Of a deferred row: the server that was greylisted
     greylisted: str | None
+    # Its time zone, one of `ZONES` or one that nobody knows; and of a deferred row, that it waited for its window
+    zone: str | None = None
+    put_off: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,8 @@ class Situation:
     spoke: float = 5.0
     other_used: int = 0
     same_place: bool = False
+    # The campaign has a send window, and this is its own zone.
+    windowed: str | None = None
     holds: tuple[tuple[str, int, str, str], ...] = ()
     released: tuple[tuple[str, int, str, str], ...] = ()
 
@@ -152,11 +165,14 @@ RECIPIENTS = st.builds(
     new_provider=st.sampled_from(PROVIDERS),
     silent=st.sampled_from([None] * 6 + ["due", "due", "dead"]),
     greylisted=st.sampled_from([None, None, None, None, *SERVERS]),
+    zone=st.sampled_from([None, "unknown", *ZONES]),
+    put_off=st.booleans(),
 )
 GRANTS = st.sampled_from([(1000, 0), (2, 0), (5, 4), (5, 5), (3, 9)])
 CAPS = st.tuples(st.sampled_from([None, 4, 1, 0]), st.sampled_from([None, 50, 3, 0]))
 # The server is in pool 2.
 SENDING = {"state": "sending", "pool_id": 1, "overflow_pool_id": 2, "expire_at": None, "unsubscribe": "all", "version_id": 1}
+WINDOWED = SENDING | {"expire_at": dt.timedelta(days=2), "send_window": {"from": "09:00", "until": "18:00", "zone": "UTC"}}
 
 
 @st.composite
@@ -164,9 +180,12 @@ def situations(draw: st.DrawFn) -> Situation:
     """Campaign and server are in order, so that everything depends on rows, grants and limits."""
     wide = draw(st.booleans())
     other_limits = st.dictionaries(st.sampled_from([(0, "google"), (1, "*"), (1, "google")]), CAPS)
+    windowed = draw(st.sampled_from([None, "open", "closed", "never"]))
     return Situation(
         recipients=tuple(draw(st.lists(RECIPIENTS, min_size=3, max_size=9))),
-        campaign=SENDING | {"unsubscribe": draw(st.sampled_from(["all", "brand", "list"])), "version_id": draw(st.sampled_from([1, 7]))},
+        windowed=windowed,
+        campaign=(WINDOWED if windowed else SENDING)
+        | {"unsubscribe": draw(st.sampled_from(["all", "brand", "list"])), "version_id": draw(st.sampled_from([1, 7]))},
         grants={provider: (1000, 0) if wide else draw(GRANTS) for provider in PROVIDERS},
         limits={(0, "*"): (None, None)} if wide else {(0, "*"): draw(CAPS)} | draw(other_limits),
         used=draw(st.dictionaries(st.sampled_from(PROVIDERS), st.integers(1, 2))),
@@ -180,7 +199,18 @@ def situations(draw: st.DrawFn) -> Situation:
 def recipient(**values: Any) -> Recipient:
     usual = {"provider": "google", "state": State.PENDING, "attempt": 0, "due": 0, "not_before": None, "resent": False, "subscribed": None}
     return Recipient(
-        **usual | {"suppressed": None, "suppressed_domain": None, "fate": "stays", "new_provider": "google", "silent": None, "greylisted": None} | values
+        **usual
+        | {
+            "suppressed": None,
+            "suppressed_domain": None,
+            "fate": "stays",
+            "new_provider": "google",
+            "silent": None,
+            "greylisted": None,
+            "zone": None,
+            "put_off": False,
+        }
+        | values
     )
 
 
@@ -253,8 +283,25 @@ LEFT = replace(
     other_grant=(1000, 0),
     asked=(("google", 4), ("google", 100)),
 )
+WINDOWS = replace(
+    PLAIN,
+    windowed="open",
+    campaign=WINDOWED,
+    recipients=(
+        *(recipient(zone=zone, **values) for zone in (None, "unknown", *ZONES) for values in (
+            {}, {"state": State.DEFERRED, "due": -60, "put_off": True}, {"state": State.DEFERRED, "attempt": 1, "due": -50},
+            {"fate": "moved", "new_provider": "yahoo"}, {"suppressed": ("brand", 1)}, {"silent": "due"}, {"silent": "dead"}, {"resent": True},
+        )),
+        recipient(zone="closed", fate="erased"),
+        recipient(zone="closed", state=State.DEFERRED, attempt=1, due=-50, greylisted="ours"),
+    ),
+    asked=(("google", 20), ("google", 100), ("google", 100), ("yahoo", 100)),
+)  # fmt: skip
 ODD = {
     "nothing odd": PLAIN,
+    "with a send window": WINDOWS,
+    **{f"with a send window whose own zone is {zone}": replace(WINDOWS, windowed=zone) for zone in ("closed", "closing", "never")},
+    "with a send window, of a list": replace(WINDOWS, campaign=WINDOWED | {"unsubscribe": "list"}),
     "list unsubscribed": replace(PLAIN, campaign=SENDING | {"unsubscribe": "list"}),
     "of another brand": replace(PLAIN, campaign=SENDING | {"unsubscribe": "brand", "version_id": 9}),
     **{f"campaign {state}": replace(PLAIN, campaign=SENDING | {"state": state}) for state in ("paused", "cancelled", "draft", "finished")},
@@ -399,6 +446,11 @@ def fill(engine: sa.Engine, situation: Situation, now: dt.datetime) -> None:
     rows[DomainHealth] = [{"domain": f"{name}.test", "failures": 2, "dead_until": until, "changed_at": now} for name, until in health.items()]
     for number, recipient in enumerate(situation.recipients, 1):
         _add_recipient(rows, number, recipient, now, second)
+    if situation.windowed and (campaign := situation.campaign):
+        end = int((now + campaign["expire_at"]).timestamp()) + 1
+        spans = [(name, second + opens, second + closes) for name in ZONES for opens, closes in ZONES[name]] + [(name, end, end) for name in ZONES]
+        spans += [("", opens, closes) for name, opens, closes in spans if name == situation.windowed]
+        rows[WindowSpan] = [{"campaign_id": 1, "time_zone": name, "opens_at": opens, "closes_at": closes} for name, opens, closes in spans]
     for row in rows[Delivery] if situation.same_place else ():
         row["sort_key"] = 7
     counts = Counter((row["provider"], row["state"]) for row in rows[Delivery])
@@ -440,6 +492,11 @@ def _add_recipient(rows: dict[type, list[dict[str, Any]]], number: int, recipien
     }
     if recipient.greylisted and recipient.state is State.DEFERRED:
         ledger |= {"server_id": SERVERS[recipient.greylisted], "code": 451, "reason": greylisting.REASON}
+    elif recipient.put_off and recipient.state is State.DEFERRED:
+        ledger |= {"reason": windows.WAITS}
+    if recipient.zone and recipient.state is State.PENDING:
+        # Of all ranks, some of them beyond those that are told apart.
+        ledger["sort_key"] += number * 17 % 120 * 65_536
     rows[Delivery].append(ledger)
     if recipient.fate == "taken":
         # Somebody else was frozen under the address that is now this contact's.
@@ -453,6 +510,7 @@ def _add_recipient(rows: dict[type, list[dict[str, Any]]], number: int, recipien
                 "address_hash": new.hash,
                 "domain": domain,
                 "provider": recipient.provider if recipient.fate == "stays" else recipient.new_provider,
+                "time_zone": recipient.zone,
                 "attributes": {"first_name": f"Jörg {number}", "orders": number, "vip": True, "since": None},
                 "tracking_allowed": True,
                 "created_at": now,
@@ -547,6 +605,7 @@ def tables(engine: sa.Engine, now: dt.datetime) -> dict[str, Any]:
             "usage": sums(ProviderUsage, "server_id", "provider", "window_seconds", number="used"),
             "asked": [tuple(row) for row in connection.execute(sa.select(DomainHealth.domain, DomainHealth.dead_until > now).order_by(DomainHealth.domain))],
             "allotments": sums(Allotment, "server_id", "provider", number="used"),
+            "waiting": sums(WindowRows, "provider", "time_zone", "opens_at", number="count"),
         }
 
 
@@ -600,6 +659,8 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     assert numbers["greylist_wait"] == greylisting.WAIT_SECONDS
     assert numbers["spread"] == hindrances.SPREAD_SECONDS
     assert re.findall(r"e\.kind = '(\w+)'", text) == [RESENT]
+    assert (numbers["places_a_rank"], numbers["window_spread"]) == (windows._PLACES_A_RANK, windows.SPREAD_SECONDS)
+    assert {f"'{reason}'" in text for reason in (windows.WAITS, windows.NEVER, hindrances.CLOSED)} == {True}
     assert {f"'{reason}'" in text for reason in (hindrances.MOVED, hindrances.DEAD, domain_health.NO_CONNECTION, "duplicate_address")} == {True}
     assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON] * 2
     assert (numbers["speaks"], numbers["most_left"]) == (best_ranks.SPEAKS_SECONDS, best_ranks.MOST_LEFT)

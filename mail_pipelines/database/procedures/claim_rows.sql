@@ -1,5 +1,5 @@
 -- Lease the next rows of one shard and provider to one sender: the whole claim of `mail_pipelines.dispatch.claims`. Rows that may not be mailed
--- end, go back to the queue of another provider, or wait for their domain. Valid for MariaDB from 10.6 and MySQL 8.
+-- end, go back to the queue of another provider, or wait for their domain or for their send window. Valid for MariaDB from 10.6 and MySQL 8.
 --
 -- It runs with its definer's rights and gives out no recipient that it does not claim. It commits nothing. Result sets:
 --   1. one row: refusal (NULL: claimed; else a value of `dispatch.claiming.refusals.Verdict`), now, detail, cap, window_seconds, version_id
@@ -44,6 +44,9 @@ BEGIN
   -- The sort key of a deferred row is the second in which it is due; that of a pending row is its place, and each will do.
   DECLARE c_first_place INT DEFAULT -2147483648;
   DECLARE c_last_place INT DEFAULT 2147483647;
+  -- Of `dispatch.windows`: places of a rank, and the seconds after its opening within which the rows of a window fall due.
+  DECLARE c_places_a_rank INT DEFAULT 65536;
+  DECLARE c_window_spread INT DEFAULT 91;
   -- Of `dispatch.claiming.best_ranks`: nothing is left to a server that has been silent for so many seconds; more rows than these are not passed over.
   DECLARE c_speaks INT DEFAULT 120;
   DECLARE c_most_left INT DEFAULT 2000;
@@ -59,7 +62,7 @@ BEGIN
 
   DECLARE v_server_state, v_campaign_state VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_incarnation, v_generation VARCHAR(36) CHARACTER SET ascii COLLATE ascii_bin;
-  DECLARE v_remembered, v_elsewhere, v_any_held BOOLEAN;
+  DECLARE v_remembered, v_elsewhere, v_any_held, v_windowed BOOLEAN;
   DECLARE v_held VARCHAR(10) CHARACTER SET ascii COLLATE ascii_bin;
   DECLARE v_expire_at DATETIME(6);
   DECLARE v_version_id, v_brand_id, v_list_id, v_pool_id, v_overflow_pool_id, v_server_pool_id INT;
@@ -69,7 +72,7 @@ BEGIN
   DECLARE v_limits_of VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin;
 
   DECLARE v_state TINYINT;
-  DECLARE v_earliest, v_latest, v_last_place, v_since BIGINT;
+  DECLARE v_earliest, v_latest, v_last_place, v_since, v_until, v_last_due, v_due_since BIGINT;
   DECLARE v_found, v_from_pending, v_from_deferred, v_size, v_passed_over INT;
   DECLARE v_asking INT;
   DECLARE v_domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin;
@@ -77,8 +80,8 @@ BEGIN
   decision: BEGIN
     -- The campaign's row comes first: whoever pauses or cancels it, or puts back the whole database, waits until this claim is written, or was
     -- waited for, and then all that is asked below is as they left it.
-    SELECT state, expire_at, version_id, brand_id, pool_id, overflow_pool_id, unsubscribe, unsubscribe_list_id
-      INTO v_campaign_state, v_expire_at, v_version_id, v_brand_id, v_pool_id, v_overflow_pool_id, v_unsubscribe, v_list_id
+    SELECT state, expire_at, version_id, brand_id, pool_id, overflow_pool_id, unsubscribe, unsubscribe_list_id, send_window IS NOT NULL
+      INTO v_campaign_state, v_expire_at, v_version_id, v_brand_id, v_pool_id, v_overflow_pool_id, v_unsubscribe, v_list_id, v_windowed
       FROM campaigns
      WHERE id = p_campaign_id
       LOCK IN SHARE MODE;
@@ -198,23 +201,27 @@ BEGIN
 
     -- The rows of this claim. The table lives as long as the connection, since making one takes longer than emptying it; in memory, as its
     -- content means nothing outside this call. If its columns change, so must its name.
-    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_found (
+    CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_judged (
       position INT NOT NULL AUTO_INCREMENT PRIMARY KEY,
       contact_id BIGINT NOT NULL,
       state TINYINT NOT NULL,
       sort_key INT NOT NULL,
       attempt TINYINT NOT NULL,
+      reason VARCHAR(24) CHARACTER SET ascii COLLATE ascii_bin,
       hindrance VARCHAR(24) CHARACTER SET ascii COLLATE ascii_bin,
       email VARCHAR(254) CHARACTER SET utf8mb4,
       address_hash BINARY(16),
       provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin,
       domain VARCHAR(253) CHARACTER SET ascii COLLATE ascii_bin,
       dead_until DATETIME(6),
+      time_zone VARCHAR(48) CHARACTER SET ascii COLLATE ascii_bin,
+      -- Of a row outside its send window: when that opens.
+      opens_at BIGINT,
       -- Of a row that may not be mailed: where it goes.
       to_state TINYINT,
       to_provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin
     ) ENGINE = MEMORY;
-    DELETE FROM claim_rows_found;
+    DELETE FROM claim_rows_judged;
     -- Where this connection's last claim ended. Index entries of rows that were claimed stay until the server has purged them, seconds later: whoever
     -- begins at the first entry reads them all, and with several servers at work that takes longer than all the rest.
     CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_places (
@@ -228,6 +235,20 @@ BEGIN
     SELECT last_place, since INTO v_last_place, v_since
       FROM claim_rows_places
      WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND since BETWEEN v_second - c_go_on AND v_second;
+    -- The same of deferred rows. Where there is a send window most rows are deferred ones, else there are few that are due.
+    IF v_windowed THEN
+      CREATE TEMPORARY TABLE IF NOT EXISTS claim_rows_dues (
+        campaign_id INT NOT NULL,
+        shard TINYINT NOT NULL,
+        provider VARCHAR(32) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+        last_due INT NOT NULL,
+        since BIGINT NOT NULL,
+        PRIMARY KEY (campaign_id, shard, provider)
+      ) ENGINE = MEMORY;
+      SELECT last_due, since INTO v_last_due, v_due_since
+        FROM claim_rows_dues
+       WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND since BETWEEN v_second - c_go_on AND v_second;
+    END IF;
 
     -- While warming servers may send some of these rows, an established one begins behind the best of them: as many as those may still send in this slot, but
     -- not more than half. It takes what lies before when nothing is left behind.
@@ -259,21 +280,29 @@ BEGIN
     -- Deferred rows that are due first, then pending ones; rows that others hold are skipped. Each is judged in the statement that reads
     -- it, so that the address given out is the one that was judged. Only the rows of the ledger are locked, not the contacts. Where they
     -- begin is asked without locks: to pass over rows that wait for another server takes twice as long with them, and would hide them from it.
-    SELECT sort_key INTO v_earliest
-      FROM deliveries
-     WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred AND sort_key <= v_second
-       AND (reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
-            OR server_id NOT IN (SELECT id FROM servers WHERE state IN ('active', 'warming')))
-     ORDER BY sort_key
-     LIMIT 1;
+    dues: LOOP
+      SELECT sort_key INTO v_earliest
+        FROM deliveries
+       WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = c_deferred
+         AND sort_key BETWEEN COALESCE(v_last_due, c_first_place) AND v_second
+         AND (reason IS NULL OR reason <> 'greylisted' OR server_id = p_server_id OR sort_key <= v_second - c_greylist_wait
+              OR server_id NOT IN (SELECT id FROM servers WHERE state IN ('active', 'warming')))
+       ORDER BY sort_key
+       LIMIT 1;
+      IF v_earliest IS NOT NULL OR v_last_due IS NULL THEN
+        LEAVE dues;
+      END IF;
+      SET v_last_due = NULL;
+    END LOOP;
     IF v_earliest IS NOT NULL THEN
       SET v_state = c_deferred, v_latest = v_second;
     ELSE
       SET v_state = c_pending, v_earliest = COALESCE(v_last_place, c_first_place), v_latest = c_last_place;
     END IF;
     queues: LOOP
-      INSERT INTO claim_rows_found (contact_id, state, sort_key, attempt, hindrance, email, address_hash, provider, domain, dead_until)
-      SELECT d.contact_id, v_state, d.sort_key, d.attempt,
+      INSERT INTO claim_rows_judged
+             (contact_id, state, sort_key, attempt, reason, hindrance, email, address_hash, provider, domain, dead_until, time_zone)
+      SELECT d.contact_id, v_state, d.sort_key, d.attempt, d.reason,
              CASE
                WHEN c.id IS NULL THEN 'erased'
                WHEN EXISTS (
@@ -288,9 +317,9 @@ BEGIN
                WHEN c.address_hash <> d.address_hash THEN 'moved'
                WHEN h.domain IS NOT NULL THEN 'dead'
              END,
-             c.email, c.address_hash, c.provider, h.domain, h.dead_until
+             c.email, c.address_hash, c.provider, h.domain, h.dead_until, c.time_zone
         FROM (
-               SELECT contact_id, sort_key, attempt, address_hash
+               SELECT contact_id, sort_key, attempt, reason, address_hash
                  FROM deliveries
                 WHERE campaign_id = p_campaign_id AND shard = p_shard AND provider = p_provider AND state = v_state
                   AND sort_key BETWEEN v_earliest AND v_latest
@@ -306,6 +335,8 @@ BEGIN
       SET v_room = v_room - ROW_COUNT();
       IF v_room = 0 OR v_state = c_pending AND v_earliest = c_first_place THEN
         LEAVE queues;
+      ELSEIF v_state = c_deferred AND v_last_due IS NOT NULL THEN
+        SET v_latest = v_last_due - 1, v_earliest = c_first_place, v_last_due = NULL;
       ELSEIF v_state = c_deferred THEN
         SET v_state = c_pending, v_earliest = COALESCE(v_last_place, c_first_place), v_latest = c_last_place;
       ELSE
@@ -315,21 +346,51 @@ BEGIN
     END LOOP;
     REPLACE INTO claim_rows_places (campaign_id, shard, provider, last_place, since)
     SELECT p_campaign_id, p_shard, p_provider, MAX(sort_key), IF(v_last_place IS NULL, v_second, v_since)
-      FROM claim_rows_found
+      FROM claim_rows_judged
      WHERE state = c_pending
     HAVING MAX(sort_key) IS NOT NULL;
+    IF v_windowed THEN
+      REPLACE INTO claim_rows_dues (campaign_id, shard, provider, last_due, since)
+      SELECT p_campaign_id, p_shard, p_provider, MAX(sort_key), IF(v_last_due IS NULL, v_second, v_due_since)
+        FROM claim_rows_judged
+       WHERE state = c_deferred
+      HAVING MAX(sort_key) IS NOT NULL;
+    END IF;
     IF v_unsubscribe = 'list' THEN
-      UPDATE claim_rows_found AS q
+      UPDATE claim_rows_judged AS q
         JOIN subscriptions AS s ON s.contact_id = q.contact_id AND s.list_id = v_list_id AND NOT s.subscribed
          SET q.hindrance = 'unsubscribed'
        WHERE q.hindrance IS NULL OR q.hindrance IN ('moved', 'dead');
+    END IF;
+    -- Whose window is closed, or would close before the lease ends, is put off until it opens, in the order of engagement. A row that moves is judged
+    -- in its new queue. Zones that the campaign has no spans of, and none, go by its own.
+    IF v_windowed THEN
+      SET v_until = TIMESTAMPDIFF(SECOND, '1970-01-01', v_now + INTERVAL p_lease_microseconds MICROSECOND);
+      UPDATE claim_rows_judged AS q
+         SET q.time_zone = ''
+       WHERE q.time_zone IS NULL OR NOT EXISTS (SELECT 1 FROM window_spans AS w WHERE w.campaign_id = p_campaign_id AND w.time_zone = q.time_zone);
+      UPDATE claim_rows_judged AS q
+         SET q.hindrance = 'window',
+             q.opens_at = COALESCE((SELECT MIN(w.opens_at) FROM window_spans AS w
+                                     WHERE w.campaign_id = p_campaign_id AND w.time_zone = q.time_zone AND w.opens_at > v_second), v_until)
+       WHERE (q.hindrance IS NULL OR q.hindrance = 'dead')
+         AND NOT EXISTS (SELECT 1 FROM window_spans AS w
+                          WHERE w.campaign_id = p_campaign_id AND w.time_zone = q.time_zone AND w.opens_at <= v_second AND w.closes_at > v_until);
+      UPDATE claim_rows_judged AS q
+         SET q.sort_key = q.opens_at + LEAST(c_window_spread, GREATEST(0, CASE
+                            WHEN q.state = c_pending THEN q.sort_key DIV c_places_a_rank
+                            WHEN q.reason = 'window' THEN q.sort_key - COALESCE((SELECT MAX(w.opens_at) FROM window_spans AS w
+                              WHERE w.campaign_id = p_campaign_id AND w.time_zone = q.time_zone AND w.opens_at <= q.sort_key), 0)
+                            ELSE 0
+                          END))
+       WHERE q.hindrance = 'window';
     END IF;
     -- The first row of a dead domain that is due asks; all others of it wait for the answer. Of two claims that of them asks which moves the
     -- domain's time on. Domains are locked in their order.
     asking: LOOP
       SET v_asking = NULL;
       SELECT position, domain INTO v_asking, v_domain
-        FROM claim_rows_found
+        FROM claim_rows_judged
        WHERE hindrance = 'dead' AND dead_until <= v_now
        ORDER BY domain, position
        LIMIT 1;
@@ -340,13 +401,13 @@ BEGIN
          SET dead_until = v_now + INTERVAL c_answer_wait SECOND
        WHERE domain = v_domain AND dead_until <= v_now;
       IF ROW_COUNT() = 1 THEN
-        UPDATE claim_rows_found SET hindrance = NULL WHERE position = v_asking;
+        UPDATE claim_rows_judged SET hindrance = NULL WHERE position = v_asking;
       END IF;
-      UPDATE claim_rows_found SET dead_until = v_now + INTERVAL c_answer_wait SECOND WHERE domain = v_domain;
+      UPDATE claim_rows_judged SET dead_until = v_now + INTERVAL c_answer_wait SECOND WHERE domain = v_domain;
     END LOOP;
     SELECT COUNT(*), COUNT(IF(hindrance IS NULL AND state = c_pending, 1, NULL)), COUNT(IF(hindrance IS NULL AND state = c_deferred, 1, NULL))
       INTO v_found, v_from_pending, v_from_deferred
-      FROM claim_rows_found;
+      FROM claim_rows_judged;
     SET v_size = v_from_pending + v_from_deferred;
     IF v_found = 0 THEN
       SET v_refusal = 'nothing_due';
@@ -354,7 +415,7 @@ BEGIN
     END IF;
 
     IF v_size > 0 THEN
-      UPDATE claim_rows_found AS q
+      UPDATE claim_rows_judged AS q
         STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
          SET d.state = c_claimed, d.claim_id = p_claim_id, d.server_id = p_server_id, d.version_id = COALESCE(v_version_id, 0)
        WHERE q.hindrance IS NULL;
@@ -373,45 +434,57 @@ BEGIN
           ON DUPLICATE KEY UPDATE count = count + VALUES(count);
     END IF;
     IF v_found > v_size THEN
-      UPDATE claim_rows_found AS q
+      UPDATE claim_rows_judged AS q
          SET q.hindrance = 'duplicate_address'
        WHERE q.hindrance = 'moved' AND EXISTS (SELECT 1 FROM deliveries AS d WHERE d.campaign_id = p_campaign_id AND d.address_hash = q.address_hash);
       -- Whoever was sent it again is not called suppressed: the first copy may have arrived.
-      UPDATE claim_rows_found AS q
+      UPDATE claim_rows_judged AS q
          SET q.to_provider = IF(q.hindrance = 'moved', q.provider, p_provider),
              q.to_state = CASE
                             WHEN q.hindrance = 'moved' THEN q.state
-                            WHEN q.hindrance = 'dead' THEN c_deferred
+                            WHEN q.hindrance IN ('dead', 'window') THEN c_deferred
                             WHEN EXISTS (SELECT 1 FROM delivery_events AS e
                                           WHERE e.campaign_id = p_campaign_id AND e.contact_id = q.contact_id AND e.kind = 'resent') THEN c_unresolved
                             ELSE c_suppressed
                           END
        WHERE q.hindrance IS NOT NULL;
       -- What the old address was answered says nothing about the new one, above all not that it is greylisted.
-      UPDATE claim_rows_found AS q
+      UPDATE claim_rows_judged AS q
         STRAIGHT_JOIN deliveries AS d ON d.campaign_id = p_campaign_id AND d.contact_id = q.contact_id
          SET d.state = q.to_state, d.provider = q.to_provider,
              d.address_hash = IF(q.hindrance = 'moved', q.address_hash, d.address_hash),
              d.sort_key = CASE q.hindrance
                             WHEN 'moved' THEN d.sort_key
                             WHEN 'dead' THEN TIMESTAMPDIFF(SECOND, '1970-01-01', q.dead_until) + MOD(q.contact_id, c_spread)
+                            WHEN 'window' THEN q.sort_key
                             ELSE v_second
                           END,
-             d.code = IF(q.hindrance IN ('moved', 'dead'), 0, d.code), d.enhanced = IF(q.hindrance IN ('moved', 'dead'), 0, d.enhanced),
-             d.reason = CASE q.hindrance WHEN 'moved' THEN NULL WHEN 'dead' THEN 'no_connection' ELSE q.hindrance END
+             d.code = IF(q.hindrance IN ('moved', 'dead', 'window'), 0, d.code),
+             d.enhanced = IF(q.hindrance IN ('moved', 'dead', 'window'), 0, d.enhanced),
+             d.reason = CASE q.hindrance
+                          WHEN 'moved' THEN NULL
+                          WHEN 'dead' THEN 'no_connection'
+                          WHEN 'window' THEN IF(q.opens_at > TIMESTAMPDIFF(SECOND, '1970-01-01', v_expire_at), 'no_window', 'window')
+                          ELSE q.hindrance
+                        END
        WHERE q.hindrance IS NOT NULL;
       INSERT INTO campaign_counters (campaign_id, shard, provider, server_id, state, count)
-      SELECT p_campaign_id, p_shard, p_provider, p_server_id, state, -COUNT(*) FROM claim_rows_found WHERE hindrance IS NOT NULL GROUP BY state
+      SELECT p_campaign_id, p_shard, p_provider, p_server_id, state, -COUNT(*) FROM claim_rows_judged WHERE hindrance IS NOT NULL GROUP BY state
           ON DUPLICATE KEY UPDATE count = campaign_counters.count + VALUES(count);
       INSERT INTO campaign_counters (campaign_id, shard, provider, server_id, state, count)
-      SELECT p_campaign_id, p_shard, to_provider, p_server_id, to_state, COUNT(*) FROM claim_rows_found WHERE hindrance IS NOT NULL
+      SELECT p_campaign_id, p_shard, to_provider, p_server_id, to_state, COUNT(*) FROM claim_rows_judged WHERE hindrance IS NOT NULL
        GROUP BY to_provider, to_state
           ON DUPLICATE KEY UPDATE count = campaign_counters.count + VALUES(count);
       INSERT INTO campaign_minutes (campaign_id, minute, provider, server_id, state, reason, count)
-      SELECT p_campaign_id, v_second DIV 60, p_provider, p_server_id, to_state, hindrance, COUNT(*) FROM claim_rows_found
-       WHERE hindrance IS NOT NULL AND hindrance NOT IN ('moved', 'dead')
+      SELECT p_campaign_id, v_second DIV 60, p_provider, p_server_id, to_state, hindrance, COUNT(*) FROM claim_rows_judged
+       WHERE hindrance IS NOT NULL AND hindrance NOT IN ('moved', 'dead', 'window')
        GROUP BY to_state, hindrance
           ON DUPLICATE KEY UPDATE count = campaign_minutes.count + VALUES(count);
+      INSERT INTO window_rows (campaign_id, provider, time_zone, opens_at, count)
+      SELECT p_campaign_id, p_provider, time_zone, opens_at, COUNT(*) FROM claim_rows_judged
+       WHERE hindrance = 'window'
+       GROUP BY time_zone, opens_at
+          ON DUPLICATE KEY UPDATE count = window_rows.count + VALUES(count);
     END IF;
     -- A claim of which nothing is left to send is written closed: it proves to its server that the database remembers it.
     INSERT INTO claims (id, campaign_id, shard, provider, server_id, run_id, size, state, incarnation, boot_id, journal_inode, journal_offset,
@@ -424,7 +497,7 @@ BEGIN
   IF v_refusal IS NULL THEN
     -- Who was erased since the statement above is as if erased after the claim; what is gone is not given out.
     SELECT q.contact_id, q.attempt, q.email, COALESCE(c.attributes, '{}'), q.domain IS NOT NULL
-      FROM claim_rows_found AS q
+      FROM claim_rows_judged AS q
       LEFT JOIN contacts AS c ON c.id = q.contact_id
      WHERE q.hindrance IS NULL
      ORDER BY q.position;

@@ -35,9 +35,9 @@ from mail_pipelines.database.upsert import add_to
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import rules
 from mail_pipelines.delivery.recording import slot_at, windows_at
-from mail_pipelines.dispatch import greylisting, holds
+from mail_pipelines.dispatch import greylisting, holds, windows
 from mail_pipelines.dispatch.claiming import best_ranks, hindrances
-from mail_pipelines.dispatch.claiming.hindrances import DEAD, MOVED, Hindered
+from mail_pipelines.dispatch.claiming.hindrances import CLOSED, DEAD, MOVED, Hindered
 from mail_pipelines.dispatch.claiming.refusals import Refusal, Verdict
 from mail_pipelines.dispatch.claiming.terms import Request, Row, Taken
 
@@ -63,6 +63,7 @@ _CAMPAIGN = (
         Campaign.brand_id,
         Campaign.unsubscribe,
         Campaign.unsubscribe_list_id,
+        Campaign.send_window.is_not(None).label("windowed"),
     )
     .join_from(Campaign, Server, Server.id == sa.bindparam("server_id"))
     .where(Campaign.id == sa.bindparam("campaign_id"))
@@ -134,8 +135,9 @@ def _recipients(brand_id: int, list_id: int | None, of_list: bool) -> sa.Select[
         (DomainHealth.domain.is_not(None), DEAD),
     )
     columns = (Contact.id, Delivery.attempt, Contact.email, Contact.attributes, hindrance.label("hindrance"), Contact.address_hash, Contact.provider)
+    place = (Contact.time_zone, Delivery.sort_key, Delivery.reason)
     return (
-        sa.select(*columns, DomainHealth.domain, DomainHealth.dead_until)
+        sa.select(*columns, DomainHealth.domain, DomainHealth.dead_until, *place)
         .join_from(Contact, Delivery, sa.and_(Delivery.campaign_id == sa.bindparam("campaign"), Delivery.contact_id == Contact.id))
         .outerjoin(DomainHealth, DomainHealth.domain == Contact.domain)
         .where(Contact.id.in_(sa.bindparam("contacts", expanding=True)))
@@ -236,19 +238,27 @@ def _due_rows(connection: Connection, request: Request, most: int, now: dt.datet
 
 
 def _check_recipients(connection: Connection, request: Request, campaign: Any, sources: dict[int, State], now: dt.datetime) -> tuple[list[Row], list[Hindered]]:
-    """The rows that may be mailed, and the others. Of a dead domain that is due, the first may: it asks, and the others wait for the answer."""
+    """The rows that may be mailed, and the others. Of a dead domain that is due, the first may: it asks, and the others wait for the answer.
+
+    Whose window is closed, or would close before the lease ends, is put off. A row that moves is judged in its new queue.
+    """
     statement = _recipients(campaign.brand_id, campaign.unsubscribe_list_id, campaign.unsubscribe == "list")
     found = {row.id: row for row in connection.execute(statement, {"campaign": request.campaign_id, "contacts": list(sources)})}
     rows: list[Row] = []
     hindered: list[Hindered] = []
     asked: set[str] = set()
     answer_by = now + rules().first_wait
+    second, until = int(now.timestamp()), int((now + dt.timedelta(seconds=request.lease_seconds)).timestamp())
+    spans = windows.read(connection, request.campaign_id, {row.time_zone for row in found.values() if row.time_zone}) if campaign.windowed else None
     for contact_id, source in sources.items():
         row = found.get(contact_id)
         if row is None:
             hindered.append(Hindered(contact_id, source, "erased"))
         elif row.hindrance == MOVED:
             hindered.append(Hindered(contact_id, source, MOVED, row.address_hash, row.provider))
+        elif row.hindrance in (None, DEAD) and spans and (opening := spans.next_opening(zone := spans.zone(row.time_zone), second, until)) is not None:
+            due = spans.due(zone, opening, source, row.sort_key, row.reason)
+            hindered.append(Hindered(contact_id, source, CLOSED, due=due, opening=(zone, opening, spans.reason(zone, opening))))
         elif row.hindrance == DEAD and row.dead_until <= now and row.domain not in asked:
             asked.add(row.domain)
             rows.append(Row(contact_id, row.attempt, row.email, row.attributes, asks=True))

@@ -1,4 +1,4 @@
-"""Rows that were due but may not be mailed as they are, on SQLite: they end, go back to the queue of another provider, or wait for their domain.
+"""Rows that were due but may not be mailed as they are, on SQLite: they end, go back to the queue of another provider, or wait for their domain or window.
 
 They run in the claim's own transaction, on rows that it has found, and read nothing of contacts: what they need came with the rows. The stored
 procedure `claim_rows` does the same.
@@ -19,11 +19,14 @@ from mail_pipelines.database.models import Delivery, State
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.domain_health import NO_CONNECTION
 from mail_pipelines.delivery.events import resent_among
+from mail_pipelines.dispatch import windows
 from mail_pipelines.dispatch.claiming.terms import Request
 
-# The contact has another address than the one that was frozen; its domain does not answer. Every other hindrance is the reason with which the row ends.
+# The contact has another address than the one that was frozen; its domain does not answer; its send window is closed. Every other hindrance is the
+# reason with which the row ends.
 MOVED = "moved"
 DEAD = "dead"
+CLOSED = "window"
 # The rows of a dead domain fall due within so many seconds after it does: no claim is then full of them, nor the domain flooded.
 SPREAD_SECONDS = 60
 
@@ -32,7 +35,8 @@ SPREAD_SECONDS = 60
 class Hindered:
     """A row that was due but may not be mailed as it is, and why.
 
-    `address_hash` and `provider` are the contact's present ones if it moved; `due` (epoch seconds) is when its domain is tried again, if that is dead.
+    `address_hash` and `provider` are the contact's present ones if it moved; `due` (epoch seconds) is when its domain is tried again, if that is dead,
+    or when it is due after its window's `opening`: zone, epoch second and reason.
     """
 
     contact_id: int
@@ -41,6 +45,7 @@ class Hindered:
     address_hash: bytes | None = None
     provider: str | None = None
     due: int | None = None
+    opening: tuple[str, int, str] | None = None
 
 
 def end(connection: Connection, request: Request, hindered: Sequence[Hindered], now: dt.datetime) -> None:
@@ -53,6 +58,7 @@ def end(connection: Connection, request: Request, hindered: Sequence[Hindered], 
         refused[row.reason].append(row)
     moved = refused.pop(MOVED, [])
     _postpone(connection, request, refused.pop(DEAD, []), moves)
+    _put_off(connection, request, refused.pop(CLOSED, []), moves)
     if duplicates := _readdress(connection, request, moved, moves):
         refused["duplicate_address"] = duplicates
     for reason, rows in refused.items():
@@ -95,6 +101,24 @@ def _postpone(connection: Connection, request: Request, rows: Sequence[Hindered]
         spread = due + Delivery.contact_id % SPREAD_SECONDS
         values = {"state": int(State.DEFERRED), "sort_key": spread, "code": None, "enhanced": None, "reason": NO_CONNECTION}
         _update(connection, request, [row.contact_id for row in waiting], **values)
+
+
+def _put_off(connection: Connection, request: Request, rows: Sequence[Hindered], moves: Counter[counters.Place]) -> None:
+    """Defer rows until their window opens, and count them there. They were not offered, so this is no outcome and no attempt."""
+    by_end: defaultdict[tuple[int, str], list[Hindered]] = defaultdict(list)
+    waiting: Counter[windows.Place] = Counter()
+    for row in rows:
+        assert row.due is not None
+        assert row.opening is not None
+        zone, opening, reason = row.opening
+        by_end[row.due, reason].append(row)
+        waiting[request.provider, zone, opening] += 1
+        moves[request.shard, request.provider, row.source, ""] -= 1
+        moves[request.shard, request.provider, State.DEFERRED, ""] += 1
+    for (due, reason), late in sorted(by_end.items()):
+        values = {"state": int(State.DEFERRED), "sort_key": due, "code": None, "enhanced": None, "reason": reason}
+        _update(connection, request, [row.contact_id for row in late], **values)
+    windows.count(connection, request.campaign_id, waiting)
 
 
 def _refuse(connection: Connection, request: Request, rows: Sequence[Hindered], reason: str, now: dt.datetime, moves: Counter[counters.Place]) -> None:
