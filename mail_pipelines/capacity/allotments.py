@@ -21,6 +21,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -37,6 +38,8 @@ from mail_pipelines.dispatch import holds
 # Weight of priority low, normal, high, urgent.
 PRIORITY_WEIGHTS = (1, 4, 16, 64)
 _WAITING = (State.PENDING, State.DEFERRED)
+# A tick grants so many slots: this one and the next.
+_FILLED = 2
 _SOURCE, _KEY = "capacity", "filled"
 
 
@@ -44,7 +47,7 @@ def fill(engine: Engine, heartbeat_seconds: float, now: dt.datetime | None = Non
     """Grant the current and the next slot to all sending campaigns; returns how many grants were changed."""
     with reading(engine) as connection:
         moment = now or database_now(connection)
-        slots = grants.slots_at(moment, 2)
+        slots = grants.slots_at(moment, _FILLED)
         kept = in_force.read(connection)
         epoch = 0 if kept is None else kept.epoch
         fleet = Fleet.read(connection, moment, heartbeat_seconds)
@@ -65,8 +68,7 @@ def fill(engine: Engine, heartbeat_seconds: float, now: dt.datetime | None = Non
     written = grants.write(engine, up, fleet, epoch, lowers=False) + grants.write(engine, down, fleet, epoch, lowers=True)
     # What was left out, because something changed meanwhile, is looked at by the next tick.
     if signatures != before and written == len(up) + len(down):
-        row = {"source": _SOURCE, "key": _KEY, "value": signatures, "version": epoch, "changed_at": moment}
-        transact(engine, lambda connection: put(connection, SyncState, [row]))
+        _keep(engine, signatures, epoch, moment)
     return written
 
 
@@ -74,6 +76,11 @@ def _filled(connection: Connection) -> Mapping[str, str]:
     """The signatures of the providers as they were when their grants were written last."""
     query = sa.select(SyncState.value).where(SyncState.source == _SOURCE, SyncState.key == _KEY)
     return connection.execute(query).scalar_one_or_none() or {}
+
+
+def _keep(engine: Engine, signatures: Mapping[str, str], epoch: int, now: dt.datetime) -> None:
+    row = {"source": _SOURCE, "key": _KEY, "value": signatures, "version": epoch, "changed_at": now}
+    transact(engine, lambda connection: put(connection, SyncState, [row]))
 
 
 def write_plan(
@@ -107,7 +114,13 @@ def write_plan(
         # What is planned as before is stamped anew all the same: it is this plan's now.
         if after != before or after.planned:
             changed[place] = after
-    return grants.write(engine, changed, fleet, epoch, lowers=True, planned=True)
+    written = grants.write(engine, changed, fleet, epoch, lowers=True, planned=True)
+    if written == len(changed):
+        # The next tick has nothing to add but where a breaker is on trial, whose grants are not the plan's.
+        done = {provider: lines for provider, lines in lines_of.items() if all(line.breaker == breakers.CLOSED for line in lines)}
+        first = {provider: [replace(line, spent=line.spent[:_FILLED]) for line in lines] for provider, lines in done.items()}
+        _keep(engine, {name: signature(slots[:_FILLED], epoch, campaigns_of[name], lines) for name, lines in first.items()}, epoch, now)
+    return written
 
 
 def _demand(connection: Connection) -> dict[str, list[Wants]]:

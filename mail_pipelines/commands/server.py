@@ -219,7 +219,7 @@ def add(
     host: str = "127.0.0.1",
     kind: Annotated[Kind, typer.Option(help="what serves there")] = Kind.CATCHER,
     pool: Annotated[str | None, typer.Option(help="its pool; without it the default one")] = None,
-    curve: Annotated[str, typer.Option("--warm-up", help="curve by which a new address is warmed up: careful, normal, manual")] = "none",
+    curve: Annotated[str, typer.Option("--warm-up", help="curve by which a new address is warmed up: careful, normal, fast, manual")] = "none",
 ) -> None:
     """Register the server NAME (started by `mail-pipelines catcher run NAME` or `mail-pipelines exim run NAME`)."""
     from mail_pipelines.capacity import warm_up
@@ -241,7 +241,7 @@ def add(
 def warm(
     name: str,
     provider: Annotated[str | None, typer.Option(help="one provider group, or * for those that it has not sent to; without it all")] = None,
-    curve: Annotated[str | None, typer.Option(help="begin on this curve: careful, normal, manual; none ends the warm-up")] = None,
+    curve: Annotated[str | None, typer.Option(help="begin on this curve: careful, normal, fast, manual; none ends the warm-up")] = None,
     step: Annotated[int | None, typer.Option(help="set the step of the curve, the first is 0; one behind the last lets the provider be warm")] = None,
     days: Annotated[int, typer.Option(help="show no more lines of the history than this")] = 30,
 ) -> None:

@@ -231,6 +231,7 @@ def test_a_campaign_that_the_plan_gave_nothing_is_not_taken_for_a_new_one(world:
     moved = sa.update(Allotment).where(Allotment.slot_start == slot_at(NOW) + 900)
     transact(world.engine, lambda connection: connection.execute(moved.where(Allotment.campaign_id == urgent).values(granted=900, planned=900)))
     transact(world.engine, lambda connection: connection.execute(moved.where(Allotment.campaign_id == low).values(granted=0, planned=0)))
+    transact(world.engine, lambda connection: connection.execute(sa.delete(SyncState).where(SyncState.key == "filled")))
     allotments.fill(world.engine, HEARTBEAT, NOW)
     # A message on each server, so that it is not forgotten.
     assert grants(world, low)[900] == (2, 0)
@@ -285,6 +286,11 @@ def test_a_tick_in_which_nothing_changed_reads_and_writes_no_grants(world: World
     def note(connection: object, cursor: object, statement: str, *_: object) -> None:
         statements.append(statement)
 
+    assert allotments.fill(world.engine, HEARTBEAT, NOW) == 0
+    assert not [statement for statement in statements if "allotments" in statement]
+    planning.make(world.engine, world.settings, NOW)
+    statements.clear()
+    # The plan has left nothing for the tick after it.
     assert allotments.fill(world.engine, HEARTBEAT, NOW) == 0
     assert not [statement for statement in statements if "allotments" in statement]
     # A provider for which something has changed is looked at.
