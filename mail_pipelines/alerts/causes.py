@@ -16,7 +16,8 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.alerts.cause import Cause
 from mail_pipelines.campaigns import lifecycle, overdue
 from mail_pipelines.campaigns.campaign import Campaign
-from mail_pipelines.capacity import breakers
+from mail_pipelines.capacity import breakers, health, verdicts
+from mail_pipelines.capacity.health_rules import Standing, rules
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import SENDING_STATES, State
@@ -102,6 +103,13 @@ def _proposed(look: Look) -> Iterator[Cause]:
             yield Cause("proposal", str(one.id), f"proposal {one.id}: {what}: {one.why}{effect}", f"mail-pipelines server provision --proposal {one.id}")
 
 
+def _idle(look: Look) -> Iterator[Cause]:
+    for key, verdict in verdicts.standing(look.connection, look.now).items():
+        if verdict.due and look.settings.provisioning.mode == "propose":
+            text = f"server {key} is not needed, and costs {verdict.saves_per_month:.2f} a month: {verdict.why}"
+            yield Cause("server-idle", key, text, f"mail-pipelines server remove {key}")
+
+
 def _set_aside(look: Look) -> Iterator[Cause]:
     for source, reason in provisions.set_aside(look.connection).items():
         yield Cause("source", source, f"host source {source} is set aside: {reason}", f"mail-pipelines server sources --use-again {source}")
@@ -138,6 +146,22 @@ def _listed(look: Look) -> Iterator[Cause]:
     for server in look.fleet:
         if server.state in _ON_DUTY and (known := found.get(server.key)) and known.listed:
             yield Cause("block-list", server.key, f"server {server.key}: {'; '.join(known.listed)}", f"mail-pipelines server verify {server.key}")
+
+
+def _drained(look: Look) -> Iterator[Cause]:
+    states = {server.key: server.state for server in look.fleet}
+    for key, record in health.records(look.connection).items():
+        if record.standing is Standing.DRAINED and states.get(key) in (ServerState.DRAINING, ServerState.PAUSED):
+            text = f"server {key} was drained at {record.at:%Y-%m-%d %H:%M} UTC: {record.why}. Take it back when the cause is gone, or remove or retire it"
+            yield Cause("server-drained", key, text, f"mail-pipelines server activate {key}")
+        elif record.standing is Standing.SUSPECT and look.now - record.at >= 2 * rules().confirm:
+            text = f"server {key} is refused, and sends on, for its pool can spare no further one: {record.why}"
+            yield Cause("server-refused", key, text, f"mail-pipelines server drain {key}")
+
+
+def _fleet_refused(look: Look) -> Iterator[Cause]:
+    if words := health.trouble(look.connection):
+        yield Cause("fleet-refused", "", f"{words}. Look at what the campaigns send, and hold them", "mail-pipelines campaign list")
 
 
 def _recovery(look: Look) -> Iterator[Cause]:
@@ -190,9 +214,12 @@ CAUSES: tuple[Callable[[Look], Iterator[Cause]], ...] = (
     _waiting_dns,
     _set_aside,
     _proposed,
+    _idle,
     _clock,
     _log_disk,
     _listed,
+    _drained,
+    _fleet_refused,
     _breakers,
     _holds,
     _late,

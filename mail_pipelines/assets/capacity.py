@@ -8,6 +8,7 @@ from mail_pipelines.assets import markdown
 from mail_pipelines.capacity import reports
 from mail_pipelines.database.engine import reading
 from mail_pipelines.delivery import plots
+from mail_pipelines.resources import provisioning
 from mail_pipelines.resources.database import CentralDatabase
 
 # So much of the past is shown beside the plan.
@@ -20,7 +21,7 @@ def capacity_plan(context: dg.AssetExecutionContext, database: CentralDatabase) 
     # The solver is loaded by this asset alone: every send run imports this module.
     from mail_pipelines.capacity import planning
 
-    made = planning.make(database.engine, database.settings)
+    made = planning.make(database.engine, database.settings, source=provisioning.next_source(database.engine, database.settings))
     if made.changed is None:
         context.log.warning("another plan came into force while this one was made; it is not used")
     for failure in made.document["failures"]:

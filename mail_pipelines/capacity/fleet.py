@@ -57,11 +57,6 @@ class Limits:
         caps += [cap for cap in (self.per_hour, self.per_day[0]) if cap is not None]
         return max(0, min(caps))
 
-    def allow_more(self, used: Mapping[int, int]) -> bool:
-        """Whether another message may be sent in this slot, hour and day; `used` is by the length of the window."""
-        caps = {SLOT_SECONDS: int(self.per_second * SLOT_SECONDS), _HOUR: self.per_hour, _DAY: self.per_day[0]}
-        return all(cap is None or used.get(length, 0) < cap for length, cap in caps.items())
-
 
 @dataclass(frozen=True)
 class Fleet:
@@ -114,6 +109,15 @@ class Fleet:
         if found.per_day[0] is not None:
             caps.append(found.per_day[0] - used.get(_DAY, 0))
         return max(0, min(caps))
+
+    def spent(self, server_id: int, provider: str, slot: int) -> bool:
+        """Whether the limit of the slot, or of the hour or day in which it lies, is used up by now."""
+        found = self.limits(server_id, provider)
+        if found is None:
+            return False
+        used = self.used.get((server_id, provider), {})
+        caps = ((SLOT_SECONDS, int(found.per_second * SLOT_SECONDS)), (_HOUR, found.per_hour), (_DAY, found.per_day[0]))
+        return any(cap is not None and used.get(length, 0) >= cap and slot // length == self._slot // length for length, cap in caps)
 
     def breaker(self, server_id: int, provider: str) -> str:
         breaker = self.stopped.get((server_id, provider))

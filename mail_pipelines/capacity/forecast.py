@@ -149,11 +149,11 @@ def _closed(part: ProviderPlan, able: Counts, first: int, last: int) -> float:
 
 
 def orders(
-    plan: NearPlan, more: Callable[[int, Sequence[int], Sequence[str]], list[Line]], lines: Sequence[Line], found: Sequence[Forecast]
+    plan: NearPlan, more: Callable[[int, Sequence[int], Sequence[str], int], list[Line]], lines: Sequence[Line], found: Sequence[Forecast]
 ) -> Iterator[Order]:
     """For each campaign that would be late, how many more warm servers of its pool would save it; none for those that no number does.
 
-    `more(count, pools, providers)` are the lines they would have.
+    `more(count, pools, providers, begin)` are the lines they would have, of which nothing is wanted before `begin` (epoch seconds).
     """
     jobs = {job.key: job for job in plan.jobs}
     for forecast in found:
@@ -162,10 +162,13 @@ def orders(
         job = jobs[forecast.campaign]
         slow = {part.provider for part, number in plan.of_job(job.id) if job.finish_by is not None and _ending(part, number) > job.finish_by}
         demands = [demand for part in plan.providers if part.provider in slow for demand in part.demands]
+        begin = max(plan.horizon.now, min((demand.release for demand in demands if demand.job.id == job.id), default=0))
         here = [line for line in lines if line.provider in slow]
 
-        def saves(count: int, job: Job = job, demands: Sequence[Demand] = demands, here: Sequence[Line] = here, slow: set[str] = slow) -> bool:
-            tried = near_plan(plan.jobs, demands, [*here, *more(count, [job.pool_id], sorted(slow))], plan.horizon.now)
+        def saves(
+            count: int, job: Job = job, demands: Sequence[Demand] = demands, here: Sequence[Line] = here, slow: set[str] = slow, begin: int = begin
+        ) -> bool:
+            tried = near_plan(plan.jobs, demands, [*here, *more(count, [job.pool_id], sorted(slow), begin)], plan.horizon.now)
             ended = tried.finish(job.id)
             return ended is not None and job.finish_by is not None and ended <= job.finish_by
 

@@ -30,8 +30,25 @@ class NewServer:
             return 0.0
         return min(warm, self.per_day[age_days]) if age_days < len(self.per_day) else warm
 
+    def days_to(self, level: float) -> int:
+        """After how many days of sending it may send so much a day to a provider."""
+        return next((day for day, cap in enumerate(self.per_day) if cap >= level), len(self.per_day))
+
+
+@dataclass(frozen=True)
+class NextSource:
+    """Where the next server would come from: its curve, "" if its addresses are warm, and what it costs an hour."""
+
+    curve: str
+    cost_per_hour: float
+
 
 @functools.cache
 def new_server() -> NewServer:
     data = tomllib.loads(_DATA.read_text(encoding="utf-8"))
     return NewServer(data["lead_days"], rules().curve(data["curve"]).caps)
+
+
+def on_curve(curve: str) -> NewServer:
+    """What a server is worth whose addresses are warmed up by this curve; "" if they are warm already."""
+    return NewServer(new_server().lead_days, rules().curve(curve).caps if curve else ())

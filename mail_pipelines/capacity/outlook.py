@@ -4,6 +4,7 @@ the servers on order."""
 from __future__ import annotations
 
 import datetime as dt
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from mail_pipelines.capacity.new_servers import new_server
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign, CampaignCounter, Provision, Server, State
 from mail_pipelines.dispatch import pools
 from mail_pipelines.dispatch.registry import ServerState
-from mail_pipelines.provisioning.states import MAKING
+from mail_pipelines.provisioning.states import IN_SERVICE, MAKING
 
 # So many weeks back make the trend, and so much a week it may rise or fall.
 PAST_WEEKS = 4
 _LEAST_GROWTH, _MOST_GROWTH = 0.9, 1.1
+_LAST_MADE = 5
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def of_pool(pool_id: int, key: str, demand: Mapping[str, Daily], fleet: Fleet) -
     """What the servers of a pool, and a warm one more, can send of a demand (`outlook_of`)."""
     limits = {provider: fleet.limits(0, provider) for provider in demand}
     capacity = {
-        provider: sum((_days(line) for member in fleet.members if member.pool_id == pool_id and (line := fleet.limits(member.id, provider))), np.zeros(DAYS))
+        provider: sum((days_of(line) for member in fleet.members if member.pool_id == pool_id and (line := fleet.limits(member.id, provider))), np.zeros(DAYS))
         for provider in demand
     }
-    warm = {provider: float(_days(line)[-1]) if line is not None else 0.0 for provider, line in limits.items()}
+    warm = {provider: float(days_of(line)[-1]) if line is not None else 0.0 for provider, line in limits.items()}
     return Outlook(key, demand, capacity, warm)
 
 
@@ -67,6 +69,14 @@ def in_flight(connection: Connection) -> list[InFlight]:
     serves = sa.exists().where(Server.id == Provision.server_id, Server.state != ServerState.PROVISIONING.value)
     query = sa.select(Provision.pool, Provision.requested_at).where(Provision.state.in_(MAKING), ~serves).order_by(Provision.id)
     return [InFlight(row.pool or default, 1, new_server().first_day(row.requested_at.date())) for row in connection.execute(query)]
+
+
+def lead_seconds(connection: Connection) -> float:
+    """How long it takes to make a server, by the last that were made here: from the request to its service. 0 if none was."""
+    done = sa.select(Provision.state_at, Provision.requested_at).where(Provision.state.in_(IN_SERVICE)).order_by(Provision.id.desc()).limit(_LAST_MADE)
+    # One that was warming is in its state since it is warm.
+    took = [(row.state_at - row.requested_at).total_seconds() for row in connection.execute(done)]
+    return statistics.median(took) if (took := [seconds for seconds in took if seconds < DAY]) else 0.0
 
 
 def outlook_of(past: Iterable[Mailing], coming: Iterable[Mailing], today: dt.date) -> dict[str, Daily]:
@@ -97,7 +107,7 @@ def trend(history: Daily) -> Daily:
     return means
 
 
-def _days(limits: Limits) -> Daily:
+def days_of(limits: Limits) -> Daily:
     """What a server may send to a provider on each day."""
     rate = limits.per_second * DAY if limits.per_hour is None else min(limits.per_second * DAY, limits.per_hour * 24.0)
     caps = [limits.per_day[min(day, len(limits.per_day) - 1)] for day in range(DAYS)]

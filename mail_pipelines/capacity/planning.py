@@ -1,36 +1,37 @@
 """Planning: read demand and supply, make the near plan and the far one, put the near one into force, keep both for display.
 
-A plan comes into force in one transaction, and only if no other has since it began to read: its number (`epoch`) is the next after the one it saw.
+A plan comes into force with one row, and only if no other has since it began to read: its number (`epoch`) is the next after the one it saw. Then its grants
+are written, in portions.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import allotments, demand, far, forecast, outlook, supply
-from mail_pipelines.capacity.allotments import Grant, Place
+from mail_pipelines.capacity import allotments, demand, far, forecast, grants, idle, in_force, outlook, supply, verdicts
 from mail_pipelines.capacity.demand import Demand, Job
 from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook, far_plan
 from mail_pipelines.capacity.fleet import Fleet
-from mail_pipelines.capacity.horizon import HOUR, HOURS
+from mail_pipelines.capacity.grants import Grant, Place
+from mail_pipelines.capacity.horizon import DAY, HOUR, HOURS
+from mail_pipelines.capacity.idle import Idleness
 from mail_pipelines.capacity.lines import Line
 from mail_pipelines.capacity.near import NearPlan, near_plan
-from mail_pipelines.capacity.new_servers import new_server
+from mail_pipelines.capacity.new_servers import NextSource, new_server
+from mail_pipelines.capacity.warm_up_rules import rules
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Campaign, CampaignMinute, State, SyncState
+from mail_pipelines.database.models import Campaign, CampaignMinute, State
 
-_SOURCE, _KEY = "capacity", "plan"
 # The current slot and the next are frozen, so that the one after has to be planned before it is.
 _GRANTED_SLOTS = 3
-_MINE = (SyncState.source == _SOURCE, SyncState.key == _KEY)
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,28 @@ class Situation:
     in_flight: list[InFlight]
     # Of the plan in force.
     ordered: list[FarOrder]
+    idleness: Idleness
+    lead_seconds: float
 
     def plan(self, more: Sequence[Line] = ()) -> NearPlan:
         """The plan for this situation, with `more` lines than there are."""
         return near_plan(self.jobs, self.demands, [*self.lines, *more], int(self.now.timestamp()), self._previous())
 
-    def more_servers(self, count: int, pool_ids: Sequence[int], providers: Sequence[str]) -> list[Line]:
+    def more_servers(self, count: int, pool_ids: Sequence[int], providers: Sequence[str], _begin: int = 0) -> list[Line]:
+        """The lines of more servers that are there and warm."""
         return supply.more_servers(self.fleet, count, pool_ids, providers)
+
+    def ordered_servers(self, curve: str) -> Callable[[int, Sequence[int], Sequence[str], int], list[Line]]:
+        """The same of servers that are ordered now and are warmed up by this curve, or are warm (""): from the day on which they have something to send."""
+        caps = rules().curve(curve).caps if curve else ()
+        now = int(self.now.timestamp())
+        opens_at = int(now + self.lead_seconds) if self.lead_seconds else 0
+
+        def more(count: int, pool_ids: Sequence[int], providers: Sequence[str], begin: int) -> list[Line]:
+            idle_days = max(begin, opens_at) // DAY - now // DAY
+            return supply.more_servers(self.fleet, count, pool_ids, providers, (*caps[:1] * max(0, idle_days), *caps), opens_at)
+
+        return more
 
     def _previous(self) -> Mapping[tuple[int, str, int], int]:
         """What the plan in force has still to send: (campaign, provider, start of slot) → messages."""
@@ -77,63 +93,57 @@ class Made:
 def read(connection: Connection, settings: Settings, now: dt.datetime | None = None) -> Situation:
     """Read from counters, limits and grants what a plan is made from; `now` is the database's time if not given."""
     moment = now or database_now(connection)
-    kept = in_force(connection)
+    kept = in_force.read(connection)
+    epoch = kept.epoch if kept else 0
     fleet = Fleet.read(connection, moment, settings.server.heartbeat_seconds)
     jobs, demands = demand.read(connection, moment, HOURS * HOUR, int(settings.sending.first_retry_seconds))
     lines = supply.read(connection, fleet, {wanted.provider for wanted in demands}, moment)
-    present = allotments.read(connection, allotments.slots_at(moment, _GRANTED_SLOTS))
+    present = grants.read(connection, grants.slots_at(moment, _GRANTED_SLOTS), epoch)
     outlooks = outlook.read(connection, fleet, moment)
     ordered = [far.from_document(order) for order in kept.document["far"]] if kept else []
-    return Situation(moment, kept.epoch if kept else 0, fleet, jobs, demands, lines, present, outlooks, outlook.in_flight(connection), ordered)
+    flights, idleness, lead = outlook.in_flight(connection), idle.read(connection, settings, fleet), outlook.lead_seconds(connection)
+    return Situation(moment, epoch, fleet, jobs, demands, lines, present, outlooks, flights, ordered, idleness, lead)
 
 
-def make(engine: Engine, settings: Settings, now: dt.datetime | None = None) -> Made:
-    """Make a plan of the situation as it is and put it into force. Safe to run in several places at once: one plan comes into force."""
+def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, source: NextSource | None = None) -> Made:
+    """Make a plan of the situation as it is and put it into force. Safe to run in several places at once: one plan comes into force.
+
+    `source` is where the next server would come from. If its servers are worth something within two days, the plan says how many of them help.
+    """
     with reading(engine) as connection:
         situation = read(connection, settings, now)
     plan = situation.plan()
     found = forecast.forecasts(plan)
     orders = list(forecast.orders(plan, situation.more_servers, situation.lines, found))
     ahead = far_plan(situation.outlooks, situation.now.date(), new_server(), situation.in_flight, situation.ordered)
-    document = {**forecast.document(plan, found, orders), "far": [far.to_document(order) for order in ahead]}
-    changed = transact(engine, lambda connection: _enforce(connection, settings, situation, plan, document))
+    left = idle.judge(situation.idleness, plan, situation.fleet, situation.outlooks, situation.in_flight, ahead, source, situation.now)
+    document = {
+        **forecast.document(plan, found, orders),
+        "far": [far.to_document(order) for order in ahead],
+        "idle": [verdicts.to_document(verdict) for verdict in left],
+    }
+    if source is not None and (not source.curve or rules().curve(source.curve).fast):
+        helping = forecast.orders(plan, situation.ordered_servers(source.curve), situation.lines, found)
+        document["offer"] = {"curve": source.curve, "orders": [asdict(order) for order in helping]}
+    planned_for = {(wanted.job.id, wanted.provider) for wanted in situation.demands if not wanted.job.expected}
+    document["planned_for"] = {str(job_id): sorted(provider for job, provider in planned_for if job == job_id) for job_id, _ in sorted(planned_for)}
+    if not transact(engine, lambda connection: in_force.follow(connection, situation.epoch, document, situation.now)):
+        return Made(plan, document, None)
+    slots = grants.slots_at(situation.now, _GRANTED_SLOTS)
+    heartbeat_seconds, epoch = settings.server.heartbeat_seconds, situation.epoch + 1
+    changed = allotments.write_plan(engine, heartbeat_seconds, situation.present, _planned(situation, plan), planned_for, slots, epoch, situation.now)
     return Made(plan, document, changed)
 
 
-def _enforce(connection: Connection, settings: Settings, situation: Situation, plan: NearPlan, document: Mapping[str, Any]) -> int | None:
-    epoch = situation.epoch + 1
-    values = {"value": document, "version": epoch, "changed_at": situation.now}
-    if situation.epoch:
-        if connection.execute(sa.update(SyncState).where(*_MINE, SyncState.version == situation.epoch).values(**values)).rowcount != 1:
-            return None
-    elif connection.execute(sa.select(SyncState.version).where(*_MINE).with_for_update()).first() is not None:
-        return None
-    else:
-        connection.execute(sa.insert(SyncState).values(source=_SOURCE, key=_KEY, **values))
-    # A breaker may have opened, or a hold begun, while the plan was made.
-    fleet = Fleet.read(connection, situation.now, settings.server.heartbeat_seconds)
+def _planned(situation: Situation, plan: NearPlan) -> dict[Place, int]:
+    """What is planned in the first slots, which are quarters of an hour, as grants are."""
     sending = {job.id for job in situation.jobs if not job.expected}
-    # The first slots are quarters of an hour, as grants are.
     planned = {place: granted for place, granted in plan.grants(_GRANTED_SLOTS).items() if place[0] in sending}
     for place, grant in situation.present.items():
         if grant.used and place[0] in sending:
             # A grant is for the whole slot, the plan for what is left of it.
             planned[place] = planned.get(place, 0) + grant.used
-    return allotments.write_plan(connection, fleet, situation.present, planned, allotments.slots_at(situation.now, _GRANTED_SLOTS), epoch)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The plan in force as it was kept: its number, `forecast.document` with the orders of the far plan as `far`, and the moment that it is of."""
-
-    epoch: int
-    document: Mapping[str, Any]
-    made_at: dt.datetime
-
-
-def in_force(connection: Connection) -> Kept | None:
-    row = connection.execute(sa.select(SyncState.version, SyncState.value, SyncState.changed_at).where(*_MINE)).one_or_none()
-    return None if row is None else Kept(row.version, row.value, row.changed_at)
+    return planned
 
 
 def sent_by_hour(connection: Connection, since: dt.datetime) -> list[tuple[int, int]]:

@@ -1,17 +1,20 @@
-"""How many servers to ask for now, by pool: what the plan in force lacks, less what is on its way already.
+"""How many servers to ask for now, by pool: what the plan in force lacks, less what is on its way already, and no fewer than were taken out of service.
 
-What belongs here: reading that off the plan. What does not: the plans (`far`, `forecast`), and what becomes of a shortage (`provisioning.proposals`).
+What belongs here: reading that off the plan and off what `health` has decided. What does not: the plans (`far`, `forecast`), and what becomes of a shortage
+(`provisioning.proposals`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.capacity import far, planning
-from mail_pipelines.capacity.planning import Kept
+from mail_pipelines.capacity import far, health, in_force
+from mail_pipelines.capacity.health_rules import Standing
+from mail_pipelines.capacity.in_force import Kept
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign
 from mail_pipelines.dispatch import pools
 from mail_pipelines.provisioning import store
@@ -19,18 +22,38 @@ from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import IN_SERVICE, MAKING
 
 
-def wanted(connection: Connection, *, warm: bool) -> list[Wanted]:
-    """Orders of the far plan that are due; if new servers are `warm`, also what would let the campaigns of the near one end in time."""
-    kept = planning.in_force(connection)
-    if kept is None:
-        return []
+def wanted(connection: Connection, *, curve: str | None) -> list[Wanted]:
+    """Orders of the far plan that are due; also what would let the campaigns of the near one end in time, if servers of the next source's `curve` do ("": its
+    addresses are warm; None: there is no source). And those in the place of servers that were taken out of service.
+    """
+    kept = in_force.read(connection)
     default = pools.keys(connection)[DEFAULT_POOL]
-    found = _far(kept)
-    for pool, lack in (_near(connection, kept) if warm else {}).items():
+    found: dict[str, Wanted] = {}
+    if kept is not None:
+        found = _far(kept)
+        for pool, lack in _near(connection, kept, curve).items():
+            if pool not in found or found[pool].servers < lack.servers:
+                found[pool] = lack
+        found = {pool: replace(lack, as_of=kept.made_at) for pool, lack in found.items()}
+    for pool, lack in _in_the_place(connection, default).items():
         if pool not in found or found[pool].servers < lack.servers:
             found[pool] = lack
     # A pool that is asked for by no name is the default one.
-    return [Wanted(lack.servers, lack.why, lack.effect, None if pool == default else pool, kept.made_at) for pool, lack in sorted(found.items())]
+    return [replace(lack, pool=None if pool == default else pool) for pool, lack in sorted(found.items())]
+
+
+def _in_the_place(connection: Connection, default: str) -> dict[str, Wanted]:
+    """For each server made here that was drained by itself, or lost, another one. What was asked for since it was decided is in its place."""
+    drained = {key: record for key, record in health.records(connection).items() if record.standing is Standing.DRAINED}
+    gone: defaultdict[str, list[str]] = defaultdict(list)
+    for one in store.all_provisions(connection) if drained else ():
+        if one.key in drained and one.state in IN_SERVICE:
+            gone[one.pool or default].append(one.key)
+    found = {}
+    for pool, keys in gone.items():
+        why = "; ".join(f"in the place of {key}: {drained[key].why}" for key in keys)
+        found[pool] = Wanted(len(keys), why, "the pool is as large as before", as_of=min(drained[key].at for key in keys))
+    return found
 
 
 def _far(kept: Kept) -> dict[str, Wanted]:
@@ -46,10 +69,14 @@ def _far(kept: Kept) -> dict[str, Wanted]:
     return found
 
 
-def _near(connection: Connection, kept: Kept) -> dict[str, Wanted]:
+def _near(connection: Connection, kept: Kept, curve: str | None) -> dict[str, Wanted]:
     """The near plan knows only the servers that could send when it was made. One number of servers serves all campaigns of a pool."""
     keys = pools.keys(connection)
-    orders = {order["campaign"]: order for order in kept.document["orders"]}
+    offer = kept.document.get("offer")
+    if offer is None or offer["curve"] != curve:
+        # Without the offer of a source the plan knows only what servers would do that are warm and there.
+        offer = {"orders": kept.document["orders"] if curve == "" else []}
+    orders = {order["campaign"]: order for order in offer["orders"]}
     found: dict[str, Wanted] = {}
     for key, pool_id in connection.execute(sa.select(Campaign.key, Campaign.pool_id).where(Campaign.key.in_(orders))).tuples():
         pool, order = keys[pool_id], orders[key]
@@ -60,5 +87,5 @@ def _near(connection: Connection, kept: Kept) -> dict[str, Wanted]:
             for one in store.all_provisions(connection)
         )
         if (servers := order["servers"] - coming) > (found[pool].servers if pool in found else 0):
-            found[pool] = Wanted(servers, f"campaign {key}: {order['why']}", f"campaign {key} ends in time with {servers} more warm servers")
+            found[pool] = Wanted(servers, f"campaign {key}: {order['why']}", f"campaign {key} ends in time with {servers} more servers")
     return found

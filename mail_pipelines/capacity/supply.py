@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -49,15 +49,23 @@ def _line(fleet: Fleet, server_id: int, pool_id: int, provider: str, limits: Lim
     )  # fmt: skip
 
 
-def more_servers(fleet: Fleet, count: int, pool_ids: Iterable[int], providers: Iterable[str]) -> list[Line]:
-    """The lines that `count` more servers of each of these pools would have: warm ones, under the limits of all servers."""
+def more_servers(fleet: Fleet, count: int, pool_ids: Iterable[int], providers: Iterable[str], caps: Sequence[int] = (), opens_at: int = 0) -> list[Line]:
+    """The lines that `count` more servers of each of these pools would have, under the limits of all servers: from `opens_at` (epoch seconds) on, and with
+    `caps` for the first days of sending; without any they are warm.
+    """
     return [
-        Line(-number, pool_id, provider, limits.per_second, limits.per_hour, limits.per_day)
+        Line(-number, pool_id, provider, limits.per_second, limits.per_hour, _capped(limits.per_day, caps), opens_at=opens_at, warming=bool(caps))
         for pool_id in sorted(set(pool_ids))
         for number in range(1, count + 1)
         for provider in sorted(set(providers))
         if (limits := fleet.limits(0, provider)) is not None and not fleet.held.over_provider(provider)
     ]
+
+
+def _capped(per_day: Sequence[int | None], caps: Sequence[int]) -> tuple[int | None, ...]:
+    """The lesser of both, day by day; the last limit stands for all days after."""
+    limits = [per_day[min(day, len(per_day) - 1)] for day in range(max(len(per_day), len(caps) + 1))]
+    return tuple(limit if day >= len(caps) else caps[day] if limit is None else min(limit, caps[day]) for day, limit in enumerate(limits))
 
 
 def _flows(connection: Connection, now: dt.datetime) -> Mapping[Pair, float]:

@@ -33,11 +33,12 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Curve:
-    """Messages a day by step. `by_itself`: steps are taken by the rule, and not by an operator."""
+    """Messages a day by step. `by_itself`: steps are taken by the rule, and not by an operator; `fast`: its first two days are worth an order."""
 
     name: str
     caps: tuple[int, ...]
     by_itself: bool
+    fast: bool = False
 
     @property
     def end(self) -> int:
@@ -114,7 +115,7 @@ class Rules:
 @functools.cache
 def rules() -> Rules:
     raw = tomllib.loads(RULES.read_text(encoding="utf-8"))
-    curves = {name: Curve(name, tuple(curve["caps"]), curve["by_itself"]) for name, curve in raw["curve"].items()}
+    curves = {name: Curve(name, tuple(curve["caps"]), curve["by_itself"], curve.get("fast", False)) for name, curve in raw["curve"].items()}
     signals = tuple(
         Signal(signal["of"], frozenset(signal.get("ignored", ())), signal["least"], signal["hold"], signal["back"], signal["far_back"])
         for signal in raw["signal"]

@@ -21,11 +21,11 @@ def show(as_json: Json = False) -> None:
 
     from rich.table import Table
 
-    from mail_pipelines.capacity import planning
+    from mail_pipelines.capacity import in_force
     from mail_pipelines.database.engine import reading
 
     with reading(open_engine()) as connection:
-        kept = planning.in_force(connection)
+        kept = in_force.read(connection)
     if as_json:
         typer.echo(json.dumps(None if kept is None else {"epoch": kept.epoch, **kept.document}))
         return
@@ -46,6 +46,9 @@ def show(as_json: Json = False) -> None:
         when = "now" if order["due"] else f"by {order['order_by']}"
         effect = f"{order['short']:,} messages would be too late, with them {order['left']:,}"
         console.print(escape(f"pool {order['pool']}: order {order['servers']} servers {when}, to send from {order['first_day']} on: {effect} ({order['why']})"))
+    for one in plan.get("idle", ()):
+        then = "is kept" if one["keep"] else "is to be given back" if one["due"] else f"could be given back, since {one['since']}"
+        console.print(escape(f"server {one['server']} {then}: {one['why']}"))
 
 
 def _cells(found: dict[str, Any]) -> list[str]:

@@ -39,10 +39,16 @@ def list_servers() -> None:
         held = holds.in_force(connection)
         keys = pools.keys(connection)
         listed = {key for key, found in _listings(connection).items() if found.listed}
+        drained = _drained(connection)
         for server in servers.all_servers(connection):
             silent = server.is_silent(now, settings().server.heartbeat_seconds)
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
-            notes = " (held)" if held.over_server(server.id, server.pool_id) else " (block-listed)" if server.key in listed else ""
+            notes = (
+                " (held)" if held.over_server(server.id, server.pool_id)
+                else " (refused)" if server.key in drained
+                else " (block-listed)" if server.key in listed
+                else ""
+            )  # fmt: skip
             table.add_row(
                 server.key,
                 server.kind,
@@ -54,6 +60,8 @@ def list_servers() -> None:
             )
         making = _making(connection)
     console.print(table)
+    for key, why in drained.items():
+        console.print(f"{key} was taken out of service: {why}; `mail-pipelines server activate {key}` takes it back", markup=False, highlight=False)
     for key, standing in making.items():
         console.print(f"{key} is being made: {standing}; `mail-pipelines server provisions`", markup=False, highlight=False)
 
@@ -63,6 +71,17 @@ def _making(connection: Connection) -> Mapping[str, str]:
     from mail_pipelines.provisioning import store
 
     return {one.key: one.standing for one in store.making(connection)} if settings().this_server is None else {}
+
+
+def _drained(connection: Connection) -> Mapping[str, str]:
+    """Servers that were drained by themselves, and why. Only the centre may read it."""
+    from mail_pipelines.capacity import health
+    from mail_pipelines.capacity.health_rules import Standing
+
+    if settings().this_server is not None:
+        return {}
+    found = {key: record for key, record in health.records(connection).items() if record.standing is Standing.DRAINED}
+    return {key: f"{record.why} ({record.at:%Y-%m-%d %H:%M} UTC)" for key, record in found.items()}
 
 
 def _health(health: Mapping[str, Any]) -> dict[str, str]:
@@ -122,7 +141,7 @@ def show(name: str) -> None:
     """One server: its state and health, its warm-up, which providers it has stopped sending to, and what the audits of its log have found so far."""
     from rich.table import Table
 
-    from mail_pipelines.capacity import breakers, warm_up
+    from mail_pipelines.capacity import breakers, verdicts, warm_up
     from mail_pipelines.database.engine import database_now, reading
     from mail_pipelines.dispatch import audit, holds, pools, registry, servers, token_keys
 
@@ -142,6 +161,8 @@ def show(name: str) -> None:
         # Only the centre may read them.
         warming = warm_up.standings(connection, now, server.id) if settings().this_server is None else []
         making = _making(connection).get(name)
+        drained = _drained(connection).get(name)
+        verdict = verdicts.standing(connection, now).get(name) if settings().this_server is None else None
     table = Table(show_header=False, box=None)
     table.add_row("server", server.key)
     table.add_row("kind", server.kind)
@@ -150,6 +171,10 @@ def show(name: str) -> None:
     table.add_row("state", "drained" if draining and not claims else server.state)
     if making is not None:
         table.add_row("being made", escape(making))
+    if drained is not None:
+        table.add_row("taken out of service", escape(drained))
+    if verdict is not None:
+        table.add_row("kept" if verdict.keep else "not needed", escape(verdict.why))
     for reason in left:
         table.add_row("before it retires", reason)
     if hold is not None:
@@ -194,7 +219,7 @@ def add(
     host: str = "127.0.0.1",
     kind: Annotated[Kind, typer.Option(help="what serves there")] = Kind.CATCHER,
     pool: Annotated[str | None, typer.Option(help="its pool; without it the default one")] = None,
-    curve: Annotated[str, typer.Option("--warm-up", help="curve by which a new address is warmed up: careful, normal, manual")] = "none",
+    curve: Annotated[str, typer.Option("--warm-up", help="curve by which a new address is warmed up: careful, normal, fast, manual")] = "none",
 ) -> None:
     """Register the server NAME (started by `mail-pipelines catcher run NAME` or `mail-pipelines exim run NAME`)."""
     from mail_pipelines.capacity import warm_up
@@ -216,7 +241,7 @@ def add(
 def warm(
     name: str,
     provider: Annotated[str | None, typer.Option(help="one provider group, or * for those that it has not sent to; without it all")] = None,
-    curve: Annotated[str | None, typer.Option(help="begin on this curve: careful, normal, manual; none ends the warm-up")] = None,
+    curve: Annotated[str | None, typer.Option(help="begin on this curve: careful, normal, fast, manual; none ends the warm-up")] = None,
     step: Annotated[int | None, typer.Option(help="set the step of the curve, the first is 0; one behind the last lets the provider be warm")] = None,
     days: Annotated[int, typer.Option(help="show no more lines of the history than this")] = 30,
 ) -> None:

@@ -9,7 +9,7 @@ import enum
 import functools
 import ipaddress
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ _ALWAYS, _NEVER = "127.0.0.2", "127.0.0.1"
 
 @dataclass(frozen=True)
 class BlockList:
-    """One list: the zone it is asked in, and where one asks to be removed."""
+    """One list: the zone it is asked in, where one asks to be removed, and the answers for which a server is drained."""
 
     zone: str
     remedy: str
     source: str = ""
+    drains: Sequence[str] = ()
 
 
 class Standing(enum.StrEnum):
@@ -46,12 +47,13 @@ class Standing(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """What one list said of one address, and how."""
+    """What one list said of one address, and how; `drains`: a server of that address is to be taken out of service."""
 
     address: str
     zone: str
     standing: Standing
     text: str
+    drains: bool = False
 
 
 @functools.cache
@@ -106,5 +108,5 @@ def _read(address: str, a_list: BlockList, answer: Answer, doubt: str) -> Look:
         return Look(address, a_list.zone, Standing.UNKNOWN, f"{a_list.zone}: {doubt or answer.failure or 'it refuses this resolver'}")
     if codes := _codes(answer):
         text = f"{address} is listed by {a_list.zone} ({', '.join(codes)}): find the cause, then ask to be removed at {a_list.remedy}"
-        return Look(address, a_list.zone, Standing.LISTED, text)
+        return Look(address, a_list.zone, Standing.LISTED, text, drains=any(code in a_list.drains for code in codes))
     return Look(address, a_list.zone, Standing.CLEAR, f"{address} is not listed by {a_list.zone}")

@@ -1,7 +1,6 @@
 """Whether the addresses of servers are on block lists: looked up a few times a day, and remembered for whoever shows or tells it.
 
-What belongs here: whose turn it is, and keeping what was found. What does not: the lists (`block_lists`), and stopping a server, which is the operator's
-decision.
+What belongs here: whose turn it is, and keeping what was found. What does not: the lists (`block_lists`), and draining a server (`capacity.health`).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -24,21 +24,42 @@ from mail_pipelines.provisioning.dns.records import is_public
 SOURCE = "block_lists"
 # So many servers in one go: each is a question for each list, and a tick has to end.
 AT_ONCE = 5
+# A listing that would drain a server has to be seen twice; the second look comes so soon.
+CONFIRM_AFTER = dt.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lists said of a server at `at`: `listed` in words with what to do, `unknown` of lists that do not answer."""
+    """What lists said of a server at `at`: `listed` in words with what to do, `unknown` of lists that do not answer.
+
+    `matters` are those of `listed` for which a server is drained, `since` when one was first seen.
+    """
 
     at: dt.datetime
     listed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    matters: tuple[str, ...] = ()
+    since: dt.datetime | None = None
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether two looks have found what matters."""
+        return self.since is not None and self.at > self.since
+
+    def is_due(self, now: dt.datetime, every: dt.timedelta) -> bool:
+        return now - self.at >= (min(every, CONFIRM_AFTER) if self.matters and not self.confirmed else every)
 
 
 def listings(connection: Connection) -> dict[str, Listing]:
     """What was found last, by server."""
     rows = connection.execute(sa.select(SyncState.key, SyncState.value).where(SyncState.source == SOURCE))
-    return {key: Listing(dt.datetime.fromisoformat(value["at"]), tuple(value["listed"]), tuple(value["unknown"])) for key, value in rows}
+    return {key: _listing(value) for key, value in rows}
+
+
+def _listing(value: dict[str, Any]) -> Listing:
+    since = value.get("since")
+    listed, unknown, matters = (tuple(value.get(name, ())) for name in ("listed", "unknown", "matters"))
+    return Listing(dt.datetime.fromisoformat(value["at"]), listed, unknown, matters, None if since is None else dt.datetime.fromisoformat(since))
 
 
 def look(engine: Engine, settings: DnsSettings, fleet: Iterable[ServerInfo], now: dt.datetime) -> dict[str, Listing]:
@@ -51,7 +72,8 @@ def look(engine: Engine, settings: DnsSettings, fleet: Iterable[ServerInfo], now
     with reading(engine) as connection:
         known = listings(connection)
     addresses = {server.key: [text for text in (server.health or {}).get("addresses", ()) if is_public(text)] for server in fleet}
-    due = [key for key in addresses if addresses[key] and (key not in known or now - known[key].at >= dt.timedelta(hours=settings.block_list_hours))]
+    every = dt.timedelta(hours=settings.block_list_hours)
+    due = [key for key in addresses if addresses[key] and (key not in known or known[key].is_due(now, every))]
     due = sorted(due, key=lambda key: known[key].at if key in known else dt.datetime.min.replace(tzinfo=dt.UTC))[:AT_ONCE]
     if not due:
         return {}
@@ -60,14 +82,17 @@ def look(engine: Engine, settings: DnsSettings, fleet: Iterable[ServerInfo], now
     for key in due:
         own = [look for look in looks if look.address in addresses[key]]
         listed, unknown = (tuple(dict.fromkeys(look.text for look in own if look.standing is standing)) for standing in (Standing.LISTED, Standing.UNKNOWN))
-        found[key] = Listing(now, listed, unknown)
+        matters = tuple(dict.fromkeys(look.text for look in own if look.drains))
+        before = known[key].since if key in known else None
+        found[key] = Listing(now, listed, unknown, matters, (before or now) if matters else None)
     transact(engine, lambda connection: _keep(connection, found))
     return found
 
 
 def _keep(connection: Connection, found: dict[str, Listing]) -> None:
     for key, listing in found.items():
-        values = {"value": asdict(listing) | {"at": listing.at.isoformat()}, "version": 1, "changed_at": listing.at}
+        since = None if listing.since is None else listing.since.isoformat()
+        values = {"value": asdict(listing) | {"at": listing.at.isoformat(), "since": since}, "version": 1, "changed_at": listing.at}
         mine = (SyncState.source == SOURCE, SyncState.key == key)
         if not connection.execute(sa.update(SyncState).where(*mine).values(**values)).rowcount:
             connection.execute(sa.insert(SyncState).values(source=SOURCE, key=key, **values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import sqlalchemy as sa
@@ -19,6 +20,9 @@ from mail_pipelines.provisioning.interfaces import Parts
 from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.resources.broker_accounts import BrokerAccounts
 from mail_pipelines.resources.server_storage import ServerStorage
+
+if TYPE_CHECKING:
+    from mail_pipelines.capacity.new_servers import NextSource
 
 
 def parts_of(engine: sa.Engine, settings: Settings) -> Parts:
@@ -75,4 +79,16 @@ class Provisioning(dg.ConfigurableResource):
         sources = hosts_file.read(settings).sources
         with reading(engine) as connection:
             following = proposals.next_source(connection, sources)
-            return shortage.wanted(connection, warm=following is not None and not following.curve)
+            return shortage.wanted(connection, curve=None if following is None else following.curve)
+
+
+def next_source(engine: sa.Engine, settings: Settings) -> NextSource | None:
+    """Where the next server would come from, as the capacity plan sees it; None if there is no source that may be used."""
+    from mail_pipelines.capacity.new_servers import NextSource
+    from mail_pipelines.provisioning import proposals
+    from mail_pipelines.provisioning.sources import reading as hosts_file
+
+    sources = hosts_file.read(settings).sources
+    with reading(engine) as connection:
+        following = proposals.next_source(connection, sources)
+    return None if following is None else NextSource(following.curve, following.cost_per_hour)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dagster as dg
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
+from mail_pipelines.capacity import health, verdicts
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import proposals, store
-from mail_pipelines.provisioning.states import State
+from mail_pipelines.provisioning.states import IN_SERVICE, State
 from mail_pipelines.provisioning.store import Provision
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
@@ -34,9 +36,13 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
     """The sensor, with what makes servers and knows how many are wanted."""
 
     def capacity_shortage(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
-        """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), and go on with those that wait for something."""
+        """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), give back those that it does not need, and go on with those
+        that wait for something.
+        """
         engine, settings = database.engine, database.settings
         said = [] if settings.provisioning.mode == "off" else _short(provisioning, engine, settings)
+        if settings.provisioning.mode == "auto":
+            said += transact(engine, give_back)
         for line in said:
             context.log.info("%s", line)
         with reading(engine) as connection:
@@ -61,3 +67,17 @@ def _short(provisioning: Provisioning, engine: sa.Engine, settings: Settings) ->
         return []
     parts = provisioning.parts(engine, settings)
     return [transact(engine, lambda connection, one=one: proposals.short(connection, parts, one)) for one in wanted]  # type: ignore[misc]
+
+
+def give_back(connection: Connection) -> list[str]:
+    """Have servers removed that were taken out of service long ago, and then one that is not needed if none is going; what was done, in words."""
+    now = database_now(connection)
+    # All that act on servers made here wait for each other.
+    made = {one.key: one for one in store.all_provisions(connection, lock=True)}
+    serving = {key for key, one in made.items() if one.state in IN_SERVICE}
+    reasons = {key: "it was taken out of service, and nobody took it back" for key in health.gone(connection, now) if key in serving}
+    if not reasons and not any(one.state is State.DRAINING for one in made.values()):
+        reasons = {key: verdict.why for key, verdict in verdicts.standing(connection, now).items() if verdict.due and key in serving}
+    for key, why in reasons.items():
+        store.give_back(connection, key, why)
+    return [f"server {key} is given back: {why}" for key, why in reasons.items()]

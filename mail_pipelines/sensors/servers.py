@@ -10,7 +10,7 @@ from collections.abc import Collection
 import dagster as dg
 
 from mail_pipelines import partitions
-from mail_pipelines.capacity import warm_up
+from mail_pipelines.capacity import health, warm_up
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import clock, registry, servers
@@ -46,8 +46,8 @@ CENTRE_JOBS = tuple(
 
 
 def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
-    """Keep the send slots equal to what the servers that send offer, judge the days of warm-ups, mark runs failed whose process or server is gone, and give up
-    servers that are lost.
+    """Keep the send slots equal to what the servers that send offer, judge the days of warm-ups, drain servers that providers or block lists refuse, mark runs
+    failed whose process or server is gone, and give up servers that are lost.
     """
     settings = database.settings
     for change in warm_up.judge(database.engine):
@@ -80,6 +80,8 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         if server.clock_error:
             context.log.warning("%s: %s", server.clock_error, clock.REMEDY)
     _look_at_block_lists(context, database, speaking, now)
+    for words in health.look(database.engine):
+        context.log.error("%s", words)
     lost = watch.silent_for(registry.LOST_AFTER)
     for server in elsewhere:
         if server.key in lost and (rows := registry.lose(database.engine, server.key, heartbeat_at=server.heartbeat_at)) is not None:
@@ -92,7 +94,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
 
 
 def _look_at_block_lists(context: dg.SensorEvaluationContext, database: CentralDatabase, speaking: Collection[servers.ServerInfo], now: dt.datetime) -> None:
-    """Have the addresses of servers looked up whose turn it is. Whether a listed one goes on is the operator's decision."""
+    """Have the addresses of servers looked up whose turn it is. What follows is decided by `health`."""
     try:
         found = listing.look(database.engine, database.settings.dns, speaking, now)
     except ResolverError as error:

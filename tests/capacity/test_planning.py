@@ -12,10 +12,11 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.assets.capacity import capacity_plan
-from mail_pipelines.capacity import allotments, demand, planning, what_if
+from mail_pipelines.capacity import allotments, demand, in_force, planning, warm_up, what_if
+from mail_pipelines.capacity import grants as rows_of_grants
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Allotment, Breaker, Campaign, CampaignCounter, CampaignMinute, State, SyncState
+from mail_pipelines.database.models import Allotment, Breaker, Campaign, CampaignCounter, CampaignMinute, ProviderUsage, State, SyncState
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import servers
@@ -145,10 +146,159 @@ def test_an_older_plan_never_overwrites_a_newer_one(world: World, monkeypatch: p
     assert planning.make(world.engine, world.settings, NOW).changed is None
     assert grants(world, low) == {}
     with reading(world.engine) as connection:
-        kept = planning.in_force(connection)
+        kept = in_force.read(connection)
         assert kept is not None
         assert (kept.epoch, [found["campaign"] for found in kept.document["campaigns"]]) == (1, ["spring"])
         assert set(connection.execute(sa.select(Allotment.plan_epoch)).scalars()) == {1}
+
+
+def test_a_plan_that_is_killed_between_two_portions_is_not_mixed_with_another(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A portion is the provider of a slot here. What the killed plan did not write is shared as if nothing were planned; the next plan makes it whole."""
+    urgent = add_campaign(world, "urgent", 5_000, priority=3)
+    low = add_campaign(world, "low", 5_000, priority=0)
+    world.set_campaign(state="paused")
+    planning.make(world.engine, world.settings, NOW)
+    before = grants(world, urgent), grants(world, low)
+    assert before[0][900] == (1_764, 1_764)
+
+    def swapped(connection: sa.Connection) -> None:
+        for campaign, priority in ((urgent, 0), (low, 3)):
+            connection.execute(sa.update(Campaign).where(Campaign.id == campaign).values(priority=priority))
+
+    transact(world.engine, swapped)
+    portions, write = [0], rows_of_grants._write
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*arguments: object) -> int | None:
+        portions[0] += 1
+        if portions[0] == 2:
+            raise Killed
+        return write(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows_of_grants, "PORTION_ROWS", 1)
+        patch.setattr(rows_of_grants, "_write", dies)
+        with pytest.raises(Killed):
+            planning.make(world.engine, world.settings, NOW)
+    with reading(world.engine) as connection:
+        kept = in_force.read(connection)
+        assert kept is not None
+        assert kept.epoch == 2
+        mine = rows_of_grants.read(connection, rows_of_grants.slots_at(NOW, 3), kept.epoch)
+        epochs = dict(connection.execute(sa.select(Allotment.slot_start, sa.func.max(Allotment.plan_epoch)).group_by(Allotment.slot_start)).tuples().all())
+    # The current slot is the new plan's, the others have nothing planned.
+    assert [epochs[start] for start in sorted(epochs)] == [2, 1, 1]
+    assert {place[3] for place, grant in mine.items() if grant.planned} == {slot_at(NOW)}
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    shared = grants(world, low)[900][0]
+    # As without a plan: 64 parts of 65, and not what it was given by either plan.
+    assert shared == 2 * (900 * 64 // 65)
+    monkeypatch.setattr(rows_of_grants, "PORTION_ROWS", 1)
+    planning.make(world.engine, world.settings, NOW)
+    assert grants(world, low)[900] == (1_764, 1_764)
+    assert grants(world, urgent)[900] == (36, 36)
+
+
+def test_a_plan_that_is_overtaken_between_two_portions_writes_no_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = add_campaign(world, "low", 50_000, priority=0)
+    monkeypatch.setattr(rows_of_grants, "PORTION_ROWS", 1)
+
+    def overtaken(*arguments: object) -> object:
+        monkeypatch.setattr(rows_of_grants, "transact", transact)
+        written = transact(*arguments)  # type: ignore[arg-type]
+        transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == low).values(state="paused")))
+        assert planning.make(world.engine, world.settings, NOW).changed
+        return written
+
+    monkeypatch.setattr(rows_of_grants, "transact", overtaken)
+    planning.make(world.engine, world.settings, NOW)
+    with reading(world.engine) as connection:
+        rows = connection.execute(sa.select(Allotment.plan_epoch, Allotment.slot_start, Allotment.provider).where(Allotment.planned > 0)).all()
+    # Of the first one portion; all else, and that too where it plans anything, is the second's.
+    assert len({(row.slot_start, row.provider) for row in rows if row.plan_epoch == 1}) <= 1
+    assert any(row.plan_epoch == 2 for row in rows)
+
+
+def test_a_campaign_that_the_plan_gave_nothing_is_not_taken_for_a_new_one(world: World) -> None:
+    """All there is was planned for the urgent one. The other one has its share of what is left, which is nothing, and not of the whole room."""
+    urgent = add_campaign(world, "urgent", 5_000, priority=3)
+    low = add_campaign(world, "low", 5_000, priority=0)
+    world.set_campaign(state="paused")
+    planning.make(world.engine, world.settings, NOW)
+    # As a plan without a floor share would have it.
+    moved = sa.update(Allotment).where(Allotment.slot_start == slot_at(NOW) + 900)
+    transact(world.engine, lambda connection: connection.execute(moved.where(Allotment.campaign_id == urgent).values(granted=900, planned=900)))
+    transact(world.engine, lambda connection: connection.execute(moved.where(Allotment.campaign_id == low).values(granted=0, planned=0)))
+    transact(world.engine, lambda connection: connection.execute(sa.delete(SyncState).where(SyncState.key == "filled")))
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    # A message on each server, so that it is not forgotten.
+    assert grants(world, low)[900] == (2, 0)
+    assert grants(world, urgent)[900] == (1_800, 1_800)
+
+
+def use_up(world: World, server_id: int, length: int, used: int) -> None:
+    start = int(NOW.timestamp()) // length * length
+    usage = {"server_id": server_id, "provider": "google", "window_seconds": length, "window_start": start, "used": used}
+    transact(world.engine, lambda connection: connection.execute(sa.insert(ProviderUsage).values(usage)))
+
+
+@pytest.mark.parametrize(("length", "slots"), [(3600, {0: 0, 900: 0}), (86400, {0: 0, 900: 0}), (900, {0: 0, 900: 900})])
+def test_where_a_limit_is_used_up_nothing_stays_unspent(world: World, length: int, slots: dict[int, int]) -> None:
+    """And of a slot in which the limit is another one, the grants stay."""
+    world.set_server("s2", state="paused")
+    limits = {3600: {"per_hour": 700}, 86400: {"per_day": 700}, 900: {}}[length]
+    servers.set_limits(world.engine, "s1", "*", {"per_second": 1.0, **limits})
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert grants(world, 1)[0][0] > 0
+    use_up(world, 1, length, 900 if length == 900 else 700)
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert {start: granted for start, (granted, _) in grants(world, 1).items()} == slots
+    # A message that was not sent after all is given back.
+    given_back = sa.update(ProviderUsage).values(used=ProviderUsage.used - 1)
+    transact(world.engine, lambda connection: connection.execute(given_back))
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert grants(world, 1)[0][0] > 0
+
+
+def test_a_trial_waits_for_the_next_day_where_a_warm_up_is_used_up(world: World) -> None:
+    world.set_server("s2", state="paused")
+    transact(world.engine, lambda connection: warm_up.set_by_hand(connection, "s1", NOW, curve="manual"))
+
+    def trial(connection: sa.Connection) -> None:
+        values = {"server_id": 1, "provider": "google", "state": "trial", "rule": "blocked", "reason": "", "trips": 1, "until": None}
+        connection.execute(sa.insert(Breaker).values(**values, changed_at=NOW, baseline={}))
+
+    transact(world.engine, trial)
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert grants(world, 1)[0] == (5, 0)
+    use_up(world, 1, 86400, 200)
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert grants(world, 1)[0] == (0, 0)
+
+
+def test_a_tick_in_which_nothing_changed_reads_and_writes_no_grants(world: World) -> None:
+    assert allotments.fill(world.engine, HEARTBEAT, NOW)
+    statements: list[str] = []
+
+    @sa.event.listens_for(world.engine, "before_cursor_execute")
+    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    assert allotments.fill(world.engine, HEARTBEAT, NOW) == 0
+    assert not [statement for statement in statements if "allotments" in statement]
+    planning.make(world.engine, world.settings, NOW)
+    statements.clear()
+    # The plan has left nothing for the tick after it.
+    assert allotments.fill(world.engine, HEARTBEAT, NOW) == 0
+    assert not [statement for statement in statements if "allotments" in statement]
+    # A provider for which something has changed is looked at.
+    add_campaign(world, "another", 5)
+    assert allotments.fill(world.engine, HEARTBEAT, NOW)
+    read = [statement for statement in statements if "allotments" in statement and statement.startswith("SELECT")]
+    assert len(read) == 1
+    sa.event.remove(world.engine, "before_cursor_execute", note)
 
 
 def test_what_a_breaker_has_taken_a_plan_does_not_give_back(world: World) -> None:
@@ -200,7 +350,7 @@ def test_what_comes_too_late_is_named_with_the_servers_that_would_save_it(world:
     assert found["bottleneck"] == "google: the rate of 2 servers"
     assert found["finish_at"].startswith("2026-03-02T11:5")
     with reading(world.engine) as connection:
-        kept = planning.in_force(connection)
+        kept = in_force.read(connection)
     assert kept is not None
     (order,) = kept.document["orders"]
     assert (order["campaign"], order["servers"]) == ("late", 4)
@@ -302,6 +452,6 @@ def test_the_asset_puts_a_plan_into_force_and_shows_it(world: World) -> None:
     assert str(shown["servers_to_order"]).startswith("| pool | servers | order by | due |")
     assert str(shown["plan_and_reality"]).startswith("![Messages an hour, sent and planned](data:image/png;base64,")
     with reading(world.engine) as connection:
-        assert connection.execute(sa.select(SyncState.version).where(SyncState.source == "capacity")).scalar_one() == 1
+        assert connection.execute(sa.select(SyncState.version).where(SyncState.source == "capacity", SyncState.key == "plan")).scalar_one() == 1
         current = slot_at(database_now(connection))
         assert connection.execute(sa.select(sa.func.sum(Allotment.planned)).where(Allotment.slot_start >= current)).scalar_one() > 0

@@ -119,7 +119,7 @@ def test_after_a_month_without_mail_it_begins_at_half_of_what_it_sent() -> None:
 
 
 def test_the_curves_as_they_are_shipped() -> None:
-    assert {name: curve.by_itself for name, curve in rules().curves.items()} == {"careful": True, "normal": True, "manual": False}
+    assert {name: curve.by_itself for name, curve in rules().curves.items()} == {"careful": True, "normal": True, "fast": True, "manual": False}
     for curve in rules().curves.values():
         growth = [after / before for before, after in zip(curve.caps, curve.caps[1:], strict=False)]
         assert all(1 < factor <= 2.5 for factor in growth)
