@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines import config, doctor, home
+from mail_pipelines import config, home
 from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.campaigns import archiving
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import servers
+from mail_pipelines.doctor import examination, waiting
 from tests.campaigns.parts import make_campaign
 from tests.parts.processes import free_port
 
@@ -44,7 +45,7 @@ def made(_template: Path, monkeypatch: pytest.MonkeyPatch) -> config.Settings:
 
 
 def _findings(check: str) -> list[str]:
-    return [finding.problem for finding in doctor.examine() if finding.check == check]
+    return [finding.problem for finding in examination.examine() if finding.check == check]
 
 
 def _mode(path: Path) -> int:
@@ -166,7 +167,7 @@ def test_doctor_names_an_unreachable_database(made: config.Settings, monkeypatch
 
 
 def test_doctor_names_a_database_that_takes_connections_and_never_answers(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(waiting, "ANSWER_SECONDS", 0.2)
     # Nobody takes the connections from the kernel, which makes them.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -177,7 +178,7 @@ def test_doctor_names_a_database_that_takes_connections_and_never_answers(made: 
 
 
 def test_doctor_does_not_wait_for_a_storage_of_dagster_that_never_answers(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "STORAGE_SECONDS", 0.5)
+    monkeypatch.setattr(waiting, "STORAGE_SECONDS", 0.5)
     (made.dagster_home / "dagster.yaml").write_text("storage: {mysql: {mysql_url: {env: DAGSTER_MYSQL_URL}}}")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("DAGSTER_MYSQL_URL", f"mysql+mysqlconnector://dagster:hunter2@127.0.0.1:{silent.getsockname()[1]}/dagster")

@@ -7,7 +7,7 @@ decision.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
@@ -61,11 +61,12 @@ def look(engine: Engine, settings: DnsSettings, fleet: Iterable[ServerInfo], now
         own = [look for look in looks if look.address in addresses[key]]
         listed, unknown = (tuple(dict.fromkeys(look.text for look in own if look.standing is standing)) for standing in (Standing.LISTED, Standing.UNKNOWN))
         found[key] = Listing(now, listed, unknown)
-    transact(engine, lambda connection: _keep(connection, found))
+    transact(engine, lambda connection: keep(connection, found))
     return found
 
 
-def _keep(connection: Connection, found: dict[str, Listing]) -> None:
+def keep(connection: Connection, found: Mapping[str, Listing]) -> None:
+    """Remember what was found of these servers."""
     for key, listing in found.items():
         values = {"value": asdict(listing) | {"at": listing.at.isoformat()}, "version": 1, "changed_at": listing.at}
         mine = (SyncState.source == SOURCE, SyncState.key == key)
