@@ -43,7 +43,9 @@ class Operator:
         (line,) = self._next(COMMANDS)
         words = shlex.split(filled(line, self._names))
         assert words.pop(0) == "mail-pipelines"
-        return subprocess.Popen([sys.executable, "-m", "mail_pipelines", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # What is printed is to be seen at once.
+        command = [sys.executable, "-u", "-m", "mail_pipelines", *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def sees(self, output: str | None = None) -> None:
         """The next block is of what is printed, and all of it was: by the commands before, or in `output`."""

@@ -150,7 +150,7 @@ def test_a_listed_server_is_drained_and_comes_back(opens: Opens, world: World, d
         claim = world.claim(server, limit=1)
         assert isinstance(claim, OpenClaim)
         results = [Result(claim.rows[0].contact_id, 0, State.DELIVERED, 250)]
-        transact(world.engine, lambda connection: record(connection, claim.ref, results, claim_state="closed"))
+        transact(world.engine, lambda connection: record(connection, claim.ref, results, claim_state="open"))
         operator.types()
         operator.sees()
         assert not isinstance(world.claim(server, limit=1), OpenClaim)
@@ -222,6 +222,8 @@ def test_after_a_restore_nobody_is_mailed_twice_and_nobody_forgotten(
     operator.sees(too_early.stderr)
     recovering = operator.types_and_waits()
     try:
+        assert recovering.stdout is not None
+        operator.sees(recovering.stdout.readline())
         operator.types()
         printed, _ = recovering.communicate(timeout=120)
     finally:
@@ -264,7 +266,7 @@ def test_a_stolen_server_gets_nothing_more_and_signs_nothing_that_counts(opens: 
         # The stolen one has in hand what it has claimed.
         if server.key == "s2":
             results = [Result(number, 0, State.DELIVERED, 250) for number in mailed[-1]]
-            transact(world.engine, lambda connection, ref=claim.ref, results=results: record(connection, ref, results, claim_state="closed"))  # type: ignore[misc]
+            transact(world.engine, lambda connection, ref=claim.ref, results=results: record(connection, ref, results, claim_state="open"))  # type: ignore[misc]
     theft = Theft(world, *fleet, *mailed)
     thief = create_engine(given.url, given.password)
     with thief.connect() as connection:
