@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import servers
-from mail_pipelines.doctor import examination, waiting
+from mail_pipelines.doctor import daemon, examination, waiting
+from mail_pipelines.runbook import Chapter
 from tests.campaigns.parts import make_campaign
 from tests.parts.processes import free_port
 
@@ -203,6 +205,21 @@ def test_doctor_names_a_lost_token_key_file(made: config.Settings) -> None:
 
 def test_doctor_names_a_daemon_that_never_ran(made: config.Settings) -> None:
     assert "daemon is silent" in _findings("daemon")[0]
+
+
+def test_doctor_names_a_daemon_long_before_dagster_does(made: config.Settings) -> None:
+    import dagster as dg
+    from dagster._daemon.types import DaemonHeartbeat
+
+    def beat(seconds_ago: float) -> list[str]:
+        with dg.DagsterInstance.from_config(str(made.dagster_home)) as instance:
+            for kind in instance.get_required_daemon_types():
+                instance.add_daemon_heartbeat(DaemonHeartbeat(time.time() - seconds_ago, kind, "a test's", []))
+            return [f"{finding.problem} {finding.remedy}" for finding in daemon.check_daemon(instance)]
+
+    assert beat(30) == []
+    (said,) = beat(daemon.SILENT_SECONDS + 60)
+    assert said == f"Dagster's daemon is silent: no sensor, schedule or queued run starts start it: {Chapter.DAEMON_DEAD.place}"
 
 
 def test_doctor_names_dagster_settings_it_cannot_use(made: config.Settings) -> None:
