@@ -10,12 +10,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 
-from mail_pipelines import config, doctor
+from mail_pipelines import config
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, database_now, open_engine, reading
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import DispatchError
-from mail_pipelines.doctor import Finding
+from mail_pipelines.doctor import broker, central, host, waiting
+from mail_pipelines.doctor.finding import Finding
 
 _POLL_SECONDS = 1.0
 _EXIM_LOG = "see `journalctl --unit mail-pipelines-exim`"
@@ -38,25 +39,25 @@ def _look(environ: Mapping[str, str]) -> Iterator[Finding]:
     if not members:
         yield Finding("configuration", f"{config.SERVER_VARIABLE} is not set: this host speaks for no dispatch server", "set it to the server's name")
         return
-    yield from doctor.check_home(settings)
-    yield from doctor.check_token_key(settings)
-    yield from doctor.check_dagster_home(settings, environ)
-    yield from doctor.check_disk(settings)
-    yield from doctor.check_doors(settings, members)
-    yield from doctor.check_addresses(members)
+    yield from host.check_home(settings)
+    yield from host.check_token_key(settings)
+    yield from host.check_dagster_home(settings, environ)
+    yield from host.check_disk(settings)
+    yield from host.check_doors(settings, members)
+    yield from host.check_addresses(members)
     for name, own in members.items():
         yield from check_server(name, own)
-    broken = list(doctor.check_broker(settings))
+    broken = list(broker.check_broker(settings))
     yield from broken or check_workers(settings, members)
 
 
 def check_server(name: str, settings: config.Settings) -> Iterator[Finding]:
     """One server of this host: its account of the central database, and the process that keeps its name there."""
-    engine = open_engine(settings.database, answer_seconds=doctor.ANSWER_SECONDS)
+    engine = open_engine(settings.database, answer_seconds=waiting.ANSWER_SECONDS)
     try:
         migrate.require_schema(engine)
         with reading(engine) as connection:
-            yield from doctor.check_clock(connection)
+            yield from central.check_clock(connection)
             server = servers.find(connection, name)
             if server.is_silent(database_now(connection), settings.server.heartbeat_seconds):
                 yield Finding("server", f"server {name} has no heartbeat", _EXIM_LOG)

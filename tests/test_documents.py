@@ -28,8 +28,10 @@ from tests.parts.processes import stop
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# Typed and looked for by `tests/runbook`, which reads that page alone.
+OF_THE_RUNBOOK = {"sh runbook", "text printed"}
 # The words after the three back quotes. `until-ctrl-c` commands run until they say so, and then get a SIGINT.
-KINDS = {"bash", "bash until-ctrl-c", "text", "toml", "yaml campaign", "yaml dagster", "yaml segment"}
+KINDS = {"bash", "bash until-ctrl-c", "text", "toml", "yaml campaign", "yaml dagster", "yaml segment", *OF_THE_RUNBOOK}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def _of_kind(kind: str) -> list[Block]:
 
 def test_every_block_says_what_it_is() -> None:
     assert [str(block) for block in BLOCKS if block.kind not in KINDS] == []
+    runbook = ROOT / "docs/runbook.md"
+    assert [str(block) for block in BLOCKS if (block.kind in OF_THE_RUNBOOK) != (block.page == runbook)] == []
 
 
 COMMANDS = [

@@ -9,18 +9,21 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines import config, doctor, home
+from mail_pipelines import config, home
 from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.campaigns import archiving
 from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import servers
+from mail_pipelines.doctor import daemon, examination, waiting
+from mail_pipelines.runbook import Chapter
 from tests.campaigns.parts import make_campaign
 from tests.parts.processes import free_port
 
@@ -44,7 +47,7 @@ def made(_template: Path, monkeypatch: pytest.MonkeyPatch) -> config.Settings:
 
 
 def _findings(check: str) -> list[str]:
-    return [finding.problem for finding in doctor.examine() if finding.check == check]
+    return [finding.problem for finding in examination.examine() if finding.check == check]
 
 
 def _mode(path: Path) -> int:
@@ -166,7 +169,7 @@ def test_doctor_names_an_unreachable_database(made: config.Settings, monkeypatch
 
 
 def test_doctor_names_a_database_that_takes_connections_and_never_answers(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(waiting, "ANSWER_SECONDS", 0.2)
     # Nobody takes the connections from the kernel, which makes them.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -177,7 +180,7 @@ def test_doctor_names_a_database_that_takes_connections_and_never_answers(made: 
 
 
 def test_doctor_does_not_wait_for_a_storage_of_dagster_that_never_answers(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "STORAGE_SECONDS", 0.5)
+    monkeypatch.setattr(waiting, "STORAGE_SECONDS", 0.5)
     (made.dagster_home / "dagster.yaml").write_text("storage: {mysql: {mysql_url: {env: DAGSTER_MYSQL_URL}}}")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("DAGSTER_MYSQL_URL", f"mysql+mysqlconnector://dagster:hunter2@127.0.0.1:{silent.getsockname()[1]}/dagster")
@@ -202,6 +205,21 @@ def test_doctor_names_a_lost_token_key_file(made: config.Settings) -> None:
 
 def test_doctor_names_a_daemon_that_never_ran(made: config.Settings) -> None:
     assert "daemon is silent" in _findings("daemon")[0]
+
+
+def test_doctor_names_a_daemon_long_before_dagster_does(made: config.Settings) -> None:
+    import dagster as dg
+    from dagster._daemon.types import DaemonHeartbeat
+
+    def beat(seconds_ago: float) -> list[str]:
+        with dg.DagsterInstance.from_config(str(made.dagster_home)) as instance:
+            for kind in instance.get_required_daemon_types():
+                instance.add_daemon_heartbeat(DaemonHeartbeat(time.time() - seconds_ago, kind, "a test's", []))
+            return [f"{finding.problem} {finding.remedy}" for finding in daemon.check_daemon(instance)]
+
+    assert beat(30) == []
+    (said,) = beat(daemon.SILENT_SECONDS + 60)
+    assert said == f"Dagster's daemon is silent: no sensor, schedule or queued run starts start it: {Chapter.DAEMON_DEAD.place}"
 
 
 def test_doctor_names_dagster_settings_it_cannot_use(made: config.Settings) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mail_pipelines import config, doctor, home
+from mail_pipelines import config, home
 from mail_pipelines.database.engine import open_engine, reading
 from mail_pipelines.dispatch import servers
+from mail_pipelines.doctor import examination
 from tests.parts.processes import stop, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("platform")]
@@ -56,7 +57,7 @@ def test_everything_runs_once_answers_and_ends_with_ctrl_c(running: tuple[subpro
         assert b"dagster_webserver" in reply.read()
     pids = _started(settings)
     assert set(pids) == {"parent", "code", "daemon", "web", *settings.server.catchers}
-    wait_for(lambda: not [finding for finding in doctor.examine() if finding.check in ("daemon", "servers")], seconds=60, what="a clean doctor")
+    wait_for(lambda: not [finding for finding in examination.examine() if finding.check in ("daemon", "servers")], seconds=60, what="a clean doctor")
     with reading(open_engine(settings.database)) as connection:
         assert {server.key for server in servers.all_servers(connection)} == set(settings.server.catchers)
 

@@ -29,6 +29,7 @@ from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.provisioning import listing, proposals
 from mail_pipelines.provisioning import store as provisions
 from mail_pipelines.provisioning.states import State as Making
+from mail_pipelines.runbook import Chapter
 
 # A beat may be late once.
 SILENT_FOR = dt.timedelta(minutes=1)
@@ -126,6 +127,7 @@ def _log_disk(look: Look) -> Iterator[Cause]:
         free_mb = (server.health or {}).get("free_mb", LOG_DISK_MB)
         if server.state in _ON_DUTY and free_mb < LOG_DISK_MB:
             text = server.shortage or f"the log disk of {server.key} has {free_mb:,} MB free: make room before it stops sending"
+            text = f"{text}; {Chapter.DISK_FULL.place}"
             yield Cause("log-disk", server.key, text, f"mail-pipelines server show {server.key}", SILENT_FOR)
 
 
@@ -137,7 +139,7 @@ def _breakers(look: Look) -> Iterator[Cause]:
             continue
         long = breaker.changed_at is not None and look.now - breaker.changed_at >= BREAKER_FOR
         if long or breaker.trips >= BREAKER_TRIPS:
-            text = f"server {key} has stopped sending to {breaker.provider} ({breaker.reason}), {breaker.trips} times in a row"
+            text = f"server {key} has stopped sending to {breaker.provider} ({breaker.reason}), {breaker.trips} times in a row; {Chapter.BLOCKED.place}"
             yield Cause("breaker", f"{key}:{breaker.provider}", text, f"mail-pipelines server retry {key} {breaker.provider}")
 
 
@@ -145,7 +147,8 @@ def _listed(look: Look) -> Iterator[Cause]:
     found = listing.listings(look.connection)
     for server in look.fleet:
         if server.state in _ON_DUTY and (known := found.get(server.key)) and known.listed:
-            yield Cause("block-list", server.key, f"server {server.key}: {'; '.join(known.listed)}", f"mail-pipelines server verify {server.key}")
+            text = f"server {server.key}: {'; '.join(known.listed)}; {Chapter.LISTED.place}"
+            yield Cause("block-list", server.key, text, f"mail-pipelines server verify {server.key}")
 
 
 def _drained(look: Look) -> Iterator[Cause]:
@@ -167,7 +170,8 @@ def _fleet_refused(look: Look) -> Iterator[Cause]:
 def _recovery(look: Look) -> Iterator[Cause]:
     recovery = standing.newest(look.connection)
     if recovery is not None and recovery.is_open:
-        yield Cause("recovery", "", "a recovery waits for the logs of servers; nothing is sent", "mail-pipelines recover", RECOVERY_FOR)
+        text = f"a recovery waits for the logs of servers; nothing is sent; {Chapter.RESTORED.place}"
+        yield Cause("recovery", "", text, "mail-pipelines recover", RECOVERY_FOR)
 
 
 def _holds(look: Look) -> Iterator[Cause]:

@@ -71,9 +71,10 @@ def doctor(
     wait: Annotated[float, typer.Option(help="with --host: look again for so long (s) until nothing is wrong")] = 0,
 ) -> None:
     """Look for what is wrong and say what to do; exit status 1 if anything is."""
-    from mail_pipelines import doctor, readiness
+    from mail_pipelines import readiness
+    from mail_pipelines.doctor import examination
 
-    findings = readiness.examine(wait_seconds=wait) if host else doctor.examine()
+    findings = readiness.examine(wait_seconds=wait) if host else examination.examine()
     for finding in findings:
         console.print(f"{finding.check}: {finding.problem}\n    {finding.remedy}", markup=False, highlight=False)
     if findings:

@@ -85,6 +85,10 @@ class ServerFolders:
     def last_error(self) -> Path:
         return self.log / "last-error.json"
 
+    @property
+    def last_checks(self) -> Path:
+        return self.log / "last-checks.json"
+
     def make(self) -> None:
         for folder in (self.permits, self.gates, self.pacers, self.sessions, self.log, self.mail):
             folder.mkdir(parents=True, exist_ok=True)

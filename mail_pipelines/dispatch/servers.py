@@ -25,7 +25,7 @@ from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import SENDING_STATES, Allotment, Claim, LedgerGeneration, ProviderLimit, Recovery, Server
 from mail_pipelines.database.types import utc_now
 from mail_pipelines.delivery.recording import slot_at
-from mail_pipelines.dispatch import clock, holds, last_error, pools
+from mail_pipelines.dispatch import clock, holds, last_checks, last_error, pools
 from mail_pipelines.dispatch.claims import Memory
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, boot_id, replace_file
 from mail_pipelines.dispatch.journal import MIN_FREE_MB
@@ -322,6 +322,7 @@ class Heartbeat:
             "pid": os.getpid(),
             "journal": self._journal_end(),
             "error": last_error.read(self._folders),
+            last_checks.FACT: last_checks.read(self._folders),
             **self._facts(),
         }
 

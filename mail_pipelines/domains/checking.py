@@ -7,11 +7,11 @@ and how the DNS is asked (`resolver`).
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sqlalchemy.engine import Engine
 
-from mail_pipelines.config import Settings
+from mail_pipelines.config import DnsSettings, Settings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.domains import store
 from mail_pipelines.domains.domain import DkimKey, Finding, Names, SendingDomain, Status, Verdict
@@ -30,10 +30,17 @@ def check(engine: Engine, settings: Settings, domain: str, now: dt.datetime) -> 
     with reading(engine) as connection:
         registered = store.load(connection, domain)
         hosts = Hosts.of(settings, store.sending_hosts(connection))
-    records = records_of(registered, hosts, now)
-    verdict = judge(registered, records, ask(settings.dns, questions(registered.names, records)), now)
+    (verdict,) = look_up(settings.dns, [registered], hosts, now)
     transact(engine, lambda connection: store.keep(connection, registered.id, verdict))
     return verdict
+
+
+def look_up(settings: DnsSettings, domains: Sequence[SendingDomain], hosts: Hosts, now: dt.datetime) -> list[Verdict]:
+    """Verdicts on domains, in their order, by one look at the DNS that asks everything at once. Nothing is kept. Raises `ResolverError`."""
+    records = [records_of(domain, hosts, now) for domain in domains]
+    asked = [question for domain, its in zip(domains, records, strict=True) for question in questions(domain.names, its)]
+    answers = ask(settings, list(dict.fromkeys(asked)))
+    return [judge(domain, its, answers, now) for domain, its in zip(domains, records, strict=True)]
 
 
 def check_key(settings: Settings, domain: str, key: DkimKey) -> Finding:

@@ -22,6 +22,8 @@ from mail_pipelines.provisioning.block_lists import Standing
 from mail_pipelines.provisioning.finding import Finding
 
 _PUBLISH = "`mail-pipelines server dns {server}` prints the records"
+# The name of that check.
+BLOCK_LISTS = "block lists"
 # A test message that another run has sent may be so old.
 _RECENT = dt.timedelta(hours=1)
 
@@ -107,11 +109,11 @@ def listed(dns_settings: DnsSettings, addresses: Sequence[str]) -> Finding:
     looks = block_lists.look(dns_settings, addresses, block_lists.block_lists())
     unknown = list(dict.fromkeys(look.text for look in looks if look.standing is Standing.UNKNOWN))
     if found := [look.text for look in looks if look.standing is Standing.LISTED]:
-        return Finding("block lists", False, "; ".join(found))
+        return Finding(BLOCK_LISTS, False, "; ".join(found))
     if len(unknown) == len(block_lists.block_lists()):
-        return Finding("block lists", None, "; ".join(unknown))
+        return Finding(BLOCK_LISTS, None, "; ".join(unknown))
     clear = f"{', '.join(addresses)} is on none of {len(block_lists.block_lists()) - len(unknown)} lists"
-    return Finding("block lists", True, "; ".join([clear, *unknown]))
+    return Finding(BLOCK_LISTS, True, "; ".join([clear, *unknown]))
 
 
 def arrival(settings: Settings, keys: KeyRing, server: str, server_id: int, *, token: str | None, now: dt.datetime, wait_seconds: float) -> Finding:

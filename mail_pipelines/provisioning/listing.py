@@ -6,7 +6,7 @@ What belongs here: whose turn it is, and keeping what was found. What does not: 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,11 +85,12 @@ def look(engine: Engine, settings: DnsSettings, fleet: Iterable[ServerInfo], now
         matters = tuple(dict.fromkeys(look.text for look in own if look.drains))
         before = known[key].since if key in known else None
         found[key] = Listing(now, listed, unknown, matters, (before or now) if matters else None)
-    transact(engine, lambda connection: _keep(connection, found))
+    transact(engine, lambda connection: keep(connection, found))
     return found
 
 
-def _keep(connection: Connection, found: dict[str, Listing]) -> None:
+def keep(connection: Connection, found: Mapping[str, Listing]) -> None:
+    """Remember what was found of these servers."""
     for key, listing in found.items():
         since = None if listing.since is None else listing.since.isoformat()
         values = {"value": asdict(listing) | {"at": listing.at.isoformat(), "since": since}, "version": 1, "changed_at": listing.at}

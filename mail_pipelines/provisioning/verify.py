@@ -10,17 +10,17 @@ import datetime as dt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.config import Settings
-from mail_pipelines.database.engine import reading
-from mail_pipelines.dispatch import servers, token_keys
+from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.dispatch import last_checks, servers, token_keys
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.domains import store
 from mail_pipelines.domains.domain import DomainError, SendingDomain
 from mail_pipelines.messages.keyring import KeyRing
-from mail_pipelines.provisioning import dns_checks, host_checks, trial
+from mail_pipelines.provisioning import dns_checks, host_checks, last_verified, listing, trial
 from mail_pipelines.provisioning.dns.records import is_public
 from mail_pipelines.provisioning.finding import Finding
 
@@ -130,15 +130,29 @@ def verify(
     centre = settings.this_server is None
     subject = Subject(engine, settings, server, hostname, addresses, now, arrival_seconds, egress_port, egress_domains, here=here)
     findings: list[Finding] = []
+    by_the_dns: list[Finding] = []
     if here:
         findings += [check(subject) for check in ON_THE_HOST]
+        last_checks.keep(ServerFolders.of(settings.server, key), last_verified.failed(findings), now)
     if centre and not hostname:
-        findings.append(Finding("HELO", False, f"{key} has not told its name: it is no Exim, or has never run on this version; `mail-pipelines server list`"))
+        by_the_dns = [Finding("HELO", False, f"{key} has not told its name: it is no Exim, or has never run on this version; `mail-pipelines server list`")]
     elif centre:
         subject.addresses = addresses or dns_checks.public_addresses(settings.dns, hostname)
         with reading(engine) as connection:
             subject.domains, subject.keys = store.all_domains(connection), token_keys.accepted(connection, settings.token_key())
-        findings += [check(subject) for check in BY_THE_DNS]
+        by_the_dns = [check(subject) for check in BY_THE_DNS]
+    if centre:
+        findings += by_the_dns
+        transact(engine, lambda connection: _keep(connection, key, by_the_dns, now))
     lacking = [*([] if here else ["SMTP, port 25 and test message: on its host"]), *([] if centre else ["DNS, block lists and arrival: at the centre"])]
     elsewhere = f"not looked at here: {'; '.join(lacking)}, by the same command" if lacking else ""
     return Verdict(key, tuple(findings), elsewhere)
+
+
+def _keep(connection: Connection, key: str, findings: Sequence[Finding], now: dt.datetime) -> None:
+    """What block lists say is kept where their own look keeps it: the newer one counts."""
+    listed = [finding for finding in findings if finding.name == dns_checks.BLOCK_LISTS]
+    last_verified.keep(connection, key, [finding for finding in findings if finding not in listed], now)
+    for finding in listed:
+        texts = (finding.text,)
+        listing.keep(connection, {key: listing.Listing(now, texts if finding.ok is False else (), texts if finding.ok is None else ())})

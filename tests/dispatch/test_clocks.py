@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines import doctor
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import CampaignMinute, Claim, Delivery, ProviderUsage, State
@@ -26,6 +25,9 @@ from mail_pipelines.dispatch.claiming.terms import Memory, Request, Sender
 from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.journal import Entry, Position
 from mail_pipelines.dispatch.journal import Kind as Ending
+from mail_pipelines.doctor.central import check_clock
+from mail_pipelines.doctor.finding import Finding
+from mail_pipelines.doctor.fleet import check_servers
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_hold_commands import says
 from tests.dispatch.world import Servers, World, make_world
@@ -147,7 +149,7 @@ def test_a_clock_that_is_off_loses_repeats_and_exceeds_nothing(
     way = "ahead of" if ahead > 0 else "behind"
     assert fleet["s2"].clock_error == f"the clock of s2 is 300 s {way} the database's"
     assert fleet["s1"].clock_error == ""
-    assert doctor.Finding("clock", fleet["s2"].clock_error, clock.REMEDY) in list(doctor.check_servers(engine, 60))
+    assert Finding("clock", fleet["s2"].clock_error, clock.REMEDY) in list(check_servers(engine, 60))
 
 
 @pytest.mark.server
@@ -198,15 +200,15 @@ def test_a_clock_that_is_off_is_named_wherever_somebody_looks(engine: sa.Engine,
     world.set_server("s1", heartbeat_at=dt.datetime.now(dt.UTC), health={"clock_ahead": 4.0})
     assert "(clock is off)" not in says("server", "list")
     assert "clock 4 s ahead of the database's\n" in says("server", "show", "s1").replace(" \n", "\n")
-    assert list(doctor.check_servers(engine, 60)) == []
+    assert list(check_servers(engine, 60)) == []
     world.set_server("s1", health={"clock_ahead": ahead})
     assert "(clock is off)" in says("server", "list")
     assert f"clock {words}: let NTP set it" in says("server", "show", "s1")
-    assert list(doctor.check_servers(engine, 60)) == [doctor.Finding("clock", f"the clock of s1 is {words}", clock.REMEDY)]
+    assert list(check_servers(engine, 60)) == [Finding("clock", f"the clock of s1 is {words}", clock.REMEDY)]
 
 
 @pytest.mark.parametrize(("ahead", "problems"), [(0, []), (300, ["the clock of this host is 300 s ahead of the database's"])])
 def test_doctor_looks_at_the_clock_of_its_own_host(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, ahead: float, problems: list[str]) -> None:
     monkeypatch.setattr(clock, "time", SimpleNamespace(time=lambda: time.time() + ahead))
     with reading(engine) as connection:
-        assert [finding.problem for finding in doctor.check_clock(connection)] == problems
+        assert [finding.problem for finding in check_clock(connection)] == problems

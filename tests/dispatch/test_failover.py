@@ -14,7 +14,7 @@ from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import create_engine, reading
 from mail_pipelines.database.models import LedgerGeneration, State
 from mail_pipelines.dispatch.claims import Memory, WrongServer
-from mail_pipelines.doctor import check_failover
+from mail_pipelines.doctor.central import check_failover
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_crashes import states_by_contact
 from tests.dispatch.test_recovery import _settings_of_this_test, recover_and_finish  # noqa: F401

@@ -11,11 +11,12 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from mail_pipelines import cli, doctor
+from mail_pipelines import cli
 from mail_pipelines.campaigns.states import StateError
 from mail_pipelines.commands import context
 from mail_pipelines.dispatch import sending
 from mail_pipelines.dispatch.holds import HoldError
+from mail_pipelines.doctor import examination
 from mail_pipelines.errors import MailPipelinesError
 from tests.dispatch.world import World, make_world
 
@@ -60,7 +61,7 @@ def test_a_hold_from_its_beginning_to_its_end(world: World, words: tuple[str, ..
     assert f" {what} [sic] a virus in the template {me}, 20" in says("hold", "list")
     refusal = world.claim(world.server())
     assert "is held: [sic] a virus in the template" in str(refusal)
-    found = [finding for finding in doctor.examine() if finding.check == "holds"]
+    found = [finding for finding in examination.examine() if finding.check == "holds"]
     assert [(re.sub(r" by \S+, \S+ \S+ UTC", "", finding.problem), finding.remedy) for finding in found] == [
         (f"{what} is held: [sic] a virus in the template", f"`{' '.join(('mail-pipelines release', *words))}` when that is over")
     ]

@@ -31,7 +31,7 @@ from mail_pipelines.dispatch.recovery import reading as reading_logs
 from mail_pipelines.dispatch.recovery.standing import Part
 from mail_pipelines.dispatch.servers import Heartbeat, WentBack
 from mail_pipelines.dispatch.session import journal_of
-from mail_pipelines.doctor import check_servers
+from mail_pipelines.doctor.fleet import check_servers
 from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.test_audit import Log
 from tests.dispatch.test_crashes import check_promise, states_by_contact

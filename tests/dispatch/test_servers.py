@@ -18,7 +18,7 @@ from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.files import DispatchError
 from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.dispatch.servers import Heartbeat, NameTaken
-from mail_pipelines.doctor import check_servers
+from mail_pipelines.doctor.fleet import check_servers
 from tests.dispatch.world import World, make_world
 
 

@@ -22,7 +22,7 @@ from mail_pipelines.dispatch.recovery.reading import take_part
 from mail_pipelines.dispatch.recovery.standing import Part
 from mail_pipelines.dispatch.session import journal_of
 from mail_pipelines.dispatch.token_keys import InUse
-from mail_pipelines.doctor import check_server_keys
+from mail_pipelines.doctor.fleet import check_server_keys
 from mail_pipelines.domains import keys, rotation, store
 from mail_pipelines.domains.domain import KeyState, Names
 from mail_pipelines.domains.signing import sending_as

@@ -19,10 +19,11 @@ import sqlalchemy as sa
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import DecodeError
 
-from mail_pipelines import config, doctor
+from mail_pipelines import config
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import accounts, servers
+from mail_pipelines.doctor import examination
 from mail_pipelines.provisioning.credentials import Accounts
 from mail_pipelines.resources import orders, server_storage, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
@@ -244,7 +245,7 @@ def test_doctor_names_a_server_whose_account_may_write_everything(fleet: Fleet, 
         monkeypatch.setenv(name, value)
 
     def found() -> list[str]:
-        return [finding.problem for finding in doctor.examine() if finding.check in ("Dagster", "daemon", "broker")]
+        return [finding.problem for finding in examination.examine() if finding.check in ("Dagster", "daemon", "broker")]
 
     assert found() == []
     monkeypatch.setenv(server_storage.URL_VARIABLE, fleet.environ(None)[server_storage.URL_VARIABLE])

@@ -15,10 +15,11 @@ import amqp
 import pytest
 from kombu import Connection
 
-from mail_pipelines import config, doctor
+from mail_pipelines import config
 from mail_pipelines.benchmarks.mariadb import free_port
 from mail_pipelines.benchmarks.rabbitmq import MANAGER, VHOST, RabbitMQ
 from mail_pipelines.dispatch import registry, servers
+from mail_pipelines.doctor.broker import check_broker
 from mail_pipelines.home import checkout
 from mail_pipelines.resources.broker_accounts import BrokerAccountError, BrokerAccounts
 from tests.parts.processes import wait_for
@@ -131,7 +132,7 @@ def test_a_virtual_host_that_is_not_there_is_named(broker: RabbitMQ, accounts: B
 
 def test_doctor_names_an_api_that_does_not_answer_and_a_server_that_has_its_password(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> list[str]:
-        return [finding.problem for finding in doctor.check_broker(config.load())]
+        return [finding.problem for finding in check_broker(config.load())]
 
     assert found() == []
     own = fleet.platform.environ["MAIL_PIPELINES_BROKER__MANAGEMENT_URL"]

@@ -17,7 +17,7 @@ from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from sqlalchemy.engine import Engine
 
-from mail_pipelines import config, doctor, doors, home
+from mail_pipelines import config, doors, home
 from mail_pipelines.campaigns import store, yaml_form
 from mail_pipelines.commands import context, exim, worker
 from mail_pipelines.database.engine import create_engine, reading
@@ -27,6 +27,7 @@ from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.exim import process
 from mail_pipelines.dispatch.files import ServerFolders, only_one
+from mail_pipelines.doctor import broker, host, waiting
 from mail_pipelines.resources import orders, queues, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.e2e.platform import CAMPAIGN
@@ -208,7 +209,7 @@ def test_an_app_without_a_broker_says_what_to_set() -> None:
 
 
 def broker_findings() -> list[str]:
-    return [finding.problem for finding in doctor.check_broker(config.load())]
+    return [finding.problem for finding in broker.check_broker(config.load())]
 
 
 def test_doctor_names_a_broker_that_is_away_and_keys_that_do_not_match(centre: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_doctor_names_a_broker_that_is_away_and_keys_that_do_not_match(centre: c
 def test_doctor_names_a_database_of_results_that_takes_connections_and_never_answers(
     centre: config.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "STORAGE_SECONDS", 0.5)
+    monkeypatch.setattr(waiting, "STORAGE_SECONDS", 0.5)
     monkeypatch.setenv("MAIL_PIPELINES_BROKER__URL", f"filesystem://{tmp_path}/broker")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MAIL_PIPELINES_BROKER__RESULTS", f"db+mysql+pymysql://centre:secret@127.0.0.1:{silent.getsockname()[1]}/results")
@@ -247,7 +248,7 @@ def test_doctor_names_what_is_wrong_with_a_host_of_several_servers(engine: Engin
     own = config.home_folder() / "servers/s2.toml"
 
     def said() -> list[str]:
-        return [finding.problem for finding in doctor.check_addresses(config.members())]
+        return [finding.problem for finding in host.check_addresses(config.members())]
 
     assert said() == ["server s2: no server is called 's2'; there are s1"]
     servers.register(engine, "s2", kind="exim", host="127.0.0.1", port=2525, now=dt.datetime.now(dt.UTC))
@@ -280,14 +281,14 @@ def test_doctor_asks_for_each_server_of_a_host_by_its_own_account(engine: Engine
     second.dispose()
     everywhere = ipaddress.ip_address("0.0.0.0")
     monkeypatch.setattr(doors, "listening", lambda: [doors.Listener(everywhere, port, 0) for port in (2601, 2602, 9467)])
-    assert [finding.problem for finding in doctor.check_doors(config.load(), config.members())] == [
+    assert [finding.problem for finding in host.check_doors(config.load(), config.members())] == [
         "server s1 is open to other hosts at 0.0.0.0:2601",
         "server s2 is open to other hosts at 0.0.0.0:2602",
         "metrics is open to other hosts at 0.0.0.0:9467",
     ]
 
     def said() -> list[str]:
-        return [finding.problem for finding in doctor.check_addresses(config.members())]
+        return [finding.problem for finding in host.check_addresses(config.members())]
 
     assert said() == ["servers s1 and s2 have the same token key, though each has an account of its own"]
     own.write_text(f'{own.read_text(encoding="utf-8")}[sending]\ntoken_key = "the key of s2"\n', encoding="utf-8")

@@ -16,7 +16,7 @@ from mail_pipelines import config
 from mail_pipelines.cli import app
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import reading
-from mail_pipelines.dispatch import audit, servers
+from mail_pipelines.dispatch import audit, last_checks, servers
 from mail_pipelines.dispatch.recovery import reading as recovery_reading
 from mail_pipelines.dispatch.session import journal_of
 from mail_pipelines.domains import store
@@ -24,7 +24,7 @@ from mail_pipelines.domains.domain import Names, SendingDomain
 from mail_pipelines.domains.records import dkim_record
 from mail_pipelines.inbound import reading as inbound_reading
 from mail_pipelines.messages.keyring import KeyRing
-from mail_pipelines.provisioning import block_lists, verify
+from mail_pipelines.provisioning import block_lists, last_verified, verify
 from mail_pipelines.provisioning.finding import Finding
 from tests.dispatch.world import RunningExim, Servers, World, make_world, write_play
 from tests.inbound.receiving import Receiving
@@ -113,6 +113,12 @@ def test_a_good_server_passes_and_its_test_message_disturbs_nothing(place: Place
     again = command(place, "verify", "s1")
     assert again.exit_code == 0
     assert again.output.count("ok      ") == len(NAMES)
+    # What `doctor` tells of it: nothing has failed, here or there.
+    kept = last_checks.read(place.world.folders("s1"))
+    assert kept is not None
+    assert kept["failed"] == {}
+    with reading(place.world.engine) as connection:
+        assert {key: dict(found.failed) for key, found in last_verified.at_centre(connection).items()} == {"s1": {}}
     egress = command(place, "check-egress", "--json")
     assert (egress.exit_code, json.loads(egress.output)[0]["ok"]) == (0, True)
 

@@ -29,6 +29,8 @@ from mail_pipelines.dispatch.files import DispatchError, ServerFolders, replace_
 STOP_SECONDS = 75.0
 _POLL_SECONDS = 0.05
 _LEFT_SECONDS = 3600.0
+# As docs/exim.md says.
+OLDEST = (4, 96)
 _PLAIN = re.compile(r"[\w./:;\[\]@ -]+", re.ASCII)
 
 
@@ -215,6 +217,12 @@ def version(binary: str) -> str:
     """As in `Exim 4.96`."""
     words = subprocess.run([binary, "-C", "/dev/null", "-bV"], capture_output=True, text=True, check=False).stdout.split()
     return f"Exim {words[2]}" if len(words) > 2 else "Exim"
+
+
+def is_too_old(version: str) -> bool:
+    """Whether an Exim, as `version` calls it, is older than what its configuration and log are written for. One that has no number is not."""
+    found = re.search(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) < OLDEST
 
 
 def queue_length(spool: Path, prefix: str = "") -> int:
