@@ -187,6 +187,12 @@ def write_plan(connection: Connection, fleet: Fleet, present: Mapping[Place, Gra
     return len(rows)
 
 
+def take_back(connection: Connection, server_id: int) -> int:
+    """Take from a server what it was granted and has not used, from the current slot on; returns how many grants. It must not be one that claims."""
+    unspent = (Allotment.server_id == server_id, Allotment.slot_start >= slot_at(database_now(connection)), Allotment.granted > Allotment.used)
+    return connection.execute(sa.update(Allotment).where(*unspent).values(granted=Allotment.used)).rowcount
+
+
 def _demand(connection: Connection) -> dict[str, list[_Campaign]]:
     """Campaigns with rows waiting, by provider."""
     columns = (Campaign.id, CampaignCounter.provider, Campaign.priority, Campaign.pool_id, Campaign.overflow_pool_id)
