@@ -132,7 +132,10 @@ def graphql(address: str, query: str, variables: Mapping[str, object] | None = N
 def launch(address: str, job: str, tags: Mapping[str, str] | None = None) -> str:
     """Launch a job by the web server at an address, and return the id of the run. Raises `UpError`."""
     given = [{"key": key, "value": value} for key, value in (tags or {}).items()]
-    done = graphql(address, _LAUNCH, {"job": job, "tags": given})["launchRun"]
+    try:
+        done = graphql(address, _LAUNCH, {"job": job, "tags": given})["launchRun"]
+    except OSError as error:
+        raise UpError(f"{job} could not be launched: the web server at {address} does not answer: {error}") from error
     if done["__typename"] != "LaunchRunSuccess":
         raise UpError(f"{job} could not be launched: {done}")
     return str(done["run"]["runId"])
