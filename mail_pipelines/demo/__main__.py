@@ -89,9 +89,9 @@ def schedule(engine: Engine, settings: Settings, finish_by: dt.datetime | None =
     scheduling.start(engine, settings, campaign.KEY, now, allow_unverified=True)
 
 
-def follow(engine: Engine, processes: Processes) -> None:
-    """Show how far the campaign is until it has finished. Raises `MailPipelinesError` if it does not."""
-    end = time.monotonic() + SEND_SECONDS
+def follow(engine: Engine, processes: Processes, finish_by: dt.datetime | None = None) -> None:
+    """Show how far the campaign is until it has finished. Raises `MailPipelinesError` if it does not within `SEND_SECONDS`, or so long after `finish_by`."""
+    end = time.monotonic() + SEND_SECONDS + (max(0.0, (finish_by - dt.datetime.now(dt.UTC)).total_seconds()) if finish_by else 0.0)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("waiting for the daemon", total=None)
@@ -143,10 +143,11 @@ def play(options: argparse.Namespace, folder: Path, processes: Processes) -> Sum
     story = None
     if options.shortage:
         story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
-    schedule(engine, settings, story.finish_by if story else None)
+    finish_by = story.finish_by if story else None
+    schedule(engine, settings, finish_by)
     if story:
         story.tell()
-    follow(engine, processes)
+    follow(engine, processes, finish_by)
     if story:
         story.retire()
     with console.status("waiting for the results in Dagster"):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from rich.console import Console
@@ -36,8 +36,9 @@ from mail_pipelines.provisioning import states, store
 from mail_pipelines.provisioning.store import Provision
 from mail_pipelines.supervision import Processes
 
+T = TypeVar("T")
 CONTACTS = 20_000
-# In an hour's time one would not watch: orders are not proposed but made, a server may go when the campaign is over, and what waits is looked at soon.
+# What is otherwise a matter of hours is to be watched: servers are ordered without being asked, and go when the campaign is out; what waits is looked at soon.
 SETTINGS = {
     "MAIL_PIPELINES_PROVISIONING__MODE": "auto",
     "MAIL_PIPELINES_PROVISIONING__PREFIX": "catcher-",
@@ -179,8 +180,10 @@ class Shortage:
 
         self._wait(done, f"server {provision.key}")
 
-    def _wait(self, ready: Callable[[], Any], what: str) -> Any:
-        return self.processes.wait_until_ready(ready, seconds=_WAIT_SECONDS, what=what)
+    def _wait(self, ready: Callable[[], T | None], what: str) -> T:
+        found = self.processes.wait_until_ready(ready, seconds=_WAIT_SECONDS, what=what)
+        assert found is not None
+        return found
 
     def _say(self, line: str) -> None:
         self.console.print(f"{time.monotonic() - self.begun:4.0f} s  {line}", markup=False, highlight=False, soft_wrap=True)
