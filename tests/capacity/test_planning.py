@@ -149,6 +149,17 @@ def test_a_server_that_leaves_gives_back_what_it_has_not_used_and_no_plan_gives_
         assert unspent(servers.find(connection, "s2").id)[0] > 0
 
 
+def test_what_comes_back_of_a_campaign_that_is_nearly_out_is_planned_where_there_is_room(world: World) -> None:
+    """Rows that were in hand when the plan was made, and were not sent: frozen slots let nothing more in, and these would be half an hour later."""
+    planning.make(world.engine, world.settings, NOW)
+    transact(world.engine, lambda connection: counters.add(connection, 1, 0, Counter({(0, "google", State.PENDING, ""): 30}), NOW))
+    later = NOW + dt.timedelta(seconds=20)
+    made = planning.make(world.engine, world.settings, later)
+    finish = made.plan.finish(1)
+    assert finish is not None
+    assert finish < (later + dt.timedelta(minutes=2)).timestamp()
+
+
 def test_who_waits_for_nothing_keeps_what_he_has(world: World) -> None:
     """All rows are claimed: those that come back find a grant."""
     idle = add_campaign(world, "idle", 5)
