@@ -152,6 +152,10 @@ class ServerSettings(Section):
     )
     log_archive_days: float = pydantic.Field(default=40, gt=0, description="pieces are kept this long (days): longer than any backup that may be restored")
     mail_folder: str = pydantic.Field(default="{home}/mail", description="what the built-in mail catchers keep, one folder a server")
+    play: str = pydantic.Field(
+        default="",
+        description="TOML file with the behaviour of the destinations that the built-in mail catchers play; empty: mail_pipelines/dispatch/catcher/play.toml",
+    )
     catchers: list[str] = pydantic.Field(default=["catcher-1", "catcher-2"], description="built-in mail catchers that `up` starts when no server is registered")
     slots: int = pydantic.Field(
         default=2, ge=1, description="send runs at once on one server; above 2, raise the limits in `dagster/dagster.yaml` as well: `doctor` compares them"

@@ -31,10 +31,17 @@ LOOPBACK = "127.0.0.1"
 START_SECONDS = 90
 _ANSWER_SECONDS = 10
 LOAD_QUERY = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus locationOrLoadError { ... on PythonError { message } } } } } }"
+_LAUNCH = """
+mutation($job: String!, $tags: [ExecutionTag!]!) {
+  launchRun(executionParams: {
+    selector: {repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", jobName: $job}, mode: "default", executionMetadata: {tags: $tags}
+  }) { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } }
+}
+"""
 
 
 class UpError(MailPipelinesError):
-    """The web server cannot be started, or the definitions do not load."""
+    """The web server cannot be started, the definitions do not load, or a run cannot be launched."""
 
 
 def lock(home: Path) -> Path:
@@ -120,6 +127,18 @@ def graphql(address: str, query: str, variables: Mapping[str, object] | None = N
     request = urllib.request.Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as reply:
         return json.load(reply)["data"]
+
+
+def launch(address: str, job: str, tags: Mapping[str, str] | None = None) -> str:
+    """Launch a job by the web server at an address, and return the id of the run. Raises `UpError`."""
+    given = [{"key": key, "value": value} for key, value in (tags or {}).items()]
+    try:
+        done = graphql(address, _LAUNCH, {"job": job, "tags": given})["launchRun"]
+    except OSError as error:
+        raise UpError(f"{job} could not be launched: the web server at {address} does not answer: {error}") from error
+    if done["__typename"] != "LaunchRunSuccess":
+        raise UpError(f"{job} could not be launched: {done}")
+    return str(done["run"]["runId"])
 
 
 def _loaded(address: str) -> bool:

@@ -31,9 +31,9 @@ from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.grants import Grant, Place
 from mail_pipelines.capacity.shares import Wants, lowered, open_to, shares, signature
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Campaign, CampaignCounter, State, SyncState
+from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, State, SyncState
 from mail_pipelines.database.upsert import put
-from mail_pipelines.delivery.recording import SLOT_SECONDS
+from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 from mail_pipelines.dispatch import holds, windows
 
 # Weight of priority low, normal, high, urgent.
@@ -122,6 +122,12 @@ def write_plan(
         first = {provider: [replace(line, spent=line.spent[:_FILLED]) for line in lines] for provider, lines in done.items()}
         _keep(engine, {name: signature(slots[:_FILLED], epoch, campaigns_of[name], lines) for name, lines in first.items()}, epoch, now)
     return written
+
+
+def take_back(connection: Connection, server_id: int) -> int:
+    """Take from a server what it was granted and has not used, from the current slot on; returns how many grants. It must not be one that claims."""
+    unspent = (Allotment.server_id == server_id, Allotment.slot_start >= slot_at(database_now(connection)), Allotment.granted > Allotment.used)
+    return connection.execute(sa.update(Allotment).where(*unspent).values(granted=Allotment.used)).rowcount
 
 
 def _demand(connection: Connection, until: int) -> dict[str, list[Wants]]:

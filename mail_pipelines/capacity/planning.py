@@ -73,11 +73,25 @@ class Situation:
         return more
 
     def _previous(self) -> Mapping[tuple[int, str, int], int]:
-        """What the plan in force has still to send: (campaign, provider, start of slot) → messages."""
+        """What the plan in force has still to send: (campaign, provider, start of slot) → messages.
+
+        A campaign that was to be out within these slots also has there what has come back to it since, of claims that were not sent: or a rest of some rows,
+        for which there is room, would be planned half an hour later, and servers ordered for it.
+        """
         previous: Counter[tuple[int, str, int]] = Counter()
         for (campaign_id, _, provider, start), grant in self.present.items():
             if grant.planned:
                 previous[campaign_id, provider, start] += max(0, grant.planned - grant.used)
+        rows: Counter[tuple[int, str]] = Counter()
+        for wanted in self.demands:
+            rows[wanted.job.id, wanted.provider] += wanted.rows
+        *_, last = allotments.slots_at(self.now, _GRANTED_SLOTS)
+        for campaign_id, provider in {place[:2] for place in previous}:
+            mine = [place for place in previous if place[:2] == (campaign_id, provider)]
+            back = rows[campaign_id, provider] - sum(previous[place] for place in mine)
+            if back > 0 and not previous.get((campaign_id, provider, last)):
+                for place in mine:
+                    previous[place] += back
         return previous
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import dagster as dg
@@ -33,13 +33,6 @@ RUN_SECONDS = 0.5
 RUNS_A_DAY = 400 * 24
 _WARM_UP = 3
 _WAIT_SECONDS = 120.0
-LAUNCH = """
-mutation($job: String!, $tags: [ExecutionTag!]!) {
-  launchRun(executionParams: {
-    selector: {repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", jobName: $job}, mode: "default", executionMetadata: {tags: $tags}
-  }) { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } }
-}
-"""
 
 
 def run(quick: bool, console: Console) -> list[Result]:
@@ -63,7 +56,7 @@ def _measure(centre: Centre, address: str, campaign: str, runs: int) -> list[Res
     with dg.DagsterInstance.from_config(str(centre.settings.dagster_home)) as instance:
 
         def empty_run() -> str:
-            return _finished(centre, instance, launch(address, send_campaign.name, tags))
+            return _finished(centre, instance, up.launch(address, send_campaign.name, tags))
 
         for _ in range(_WARM_UP):
             empty_run()
@@ -81,15 +74,6 @@ def _measure(centre: Centre, address: str, campaign: str, runs: int) -> list[Res
         judge(f"rows that {RUNS_A_DAY:,} of them write into Dagster's storage", in_a_day, "rows", RUNS_A_DAY, target=100, better="lower"),
         judge(f"of those of {runs} runs, left after the runs are deleted", left, "rows", written, target=0, better="lower"),
     ]
-
-
-def launch(address: str, job: str, tags: Mapping[str, str]) -> str:
-    """Launch a job by the web server at an address, and return the id of the run. Raises `MailPipelinesError`."""
-    given = [{"key": key, "value": value} for key, value in tags.items()]
-    done = up.graphql(address, LAUNCH, {"job": job, "tags": given})["launchRun"]
-    if done["__typename"] != "LaunchRunSuccess":
-        raise MailPipelinesError(f"{job} could not be launched: {done}")
-    return str(done["run"]["runId"])
 
 
 def _finished(centre: Centre, instance: dg.DagsterInstance, run_id: str) -> str:

@@ -16,25 +16,23 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
 @app.command("run")
-def run(name: str, play: Annotated[Path | None, typer.Option(help="TOML file with the destinations' behaviour")] = None) -> None:
+def run(name: str, play: Annotated[Path | None, typer.Option(help="TOML file with the destinations' behaviour; else that of server.play")] = None) -> None:
     """Serve as the registered server NAME until stopped."""
     from mail_pipelines.dispatch.catcher import process
-    from mail_pipelines.dispatch.catcher.play import DEFAULT_RULES
 
-    process.run(settings(), name, play or DEFAULT_RULES)
+    process.run(settings(), name, play)
 
 
 @app.command("destinations")
 def destinations(
     name: str,
     port: Annotated[int, typer.Option(help="port of the loopback to listen on")],
-    play: Annotated[Path | None, typer.Option(help="TOML file with the destinations' behaviour")] = None,
+    play: Annotated[Path | None, typer.Option(help="TOML file with the destinations' behaviour; else that of server.play")] = None,
 ) -> None:
     """Play only the destinations, behind real mail servers, until stopped; NAME is the folder of what arrives."""
     from mail_pipelines.dispatch.catcher import process
-    from mail_pipelines.dispatch.catcher.play import DEFAULT_RULES
 
-    process.run_destinations(settings(), name, port, play or DEFAULT_RULES)
+    process.run_destinations(settings(), name, port, play)
 
 
 @app.command("list")

@@ -8,10 +8,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.engine import Engine
@@ -22,7 +25,7 @@ from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
 from mail_pipelines.database.engine import open_engine, reading, transact
-from mail_pipelines.demo import campaign, data, own_home
+from mail_pipelines.demo import campaign, data, own_home, shortage
 from mail_pipelines.demo.reporting import reported
 from mail_pipelines.demo.summary import Summary, summarise
 from mail_pipelines.dispatch import servers
@@ -32,6 +35,7 @@ from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.segments import saved, snapshots
 from mail_pipelines.supervision import Processes, Stopped
 
+CONTACTS = 100_000
 SEND_SECONDS = 300
 REPORT_SECONDS = 90
 LIMITS = {"connections": 24, "per_second": 80.0, "messages_per_connection": 500}
@@ -73,20 +77,21 @@ def prepare(folder: Path, contacts: int, check: Callable[[], None]) -> tuple[Set
     return settings, engine
 
 
-def schedule(engine: Engine, settings: Settings) -> None:
+def schedule(engine: Engine, settings: Settings, finish_by: dt.datetime | None = None) -> None:
     """Put the campaign in as a marketer does, to start now. From here on Dagster's sensors do everything."""
     now = dt.datetime.now(dt.UTC)
     document = yaml_form.parse(campaign.CAMPAIGN)
-    transact(engine, lambda connection: store.create(connection, document.definition, now))
+    definition = replace(document.definition, finish_by=finish_by)
+    transact(engine, lambda connection: store.create(connection, definition, now))
     assert document.content is not None
     versions.set_content(engine, campaign.KEY, document.content, now)
     # A domain of a reserved name has no DNS; its mail is signed all the same.
     scheduling.start(engine, settings, campaign.KEY, now, allow_unverified=True)
 
 
-def follow(engine: Engine, processes: Processes) -> None:
-    """Show how far the campaign is until it has finished. Raises `MailPipelinesError` if it does not."""
-    end = time.monotonic() + SEND_SECONDS
+def follow(engine: Engine, processes: Processes, finish_by: dt.datetime | None = None) -> None:
+    """Show how far the campaign is until it has finished. Raises `MailPipelinesError` if it does not within `SEND_SECONDS`, or so long after `finish_by`."""
+    end = time.monotonic() + SEND_SECONDS + (max(0.0, (finish_by - dt.datetime.now(dt.UTC)).total_seconds()) if finish_by else 0.0)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("waiting for the daemon", total=None)
@@ -107,51 +112,79 @@ def follow(engine: Engine, processes: Processes) -> None:
         processes.wait_until_ready(finished, seconds=end - time.monotonic(), what="the campaign")
 
 
-def show(summary: Summary, address: str) -> None:
+def show(result: Mapping[str, Any], address: str) -> None:
     table = Table(title="Spring sale", show_header=False)
-    for name, value in summary.to_document().items():
+    for name, value in result.items():
         if name == "servers":
-            for server, messages in sorted(summary.servers.items()):
+            for server, messages in sorted(value.items()):
                 table.add_row(f"messages by {server}", f"{messages:,}")
+        elif name == "shortage":
+            for part, words in value.items():
+                table.add_row(f"shortage: {part.replace('_', ' ')}", escape(str(words)))
         else:
             table.add_row(name.replace("_", " "), f"{value:,}")
     console.print(table)
     console.print(f"Dagster: [bold]{address}[/bold]")
 
 
+def play(options: argparse.Namespace, folder: Path, processes: Processes) -> Summary:
+    """The whole demo, up to its summary, and until Ctrl-C if it is not to end there."""
+    settings, engine = prepare(folder, options.contacts or (shortage.CONTACTS if options.shortage else CONTACTS), processes.check)
+    if options.shortage:
+        Path(settings.provisioning.hosts).write_text(shortage.HOSTS, encoding="utf-8")
+    for name in up.catchers(engine, settings):
+        up.start_catcher(processes, engine, settings, name)
+        if not options.shortage:
+            servers.set_limits(engine, name, "*", LIMITS)
+    begun = time.monotonic()
+    with console.status("starting Dagster"):
+        address = up.start_dagster(processes, settings)
+    console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
+    story = None
+    if options.shortage:
+        story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
+    finish_by = story.finish_by if story else None
+    schedule(engine, settings, finish_by)
+    if story:
+        story.tell()
+    follow(engine, processes, finish_by)
+    if story:
+        story.retire()
+    with console.status("waiting for the results in Dagster"):
+        processes.wait_until_ready(lambda: reported(settings, campaign.KEY), seconds=REPORT_SECONDS, what="the result run")
+    summary = summarise(engine, settings, campaign.KEY)
+    result = summary.to_document() | ({"shortage": story.judge(summary)} if story else {})
+    show(result, address)
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+    if not options.exit:
+        console.print("Ctrl-C ends it.")
+        processes.wait()
+    return summary
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="script/demo", description=__doc__)
+    parser.add_argument("--shortage", action="store_true", help="let two servers be too slow for a deadline, so that a third one is made while they send")
     parser.add_argument("--exit", action="store_true", help="end when the campaign has finished, instead of leaving the UI up until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="end standard output with one line of JSON")
-    parser.add_argument("--contacts", type=int, default=100_000, help="how many contacts (default 100,000)")
+    parser.add_argument("--contacts", type=int, help=f"how many contacts (default {CONTACTS:,}, with --shortage {shortage.CONTACTS:,})")
     options = parser.parse_args()
     os.umask(0o077)
     try:
-        environ = own_home.environment(os.environ)
+        environ = own_home.environment(os.environ, shortage.SETTINGS if options.shortage else {})
         os.environ.clear()
         os.environ.update(environ)
         folder = config.home_folder()
         own_home.claim(folder)
         with Processes(up.lock(folder)) as processes:
-            settings, engine = prepare(folder, options.contacts, processes.check)
-            for name in up.catchers(engine, settings):
-                up.start_catcher(processes, engine, settings, name)
-                servers.set_limits(engine, name, "*", LIMITS)
-            with console.status("starting Dagster"):
-                address = up.start_dagster(processes, settings)
-            console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
-            schedule(engine, settings)
-            follow(engine, processes)
-            with console.status("waiting for the results in Dagster"):
-                processes.wait_until_ready(lambda: reported(settings, campaign.KEY), seconds=REPORT_SECONDS, what="the result run")
-            summary = summarise(engine, settings, campaign.KEY)
-            show(summary, address)
-            if options.json:
-                sys.stdout.write(json.dumps(summary.to_document()) + "\n")
-                sys.stdout.flush()
-            if not options.exit:
-                console.print("Ctrl-C ends it.")
-                processes.wait()
+            try:
+                summary = play(options, folder, processes)
+            finally:
+                # Servers that were made go on when those who made them have ended.
+                processes.stop_all()
+                own_home.end_servers(folder)
     except Stopped:
         return 0
     except MailPipelinesError as error:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from mail_pipelines import config, up
 from mail_pipelines.home import HomeError, checkout
+from mail_pipelines.provisioning.sources import catchers
 
 FOLDER = ".mail_pipelines_demo"
 MARKER = "demo"
@@ -26,10 +28,10 @@ SETTINGS = {
 _TAKEN = ("MAIL_PIPELINES_HOME", "MAIL_PIPELINES_DNS__SERVERS", "MAIL_PIPELINES_OPERATION__UI_HOST", *SETTINGS)
 
 
-def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the demo and its children: of the settings only `_TAKEN`, so that the database and all folders are the home's own."""
+def environment(given: Mapping[str, str], more: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The environment of the demo and its children: of the settings only `_TAKEN`, so that the database and all folders are the home's own; and `more`."""
     kept = {name: value for name, value in given.items() if not name.startswith(config.PREFIX) or name in _TAKEN}
-    return {**SETTINGS, **kept, "MAIL_PIPELINES_HOME": kept.get("MAIL_PIPELINES_HOME") or str(checkout() / FOLDER)}
+    return {**SETTINGS, **kept, **more, "MAIL_PIPELINES_HOME": kept.get("MAIL_PIPELINES_HOME") or str(checkout() / FOLDER)}
 
 
 def claim(folder: Path) -> None:
@@ -50,6 +52,7 @@ def claim(folder: Path) -> None:
 
 def empty(folder: Path) -> None:
     """Delete what an earlier demo left in a claimed folder. Hold the lock of `up`: it stays, as a new file would be another lock."""
+    end_servers(folder)
     for entry in folder.iterdir():
         if entry in (folder / MARKER, up.lock(folder)):
             continue
@@ -57,3 +60,8 @@ def empty(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def end_servers(folder: Path) -> None:
+    """End the servers that `provision_server` has made in this home, also those of a demo that was killed."""
+    catchers.stop_all(folder / "run")

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from sqlalchemy.engine import Connection
+
+from mail_pipelines.capacity import allotments
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.domains.domain import RETIRED_DAYS
@@ -33,7 +36,13 @@ def server_of(parts: Parts, provision: Provision) -> servers.ServerInfo | None:
 def drain(parts: Parts, provision: Provision, say: Say) -> Done:
     server = server_of(parts, provision)
     if server is not None and server.state not in (_S.DRAINING, _S.LOST, _S.RETIRED):
-        transact(parts.engine, lambda connection: registry.move(connection, provision.key, "drain"))
+        server_id = server.id
+
+        def work(connection: Connection) -> None:
+            registry.move(connection, provision.key, "drain")
+            allotments.take_back(connection, server_id)
+
+        transact(parts.engine, work)
         say(f"{provision.key} claims nothing any more")
     return PATH[provision.at], {}
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import dagster as dg
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from mail_pipelines import partitions
 from mail_pipelines.capacity import health, verdicts
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
+from mail_pipelines.dispatch import audit, registry, servers
+from mail_pipelines.jobs import audit_delivery_logs
 from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import proposals, store
-from mail_pipelines.provisioning.states import IN_SERVICE, State
+from mail_pipelines.provisioning.states import IN_SERVICE, At, State, Step
 from mail_pipelines.provisioning.store import Provision
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
+from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sensors.runs import unfinished
 from mail_pipelines.sensors.ticks import Evaluate, instance_of
 
 SERVER_TAG = "mail-pipelines/server"
+# A server that claims nothing any more, and waits for the end of its claims and of its log.
+_LEAVES = At(State.DRAINING, Step.SETTLE)
 
 
 def job_of(provision: Provision) -> dg.JobDefinition:
@@ -38,6 +46,8 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
     def capacity_shortage(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
         """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), give back those that it does not need, and go on with those
         that wait for something.
+
+        The log of a server that leaves is read to its end at once, by an audit of its own.
         """
         engine, settings = database.engine, database.settings
         said = [] if settings.provisioning.mode == "off" else _short(provisioning, engine, settings)
@@ -47,17 +57,39 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
             context.log.info("%s", line)
         with reading(engine) as connection:
             due = store.due(connection, database_now(connection))
-            warming = any(one.state is State.WARMING for one in store.all_provisions(connection))
-        if warming:
+            living = store.all_provisions(connection)
+            unread = _unread(connection, [one.key for one in living if one.at == _LEAVES])
+        if any(one.state is State.WARMING for one in living):
             transact(engine, store.warmed)
         busy: set[str] = set()
         if due:
             instance = instance_of(context)
             busy = {run.tags.get(SERVER_TAG, "") for job in (provision_server, retire_server) for run in unfinished(instance, job.name)}
         requests = [run_request(provision) for provision in due if provision.key not in busy]
+        if unread:
+            known = set(instance_of(context).get_dynamic_partitions(partitions.servers.name or ""))
+            requests += [audit_request(key, end) for key, end in unread.items() if key in known]
         return dg.SensorResult(run_requests=requests, skip_reason=None if requests else dg.SkipReason("; ".join(said) or "no servers are wanted"))
 
     return capacity_shortage
+
+
+def audit_request(key: str, end: Sequence[int]) -> dg.RunRequest:
+    """An audit of a server's log up to `end` (inode, offset), asked for once."""
+    run_key = f"{key}:{end[0]}:{end[1]}"
+    return dg.RunRequest(job_name=audit_delivery_logs.name, partition_key=key, run_key=run_key, tags={QUEUE_TAG: control_queue(key)})
+
+
+def _unread(connection: sa.Connection, leaving: Collection[str]) -> dict[str, Sequence[int]]:
+    """The servers of these that have nothing in hand, and whose logs were not read to the end: its place as their last heartbeat told it."""
+    if not leaving:
+        return {}
+    standings = audit.standings(connection)
+    return {
+        server.key: (server.health or {})["journal"]
+        for server in servers.all_servers(connection)
+        if server.key in leaving and not registry.open_claims(connection, server.id) and audit.unread(server, standings.get(server.key))
+    }
 
 
 def _short(provisioning: Provisioning, engine: sa.Engine, settings: Settings) -> list[str]:

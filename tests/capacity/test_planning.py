@@ -19,7 +19,7 @@ from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Breaker, Campaign, CampaignCounter, CampaignMinute, ProviderUsage, State, SyncState
 from mail_pipelines.delivery import counters
 from mail_pipelines.delivery.recording import slot_at
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.schedules import due_plan
@@ -118,6 +118,47 @@ def test_what_is_used_stays_granted_and_counts(world: World) -> None:
     assert row.used == len(answer.rows)
     assert row.planned == row.used + waiting
     assert row.granted >= row.planned
+
+
+def test_a_server_that_leaves_gives_back_what_it_has_not_used_and_no_plan_gives_it_again(world: World) -> None:
+    moment = dt.datetime.now(dt.UTC)
+    for key in ("s1", "s2"):
+        world.set_server(key, heartbeat_at=moment)
+    planning.make(world.engine, world.settings)
+    with reading(world.engine) as connection:
+        leaving = servers.find(connection, "s1")
+    assert isinstance(world.claim(leaving, limit=7), OpenClaim)
+
+    def unspent(server_id: int) -> tuple[int, int]:
+        mine = (Allotment.server_id == server_id, Allotment.slot_start >= slot_at(moment))
+        with reading(world.engine) as connection:
+            granted, used = connection.execute(sa.select(sa.func.sum(Allotment.granted), sa.func.sum(Allotment.used)).where(*mine)).one()
+        return int(granted) - int(used), int(used)
+
+    assert unspent(leaving.id)[0] > 0
+
+    def leave(connection: sa.Connection) -> None:
+        registry.move(connection, "s1", "drain")
+        allotments.take_back(connection, leaving.id)
+
+    transact(world.engine, leave)
+    for _ in range(2):
+        assert unspent(leaving.id) == (0, 7)
+        planning.make(world.engine, world.settings)
+        allotments.fill(world.engine, HEARTBEAT)
+    with reading(world.engine) as connection:
+        assert unspent(servers.find(connection, "s2").id)[0] > 0
+
+
+def test_what_comes_back_of_a_campaign_that_is_nearly_out_is_planned_where_there_is_room(world: World) -> None:
+    """Rows that were in hand when the plan was made, and were not sent: frozen slots let nothing more in, and these would be half an hour later."""
+    planning.make(world.engine, world.settings, NOW)
+    transact(world.engine, lambda connection: counters.add(connection, 1, 0, Counter({(0, "google", State.PENDING, ""): 30}), NOW))
+    later = NOW + dt.timedelta(seconds=20)
+    made = planning.make(world.engine, world.settings, later)
+    finish = made.plan.finish(1)
+    assert finish is not None
+    assert finish < (later + dt.timedelta(minutes=2)).timestamp()
 
 
 def test_who_waits_for_nothing_keeps_what_he_has(world: World) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,17 @@ def demo(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """A start that is refused before anything is made."""
     environ = os.environ | settings | {"MAIL_PIPELINES_HOME": str(folder)}
     return subprocess.run([sys.executable, "-m", "mail_pipelines.demo", "--exit", "--contacts", "10"], env=environ, capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -69,6 +84,24 @@ def test_the_next_demo_begins_with_an_empty_home_and_the_same_lock(tmp_path: Pat
     assert (elsewhere / "kept").exists()
 
 
+def test_the_next_demo_ends_the_servers_that_a_killed_one_has_made(tmp_path: Path) -> None:
+    """They are processes of their own, which their home names; one that only has the number of such a process is left alone."""
+    home = tmp_path / "home"
+    own_home.claim(home)
+    (home / "run/catchers").mkdir(parents=True)
+    sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
+    with started([*sleep, "catcher", "run", "catcher-3"]) as made, started([*sleep, "catcher", "run", "mx9"]) as other:
+        for key, process in (("catcher-3", made), ("catcher-4", other)):
+            (home / "run/catchers" / key).write_text(f"{process.pid}\n")
+        ends = threading.Thread(target=made.wait)
+        ends.start()
+        own_home.empty(home)
+        ends.join(30)
+        assert made.returncode == -signal.SIGTERM
+        assert other.poll() is None
+    assert set(content(home)) == {own_home.MARKER}
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HomeError, match="file cannot be used: File exists; MAIL_PIPELINES_HOME names the folder to use"):
@@ -94,4 +127,7 @@ def test_no_database_and_no_folder_of_another_installation_is_used(tmp_path: Pat
     assert settings.server.log_folder == f"{home}/log"
     assert "MAIL_PIPELINES_SERVER" not in environ
     assert (settings.operation.ui_port, settings.operation.sensor_seconds, environ["PATH"]) == (3000, 2, "/bin")
+    # What a demo needs itself, no reader changes.
+    short = own_home.environment({"MAIL_PIPELINES_PROVISIONING__MODE": "off"}, {"MAIL_PIPELINES_PROVISIONING__MODE": "auto"})
+    assert config.load(short | {"MAIL_PIPELINES_HOME": str(home)}).provisioning.mode == "auto"
     assert own_home.environment({})["MAIL_PIPELINES_HOME"] == str(checkout() / ".mail_pipelines_demo")

@@ -15,9 +15,8 @@ import sqlalchemy as sa
 import yaml
 from celery import Celery
 
-from mail_pipelines import home
+from mail_pipelines import home, up
 from mail_pipelines.campaigns.progress import Totals
-from mail_pipelines.cluster import scale
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.supervision import Child, Processes
@@ -112,7 +111,7 @@ class Fleet:
         )
 
     def launch(self, job: str, **tags: str) -> str:
-        return scale.launch(self.platform.address, job, tags)
+        return up.launch(self.platform.address, job, tags)
 
     def terminate(self, run_id: str) -> None:
         done = self.platform.graphql(TERMINATE, {"run": run_id})["terminateRun"]

@@ -13,12 +13,15 @@ import sqlalchemy as sa
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.definitions import build_defs
+from mail_pipelines.dispatch import audit
+from mail_pipelines.dispatch.journal import Position
 from mail_pipelines.provisioning import making, proposals, reserving, steps, store
 from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import IN_SERVICE, State
 from mail_pipelines.resources import provisioning as resource
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
+from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sensors import capacity
 from tests.provisioning.world import World
 
@@ -161,6 +164,41 @@ def test_a_server_that_goes_is_taken_out_by_its_own_job(world: World, tick: Call
     assert run((result.run_requests or [])[0], instance).success
     assert world.provision(key).state is State.RETIRED
     world.nothing_is_left(key)
+
+
+def test_the_log_of_a_server_that_goes_is_audited_at_once_and_once(world: World, tick: Callable[..., dg.SensorResult], instance: dg.DagsterInstance) -> None:
+    key = world.request()
+    world.advance(key)
+    transact(world.engine, lambda connection: store.give_back(connection, key, "not wanted"))
+
+    def waits(connection: sa.Connection) -> None:
+        server = sa.update(models.Server).where(models.Server.key == key)
+        connection.execute(server.values(state="draining", health={"journal": [7, 120]}))
+        connection.execute(sa.update(models.Provision).values(step="settle", due_at=dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)))
+
+    transact(world.engine, waits)
+    # Dagster has not heard of it yet.
+    assert not tick("propose").run_requests
+    instance.add_dynamic_partitions("servers", [key])
+    (request,) = tick("propose").run_requests or []
+    assert (request.job_name, request.partition_key, request.tags[QUEUE_TAG]) == ("audit_delivery_logs", key, control_queue(key))
+    # The same end of the log has the same key, for which Dagster starts one run.
+    assert [again.run_key for again in tick("propose").run_requests or []] == [request.run_key]
+
+    def claims(state: str) -> None:
+        now = dt.datetime.now(dt.UTC)
+        row = {"id": 1, "campaign_id": 1, "shard": 0, "provider": "google", "run_id": "", "size": 1, "incarnation": "", "boot_id": "", "state": state}
+        where = {"server_id": world.provision(key).server_id, "journal_inode": 7, "journal_offset": 0, "opened_at": now, "lease_until": now}
+        transact(world.engine, lambda connection: connection.execute(sa.delete(models.Claim)))
+        transact(world.engine, lambda connection: connection.execute(sa.insert(models.Claim).values(row | where)))
+
+    # While something is in its hand, its log is not at its end.
+    claims("open")
+    assert not tick("propose").run_requests
+    claims("closed")
+    assert len(tick("propose").run_requests or []) == 1
+    audit._save(world.engine, key, audit.Standing(position=Position(inode=7, offset=120)), dt.datetime.now(dt.UTC))
+    assert not tick("propose").run_requests
 
 
 def test_a_day_of_waiting_makes_few_runs(world: World, tick: Callable[..., dg.SensorResult], monkeypatch: pytest.MonkeyPatch) -> None:

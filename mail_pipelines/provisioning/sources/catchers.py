@@ -112,6 +112,12 @@ def stop(run_folder: Path, name: str) -> None:
     place.unlink(missing_ok=True)
 
 
+def stop_all(run_folder: Path) -> None:
+    """End all catchers that a `Starter` has started with this folder."""
+    for place in list((run_folder / "catchers").glob("*")):
+        stop(run_folder, place.name)
+
+
 def _process_file(run_folder: Path, name: str) -> Path:
     return run_folder / "catchers" / name
 
