@@ -32,7 +32,7 @@ def _sensors(database: CentralDatabase, provisioning: Provisioning, interval_sec
         sensor(inbound.inbound_mail, database, calm, jobs=[read_inbound_mail]),
         sensor(servers.server_health, database, calm),
         sensor(alerts.alerts, database, calm),
-        sensor(shortage.capacity_sensor(provisioning), database, calm, jobs=[provision_server, retire_server]),
+        sensor(shortage.capacity_sensor(provisioning), database, calm, jobs=[provision_server, retire_server, jobs.audit_delivery_logs]),
         dg.run_failure_sensor(default_status=dg.DefaultSensorStatus.RUNNING, minimum_interval_seconds=calm, request_job=jobs.report_campaign)(
             failures.failed_runs
         ),

@@ -77,8 +77,12 @@ class HostSource(Protocol):
         """How many servers at most; None: any number."""
 
     @property
+    def warm(self) -> bool:
+        """Whether its addresses have a reputation: then its servers help campaigns that end in hours."""
+
+    @property
     def curve(self) -> str:
-        """The curve by which its addresses are warmed up; "" if their reputation is made already."""
+        """The curve by which its servers are warmed up; "" if they are not."""
 
     @property
     def reused(self) -> bool:

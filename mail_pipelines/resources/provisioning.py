@@ -78,4 +78,4 @@ class Provisioning(dg.ConfigurableResource):
         sources = hosts_file.read(settings).sources
         with reading(engine) as connection:
             following = proposals.next_source(connection, sources)
-            return shortage.wanted(connection, warm=following is not None and not following.curve)
+            return shortage.wanted(connection, warm=following is not None and following.warm)

@@ -163,6 +163,22 @@ def test_a_server_that_goes_is_taken_out_by_its_own_job(world: World, tick: Call
     world.nothing_is_left(key)
 
 
+def test_the_end_of_its_log_is_read_now_and_not_at_the_full_hour(world: World, tick: Callable[..., dg.SensorResult], instance: dg.DagsterInstance) -> None:
+    key = world.request()
+    world.advance(key)
+    written = sa.update(models.Server).values(heartbeat_at=dt.datetime.now(dt.UTC), health={"journal": [1, 500]})
+    transact(world.engine, lambda connection: connection.execute(written))
+    transact(world.engine, lambda connection: store.give_back(connection, key, "not wanted"))
+    assert "lines that were not read" in (world.advance(key).reason or "")
+    instance.add_dynamic_partitions("servers", [key])
+    (request,) = [one for one in tick("propose").run_requests or [] if one.job_name == "audit_delivery_logs"]
+    assert (request.partition_key, request.tags["dagster-celery/queue"]) == (key, "mx1-ctl")
+    # Not again while it is being read.
+    job = build_defs().resolve_job_def("audit_delivery_logs")
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={"dagster/partition": key})
+    assert "audit_delivery_logs" not in {one.job_name for one in tick("propose").run_requests or []}
+
+
 def test_a_day_of_waiting_makes_few_runs(world: World, tick: Callable[..., dg.SensorResult], monkeypatch: pytest.MonkeyPatch) -> None:
     """Three servers are wanted all day, and nobody publishes their records before the evening. The time is simulated, the rest is real."""
     begin = dt.datetime.now(dt.UTC).replace(day=1, hour=0, minute=0)

@@ -53,6 +53,15 @@ def test_the_example_of_the_documentation_is_a_file_of_sources(tmp_path: Path) -
     assert set(found.variables) == {"broker_host", "centre_addresses"}
 
 
+@pytest.mark.parametrize(
+    ("given", "warm", "curve"),
+    [("", False, "normal"), ('curve = "careful"', False, "careful"), ("warm = true", True, ""), ('warm = true\ncurve = "normal"', True, "normal")],
+)
+def test_servers_of_warm_addresses_are_warmed_up_only_by_a_curve_that_is_named(tmp_path: Path, given: str, warm: bool, curve: str) -> None:
+    (source,) = read(tmp_path, f'[[source]]\nname = "rack"\nkind = "inventory"\nhosts = []\n{given}\n').sources
+    assert (source.warm, source.curve) == (warm, curve)
+
+
 def test_without_a_file_there_is_no_source(tmp_path: Path) -> None:
     assert reading.read(config.load({"MAIL_PIPELINES_HOME": str(tmp_path)})).sources == ()
 

@@ -31,6 +31,7 @@ class Catchers:
     run_folder: Path
     cost_per_hour: float = 0.0
     most: int | None = None
+    warm: bool = True
     curve: str = ""
     kind: str = "catcher"
     reused: bool = False

@@ -32,6 +32,7 @@ class Command:
     key_file: str
     cost_per_hour: float = 0.0
     most: int | None = None
+    warm: bool = False
     curve: str = "normal"
     seconds: float = 600
     kind: str = "exim"

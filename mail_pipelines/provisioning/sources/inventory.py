@@ -17,6 +17,7 @@ class Inventory:
     hosts: Sequence[Host]
     cost_per_hour: float = 0.0
     most: int | None = None
+    warm: bool = False
     curve: str = "normal"
     kind: str = "exim"
     reused: bool = True

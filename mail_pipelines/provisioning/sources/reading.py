@@ -30,7 +30,9 @@ class _Table(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-def _known(curve: str) -> str:
+def _known(curve: str | None) -> str | None:
+    if curve is None:
+        return None
     try:
         return rules().curve(curve).name
     except WarmUpError as error:
@@ -50,7 +52,8 @@ class _Source(_Table):
     cost_per_hour: float = pydantic.Field(default=0, ge=0)
     most: int | None = pydantic.Field(default=None, ge=0)
     warm: bool = False
-    curve: Annotated[str, pydantic.AfterValidator(_known)] = "normal"
+    # Of addresses that are warm none, unless one is named.
+    curve: Annotated[str | None, pydantic.AfterValidator(_known)] = None
 
 
 class _Inventory(_Source):
@@ -107,12 +110,13 @@ def read(settings: Settings) -> Hosts:
 
 
 def _made(source: _Inventory | _Command | _Catchers, settings: Settings) -> HostSource:
-    name, cost, most, curve = source.name, source.cost_per_hour, source.most, "" if source.warm else source.curve
+    name, cost, most, warm = source.name, source.cost_per_hour, source.most, source.warm
+    curve = source.curve or ("" if warm else "normal")
     match source:
         case _Inventory():
             hosts = [Host(f"{host.address}:{host.port}", host.address, host.host_key, host.user, host.key_file, host.port) for host in source.hosts]
-            return Inventory(name, hosts, cost, most, curve)
+            return Inventory(name, hosts, cost, most, warm, curve)
         case _Command():
-            return Command(name, source.command, source.user, source.key_file, cost, most, curve, source.seconds)
+            return Command(name, source.command, source.user, source.key_file, cost, most, warm, curve, source.seconds)
         case _Catchers():
-            return Catchers(name, settings.home / "hosts", Path(settings.server.run_folder), cost, most, curve)
+            return Catchers(name, settings.home / "hosts", Path(settings.server.run_folder), cost, most, warm, curve)
