@@ -68,9 +68,9 @@ SECRETS = "/var/lib/mail-pipelines/secrets"
 def secrets_of(installation: Installation) -> set[str]:
     """Everything that must not be seen: what the hosts have made for themselves."""
     found = installation.database.run("sh", "-c", "cat /etc/mail-pipelines/database/*").stdout.split()
-    found += installation.centre.run("cat", "/etc/mail-pipelines/broker", "/etc/mail-pipelines/operator.password").stdout.split()
+    found += installation.centre.run("sh", "-c", "cd /etc/mail-pipelines && cat broker broker.accounts operator.password").stdout.split()
     found += installation.centre.run("sh", "-c", f"cat {SECRETS}/*_key {SECRETS}/servers/mx1.[bpt]*").stdout.split()
-    assert len(found) == 10
+    assert len(found) == 11
     return set(found)
 
 
