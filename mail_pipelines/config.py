@@ -173,6 +173,10 @@ class BrokerSettings(Section):
         "broker that carries runs to workers: amqps://USER:PASSWORD@HOST:5671/VHOST, on its own host amqp:// and 5672, or filesystem:///FOLDER"
     )
     ca: str = pydantic.Field(default="", description="file of the authority that signed the certificate of an amqps:// broker; empty: those this host trusts")
+    management_url: str | None = secret(
+        "RabbitMQ's management API, by which the centre makes and ends the accounts of servers: http://USER:PASSWORD@127.0.0.1:15672, or https:// on another "
+        "host; of an account with the tag administrator; nowhere else"
+    )
     results: str | None = secret("where workers say that a run has begun or ended: db+mysql+pymysql://USER:PASSWORD@HOST/SCHEMA?ssl_ca=FILE, or file:///FOLDER")
     signing_key: str | None = secret("key by which the centre signs orders to workers; nowhere else; `mail-pipelines init --production` makes one")
     verify_key: str = pydantic.Field(

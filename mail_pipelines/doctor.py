@@ -343,6 +343,8 @@ def check_broker(settings: config.Settings) -> Iterator[Finding]:
         return
     except OperationalError as error:
         yield Finding("broker", f"the broker does not answer: {error}", "runs wait until it does; sessions that work go on")
+    else:
+        yield from _check_broker_accounts(settings)
 
     def look() -> list[Finding]:
         try:
@@ -353,6 +355,22 @@ def check_broker(settings: config.Settings) -> Iterator[Finding]:
         return []
 
     yield from _within(STORAGE_SECONDS, look, Finding("broker", f"the database of results does not answer within {STORAGE_SECONDS:g} s", _HANGS))
+
+
+def _check_broker_accounts(settings: config.Settings) -> Iterator[Finding]:
+    """The centre, and nobody else, can make and end accounts of servers at the broker."""
+    from mail_pipelines.resources.broker_accounts import BrokerAccountError, BrokerAccounts
+
+    broker = BrokerAccounts.of(settings.broker)
+    if settings.this_server is not None:
+        if settings.broker.management_url:
+            remedy = "take it off this host, and give the account that it names another password"
+            yield Finding("broker", "broker.management_url is set on a server: whoever steals this one makes accounts for all", remedy)
+    elif broker is not None:
+        try:
+            broker.check()
+        except BrokerAccountError as error:
+            yield Finding("broker", str(error), "until then no server can be made or revoked by the centre")
 
 
 def check_storage_account(members: Mapping[str, config.Settings], environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from mail_pipelines.benchmarks.mariadb import free_port
 from mail_pipelines.errors import MailPipelinesError
 
 VHOST = "mail"
+MANAGER = "centre-accounts"
 _PASSWORD = "for tests"
 # Not the script that Debian puts on the path: that one wants to be root or rabbitmq.
 _SERVER = "/usr/lib/rabbitmq/bin/rabbitmq-server"
@@ -26,18 +27,18 @@ _START_SECONDS = 90
 _STOP_SECONDS = 15
 
 
-def rights(server: str) -> str:
-    """What a dispatch server's account may configure, write and read, as docs/production.md has it."""
-    return rf"^(dispatch|{server}(-ctl)?|{server}\.pidbox|{server}(-ctl)?@.*)$"
-
-
 @dataclass
 class RabbitMQ:
-    """A running server; `accounts` maps names to what each may configure, write and read (regular expressions). `centre` may do everything."""
+    """A running server; `accounts` maps names to what each may configure, write and read (regular expressions). `centre` may do everything.
+
+    With `management` it has the API by which `MANAGER` makes accounts, which takes its start a second longer.
+    """
 
     folder: Path
     accounts: Mapping[str, str]
+    management: bool = False
     port: int = field(default_factory=free_port)
+    management_port: int = field(default_factory=free_port)
     # That of its processes, by which its commands find it.
     environ: dict[str, str] = field(default_factory=dict)
     _mapper_port: int = field(default_factory=free_port)
@@ -46,6 +47,10 @@ class RabbitMQ:
     def url(self, account: str) -> str:
         return f"amqp://{account}:{quote(_PASSWORD)}@127.0.0.1:{self.port}/{VHOST}"
 
+    @property
+    def management_url(self) -> str:
+        return f"http://{MANAGER}:{quote(_PASSWORD)}@127.0.0.1:{self.management_port}"
+
     def start(self) -> RabbitMQ:
         if shutil.which(_SERVER) is None:
             raise MailPipelinesError("RabbitMQ is not installed: run `script/setup test`, or install the package rabbitmq-server")
@@ -53,8 +58,10 @@ class RabbitMQ:
         definitions.write_text(json.dumps(self._definitions()), encoding="utf-8")
         settings = self.folder / "rabbitmq.conf"
         lines = [f"listeners.tcp.1 = 127.0.0.1:{self.port}", f"load_definitions = {definitions}", "disk_free_limit.absolute = 10MB", "log.console = true"]
+        if self.management:
+            lines += ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {self.management_port}", "management_agent.disable_metrics_collector = true"]
         settings.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (self.folder / "enabled_plugins").write_text("[].\n", encoding="utf-8")
+        (self.folder / "enabled_plugins").write_text(f"[{'rabbitmq_management' if self.management else ''}].\n", encoding="utf-8")
         self.environ = {
             # Before the scripts of Debian, which look for the machine's own server.
             "PATH": f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}",
@@ -80,6 +87,8 @@ class RabbitMQ:
         self._wait(self._mapper_port)
         self._spawn([_SERVER])
         self._wait(self.port)
+        if self.management:
+            self._wait(self.management_port)
         return self
 
     def _spawn(self, command: list[str]) -> None:
@@ -117,9 +126,12 @@ class RabbitMQ:
     def _definitions(self) -> dict[str, object]:
         everything = dict.fromkeys(("configure", "write", "read"), ".*")
         of_all = {"centre": everything} | {name: dict.fromkeys(everything, own) for name, own in self.accounts.items()}
+        tags = dict.fromkeys(of_all, "") | ({MANAGER: "administrator"} if self.management else {})
         return {
             "vhosts": [{"name": VHOST}],
-            "users": [{"name": name, "password_hash": _hashed(), "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": ""} for name in of_all],
+            "users": [
+                {"name": name, "password_hash": _hashed(), "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": tag} for name, tag in tags.items()
+            ],
             "permissions": [{"user": name, "vhost": VHOST, **right} for name, right in of_all.items()],
         }
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from mail_pipelines.benchmarks.rabbitmq import RabbitMQ, rights
+from mail_pipelines.benchmarks.rabbitmq import RabbitMQ
+from mail_pipelines.resources.broker_accounts import rights
 
 CENTRE = "centre"
 SCHEMAS = ("mail", "dagster", "results")

@@ -290,19 +290,23 @@ def retire(name: str, lost: Annotated[bool, typer.Option("--lost", help="its hos
 
 @app.command("account")
 def account(name: str) -> None:
-    """Make the account of a server on another host for all databases, or give it a new password, with its token key and DKIM keys; all is kept in the home."""
+    """Make the accounts of a server on another host, of all databases and at the broker, or give them new passwords, with its token key and DKIM keys; all is
+    kept in the home.
+    """
     from mail_pipelines.dispatch.accounts import KeyHeld
     from mail_pipelines.provisioning.credentials import Kept
     from mail_pipelines.resources.provisioning import accounts_of
 
     kept, credentials = Kept.of(settings(), name), accounts_of(open_engine(), settings())
-    given = credentials.give_databases(name)
+    given = credentials.give_accounts(name)
     several = f"with several servers there: in servers/{name}.toml of the home, the token key too; docs/production.md"
     console.print(f"server {name} has an account; on its host set ({several})", markup=False, highlight=False)
     console.print(f"MAIL_PIPELINES_DATABASE__URL={given.url}", markup=False, highlight=False)
     console.print(f"and MAIL_PIPELINES_DATABASE__PASSWORD_FILE to a copy of {kept.password}", markup=False, highlight=False)
     if kept.environment.exists():
         console.print(f"and put the lines of {kept.environment} into its environment file", markup=False, highlight=False)
+    if credentials.broker is not None:
+        console.print(f"and give its MAIL_PIPELINES_BROKER__URL the password that is in {kept.broker}", markup=False, highlight=False)
     try:
         credentials.give_key(given)
     except KeyHeld as held:
@@ -347,19 +351,15 @@ def _equip(name: str, *, allow_unverified: bool) -> bool:
 @app.command("revoke")
 def revoke(name: str) -> None:
     """Shut a stolen server out: its accounts at database and broker, its DKIM keys; what it has in hand becomes unknown. It never comes back."""
-    import datetime as dt
+    from mail_pipelines.resources.provisioning import accounts_of
 
-    from mail_pipelines.dispatch import accounts
-    from mail_pipelines.provisioning.credentials import Kept
-    from mail_pipelines.resources import broker_accounts
-
-    done = accounts.revoke(open_engine(), name, dt.datetime.now(dt.UTC))
-    Kept.of(settings(), name).remove()
+    credentials = accounts_of(open_engine(), settings())
+    done = credentials.take(name)
     console.print(f"server {name} is revoked; {done.unknown:,} recipients it had in hand are unknown now")
     for record in done.records:
         console.print(f"remove from the DNS at once: {record}", markup=False, highlight=False)
-    if (settings().broker.url or "").startswith(("amqp://", "amqps://")):
-        broker_accounts.delete(name)
+    credentials.clear(name)
+    if credentials.broker is not None:
         console.print("its account at the broker is deleted")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -54,8 +55,11 @@ class Revoked:
     records: tuple[str, ...]
 
 
-def give(engine: Engine, key: str) -> Account:
-    """Make the account of a server, or give it a new password; sessions that are connected go on. Raises `AccountError`."""
+def give(engine: Engine, key: str, before: Callable[[], None] = lambda: None) -> Account:
+    """Make the account of a server, or give it a new password; sessions that are connected go on. Raises `AccountError`.
+
+    `before` is called when there is an account and nothing is left to do but to change its password, which stays as it is if that fails.
+    """
     if not is_mysql(engine):
         raise AccountError("a central database in SQLite has no accounts: they are for dispatch servers on other hosts (docs/production.md)")
     password = secrets.token_urlsafe(32)
@@ -64,14 +68,18 @@ def give(engine: Engine, key: str) -> Account:
         account = _name(engine, server.id)
         try:
             boundary.install(connection)
-            verb = "ALTER" if _account(connection, server.id) else "CREATE"
             # As the centre's own connection is: a password is worth nothing on a line that others read.
             demand = "REQUIRE SSL" if _is_encrypted(connection) else "REQUIRE NONE"
-            connection.exec_driver_sql(f"{verb} USER %s@'%%' IDENTIFIED BY %s {demand}", (account, password))
+            is_new = _account(connection, server.id) is None
+            if is_new:
+                connection.exec_driver_sql(f"CREATE USER %s@'%%' IDENTIFIED BY %s {demand}", (account, password))
             boundary.grant(connection, account)
+            connection.execute(sa.update(Server).where(Server.id == server.id).values(account=account))
+            before()
+            if not is_new:
+                connection.exec_driver_sql(f"ALTER USER %s@'%%' IDENTIFIED BY %s {demand}", (account, password))
         except sa.exc.DBAPIError as error:
             raise _explained(error, engine, account) from error
-        connection.execute(sa.update(Server).where(Server.id == server.id).values(account=account))
         central = engine.url
         url = sa.URL.create(central.drivername, account, None, central.host, central.port, boundary.schema_of(connection), central.query)
     return Account(key, url.render_as_string(), password)

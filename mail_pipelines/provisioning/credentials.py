@@ -1,14 +1,14 @@
 """Accounts and keys of a server on a host of its own, and the files in which the centre keeps them until they are on that host.
 
 What belongs here: which there are, where, and their end. What does not: what an account may do (`database.boundary`; of Dagster's
-storage and the results `resources.server_storage`), and the broker's own tool (`resources.broker_accounts`); these two are passed in.
+storage and the results `resources.server_storage`), and how the broker is asked (`resources.broker_accounts`); these two are passed in.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,12 +17,25 @@ from sqlalchemy.engine import Engine
 
 from mail_pipelines.config import Settings
 from mail_pipelines.dispatch import accounts
-from mail_pipelines.dispatch.accounts import Account
+from mail_pipelines.dispatch.accounts import Account, Revoked
 from mail_pipelines.dispatch.files import replace_file
 
 
+class Storage(Protocol):
+    """Dagster's storage and the results of runs, as accounts of the central database use them. Raises `MailPipelinesError`."""
+
+    def prepare(self) -> None:
+        """Let the accounts of all servers use them. May be repeated."""
+
+    def environment(self, account: Account) -> Mapping[str, str]:
+        """What to set for that on the account's host."""
+
+
 class BrokerAccounts(Protocol):
-    """Accounts at the broker by the server's name. Both raise `MailPipelinesError`, and may be repeated."""
+    """Accounts at the broker by the server's name. All raise `MailPipelinesError`, and may be repeated."""
+
+    def check(self) -> None:
+        """Whether accounts could be made now."""
 
     def put(self, account: str, password: str) -> None:
         """Make it, or give it another password."""
@@ -56,21 +69,27 @@ def folder(settings: Settings) -> Path:
 
 @dataclass(frozen=True)
 class Accounts:
-    """`storage` lets an account of the central database use Dagster's storage and the results, and returns what to set for that on its host."""
+    """Accounts of one centre's servers. Without a `broker` there are none at one."""
 
     engine: Engine
     settings: Settings
-    storage: Callable[[Account], Mapping[str, str]]
+    storage: Storage
     broker: BrokerAccounts | None = None
 
-    def give_databases(self, name: str) -> Account:
-        """The account of all databases, or a new password for it."""
+    def give_accounts(self, name: str) -> Account:
+        """The account of all databases and that at the broker, or new passwords for them. What is missing for one of them is found before any is changed."""
         kept = Kept.of(self.settings, name)
         kept.password.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        given = accounts.give(self.engine, name)
+        if self.broker is not None:
+            self.broker.check()
+        given = accounts.give(self.engine, name, self.storage.prepare)
         replace_file(kept.password, given.password + "\n")
-        if lines := self.storage(given):
+        if lines := self.storage.environment(given):
             replace_file(kept.environment, "".join(f"{variable}='{value}'\n" for variable, value in lines.items()))
+        if self.broker is not None:
+            password = secrets.token_urlsafe(32)
+            self.broker.put(name, password)
+            replace_file(kept.broker, password + "\n")
         return given
 
     def give_key(self, given: Account) -> None:
@@ -83,17 +102,13 @@ class Accounts:
         if kind == "catcher":
             # A process of the centre's own, with the centre's own.
             return ()
-        self.give_key(self.give_databases(name))
+        self.give_key(self.give_accounts(name))
         kept = Kept.of(self.settings, name)
-        if self.broker is not None:
-            password = secrets.token_urlsafe(32)
-            replace_file(kept.broker, password + "\n")
-            self.broker.put(name, password)
         # The URL is no secret; the password, which is in the addresses of `environment` too, is.
         return [kept.password, kept.token_key, kept.broker, kept.environment]
 
-    def take(self, name: str) -> None:
-        accounts.revoke(self.engine, name, dt.datetime.now(dt.UTC))
+    def take(self, name: str) -> Revoked:
+        return accounts.revoke(self.engine, name, dt.datetime.now(dt.UTC))
 
     def clear(self, name: str) -> None:
         if self.broker is not None:

@@ -144,7 +144,7 @@ class Credentials(Protocol):
     def give(self, name: str, kind: str) -> Sequence[Path]:
         """Make the accounts of a registered server, or give them new passwords; returns the files with what is secret."""
 
-    def take(self, name: str) -> None:
+    def take(self, name: str) -> object:
         """End the server for good, with all that it has in hand. May be repeated."""
 
     def clear(self, name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 import dagster as dg
 import sqlalchemy as sa
@@ -18,8 +17,8 @@ from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.provisioning.credentials import Accounts
 from mail_pipelines.provisioning.interfaces import Parts
 from mail_pipelines.provisioning.proposals import Wanted
-from mail_pipelines.resources import server_storage
 from mail_pipelines.resources.broker_accounts import BrokerAccounts
+from mail_pipelines.resources.server_storage import ServerStorage
 
 
 def parts_of(engine: sa.Engine, settings: Settings) -> Parts:
@@ -52,9 +51,7 @@ def parts_of(engine: sa.Engine, settings: Settings) -> Parts:
 
 def accounts_of(engine: sa.Engine, settings: Settings) -> Accounts:
     """Accounts of servers in all databases, and at the broker where there is one."""
-    broker = urlsplit(settings.broker.url or "")
-    at_broker = BrokerAccounts(broker.path.strip("/") or "/") if broker.scheme in ("amqp", "amqps") else None
-    return Accounts(engine, settings, lambda account: server_storage.give(engine, settings, account, os.environ), at_broker)
+    return Accounts(engine, settings, ServerStorage(engine, settings, os.environ), BrokerAccounts.of(settings.broker))
 
 
 def _warm_up(connection: Connection, key: str, curve: str) -> None:

@@ -107,24 +107,47 @@ class Schemas:
         return f"{self.dagster}_servers"
 
 
-def give(engine: Engine, settings: Settings, account: Account, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Let a server's account use Dagster's storage and the results; what to set on its host, passwords included (nothing, where they are not in MySQL/MariaDB).
+@dataclass(frozen=True)
+class ServerStorage:
+    """Dagster's storage and the results for accounts of servers: nothing to do, where they are not in MySQL/MariaDB.
 
-    `engine`: the centre's, of the central database, in whose database server both have to be. Raises `StorageAccountError`.
+    `engine`: the centre's, of the central database, in whose database server both have to be.
     """
-    if (schemas := Schemas.of(engine, settings, environ)) is None:
-        return {}
-    _install(engine, settings, schemas)
-    assert settings.broker.results is not None
-    name = sa.make_url(account.url).username
-    dagster, given = (
-        sa.make_url(url).set(username=name, password=account.password, database=schemas.own)
-        for url in (environ[URL_VARIABLE], settings.broker.results.removeprefix("db+"))
-    )
-    return {
-        URL_VARIABLE: dagster.set(drivername=views_dialect.DRIVER).render_as_string(hide_password=False),
-        _RESULTS_VARIABLE: f"db+{given.render_as_string(hide_password=False)}",
-    }
+
+    engine: Engine
+    settings: Settings
+    environ: Mapping[str, str]
+
+    @property
+    def _schemas(self) -> Schemas | None:
+        return Schemas.of(self.engine, self.settings, self.environ)
+
+    def prepare(self) -> None:
+        """Let the accounts of all servers use it. Raises `StorageAccountError`."""
+        if (schemas := self._schemas) is not None:
+            _install(self.engine, self.settings, schemas)
+
+    def environment(self, account: Account) -> dict[str, str]:
+        """What to set on the host of a server, passwords included."""
+        if (schemas := self._schemas) is None:
+            return {}
+        assert self.settings.broker.results is not None
+        name = sa.make_url(account.url).username
+        dagster, given = (
+            sa.make_url(url).set(username=name, password=account.password, database=schemas.own)
+            for url in (self.environ[URL_VARIABLE], self.settings.broker.results.removeprefix("db+"))
+        )
+        return {
+            URL_VARIABLE: dagster.set(drivername=views_dialect.DRIVER).render_as_string(hide_password=False),
+            _RESULTS_VARIABLE: f"db+{given.render_as_string(hide_password=False)}",
+        }
+
+
+def give(engine: Engine, settings: Settings, account: Account, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Let a server's account use Dagster's storage and the results; what to set on its host. Raises `StorageAccountError`."""
+    storage = ServerStorage(engine, settings, environ)
+    storage.prepare()
+    return storage.environment(account)
 
 
 def renew(engine: Engine, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:

@@ -1,4 +1,4 @@
-"""One installation for all tests of a file: making it takes minutes of the processor."""
+"""One installation for all tests of a file: making it takes a minute of the processor."""
 
 from __future__ import annotations
 

@@ -74,7 +74,21 @@ echo $$ >"/mnt/$3/cgroup.procs"
 umount /mnt
 exec unshare --mount --pid --uts --ipc --cgroup --fork --kill-child sh -c "$BOOT" machine "$@"
 """
-LEAVE = 'mount --make-rprivate / && mount -t cgroup2 cgroup2 /mnt && { [ ! -d "/mnt/$1" ] || find "/mnt/$1" -depth -type d -exec rmdir {} +; }'
+LEAVE = 'mount --make-rprivate / && mount -t cgroup2 cgroup2 /mnt && cd /mnt && set -- $1 && { [ ! -d "$1" ] || find "$@" -depth -type d -exec rmdir {} +; }'
+# What is left when this process has ended and could not do it itself: what runs on its hosts, their networks, and their control groups.
+SWEEP = r"""
+trap '' INT TERM HUP
+read -r word && exit
+for place in /run/netns/$1*; do
+  [ -e "$place" ] || continue
+  ip netns pids "${place##*/}" | xargs --no-run-if-empty kill -s KILL
+  ip netns delete "${place##*/}"
+done
+for try in $(seq 100); do
+  unshare --mount sh -c "$LEAVE" leave "$1*" && exit
+  sleep 0.1
+done
+"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,18 @@ class Machine:
         done = subprocess.run([*enter, *words], input=text, stdin=None if text is not None else subprocess.DEVNULL, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done
+
+
+@contextmanager
+def swept() -> Iterator[None]:
+    """Hosts and machines that are made in this leave nothing behind, even if this process is killed."""
+    words = ["sh", "-c", SWEEP, "sweep", f"mail-pipelines-{os.getpid()}-"]
+    # It learns of the end by the end of its input, which nobody else can write to.
+    sweep = subprocess.Popen(words, env={**os.environ, "LEAVE": LEAVE}, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        sweep.communicate(b"nothing is left\n")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
@@ -46,15 +45,13 @@ def test_nothing_but_builtin_modules_and_nothing_that_ansible_lint_would_not_hav
 def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> None:
     """With passwords as the hosts' own would be read by the playbook."""
 
-    def read(text: str) -> str:
-        return base64.b64encode(text.encode()).decode()
-
-    passwords = {"results": [{"item": name, "content": read(f"of {name}\n")} for name in ("mail", "dagster", "results")]}
+    passwords = {"stdout_lines": [f"of {name}" for name in ("mail", "dagster", "results")]}
     written = tmp_path / "environment"
     template = {"src": str(FOLDER / "roles/platform/templates/environment.j2"), "dest": str(written)}
+    of_broker = {"stdout_lines": [f"of {name}" for name in ("broker", "broker.accounts")]}
     everywhere = {"hosts": "all", "gather_facts": False, "connection": "local"}
     play = [
-        everywhere | {"tasks": [{"ansible.builtin.set_fact": {"database_passwords": passwords, "broker_password": {"content": read("of the broker\n")}}}]},
+        everywhere | {"tasks": [{"ansible.builtin.set_fact": {"database_passwords": passwords, "broker_passwords": of_broker}}]},
         everywhere | {"hosts": "centre", "tasks": [{"ansible.builtin.template": template, "vars": {"ansible_python_interpreter": sys.executable}}]},
     ]
     (tmp_path / "play.yml").write_text(yaml.safe_dump(play))
@@ -65,7 +62,8 @@ def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> Non
     environ = {name: value.strip("'") for name, value in environ.items()}
     settings = config.load(environ | {"MAIL_PIPELINES_HOME": str(tmp_path / "home"), "MAIL_PIPELINES_SENDING__TOKEN_KEY": "k"})
     assert settings.database.url == "mysql+pymysql://mail:of mail@db.example.com/mail?ssl_ca=/etc/mail-pipelines/tls/ca.pem"
-    assert settings.broker.url == "amqp://centre:of the broker@127.0.0.1:5672/mail"
+    assert settings.broker.url == "amqp://centre:of broker@127.0.0.1:5672/mail"
+    assert settings.broker.management_url == "http://centre-accounts:of broker.accounts@127.0.0.1:15672"
     assert (settings.sending.public_url, settings.sending.bounce_host) == ("https://mail.example.com", "mx.example.com")
     assert "@db.example.com/dagster?" in environ["DAGSTER_MYSQL_URL"]
 

@@ -11,14 +11,15 @@ import sqlalchemy as sa
 
 from mail_pipelines import config
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from mail_pipelines.benchmarks.rabbitmq import RabbitMQ, rights
+from mail_pipelines.benchmarks.rabbitmq import RabbitMQ
 from mail_pipelines.dispatch import accounts
 from mail_pipelines.resources import server_storage
+from mail_pipelines.resources.broker_accounts import rights
 from tests.production.fleet import SERVERS, dagster_yaml
 
 _ACCOUNT = "dagster"
 _PASSWORD = "p@ss/word:1"
-# A server that has an account at the broker and nothing else.
+# A server that nothing else needs.
 SPARE = "spare"
 
 
@@ -60,8 +61,9 @@ def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
         cursor.execute("CREATE DATABASE dagster CHARACTER SET utf8mb4")
         cursor.execute("CREATE USER %s@'127.0.0.1' IDENTIFIED BY %s", (_ACCOUNT, _PASSWORD))
         cursor.execute("GRANT ALL ON dagster.* TO %s@'127.0.0.1'", (_ACCOUNT,))
-    broker = RabbitMQ(folder, {name: rights(name) for name in (*SERVERS, SPARE)}).start()
+    broker = RabbitMQ(folder, {name: rights(name) for name in SERVERS}, management=True)
     stack.callback(broker.stop)
+    broker.start()
     results = database.database()
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("CREATE USER results@'127.0.0.1'")
@@ -69,6 +71,7 @@ def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
     environ = {
         "MAIL_PIPELINES_DATABASE__URL": database.database(),
         "MAIL_PIPELINES_BROKER__URL": broker.url("centre"),
+        "MAIL_PIPELINES_BROKER__MANAGEMENT_URL": broker.management_url,
         "MAIL_PIPELINES_BROKER__RESULTS": f"db+{results.replace('root@', 'results@')}",
         "DAGSTER_MYSQL_URL": f"mysql+mysqlconnector://{_ACCOUNT}:{quote(_PASSWORD, safe='')}@127.0.0.1:{database.port}/dagster",
     }

@@ -59,7 +59,7 @@ class Fleet:
         if server:
             environ |= {"MAIL_PIPELINES_SERVER": server, **self.backing.of_server.get(server, {})}
             # The centre's alone.
-            environ["MAIL_PIPELINES_BROKER__SIGNING_KEY"] = ""
+            environ |= dict.fromkeys(("MAIL_PIPELINES_BROKER__SIGNING_KEY", "MAIL_PIPELINES_BROKER__MANAGEMENT_URL"), "")
         return environ
 
     def restart_catcher(self, name: str) -> None:

@@ -1,19 +1,16 @@
 """What the accounts of a stolen server can do at the broker and in the databases: nothing beyond its own queues and rows.
 
-`tests/dispatch/test_accounts.py` has the rights in the central database one by one.
+`tests/dispatch/test_accounts.py` has the rights in the central database one by one, and `test_broker_accounts.py` how accounts at the broker are made and end.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import os
 import pickle
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
-from unittest import mock
-from urllib.parse import urlsplit
 
 import amqp
 import dagster as dg
@@ -22,13 +19,13 @@ import sqlalchemy as sa
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import DecodeError
 
-from mail_pipelines import doctor
+from mail_pipelines import config, doctor
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import accounts, servers
-from mail_pipelines.resources import broker_accounts, orders, server_storage, tasks
+from mail_pipelines.provisioning.credentials import Accounts
+from mail_pipelines.resources import orders, server_storage, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
-from tests.parts.processes import wait_for
 from tests.production.backing import SPARE
 from tests.production.fleet import SERVERS, Fleet
 
@@ -222,6 +219,7 @@ def test_a_worker_of_two_servers_has_the_runs_of_both_until_its_account_is_revok
     assert str(place) in fleet.platform.command("mail-pipelines", "server", "account", SPARE).stdout.replace("\n", "")
     environ = dict(line.split("=", 1) for line in shlex.split(place.read_text(encoding="utf-8")))
     assert sorted(environ) == ["DAGSTER_MYSQL_URL", "MAIL_PIPELINES_BROKER__RESULTS"]
+    assert place.with_suffix(".broker").stat().st_mode & 0o077 == 0
     assert place.stat().st_mode & 0o077 == 0
     url = sa.make_url(environ["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql")
     queues = (SPARE, f"{SPARE}-ctl", second, f"{second}-ctl", "dispatch", "centre", OTHER)
@@ -254,52 +252,25 @@ def test_doctor_names_a_server_whose_account_may_write_everything(fleet: Fleet, 
     assert "may write everything there" in problem
 
 
-def test_its_account_at_the_broker_ends_with_its_open_connections(fleet: Fleet) -> None:
-    """As `mail-pipelines server revoke` has it; of a server that nothing else needs."""
-    broker = fleet.backing.broker
-    assert broker is not None
-    with Connection(broker.url(SPARE)) as stolen:
-        stolen.connect()
-        with mock.patch.dict(os.environ, broker.environ):
-            broker_accounts.delete(SPARE)
-            # Repeating it does no harm.
-            broker_accounts.delete(SPARE)
-        wait_for(lambda: _is_closed(stolen), what="the end of the open connection")
-    with pytest.raises(amqp.AccessRefused), Connection(broker.url(SPARE)) as again:
-        again.connect()
-
-
-def test_an_account_is_made_for_a_new_server_and_given_another_password(fleet: Fleet) -> None:
-    """As provisioning does it, each time it plays on the host: the last password counts, and its own queues are all it has."""
-    broker = fleet.backing.broker
-    assert broker is not None
-    url = urlsplit(broker.url(OTHER))
-    vhost = url.path.strip("/")
-
-    def connect(password: str) -> Connection:
-        return Connection(f"{url.scheme}://mx9:{password}@{url.hostname}:{url.port}/{vhost}")
-
-    with mock.patch.dict(os.environ, broker.environ):
-        for password in ("first-password", "second-password"):
-            broker_accounts.put("mx9", password, vhost)
-        try:
-            with connect("second-password") as own:
-                own.default_channel.queue_declare("mx9-ctl")
-                own.default_channel.queue_delete("mx9-ctl")
-                with pytest.raises(amqp.AccessRefused):
-                    own.default_channel.queue_declare(OTHER)
-            with pytest.raises(amqp.AccessRefused), connect("first-password") as old:
-                old.connect()
-        finally:
-            broker_accounts.delete("mx9")
-
-
-def _is_closed(connection: Connection) -> bool:
-    """Whether the broker has ended a connection."""
-    try:
-        connection.drain_events(timeout=0.1)
-    except TimeoutError:
-        return False
-    except (amqp.ConnectionForced, OSError):
-        return True
-    return False
+def test_the_password_stays_where_the_centre_may_not_give_the_rest(fleet: Fleet) -> None:
+    """What it lacks in Dagster's storage is found before the account is given another password, which its host would not know."""
+    engine, database = fleet.platform.engine, fleet.backing.database
+    assert database is not None
+    central, lacking = str(engine.url.database), "lacking"
+    servers.register(engine, lacking, kind="exim", host="127.0.0.1", port=27, now=dt.datetime.now(dt.UTC))
+    before = accounts.give(engine, lacking)
+    with database.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE USER lacking@'127.0.0.1'")
+        for schema in (central, rf"{central}\_servers"):
+            cursor.execute(f"GRANT ALL ON `{schema}`.* TO lacking@'127.0.0.1' WITH GRANT OPTION")
+        cursor.execute("GRANT CREATE USER, PROCESS, CONNECTION ADMIN ON *.* TO lacking@'127.0.0.1'")
+    centre = create_engine(engine.url.set(username="lacking").render_as_string(hide_password=False))
+    settings = config.load(fleet.platform.environ)
+    with pytest.raises(server_storage.StorageAccountError, match="needs all rights on dagster"):
+        Accounts(centre, settings, server_storage.ServerStorage(centre, settings, fleet.platform.environ)).give_accounts(lacking)
+    centre.dispose()
+    own = create_engine(before.url, before.password)
+    with own.connect() as connected:
+        assert connected.exec_driver_sql("SELECT `key` FROM servers").scalars().all() == [lacking]
+    own.dispose()
+    accounts.revoke(engine, lacking, dt.datetime.now(dt.UTC))

@@ -24,12 +24,16 @@ def given(world: World, engine: sa.Engine) -> list[str]:
     """Accounts for which Dagster's storage was asked for. (tests/production has what they may do there.)"""
     asked: list[str] = []
 
-    def storage(account: Account) -> dict[str, str]:
-        asked.append(account.server)
-        return {"DAGSTER_MYSQL_URL": account.url, "MAIL_PIPELINES_BROKER__RESULTS": f"db+mysql://{account.password}@db"}
+    class Storage:
+        def prepare(self) -> None:
+            pass
+
+        def environment(self, account: Account) -> dict[str, str]:
+            asked.append(account.server)
+            return {"DAGSTER_MYSQL_URL": account.url, "MAIL_PIPELINES_BROKER__RESULTS": f"db+mysql://{account.password}@db"}
 
     settings = world.settings.model_copy(update={"sending": world.settings.sending.model_copy(update={"token_key": "a key for tests"})})
-    world.parts = replace(world.parts, settings=settings, credentials=Accounts(engine, settings, storage))
+    world.parts = replace(world.parts, settings=settings, credentials=Accounts(engine, settings, Storage()))
     return asked
 
 
