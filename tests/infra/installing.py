@@ -150,7 +150,7 @@ def installation(folder: Path, tree: Path, files: Mapping[str, Path], shown: Map
         machines = []
         for name, host in places.items():
             own = files.get(name, folder / name)
-            _equip(own, name, names, outside.address, folder)
+            equip(own, name, names, outside.address, folder)
             machines.append(stack.enter_context(machine(name, host, tree, own, shown.get(name, {}))))
         yield Installation(*machines, world, folder)
 
@@ -173,7 +173,7 @@ def _world(host: Host, folder: Path) -> Iterator[World]:
         stop(process)
 
 
-def _equip(files: Path, name: str, names: str, resolver: str, folder: Path) -> None:
+def equip(files: Path, name: str, names: str, resolver: str, folder: Path) -> None:
     """What a provider puts on a new host: its name, its key, and the key of whoever may log in."""
     (files / "etc/ssh").mkdir(parents=True)
     (files / "etc/hostname").write_text(f"{name}\n", encoding="utf-8")

@@ -23,7 +23,7 @@ set -eu
 tree=$1 files=$2 group=$3
 shift 3
 mount --make-rprivate /
-mount -t tmpfs -o mode=755,size=4G machine /mnt
+mount -t tmpfs -o "mode=755,size=$SIZE" machine /mnt
 mkdir /mnt/changes /mnt/work /mnt/root /mnt/shown
 mount -t overlay -o "lowerdir=$tree,upperdir=/mnt/changes,workdir=/mnt/work" machine /mnt/root
 number=0
@@ -120,12 +120,12 @@ def swept() -> Iterator[None]:
 
 
 @contextmanager
-def machine(name: str, host: Host, tree: Path, files: Path, shown: Mapping[str, Path] | None = None) -> Iterator[Machine]:
-    """Boot one; `files` are put over its tree, `shown` are places in it with the folders of this machine that are there."""
+def machine(name: str, host: Host, tree: Path, files: Path, shown: Mapping[str, Path] | None = None, size: str = "4G") -> Iterator[Machine]:
+    """Boot one; `files` are put over its tree, `shown` are places in it with the folders of this machine that are there. Its disk has room for `size`."""
     group = f"mail-pipelines-{os.getpid()}-{name}"
     arguments = [str(tree), str(files), group, *(str(word) for place, shows in (shown or {}).items() for word in (shows, place))]
     words = [*host.run, "unshare", "--mount", "sh", "-c", ENTER, "enter", *arguments]
-    process = subprocess.Popen(words, env={**os.environ, "BOOT": BOOT}, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(words, env={**os.environ, "BOOT": BOOT, "SIZE": size}, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for(lambda: process.poll() is not None or _init(process.pid), what=f"the first process of {name}")
         assert process.poll() is None, f"{name} does not start"
