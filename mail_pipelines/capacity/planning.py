@@ -85,7 +85,7 @@ class Situation:
         rows: Counter[tuple[int, str]] = Counter()
         for wanted in self.demands:
             rows[wanted.job.id, wanted.provider] += wanted.rows
-        *_, last = allotments.slots_at(self.now, _GRANTED_SLOTS)
+        *_, last = grants.slots_at(self.now, _GRANTED_SLOTS)
         for campaign_id, provider in {place[:2] for place in previous}:
             mine = [place for place in previous if place[:2] == (campaign_id, provider)]
             back = rows[campaign_id, provider] - sum(previous[place] for place in mine)

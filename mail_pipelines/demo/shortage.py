@@ -20,8 +20,8 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines import up
 from mail_pipelines.campaigns import store as campaigns
 from mail_pipelines.campaigns.states import CampaignState
-from mail_pipelines.capacity import planning
-from mail_pipelines.capacity.planning import Kept
+from mail_pipelines.capacity import in_force
+from mail_pipelines.capacity.in_force import Kept
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, CampaignMinute, Server, State
@@ -158,7 +158,7 @@ class Shortage:
 
         def made() -> Kept | None:
             with reading(self.engine) as connection:
-                plan = planning.in_force(connection)
+                plan = in_force.read(connection)
             return plan if plan is not None and plan.made_at >= asked else None
 
         return self._wait(made, "the capacity plan")

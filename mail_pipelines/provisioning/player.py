@@ -33,6 +33,16 @@ def tell(**fields: Any) -> None:
     sys.stdout.flush()
 
 
+def said(result: dict[str, Any]) -> str:
+    """Why a task failed: what its module says of it, or the program that the module has run."""
+    # Of a loop, the first item that failed.
+    one = next((item for item in result.get("results") or () if item.get("failed")), result)
+    words = str(one.get("msg") or one.get("censored") or "")
+    if words in ("", "non-zero return code"):
+        words = ": ".join(filter(None, (words, str(one.get("stderr") or one.get("stdout") or "").strip())))
+    return words
+
+
 def sweep() -> None:
     """Remove what plays have left that were killed."""
     for folder in _ROOT.glob(f"{_PREFIX}*"):
@@ -115,7 +125,7 @@ class Play:
             if event["event"] in _TOLD:
                 result = data.get("res") or {}
                 bad = event["event"] != "runner_on_ok" and not data.get("ignore_errors")
-                message = str(result.get("msg") or result.get("censored") or result.get("stderr") or "") if event["event"] != "runner_on_ok" else ""
+                message = "" if event["event"] == "runner_on_ok" else said(result)
                 what = "unreachable" if event["event"].endswith("unreachable") else "failed" if bad else "changed" if result.get("changed") else "ok"
                 tell(kind="task", host=data.get("host"), task=data.get("task"), what=what, message=message[:1000], seconds=data.get("duration"))
             if event.get("stdout"):

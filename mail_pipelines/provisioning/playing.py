@@ -125,7 +125,8 @@ class Ansible:
             process.stdin.close()
             for line in process.stdout:
                 self._heard(played, secrets.masked(line), target.name, say, keep)
-            process.wait()
+            if process.wait() < 0:
+                played.said = f"it was ended by signal {-process.returncode}"
         finally:
             # A run that is cancelled comes here with an exception. The player ends Ansible and all below it.
             process.terminate()

@@ -62,7 +62,8 @@ class Sends:
         with reading(self.engine) as connection:
             now = database_now(connection)
         # The test message that its host has sent arrives here.
-        return [*spoken, *there, *verify.verify(self.engine, self.settings, target.name, now).findings]
+        sent = any(finding.name == verify.MESSAGE and finding.ok for finding in there)
+        return [*spoken, *there, *verify.verify(self.engine, self.settings, target.name, now, expected=sent).findings]
 
 
 def on_host(host: Host, name: str) -> list[Finding]:

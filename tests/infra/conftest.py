@@ -1,4 +1,4 @@
-"""One installation for all tests of a file: making it takes minutes of the processor."""
+"""One installation for all tests of machines: making it takes a minute of the processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.infra.installing import CENTRE, ROOT, SERVER, Installation, Play, installation
 from tests.infra.machine import environment
 
-OWN = ROOT / ".venv"
+OWN = (ROOT / ".venv").resolve()
 # Where the two versions of a host that has had an upgrade are.
 FIRST, SECOND = "/opt/mail-pipelines-1/.venv", "/opt/mail-pipelines-2/.venv"
 PLACES = {CENTRE: (FIRST,), SERVER: (FIRST, SECOND)}
@@ -24,7 +24,7 @@ def tree() -> Path:
     return ROOT / ".machines" / suite
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hosts(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Bare hosts. Those with the project find the Python packages of these tests where they would install the same ones: that would take most of the time."""
     # Sockets of SSH have short paths.
@@ -38,13 +38,13 @@ def hosts(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inst
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def first_play(hosts: Installation) -> Play:
     """A centre and a server by one command."""
     return hosts.play("site.yml")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def installed(hosts: Installation, first_play: Play) -> Installation:
     assert (first_play.status, first_play.failed) == ("successful", []), first_play.output
     return hosts

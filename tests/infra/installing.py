@@ -15,7 +15,7 @@ from typing import Any
 
 import ansible_runner
 
-from tests.infra.machine import Machine, machine
+from tests.infra.machine import Machine, machine, swept
 from tests.parts.dns import Zone
 from tests.parts.hosts import Host, hosts
 from tests.parts.processes import stop
@@ -136,7 +136,9 @@ def installation(folder: Path, tree: Path, files: Mapping[str, Path], shown: Map
     """Three bare hosts, which reach each other, the world and nobody else. `files` and `shown` are what single ones have beside the tree."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
     with ExitStack() as stack:
+        stack.enter_context(swept())
         outside, *inside = stack.enter_context(hosts(4))
+        stack.callback(_hang_up, outside)
         world = stack.enter_context(_world(outside, folder / "world"))
         places = dict(zip((DATABASE, CENTRE, SERVER), inside, strict=True))
         names = "".join(f"{host.address} {name}\n" for name, host in places.items())
@@ -148,9 +150,14 @@ def installation(folder: Path, tree: Path, files: Mapping[str, Path], shown: Map
         machines = []
         for name, host in places.items():
             own = files.get(name, folder / name)
-            _equip(own, name, names, outside.address, folder)
+            equip(own, name, names, outside.address, folder)
             machines.append(stack.enter_context(machine(name, host, tree, own, shown.get(name, {}))))
         yield Installation(*machines, world, folder)
+
+
+def _hang_up(host: Host) -> None:
+    """End Ansible's connections, which are kept for the next play."""
+    subprocess.run(["sh", "-c", 'ip netns pids "$1" | xargs --no-run-if-empty kill', "sh", host.namespace], check=True)
 
 
 @contextmanager
@@ -166,7 +173,7 @@ def _world(host: Host, folder: Path) -> Iterator[World]:
         stop(process)
 
 
-def _equip(files: Path, name: str, names: str, resolver: str, folder: Path) -> None:
+def equip(files: Path, name: str, names: str, resolver: str, folder: Path) -> None:
     """What a provider puts on a new host: its name, its key, and the key of whoever may log in."""
     (files / "etc/ssh").mkdir(parents=True)
     (files / "etc/hostname").write_text(f"{name}\n", encoding="utf-8")

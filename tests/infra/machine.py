@@ -23,7 +23,7 @@ set -eu
 tree=$1 files=$2 group=$3
 shift 3
 mount --make-rprivate /
-mount -t tmpfs -o mode=755,size=4G machine /mnt
+mount -t tmpfs -o "mode=755,size=$SIZE" machine /mnt
 mkdir /mnt/changes /mnt/work /mnt/root /mnt/shown
 mount -t overlay -o "lowerdir=$tree,upperdir=/mnt/changes,workdir=/mnt/work" machine /mnt/root
 number=0
@@ -74,7 +74,21 @@ echo $$ >"/mnt/$3/cgroup.procs"
 umount /mnt
 exec unshare --mount --pid --uts --ipc --cgroup --fork --kill-child sh -c "$BOOT" machine "$@"
 """
-LEAVE = 'mount --make-rprivate / && mount -t cgroup2 cgroup2 /mnt && { [ ! -d "/mnt/$1" ] || find "/mnt/$1" -depth -type d -exec rmdir {} +; }'
+LEAVE = 'mount --make-rprivate / && mount -t cgroup2 cgroup2 /mnt && cd /mnt && set -- $1 && { [ ! -d "$1" ] || find "$@" -depth -type d -exec rmdir {} +; }'
+# What is left when this process has ended and could not do it itself: what runs on its hosts, their networks, and their control groups.
+SWEEP = r"""
+trap '' INT TERM HUP
+read -r word && exit
+for place in /run/netns/$1*; do
+  [ -e "$place" ] || continue
+  ip netns pids "${place##*/}" | xargs --no-run-if-empty kill -s KILL
+  ip netns delete "${place##*/}"
+done
+for try in $(seq 100); do
+  unshare --mount sh -c "$LEAVE" leave "$1*" && exit
+  sleep 0.1
+done
+"""
 
 
 @dataclass(frozen=True)
@@ -94,12 +108,24 @@ class Machine:
 
 
 @contextmanager
-def machine(name: str, host: Host, tree: Path, files: Path, shown: Mapping[str, Path] | None = None) -> Iterator[Machine]:
-    """Boot one; `files` are put over its tree, `shown` are places in it with the folders of this machine that are there."""
+def swept() -> Iterator[None]:
+    """Hosts and machines that are made in this leave nothing behind, even if this process is killed."""
+    words = ["sh", "-c", SWEEP, "sweep", f"mail-pipelines-{os.getpid()}-"]
+    # It learns of the end by the end of its input, which nobody else can write to.
+    sweep = subprocess.Popen(words, env={**os.environ, "LEAVE": LEAVE}, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        sweep.communicate(b"nothing is left\n")
+
+
+@contextmanager
+def machine(name: str, host: Host, tree: Path, files: Path, shown: Mapping[str, Path] | None = None, size: str = "4G") -> Iterator[Machine]:
+    """Boot one; `files` are put over its tree, `shown` are places in it with the folders of this machine that are there. Its disk has room for `size`."""
     group = f"mail-pipelines-{os.getpid()}-{name}"
     arguments = [str(tree), str(files), group, *(str(word) for place, shows in (shown or {}).items() for word in (shows, place))]
     words = [*host.run, "unshare", "--mount", "sh", "-c", ENTER, "enter", *arguments]
-    process = subprocess.Popen(words, env={**os.environ, "BOOT": BOOT}, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(words, env={**os.environ, "BOOT": BOOT, "SIZE": size}, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for(lambda: process.poll() is not None or _init(process.pid), what=f"the first process of {name}")
         assert process.poll() is None, f"{name} does not start"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
@@ -46,13 +45,10 @@ def test_nothing_but_builtin_modules_and_nothing_that_ansible_lint_would_not_hav
 def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> None:
     """With passwords as the hosts' own would be read by the playbook."""
 
-    def read(text: str) -> str:
-        return base64.b64encode(text.encode()).decode()
-
-    passwords = {"results": [{"item": name, "content": read(f"of {name}\n")} for name in ("mail", "dagster", "results")]}
+    passwords = {"stdout_lines": [f"of {name}" for name in ("mail", "dagster", "results")]}
     written = tmp_path / "environment"
     template = {"src": str(FOLDER / "roles/platform/templates/environment.j2"), "dest": str(written)}
-    of_broker = {"results": [{"item": name, "content": read(f"of {name}\n")} for name in ("broker", "broker.accounts")]}
+    of_broker = {"stdout_lines": [f"of {name}" for name in ("broker", "broker.accounts")]}
     everywhere = {"hosts": "all", "gather_facts": False, "connection": "local"}
     play = [
         everywhere | {"tasks": [{"ansible.builtin.set_fact": {"database_passwords": passwords, "broker_passwords": of_broker}}]},

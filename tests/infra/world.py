@@ -1,19 +1,23 @@
 """The world around an installation, on a host of its own: a DNS server that says what is published, and a mail exchanger that takes everything.
 
 `python -m tests.infra.world ADDRESS FOLDER`. Lines of standard input are records to publish, and each is answered by a line when it is. Every message is
-a file of FOLDER, its first line says how it came: by TLS or not, from which address, and with which name in the greeting.
+a file of FOLDER, its first line says how it came: by TLS or not, from which address, and with which name in the greeting. Who is of the installation may
+change records at port 8053, by what a command of `dns.command` gets; the answer is a line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import ssl
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
+from mail_pipelines.domains.records import zone_value
 from tests.parts.dns import Zone, serving
 
 
@@ -63,10 +67,21 @@ def publish(zone: Zone) -> None:
         print(line, end="", flush=True)  # noqa: T201
 
 
+async def change(zone: Zone, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """As the API of a DNS hoster: all records of a name's type are one set."""
+    asked = json.loads(await reader.read())
+    for record in asked["records"]:
+        values = [zone_value(record["type"], value) for value in record["values"]] if asked["action"] == "publish" else []
+        zone.replace(record["name"], record["type"], record["ttl"], values)
+    writer.write(b"done\n")
+    writer.close()
+
+
 async def main(address: str, folder: Path) -> None:
     zone = Zone()
     with serving(zone, address, 53):
         server = await asyncio.start_server(Exchanger(folder).serve, address, 25)
+        await asyncio.start_server(partial(change, zone), address, 8053)
         threading.Thread(target=publish, args=(zone,), daemon=True).start()
         await server.serve_forever()
 

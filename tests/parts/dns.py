@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import dns.exception
@@ -34,6 +34,13 @@ class Zone:
         """Add records, given as lines of a zone file."""
         for rrset in dns.zonefile.read_rrsets("\n".join(lines), rdclass=None, default_ttl=60):
             self._records.setdefault((rrset.name, rrset.rdtype), dns.rrset.RRset(rrset.name, rrset.rdclass, rrset.rdtype)).update(rrset)
+
+    def replace(self, name: str, kind: str, ttl: int, values: Sequence[str]) -> None:
+        """Let these be all records of a name's type, as an API of a DNS hoster does it; none: there are none any more."""
+        place = dns.name.from_text(name), dns.rdatatype.from_text(kind)
+        self._records.pop(place, None)
+        if values:
+            self._records[place] = dns.rrset.from_text(place[0], ttl, dns.rdataclass.IN, place[1], *values)
 
     def withdraw(self, name: str, kind: str) -> None:
         del self._records[dns.name.from_text(name), dns.rdatatype.from_text(kind)]

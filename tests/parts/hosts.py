@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,25 +26,40 @@ class Host:
 @contextmanager
 def hosts(count: int) -> Iterator[tuple[Host, ...]]:
     """Hosts that reach each other and nobody else, each by its device `wire`."""
-    made = tuple(Host(f"mail-pipelines-{os.getpid()}-{number}", f"10.9.8.{number}") for number in range(1, count + 1))
-    first, *others = made
-    try:
-        for host in made:
-            _ip("netns", "add", host.namespace)
-        # The first one's is also what connects them.
+    with ExitStack() as stack:
+        first = stack.enter_context(_host(1))
+        # Its device is also what connects them.
         _ip("-n", first.namespace, "link", "add", "wire", "type", "bridge")
-        for number, host in enumerate(others, start=2):
-            port = f"port{number}"
-            _ip("-n", first.namespace, "link", "add", port, "type", "veth", "peer", "name", "wire", "netns", host.namespace)
-            _ip("-n", first.namespace, "link", "set", port, "master", "wire", "up")
-        for host in made:
-            _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "wire")
-            for device in ("lo", "wire"):
-                _ip("-n", host.namespace, "link", "set", device, "up")
-        yield made
+        _up(first)
+        yield first, *(stack.enter_context(joined(first, number)) for number in range(2, count + 1))
+
+
+@contextmanager
+def joined(first: Host, number: int) -> Iterator[Host]:
+    """One more on the wire of the first; its address ends in `number`, which no other one has."""
+    with _host(number) as host:
+        port = f"port{number}"
+        _ip("-n", first.namespace, "link", "add", port, "type", "veth", "peer", "name", "wire", "netns", host.namespace)
+        _ip("-n", first.namespace, "link", "set", port, "master", "wire", "up")
+        _up(host)
+        yield host
+
+
+@contextmanager
+def _host(number: int) -> Iterator[Host]:
+    # Of a network for documentation: the program takes such addresses for public ones, and nobody else has them.
+    host = Host(f"mail-pipelines-{os.getpid()}-{number}", f"192.0.2.{number}")
+    try:
+        _ip("netns", "add", host.namespace)
+        yield host
     finally:
-        for host in made:
-            subprocess.run(["ip", "netns", "delete", host.namespace], check=False)
+        subprocess.run(["ip", "netns", "delete", host.namespace], check=False)
+
+
+def _up(host: Host) -> None:
+    _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "wire")
+    for device in ("lo", "wire"):
+        _ip("-n", host.namespace, "link", "set", device, "up")
 
 
 @contextmanager

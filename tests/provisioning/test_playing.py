@@ -103,6 +103,20 @@ def test_a_package_that_is_missing_fails_with_the_task_and_its_message(world: Wo
     _fails(world, None, "the task 'Package' failed", "non-zero return code")
 
 
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({"msg": "No package matching 'x'", "stderr": "long"}, "No package matching 'x'"),
+        ({"msg": "non-zero return code", "stdout": "server mx1 has no heartbeat\n", "stderr": ""}, "non-zero return code: server mx1 has no heartbeat"),
+        ({"msg": "One or more items failed", "results": [{"msg": "fine"}, {"failed": True, "msg": "nothing listens"}]}, "nothing listens"),
+        ({"msg": "One or more items failed", "results": [{"censored": "it is secret"}]}, "One or more items failed"),
+        ({"censored": "it is secret"}, "it is secret"),
+    ],
+)
+def test_a_task_that_failed_says_what_its_program_has_said(result: dict[str, object], words: str) -> None:
+    assert player.said(result) == words
+
+
 def test_a_playbook_that_is_none_is_told(world: World) -> None:
     (world.place / "project" / "server.yml").write_text("- hosts: servers\n  tasks: {\n")
     _fails(world, None, "the playbook was not played")

@@ -1,8 +1,7 @@
 """A centre and a dispatch server as `infra/ansible` makes them of bare hosts, by SSH: what an operator, a server and a stranger find there, a campaign
 that arrives outside, another version, the one before, and nothing.
 
-In the order of the file: the last ones change the server, and then take it off. `script/centre`: it takes minutes of the processor, so no other command
-runs it.
+In the order of the file: the last ones change the server, and then take it off.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tests.infra.installing import BOUNCES, CENTRE, DATABASE, PUBLIC, ROOT, SERV
 from tests.infra.machine import Machine
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("machines")]
 
 CA = "/etc/mail-pipelines/tls/ca.pem"
 # As any client of the database would: with TLS, and without.
