@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines import up
 from mail_pipelines.campaigns import store as campaigns
 from mail_pipelines.campaigns.states import CampaignState
-from mail_pipelines.capacity import in_force
+from mail_pipelines.capacity import in_force, planning
 from mail_pipelines.capacity.in_force import Kept
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from hypothesis import strategies as st
 
 from mail_pipelines.campaigns.send_window import SendWindow
-from mail_pipelines.capacity import allotments, demand, planning
+from mail_pipelines.capacity import allotments, demand, in_force, planning
 from mail_pipelines.capacity.demand import Demand, Job
 from mail_pipelines.capacity.forecast import forecasts
 from mail_pipelines.capacity.horizon import HOUR, Horizon
@@ -179,7 +179,7 @@ def test_grants_are_given_neither_by_plan_nor_by_tick_while_all_wait_for_their_o
 
     assert granted("google") == 0
     with reading(world.engine) as connection:
-        kept = planning.in_force(connection)
+        kept = in_force.read(connection)
     assert kept is not None
     (found,) = kept.document["campaigns"]
     assert found["bottleneck"] == "google: the send window"
