@@ -76,7 +76,11 @@ def test_what_was_last_verified_of_a_server_is_told_until_it_holds(world: World)
 
 
 @ON_SQLITE
-@pytest.mark.parametrize("told", ["x", 5, {"at": "yesterday", "failed": {}}, {"at": NOW.isoformat()}, {"at": NOW.isoformat(), "failed": ["x"]}], ids=str)
+@pytest.mark.parametrize(
+    "told",
+    ["x", 5, {"at": "yesterday", "failed": {}}, {"at": NOW.isoformat()}, {"at": NOW.isoformat(), "failed": ["x"]}],
+    ids=["a word", "a number", "another clock", "nothing failed", "a list"],
+)
 def test_what_a_stolen_server_tells_of_its_checks_ends_no_doctor(world: World, told: object) -> None:
     tells(world, verified=told)
     assert said(world) == []

@@ -17,7 +17,7 @@ from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import CampaignMinute, Provision, State
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.provisioning import proposals, store
-from mail_pipelines.provisioning.listing import Listing, _keep
+from mail_pipelines.provisioning.listing import Listing, keep
 from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import State as Making
 from mail_pipelines.sensors import capacity as sensor
@@ -144,7 +144,7 @@ def test_one_that_a_list_that_matters_has_twice_is_drained(world: World) -> None
     words = ("192.0.2.1 is listed by zen.spamhaus.org",)
 
     def listed(at: dt.datetime) -> None:
-        transact(world.engine, lambda connection: _keep(connection, {"mx1": Listing(at, words, (), words, now)}))
+        transact(world.engine, lambda connection: keep(connection, {"mx1": Listing(at, words, (), words, now)}))
 
     listed(now)
     health.look(world.engine, now)
