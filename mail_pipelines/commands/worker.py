@@ -48,6 +48,7 @@ def settle() -> None:
     from mail_pipelines.database import migrate
     from mail_pipelines.database.engine import open_engine, reading
     from mail_pipelines.dispatch import servers
+    from mail_pipelines.dispatch.files import ServerFolders
     from mail_pipelines.dispatch.settler import Settler
 
     members = config.members()
@@ -58,5 +59,9 @@ def settle() -> None:
         migrate.require_schema(engine)
         with reading(engine) as connection:
             found = servers.find(connection, name)
+        if not ServerFolders.of(own.server, name).journal.exists():
+            # On a new host this comes before the mail server's first line.
+            console.print(f"{name} has no journal yet by which anything could be settled")
+            continue
         Settler(engine, own, found).round(dt.datetime.now(dt.UTC))
         console.print(f"what could be settled on {name} is settled")
