@@ -1,9 +1,10 @@
-"""The main job, as `script/demo --exit --json` runs it: everybody once, both servers at work, nobody named in Dagster."""
+"""The main job, as `script/demo` runs it until Ctrl-C: everybody once, both servers at work, nobody named in Dagster."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.home import checkout
 from tests.e2e.privacy import dagster_files, people_named
+from tests.parts.processes import stop, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
 
@@ -19,9 +21,21 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_gr
 def test_the_demo_mails_everybody_once_and_names_nobody(tmp_path: Path) -> None:
     home = tmp_path / "home"
     environ = os.environ | {"MAIL_PIPELINES_HOME": str(home)}
-    done = subprocess.run([checkout() / "script" / "demo", "--exit", "--json"], env=environ, capture_output=True, text=True, timeout=560)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    told = tmp_path / "told"
+    with (
+        told.open("w") as file,
+        subprocess.Popen([checkout() / "script" / "demo", "--json"], env=environ, stdout=subprocess.PIPE, stderr=file, text=True) as demo,
+    ):
+        try:
+            assert demo.stdout is not None
+            line = demo.stdout.readline()
+            assert line, told.read_text()[-4000:]
+            wait_for(lambda: "Ctrl-C ends it" in told.read_text(), what="the last words")
+            demo.send_signal(signal.SIGINT)
+            assert demo.wait(60) == 0, told.read_text()[-4000:]
+        finally:
+            stop(demo, 30)
+    result = json.loads(line)
     assert result["contacts"] == 100_000
     assert result["audience"] == pytest.approx(20_000, rel=0.1)
     assert result["matched"] == result["audience"] + result["excluded"]
