@@ -104,9 +104,8 @@ def sender_policy(dns_settings: DnsSettings, server: str, addresses: Sequence[st
     return Finding("SPF", True, f"return paths let {', '.join(addresses)} send")
 
 
-def listed(dns_settings: DnsSettings, addresses: Sequence[str]) -> Finding:
-    """None of its addresses is on a block list."""
-    looks = block_lists.look(dns_settings, addresses, block_lists.block_lists())
+def listed(addresses: Sequence[str], looks: Sequence[block_lists.Look]) -> Finding:
+    """None of its addresses is on a block list, by what all lists have said."""
     unknown = list(dict.fromkeys(look.text for look in looks if look.standing is Standing.UNKNOWN))
     if found := [look.text for look in looks if look.standing is Standing.LISTED]:
         return Finding(BLOCK_LISTS, False, "; ".join(found))

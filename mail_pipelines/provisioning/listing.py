@@ -6,7 +6,7 @@ What belongs here: whose turn it is, and keeping what was found. What does not: 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import SyncState
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.provisioning import block_lists
-from mail_pipelines.provisioning.block_lists import Standing
+from mail_pipelines.provisioning.block_lists import Look, Standing
 from mail_pipelines.provisioning.dns.records import is_public
 
 SOURCE = "block_lists"
@@ -78,15 +78,17 @@ def look(engine: Engine, settings: DnsSettings, fleet: Iterable[ServerInfo], now
     if not due:
         return {}
     looks = block_lists.look(settings, [address for key in due for address in addresses[key]], block_lists.block_lists())
-    found = {}
-    for key in due:
-        own = [look for look in looks if look.address in addresses[key]]
-        listed, unknown = (tuple(dict.fromkeys(look.text for look in own if look.standing is standing)) for standing in (Standing.LISTED, Standing.UNKNOWN))
-        matters = tuple(dict.fromkeys(look.text for look in own if look.drains))
-        before = known[key].since if key in known else None
-        found[key] = Listing(now, listed, unknown, matters, (before or now) if matters else None)
+    found = {key: of([look for look in looks if look.address in addresses[key]], known.get(key), now) for key in due}
     transact(engine, lambda connection: keep(connection, found))
     return found
+
+
+def of(looks: Sequence[Look], before: Listing | None, now: dt.datetime) -> Listing:
+    """What lists say now of the addresses of a server, of which `before` was known."""
+    listed, unknown = (tuple(dict.fromkeys(look.text for look in looks if look.standing is standing)) for standing in (Standing.LISTED, Standing.UNKNOWN))
+    matters = tuple(dict.fromkeys(look.text for look in looks if look.drains))
+    since = before.since if before is not None else None
+    return Listing(now, listed, unknown, matters, (since or now) if matters else None)
 
 
 def keep(connection: Connection, found: Mapping[str, Listing]) -> None:

@@ -20,7 +20,8 @@ from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.domains import store
 from mail_pipelines.domains.domain import DomainError, SendingDomain
 from mail_pipelines.messages.keyring import KeyRing
-from mail_pipelines.provisioning import dns_checks, host_checks, last_verified, listing, trial
+from mail_pipelines.provisioning import block_lists, dns_checks, host_checks, last_verified, listing, trial
+from mail_pipelines.provisioning.block_lists import Look
 from mail_pipelines.provisioning.dns.records import is_public
 from mail_pipelines.provisioning.finding import Finding
 
@@ -31,7 +32,9 @@ ARRIVAL_SECONDS = 60.0
 
 @dataclass
 class Subject:
-    """A server with what its checks need. `sent` is the token of the test message, once this host has sent one; `expected`: another has just done so."""
+    """A server with what its checks need. `sent` is the token of the test message, once this host has sent one; `expected`: another has just done so. `looks`
+    are what block lists have said.
+    """
 
     engine: Engine
     settings: Settings
@@ -47,6 +50,12 @@ class Subject:
     here: bool = False
     expected: bool = False
     sent: str | None = field(default=None)
+    looks: Sequence[Look] = ()
+
+
+def _listed(subject: Subject) -> Finding:
+    subject.looks = block_lists.look(subject.settings.dns, subject.addresses, block_lists.block_lists())
+    return dns_checks.listed(subject.addresses, subject.looks)
 
 
 def _message(subject: Subject) -> Finding:
@@ -94,7 +103,7 @@ BY_THE_DNS: tuple[Check, ...] = (
     lambda it: dns_checks.reverse(it.settings.dns, it.server.key, it.hostname, it.addresses),
     lambda it: dns_checks.dkim(it.settings, it.server.id, it.domains),
     lambda it: dns_checks.sender_policy(it.settings.dns, it.server.key, it.addresses, it.domains),
-    lambda it: dns_checks.listed(it.settings.dns, it.addresses),
+    _listed,
     _arrival,
 )
 
@@ -149,16 +158,14 @@ def verify(
         by_the_dns = [check(subject) for check in BY_THE_DNS]
     if centre:
         findings += by_the_dns
-        transact(engine, lambda connection: _keep(connection, key, by_the_dns, now))
+        transact(engine, lambda connection: _keep(connection, key, by_the_dns, subject.looks, now))
     lacking = [*([] if here else ["SMTP, port 25 and test message: on its host"]), *([] if centre else ["DNS, block lists and arrival: at the centre"])]
     elsewhere = f"not looked at here: {'; '.join(lacking)}, by the same command" if lacking else ""
     return Verdict(key, tuple(findings), elsewhere)
 
 
-def _keep(connection: Connection, key: str, findings: Sequence[Finding], now: dt.datetime) -> None:
+def _keep(connection: Connection, key: str, findings: Sequence[Finding], looks: Sequence[Look], now: dt.datetime) -> None:
     """What block lists say is kept where their own look keeps it: the newer one counts."""
-    listed = [finding for finding in findings if finding.name == dns_checks.BLOCK_LISTS]
-    last_verified.keep(connection, key, [finding for finding in findings if finding not in listed], now)
-    for finding in listed:
-        texts = (finding.text,)
-        listing.keep(connection, {key: listing.Listing(now, texts if finding.ok is False else (), texts if finding.ok is None else ())})
+    last_verified.keep(connection, key, [finding for finding in findings if finding.name != dns_checks.BLOCK_LISTS], now)
+    if looks:
+        listing.keep(connection, {key: listing.of(looks, listing.listings(connection).get(key), now)})

@@ -70,5 +70,5 @@ def test_the_lists_are_data_each_with_a_source_and_a_way_out(zone: Zone, dns: Dn
         # A zone is a name that can be asked for.
         assert Question(f"2.0.0.127.{a_list.zone}", "A")
     # None of them is in this zone, so none can be believed.
-    assert dns_checks.listed(dns, ["192.0.2.9"]).ok is None
+    assert dns_checks.listed(["192.0.2.9"], block_lists.look(dns, ["192.0.2.9"], block_lists.block_lists())).ok is None
     assert block_lists.data()["egress"]["domains"]

@@ -24,7 +24,7 @@ from mail_pipelines.domains.domain import Names, SendingDomain
 from mail_pipelines.domains.records import dkim_record
 from mail_pipelines.inbound import reading as inbound_reading
 from mail_pipelines.messages.keyring import KeyRing
-from mail_pipelines.provisioning import block_lists, last_verified, verify
+from mail_pipelines.provisioning import block_lists, last_verified, listing, verify
 from mail_pipelines.provisioning.finding import Finding
 from tests.dispatch.world import RunningExim, Servers, World, make_world, write_play
 from tests.inbound.receiving import Receiving
@@ -166,6 +166,10 @@ def test_what_is_wrong_in_the_dns_fails_its_own_check_alone(place: Place) -> Non
     found = place.verify()
     assert [finding.name for finding in found.values() if finding.ok is not True] == ["block lists"]
     assert listed.remedy in found["block lists"].text
+    # It counts as a look of the sensor's own: what would drain a server does so when it is seen again.
+    with reading(place.world.engine) as connection:
+        (known,) = listing.listings(connection).values()
+    assert (known.matters, known.confirmed) == (known.listed, False)
     zone.withdraw(f"9.2.0.192.{listed.zone}", "A")
     zone.publish(f"9.2.0.192.{listed.zone}. 60 IN A 127.255.255.254")
     found = place.verify()
