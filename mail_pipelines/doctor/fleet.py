@@ -101,7 +101,7 @@ def check_sending(connection: sa.Connection, *, is_centre: bool) -> Iterator[Fin
     """Of each server in service what keeps its mail from leaving or from being taken. Only the centre has what it has found itself."""
     at_centre = last_verified.at_centre(connection) if is_centre else {}
     listings = listing.listings(connection) if is_centre else {}
-    stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.state != breakers.CLOSED]
+    stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.state != breakers.CLOSED] if is_centre else []
     for server in servers.all_servers(connection):
         if not server.sends and server.state != ServerState.DRAINING:
             continue
