@@ -22,7 +22,7 @@ from mail_pipelines.database.models import Allotment
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 
 # A portion ends with the provider of a slot with which it reaches so many rows. Claims wait for those of theirs that are in one.
-PORTION_ROWS = 5_000
+PORTION_ROWS = 2_000
 # Campaign, server, provider, start of the slot.
 Place = tuple[int, int, str, int]
 
