@@ -99,6 +99,8 @@ def test_a_server_and_the_centre_tell_what_the_ledger_has(
         left = world.claim(server, limit=10)
         assert isinstance(left, OpenClaim)
         wait_for(lambda: Told(ports["server"]).one("server_settled_claims_total") == 1, what="settlement")
+        # The first round that settles something has then still to end.
+        wait_for(lambda: "mail_pipelines_server_settled_timestamp_seconds" in Told(ports["server"]).names, what="the end of the round")
         own = Told(ports["server"])
         assert own.by("server_settled_rows_total", "state") == {("unknown",): len(left.rows)}
         assert own.by("server_info", "server", "kind") == {("s1", server.kind): 1}

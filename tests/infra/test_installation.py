@@ -20,7 +20,8 @@ from tests.infra.installing import BOUNCES, CENTRE, DATABASE, PUBLIC, ROOT, SERV
 from tests.infra.machine import Machine
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("machines")]
+# Two whole installations at a time would be too much for two processors.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("platform")]
 
 CA = "/etc/mail-pipelines/tls/ca.pem"
 # As any client of the database would: with TLS, and without.

@@ -11,7 +11,8 @@ import pytest
 from tests.infra.installing import ROOT
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("machines")]
+# Two whole installations at a time would be too much for two processors.
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("platform")]
 
 BOOT = """
 import sys
