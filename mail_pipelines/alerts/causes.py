@@ -152,12 +152,15 @@ def _listed(look: Look) -> Iterator[Cause]:
 
 
 def _drained(look: Look) -> Iterator[Cause]:
-    states = {server.key: server.state for server in look.fleet}
-    for key, record in health.records(look.connection).items():
-        if record.standing is Standing.DRAINED and states.get(key) in (ServerState.DRAINING, ServerState.PAUSED):
-            text = f"server {key} was drained at {record.at:%Y-%m-%d %H:%M} UTC: {record.why}. Take it back when the cause is gone, or remove or retire it"
-            yield Cause("server-drained", key, text, f"mail-pipelines server activate {key}")
-        elif record.standing is Standing.SUSPECT and look.now - record.at >= 2 * rules().confirm:
+    for key, record in health.drained(look.connection, (ServerState.DRAINING, ServerState.PAUSED)).items():
+        text = f"server {key} was drained at {record.at:%Y-%m-%d %H:%M} UTC: {record.why}. Take it back when the cause is gone, or remove or retire it"
+        yield Cause("server-drained", key, text, f"mail-pipelines server activate {key}")
+
+
+def _suspect(look: Look) -> Iterator[Cause]:
+    """While the whole fleet is refused nobody is drained, and that has an alert of its own."""
+    for key, record in {} if health.trouble(look.connection) else health.records(look.connection).items():
+        if record.standing is Standing.SUSPECT and look.now - record.at >= 2 * rules().confirm:
             text = f"server {key} is refused, and sends on, for its pool can spare no further one: {record.why}"
             yield Cause("server-refused", key, text, f"mail-pipelines server drain {key}")
 
@@ -223,6 +226,7 @@ CAUSES: tuple[Callable[[Look], Iterator[Cause]], ...] = (
     _log_disk,
     _listed,
     _drained,
+    _suspect,
     _fleet_refused,
     _breakers,
     _holds,

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import breakers
+from mail_pipelines.capacity import allotments, breakers
 from mail_pipelines.capacity.health_rules import Heard, Record, Rules, Seen, Standing, decide, rules
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Campaign, CampaignMinute, State, SyncState
@@ -36,6 +36,7 @@ _SUMS = (SyncState.source == "capacity", SyncState.key == "health")
 _ANSWERS = (State.DELIVERED, State.BOUNCED, State.DEFERRED)
 # Their outcomes may still come in.
 _LIVE = ("sending", "paused", "cancelled", "finished")
+_OUT = (ServerState.DRAINING, ServerState.LOST, ServerState.PAUSED)
 Pair = tuple[int, str]
 
 
@@ -78,12 +79,14 @@ def look(engine: Engine, now: dt.datetime | None = None) -> list[str]:
         fleet = servers.all_servers(connection)
         seen = _seen(fleet, known, hours, breakers.all_breakers(connection), listing.listings(connection))
     outcome = decide(seen, known, moment, rule)
+    ids = {server.key: server.id for server in fleet}
 
     def work(connection: Connection) -> bool:
         if not _keep(connection, before, Sums(0 if before is None else before.version, minute, hours, outcome.trouble), moment):
             return False
         for key in outcome.drain:
             registry.move(connection, key, "drain")
+            allotments.take_back(connection, ids[key])
         gone = [key for key in known if key not in outcome.records]
         connection.execute(sa.delete(SyncState).where(SyncState.source == _RECORDS, SyncState.key.in_(gone)))
         changed = {key: record for key, record in sorted(outcome.records.items()) if known.get(key) != record}
@@ -155,7 +158,9 @@ def _seen(
                         one = heard.get(provider, Heard(0, 0))
                         heard[provider] = Heard(one.answers + max(0, answers), one.bad + max(0, bad))
         for (server_id, provider), stop in stopped.items():
-            if server_id == server.id and (since is None or (stop.changed_at is not None and stop.changed_at > since)):
+            # Of one that was taken back a trial says nothing yet: it begins when an operator wants it to.
+            again = stop.state == breakers.OPEN and since is not None and stop.changed_at is not None and stop.changed_at > since
+            if server_id == server.id and (since is None or again):
                 one = heard.get(provider, Heard(0, 0))
                 heard[provider] = Heard(one.answers, one.bad, stopped=True)
         listed = listings.get(server.key)
@@ -166,9 +171,15 @@ def _seen(
     return found
 
 
+def drained(connection: Connection, states: Collection[ServerState] = _OUT) -> dict[str, Record]:
+    """Servers that were drained by themselves, or lost, and are still out of service: not those that an operator has taken back since the last look."""
+    out = {server.key for server in servers.all_servers(connection) if server.state in states}
+    return {key: record for key, record in records(connection).items() if record.standing is Standing.DRAINED and key in out}
+
+
 def gone(connection: Connection, now: dt.datetime) -> list[str]:
-    """Servers that were drained, or lost, so long ago that nobody will take them back."""
-    return [key for key, record in records(connection).items() if record.standing is Standing.DRAINED and now - record.at >= rules().kept]
+    """Those of them that were so long ago that nobody will take them back; one that an operator has paused is kept."""
+    return [key for key, record in drained(connection, (ServerState.DRAINING, ServerState.LOST)).items() if now - record.at >= rules().kept]
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

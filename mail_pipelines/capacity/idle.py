@@ -14,7 +14,6 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.capacity import forecast, health, in_force, outlook, retiring, verdicts
 from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet
-from mail_pipelines.capacity.health_rules import Standing
 from mail_pipelines.capacity.near import NearPlan, near_plan
 from mail_pipelines.capacity.new_servers import NextSource, new_server, on_curve
 from mail_pipelines.capacity.retiring import Candidate, Offer
@@ -39,7 +38,7 @@ def read(connection: Connection, settings: Settings, fleet: Fleet) -> Idleness:
     default, names = pools.keys(connection)[DEFAULT_POOL], pools.keys(connection)
     members = {member.id: member for member in fleet.members}
     made = [one for one in store.all_provisions(connection) if one.state in IN_SERVICE]
-    drained = {key for key, record in health.records(connection).items() if record.standing is Standing.DRAINED}
+    drained = health.drained(connection)
     candidates = [
         Candidate(
             one.key, one.server_id, names[members[one.server_id].pool_id], one.cost_per_hour or 0.0, {}, budget.may_be_given_back_at(one, settings.provisioning)

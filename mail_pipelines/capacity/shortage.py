@@ -7,19 +7,20 @@ What belongs here: reading that off the plan and off what `health` has decided. 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.capacity import far, health, in_force
-from mail_pipelines.capacity.health_rules import Standing
 from mail_pipelines.capacity.in_force import Kept
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign
 from mail_pipelines.dispatch import pools
-from mail_pipelines.provisioning import store
+from mail_pipelines.provisioning import proposals, store
 from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import IN_SERVICE, MAKING
+from mail_pipelines.provisioning.store import Provision
 
 
 def wanted(connection: Connection, *, curve: str | None) -> list[Wanted]:
@@ -35,24 +36,28 @@ def wanted(connection: Connection, *, curve: str | None) -> list[Wanted]:
             if pool not in found or found[pool].servers < lack.servers:
                 found[pool] = lack
         found = {pool: replace(lack, as_of=kept.made_at) for pool, lack in found.items()}
-    for pool, lack in _in_the_place(connection, default).items():
-        if pool not in found or found[pool].servers < lack.servers:
-            found[pool] = lack
     # A pool that is asked for by no name is the default one.
-    return [replace(lack, pool=None if pool == default else pool) for pool, lack in sorted(found.items())]
+    known = store.all_provisions(connection)
+    found = {pool: replace(lack, pool=None if pool == default else pool) for pool, lack in found.items()}
+    for pool, lack in _in_the_place(connection, known, default).items():
+        # What came in the place of the one is no answer to the other.
+        if pool not in found or proposals.lacking(found[pool], known) < proposals.lacking(lack, known):
+            found[pool] = lack
+    return [lack for _, lack in sorted(found.items())]
 
 
-def _in_the_place(connection: Connection, default: str) -> dict[str, Wanted]:
+def _in_the_place(connection: Connection, known: Sequence[Provision], default: str) -> dict[str, Wanted]:
     """For each server made here that was drained by itself, or lost, another one. What was asked for since it was decided is in its place."""
-    drained = {key: record for key, record in health.records(connection).items() if record.standing is Standing.DRAINED}
+    drained = health.drained(connection)
     gone: defaultdict[str, list[str]] = defaultdict(list)
-    for one in store.all_provisions(connection) if drained else ():
+    for one in known:
         if one.key in drained and one.state in IN_SERVICE:
             gone[one.pool or default].append(one.key)
     found = {}
     for pool, keys in gone.items():
         why = "; ".join(f"in the place of {key}: {drained[key].why}" for key in keys)
-        found[pool] = Wanted(len(keys), why, "the pool is as large as before", as_of=min(drained[key].at for key in keys))
+        since = min(drained[key].at for key in keys)
+        found[pool] = Wanted(len(keys), why, "the pool is as large as before", None if pool == default else pool, as_of=since)
     return found
 
 
@@ -77,6 +82,7 @@ def _near(connection: Connection, kept: Kept, curve: str | None) -> dict[str, Wa
         # Without the offer of a source the plan knows only what servers would do that are warm and there.
         offer = {"orders": kept.document["orders"] if curve == "" else []}
     orders = {order["campaign"]: order for order in offer["orders"]}
+    known = store.all_provisions(connection)
     found: dict[str, Wanted] = {}
     for key, pool_id in connection.execute(sa.select(Campaign.key, Campaign.pool_id).where(Campaign.key.in_(orders))).tuples():
         pool, order = keys[pool_id], orders[key]
@@ -84,7 +90,7 @@ def _near(connection: Connection, kept: Kept, curve: str | None) -> dict[str, Wa
             one.pool in (pool, None if pool_id == DEFAULT_POOL else pool)
             and one.requested_at <= kept.made_at
             and (one.state in MAKING or (one.state in IN_SERVICE and one.state_at > kept.made_at))
-            for one in store.all_provisions(connection)
+            for one in known
         )
         if (servers := order["servers"] - coming) > (found[pool].servers if pool in found else 0):
             found[pool] = Wanted(servers, f"campaign {key}: {order['why']}", f"campaign {key} ends in time with {servers} more servers")

@@ -45,7 +45,7 @@ def list_servers() -> None:
             beat = "never" if server.heartbeat_at is None else f"{(now - server.heartbeat_at).total_seconds():.0f} s ago"
             notes = (
                 " (held)" if held.over_server(server.id, server.pool_id)
-                else " (refused)" if server.key in drained
+                else " (taken out)" if server.key in drained
                 else " (block-listed)" if server.key in listed
                 else ""
             )  # fmt: skip
@@ -76,12 +76,10 @@ def _making(connection: Connection) -> Mapping[str, str]:
 def _drained(connection: Connection) -> Mapping[str, str]:
     """Servers that were drained by themselves, and why. Only the centre may read it."""
     from mail_pipelines.capacity import health
-    from mail_pipelines.capacity.health_rules import Standing
 
     if settings().this_server is not None:
         return {}
-    found = {key: record for key, record in health.records(connection).items() if record.standing is Standing.DRAINED}
-    return {key: f"{record.why} ({record.at:%Y-%m-%d %H:%M} UTC)" for key, record in found.items()}
+    return {key: f"{record.why} ({record.at:%Y-%m-%d %H:%M} UTC)" for key, record in health.drained(connection).items()}
 
 
 def _health(health: Mapping[str, Any]) -> dict[str, str]:

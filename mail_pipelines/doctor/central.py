@@ -35,7 +35,7 @@ def check_central_database(settings: config.Settings, *, is_centre: bool) -> Ite
                 yield from check_archive(connection, settings)
                 yield from fleet.check_server_keys(connection, settings)
                 yield from fleet.check_making(connection, settings)
-        yield from fleet.check_servers(engine, settings.server.heartbeat_seconds)
+        yield from fleet.check_servers(engine, settings.server.heartbeat_seconds, is_centre=is_centre)
         with reading(engine) as connection:
             yield from fleet.check_sending(connection, is_centre=is_centre)
     except migrate.SchemaOutdated as error:

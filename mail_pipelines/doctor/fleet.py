@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from mail_pipelines import __version__, config
-from mail_pipelines.capacity import breakers
+from mail_pipelines.capacity import breakers, health
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import clock, servers, token_keys
 from mail_pipelines.dispatch.exim import instance
@@ -25,7 +25,8 @@ from mail_pipelines.provisioning.sources import reading as hosts_file
 from mail_pipelines.runbook import Chapter
 
 
-def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]:
+def check_servers(engine: Engine, heartbeat_seconds: float, *, is_centre: bool) -> Iterator[Finding]:
+    """Servers in service. A server sees only itself."""
     with reading(engine) as connection:
         active = [server for server in servers.all_servers(connection) if server.sends]
         now = database_now(connection)
@@ -36,7 +37,7 @@ def check_servers(engine: Engine, heartbeat_seconds: float) -> Iterator[Finding]
             "the database is being recovered: nothing is sent",
             f"run `mail-pipelines recover`; it says which logs it awaits ({Chapter.RESTORED.place})",
         )
-    if not active:
+    if is_centre and not active:
         yield Finding("servers", "no dispatch server is active: nothing can be sent", "`mail-pipelines up` starts built-in catchers")
     silent = [server.key for server in active if server.is_silent(now, heartbeat_seconds)]
     if silent:
@@ -101,6 +102,10 @@ def check_sending(connection: sa.Connection, *, is_centre: bool) -> Iterator[Fin
     """Of each server in service what keeps its mail from leaving or from being taken. Only the centre has what it has found itself."""
     at_centre = last_verified.at_centre(connection) if is_centre else {}
     listings = listing.listings(connection) if is_centre else {}
+    for key, record in (health.drained(connection) if is_centre else {}).items():
+        yield Finding("servers", f"server {key} was taken out of service: {record.why}", f"find the cause, then `mail-pipelines server activate {key}`")
+    if is_centre and (words := health.trouble(connection)):
+        yield Finding("servers", words, "look at what the campaigns send, and hold them: `mail-pipelines campaign list`")
     stopped = [breaker for breaker in breakers.all_breakers(connection) if breaker.state != breakers.CLOSED] if is_centre else []
     for server in servers.all_servers(connection):
         if not server.sends and server.state != ServerState.DRAINING:

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines.config import DnsSettings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import SyncState
+from mail_pipelines.database.upsert import put
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.provisioning import block_lists
 from mail_pipelines.provisioning.block_lists import Look, Standing
@@ -88,14 +89,13 @@ def of(looks: Sequence[Look], before: Listing | None, now: dt.datetime) -> Listi
     listed, unknown = (tuple(dict.fromkeys(look.text for look in looks if look.standing is standing)) for standing in (Standing.LISTED, Standing.UNKNOWN))
     matters = tuple(dict.fromkeys(look.text for look in looks if look.drains))
     since = before.since if before is not None else None
-    return Listing(now, listed, unknown, matters, (since or now) if matters else None)
+    # A list that does not answer has not taken the address off.
+    return Listing(now, listed, unknown, matters, (since or now) if matters else since if unknown else None)
 
 
 def keep(connection: Connection, found: Mapping[str, Listing]) -> None:
     """Remember what was found of these servers."""
     for key, listing in found.items():
         since = None if listing.since is None else listing.since.isoformat()
-        values = {"value": asdict(listing) | {"at": listing.at.isoformat(), "since": since}, "version": 1, "changed_at": listing.at}
-        mine = (SyncState.source == SOURCE, SyncState.key == key)
-        if not connection.execute(sa.update(SyncState).where(*mine).values(**values)).rowcount:
-            connection.execute(sa.insert(SyncState).values(source=SOURCE, key=key, **values))
+        value = asdict(listing) | {"at": listing.at.isoformat(), "since": since}
+        put(connection, SyncState, [{"source": SOURCE, "key": key, "value": value, "version": 1, "changed_at": listing.at}])

@@ -125,15 +125,19 @@ def missing(
         return 0, "provisioning.mode is off"
     if wanted.servers <= 0:
         return 0, "no servers are wanted"
-    coming = sum(_counts(one, wanted) for one in provisions)
-    servers = wanted.servers - coming
+    servers = lacking(wanted, provisions)
     if servers <= 0:
-        return 0, f"{wanted.servers} servers are wanted, and {coming} are coming"
+        return 0, f"{wanted.servers} servers are wanted, and {wanted.servers - servers} are coming"
     if last is not None and now - last < dt.timedelta(minutes=settings.cool_down_minutes):
         return 0, f"{servers} more servers are wanted; the last proposal or order was at {last:%H:%M:%S} UTC, and provisioning.cool_down_minutes is not over"
     if settings.mode == "auto" and (most := budget.allowed(provisions, cost_per_hour, settings, now)) < servers:
         return most, "" if most else f"{servers} more servers are wanted, and provisioning.budget and provisioning.most allow none"
     return servers, ""
+
+
+def lacking(wanted: Wanted, provisions: Sequence[Provision]) -> int:
+    """How many of those that are wanted are not on their way; negative if there are more."""
+    return wanted.servers - sum(_counts(one, wanted) for one in provisions)
 
 
 def _counts(one: Provision, wanted: Wanted) -> bool:

@@ -35,11 +35,12 @@ def server_of(parts: Parts, provision: Provision) -> servers.ServerInfo | None:
 
 def drain(parts: Parts, provision: Provision, say: Say) -> Done:
     server = server_of(parts, provision)
-    if server is not None and server.state not in (_S.DRAINING, _S.LOST, _S.RETIRED):
-        server_id = server.id
+    if server is not None and server.state != _S.RETIRED:
+        server_id, sends = server.id, server.state not in (_S.DRAINING, _S.LOST)
 
         def work(connection: Connection) -> None:
-            registry.move(connection, provision.key, "drain")
+            if sends:
+                registry.move(connection, provision.key, "drain")
             allotments.take_back(connection, server_id)
 
         transact(parts.engine, work)

@@ -73,12 +73,9 @@ class Provisioning(dg.ConfigurableResource):
     def wanted(self, engine: sa.Engine, settings: Settings) -> Sequence[Wanted]:
         """What the capacity plan in force orders now, for each pool."""
         from mail_pipelines.capacity import shortage
-        from mail_pipelines.provisioning import proposals
-        from mail_pipelines.provisioning.sources import reading as hosts_file
 
-        sources = hosts_file.read(settings).sources
+        following = next_source(engine, settings)
         with reading(engine) as connection:
-            following = proposals.next_source(connection, sources)
             return shortage.wanted(connection, curve=None if following is None else following.curve)
 
 

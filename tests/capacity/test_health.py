@@ -17,7 +17,9 @@ from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import CampaignMinute, Provision, State
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.provisioning import proposals, store
-from mail_pipelines.provisioning.listing import Listing, keep
+from mail_pipelines.provisioning.block_lists import Look
+from mail_pipelines.provisioning.block_lists import Standing as Said
+from mail_pipelines.provisioning.listing import Listing, keep, of
 from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import State as Making
 from mail_pipelines.sensors import capacity as sensor
@@ -107,12 +109,15 @@ def test_a_server_that_is_refused_is_drained_told_and_taken_back(world: World) -
     ((text, command),) = told(world, "server-drained")
     assert "google 50 of 100 answers" in text
     assert command == "mail-pipelines server activate mx1"
-    assert "draining (refused)" in says("server", "list")
+    assert "draining (taken out)" in says("server", "list")
     assert "mx1 was taken out of service: google 50 of 100 answers" in says("server", "list")
     assert "taken out of service" in says("server", "show", "mx1")
-    # Taken back, with the same answers still in the last hours.
+    # Taken back, with the same answers still in the last hours. From that moment on nobody gives it back or replaces it, whenever the next look is.
     says("server", "activate", "mx1")
     assert told(world, "server-drained") == []
+    with reading(world.engine) as connection:
+        assert (health.gone(connection, at + rules().kept), health.drained(connection)) == ([], {})
+    assert "taken out" not in says("server", "list")
     for minutes in range(12, 90, 6):
         assert health.look(world.engine, at + minutes * MINUTE) == []
     assert (state_of(world, "mx1"), standing_of(world, "mx1")) == ("active", Standing.BACK)
@@ -170,6 +175,17 @@ def test_a_listing_that_matters_is_looked_at_again_soon_and_then_as_often_as_oth
     assert [second.is_due(second.at + minutes * MINUTE, every) for minutes in (10, 359, 360)] == [False, False, True]
 
 
+def test_a_list_that_does_not_answer_has_not_taken_the_address_off() -> None:
+    """Else the listing with which an operator took the server back would be a new one when it answers again."""
+    now = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
+    on, off, silent = (Look("192.0.2.1", "zen", standing, "", standing is Said.LISTED) for standing in (Said.LISTED, Said.CLEAR, Said.UNKNOWN))
+    first = of([on], None, now)
+    during = of([silent], first, now + MINUTE)
+    again = of([on], during, now + 2 * MINUTE)
+    assert (first.since, during.matters, during.since, again.since) == (now, (), now, now)
+    assert of([off], again, now + 3 * MINUTE).since is None
+
+
 def test_when_all_are_refused_operators_are_told_and_no_server_is_drained(world: World) -> None:
     now = now_of(world)
     answered(world, now - 2 * MINUTE, *KEYS)
@@ -224,6 +240,29 @@ def test_another_takes_the_place_of_a_server_made_here_once(world: World, way: s
     says("server", "activate", "mx1")
     health.look(world.engine, now_of(world) + dt.timedelta(hours=1))
     assert wanted(world) == []
+
+
+def test_what_came_in_the_place_of_one_is_no_answer_to_the_plan(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lost servers have others in their place; then the far plan orders one more, which is fewer than two and still missing."""
+    made_here(world, "mx2")
+    now = now_of(world)
+    for key in ("mx1", "mx2"):
+        registry.lose(world.engine, key)
+        health.look(world.engine, now)
+        now += 6 * MINUTE
+    (one,) = wanted(world)
+    assert (one.servers, missing(world, one)) == (2, 2)
+    assert one.as_of is not None
+    for _ in range(2):
+        transact(world.engine, lambda connection: store.request(connection, world.settings.provisioning, one.why))
+    came = {"state": "active", "requested_at": one.as_of + MINUTE}
+    transact(world.engine, lambda connection: connection.execute(sa.update(Provision).where(Provision.key.not_in(["mx1", "mx2"])).values(**came)))
+    assert [missing(world, one) for one in wanted(world)] == [0]
+    plan = in_force.Kept(1, {"orders": [], "far": []}, one.as_of + 2 * MINUTE)
+    monkeypatch.setattr(in_force, "read", lambda connection: plan)
+    monkeypatch.setattr(shortage, "_far", lambda kept: {"default": Wanted(1, "the far plan")})
+    (found,) = wanted(world)
+    assert (found.why, missing(world, found)) == ("the far plan", 1)
 
 
 def test_one_that_nobody_takes_back_is_given_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
