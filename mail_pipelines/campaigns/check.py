@@ -59,7 +59,7 @@ def check(
     with reading(engine) as connection:
         campaign = store.load(connection, key)
         version = versions.current(connection, campaign)
-        problems = [*_times(campaign, now, start_at), *_content(connection, version)]
+        problems = [*_times(campaign, now, start_at, settings.sending.lease_seconds), *_content(connection, version)]
     named = [*_segments(engine, campaign.definition)]
     problems += [*_sender(settings, campaign, now), *named]
     if version is not None and settings.sending.token_key:
@@ -71,7 +71,7 @@ def check(
     return problems
 
 
-def _times(campaign: Campaign, now: dt.datetime, start_at: dt.datetime | None) -> Iterator[Problem]:
+def _times(campaign: Campaign, now: dt.datetime, start_at: dt.datetime | None, lease_seconds: float) -> Iterator[Problem]:
     definition = campaign.definition if start_at is None else replace(campaign.definition, start_at=start_at)
     # Once scheduled, a start that has passed is late, not wrong.
     if definition.start_at is not None and definition.start_at < now and campaign.state is CampaignState.DRAFT:
@@ -81,10 +81,10 @@ def _times(campaign: Campaign, now: dt.datetime, start_at: dt.datetime | None) -
         yield Problem("finish_by", f"{definition.finish_by.isoformat()} is not after the start, {begin.isoformat()}")
     if definition.expire_at is not None and definition.expire_at <= begin:
         yield Problem("expire_at", f"{definition.expire_at.isoformat()} is not after the start, {begin.isoformat()}")
-    yield from _window(definition, begin)
+    yield from _window(definition, begin, lease_seconds)
 
 
-def _window(definition: Definition, begin: dt.datetime) -> Iterator[Problem]:
+def _window(definition: Definition, begin: dt.datetime, lease_seconds: float) -> Iterator[Problem]:
     """Whether the campaign's own time zone has an opening; of contacts in others it depends on who is in the audience."""
     if (window := definition.window) is None:
         return
@@ -93,12 +93,14 @@ def _window(definition: Definition, begin: dt.datetime) -> Iterator[Problem]:
         yield Problem("expire_at", f"a campaign with a send window may last {LONGEST_WITH_WINDOW.days} days, not until {end.isoformat()}")
         return
     first, last = int(begin.timestamp()), int(end.timestamp())
-    spans = window.spans(window.zone, first, last) if first < last else []
+    # Nothing is claimed that would have to be out after the window's end.
+    spans = [(opens, closes) for opens, closes in (window.spans(window.zone, first, last) if first < last else ()) if closes - opens > lease_seconds]
     expires = "expire_at" if definition.expire_at else "48 hours after the start"
     if not spans:
         yield Problem(
             "window",
-            f"it never opens in {window.zone} between {begin.isoformat()} and {end.isoformat()} ({expires}): start at another time, expire later, or widen it",
+            f"it never opens in {window.zone} between {begin.isoformat()} and {end.isoformat()} ({expires}): start at another time, "
+            f"expire later, or widen it: it has to be open for more than {lease_seconds:g} s (sending.lease_seconds)",
         )
     elif definition.finish_by is not None and begin < definition.finish_by and spans[0][0] >= int(definition.finish_by.timestamp()):
         opens = dt.datetime.fromtimestamp(spans[0][0], dt.UTC).isoformat()

@@ -87,8 +87,8 @@ def put_off(engine: Engine, campaign: Campaign, now: dt.datetime, lease_seconds:
     return moved
 
 
-# Contact, zone, and when it falls due.
-_Late = tuple[int, str, int]
+# Contact, its place in the queue, zone, and when it falls due.
+_Late = tuple[int, int, str, int]
 
 
 def _late(engine: Engine, campaign_id: int, part: Slice, spans: Windows, openings: dict[str, int]) -> Iterator[list[_Late]]:
@@ -99,7 +99,7 @@ def _late(engine: Engine, campaign_id: int, part: Slice, spans: Windows, opening
         rows = _portion(engine, campaign_id, part, end, place)
         zoned = [(row, spans.zone(row.time_zone)) for row in rows]
         late = [
-            (row.contact_id, zone, spans.due(zone, openings[zone], part.state, row.sort_key, row.reason))
+            (row.contact_id, row.sort_key, zone, spans.due(zone, openings[zone], part.state, row.sort_key, row.reason))
             for row, zone in zoned
             if zone in openings and (part.state is State.PENDING or row.sort_key < openings[zone])
         ]
@@ -126,24 +126,28 @@ def _portion(engine: Engine, campaign_id: int, part: Slice, end: int, after: tup
 
 
 def _move(connection: Connection, campaign_id: int, part: Slice, late: list[_Late], spans: Windows, openings: dict[str, int], now: dt.datetime) -> int:
-    """Defer those of the rows that still wait and that nobody is claiming; count them where they were and where they are."""
+    """Defer those of the rows that wait where they waited and that nobody is claiming; count them where they were and where they are.
+
+    One with another place was put off by a claim meanwhile, and is counted.
+    """
     ours = (Delivery.campaign_id == campaign_id, Delivery.state == int(part.state), Delivery.provider == part.provider)
-    free: set[int] = set()
-    for ids in sets.slices(contact_id for contact_id, _, _ in late):
-        locked = sa.select(Delivery.contact_id).where(*ours, Delivery.contact_id.in_(ids)).with_for_update(skip_locked=True)
-        free.update(connection.execute(locked).scalars())
+    free: set[tuple[int, int]] = set()
+    for ids in sets.slices(contact_id for contact_id, *_ in late):
+        locked = sa.select(Delivery.contact_id, Delivery.sort_key).where(*ours, Delivery.contact_id.in_(ids)).with_for_update(skip_locked=True)
+        free.update(connection.execute(locked).tuples())
     by_end: defaultdict[tuple[int, str], list[int]] = defaultdict(list)
     waiting: Counter[windows.Place] = Counter()
-    for contact_id, zone, due in late:
-        if contact_id in free:
+    for contact_id, place, zone, due in late:
+        if (contact_id, place) in free:
             by_end[due, spans.reason(zone, openings[zone])].append(contact_id)
             waiting[part.provider, zone, openings[zone]] += 1
     for (due, reason), contact_ids in sorted(by_end.items()):
         values = {"state": int(State.DEFERRED), "sort_key": due, "code": None, "enhanced": None, "reason": reason}
         for ids in sets.slices(contact_ids):
             connection.execute(sa.update(Delivery).where(Delivery.campaign_id == campaign_id, Delivery.contact_id.in_(ids)).values(values))
-    moves: Counter[counters.Place] = Counter({(part.shard, part.provider, part.state, ""): -len(free)})
-    moves[part.shard, part.provider, State.DEFERRED, ""] += len(free)
+    moved = waiting.total()
+    moves: Counter[counters.Place] = Counter({(part.shard, part.provider, part.state, ""): -moved})
+    moves[part.shard, part.provider, State.DEFERRED, ""] += moved
     counters.add(connection, campaign_id, counters.CENTRE, moves, now)
     windows.count(connection, campaign_id, waiting)
-    return len(free)
+    return moved

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import sqlalchemy as sa
@@ -72,6 +72,14 @@ def all_breakers(connection: Connection) -> list[Breaker]:
     table = models.Breaker
     columns = (table.server_id, table.provider, table.state, table.rule, table.reason, table.trips, table.until, table.changed_at, table.baseline)
     return [Breaker(**row._mapping) for row in connection.execute(sa.select(*columns).order_by(table.server_id, table.provider))]
+
+
+def keep_open(connection: Connection, pairs: Collection[Pair]) -> None:
+    """Take grants away once more of those of these lines that are open: who has written some meanwhile may not have seen the breaker open."""
+    stopped = [pair for pair, state in not_closed(connection).items() if state == OPEN and pair in pairs]
+    for server_id, provider in sorted(stopped):
+        ours = (Allotment.server_id == server_id, Allotment.provider == provider, Allotment.slot_start >= slot_at(database_now(connection)))
+        connection.execute(sa.update(Allotment).where(*ours, Allotment.granted > Allotment.used).values(granted=0))
 
 
 def not_closed(connection: Connection) -> dict[Pair, str]:

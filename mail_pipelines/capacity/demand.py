@@ -51,6 +51,10 @@ class Demand:
     release: int = 0
     spans: tuple[Span, ...] | None = None
 
+    def opens_before(self, second: int) -> bool:
+        """Whether some of it may be sent before that."""
+        return self.release < second and (self.spans is None or any(opens < second for opens, _ in self.spans))
+
 
 def needed(connection: Connection, now: dt.datetime) -> bool:
     """Whether there is anything to plan: a campaign that is sending, or one that starts within the horizon."""

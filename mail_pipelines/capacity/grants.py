@@ -61,11 +61,15 @@ def write(engine: Engine, wanted: Mapping[Place, Grant], fleet: Fleet, epoch: in
     `fleet` any more.
     """
     written = 0
+    pairs: set[tuple[int, str]] = set()
     for places in _portions(wanted):
+        pairs.update(place[1:3] for place in places)
         count = transact(engine, lambda connection, places=places: _write(connection, places, wanted, fleet, epoch, lowers, planned))  # type: ignore[misc]
         if count is None:
             break
         written += count
+    if written:
+        transact(engine, lambda connection: breakers.keep_open(connection, pairs))
     return written
 
 

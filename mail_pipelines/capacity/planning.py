@@ -82,10 +82,11 @@ class Situation:
         for (campaign_id, _, provider, start), grant in self.present.items():
             if grant.planned:
                 previous[campaign_id, provider, start] += max(0, grant.planned - grant.used)
+        *_, last = grants.slots_at(self.now, _GRANTED_SLOTS)
         rows: Counter[tuple[int, str]] = Counter()
         for wanted in self.demands:
-            rows[wanted.job.id, wanted.provider] += wanted.rows
-        *_, last = grants.slots_at(self.now, _GRANTED_SLOTS)
+            if wanted.opens_before(last):
+                rows[wanted.job.id, wanted.provider] += wanted.rows
         for campaign_id, provider in {place[:2] for place in previous}:
             mine = [place for place in previous if place[:2] == (campaign_id, provider)]
             back = rows[campaign_id, provider] - sum(previous[place] for place in mine)

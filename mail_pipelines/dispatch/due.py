@@ -14,6 +14,9 @@ from mail_pipelines.database.views import deferred_rows, shard_counts
 from mail_pipelines.dispatch import greylisting
 
 _deferred, _counts = deferred_rows.c, shard_counts.c
+# A shard must have so many rows for each server that is already asked to work there, before another is asked in the same tick; and so many deferred
+# rows of a provider that are due are much.
+ROWS_TO_JOIN = 200
 # Shard and provider: where rows of a campaign wait.
 Place = tuple[int, str]
 

@@ -17,7 +17,7 @@ from mail_pipelines.database.models import Allotment, Campaign, Claim, State
 from mail_pipelines.database.views import shard_counts
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import holds
-from mail_pipelines.dispatch.due import due_times
+from mail_pipelines.dispatch.due import ROWS_TO_JOIN, due_of_many, due_times
 from mail_pipelines.dispatch.servers import ServerInfo
 
 # So long after it was due a row is waited for, so that a run or another server's session may come for it.
@@ -58,6 +58,15 @@ def waits_for_a_slot(connection: Connection, server: ServerInfo, run_id: str, *,
 def campaign_with_work(connection: Connection, server: ServerInfo, *, besides: Collection[int], above: int | None = None) -> str | None:
     """The key of the most urgent campaign, not one of these, with a priority `above` that, which a session on this server could send now."""
     waiting = connection.execute(_waiting(connection, server, State.PENDING, besides, above).limit(1)).one_or_none()
+    # Where a send window has just opened those who wait are deferred ones, and many.
+    deferred = _waiting(connection, server, State.DEFERRED, besides, above if waiting is None else waiting.priority).where(Campaign.send_window.is_not(None))
+    second = database_now(connection).timestamp()
+    opened: dict[int, set[str]] = {}
+    for row in connection.execute(deferred).all():
+        if row.id not in opened:
+            opened[row.id] = {provider for (_, provider), due in due_of_many(connection, row.id, ROWS_TO_JOIN).items() if due <= second}
+        if row.provider in opened[row.id]:
+            return str(row.key)
     return None if waiting is None else str(waiting.key)
 
 
@@ -95,10 +104,10 @@ def at_work(connection: Connection, server: ServerInfo) -> AtWork:
     return found
 
 
-def _waiting(connection: Connection, server: ServerInfo, state: State, besides: Collection[int], above: int | None) -> sa.Select[int, str, str]:
+def _waiting(connection: Connection, server: ServerInfo, state: State, besides: Collection[int], above: int | None) -> sa.Select[int, str, int, str]:
     """Campaigns, the most urgent first, that have rows in this state for a provider, and a grant for it on this server now."""
     return (
-        sa.select(Campaign.id, Campaign.key, Allotment.provider)
+        sa.select(Campaign.id, Campaign.key, Campaign.priority, Allotment.provider)
         .join(Allotment, sa.and_(Allotment.campaign_id == Campaign.id, Allotment.server_id == server.id))
         .join(shard_counts, sa.and_(shard_counts.c.campaign_id == Campaign.id, shard_counts.c.provider == Allotment.provider))
         .where(

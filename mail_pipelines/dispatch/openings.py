@@ -20,16 +20,13 @@ from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, Claim, Server, State
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch import holds, servers
-from mail_pipelines.dispatch.due import Place, due_of_many, senders
+from mail_pipelines.dispatch.due import ROWS_TO_JOIN, Place, due_of_many, senders
 
 # A tick looks at no more campaigns and asks for no more runs than this.
 CAMPAIGNS_A_TICK = 50
 RUNS_A_TICK = 100
 # A run takes about so long to start, so it is asked for that much before its rows fall due.
 START_SECONDS = 3
-# A shard must have so many rows for each server that is already asked to work there, before another is asked in the same tick; and so many deferred
-# rows of a provider that are due are much.
-ROWS_TO_JOIN = 200
 
 
 @dataclass(frozen=True, order=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.campaigns import audience, check, lifecycle, manifest, progress, putting_off, store, why
 from mail_pipelines.campaigns.campaign import Campaign
+from mail_pipelines.campaigns.open_rows import Slice
 from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.commands import campaign as command
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, Delivery, State, WindowRows, WindowSpan
 from mail_pipelines.delivery import upkeep
+from mail_pipelines.dispatch import windows
 from tests.campaigns.parts import NOW, contact_rows, counters_equal_ledger, ledger_states, load, make_campaign, make_people
 from tests.dispatch.test_hold_commands import says
 from tests.parts.kills import killed_at
@@ -120,6 +123,32 @@ def test_who_still_waits_when_the_window_closes_is_put_off_until_it_opens_again(
 
 
 @pytest.mark.usefixtures("people")
+def test_whom_a_claim_has_put_off_meanwhile_is_counted_once(engine: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else more would seem to wait for an opening than do, and grants for those who wait for nothing would end."""
+    campaign = frozen(engine, settings)
+    evening = dt.datetime(2026, 3, 2, 23, tzinfo=dt.UTC)
+    move = putting_off._move
+    met: list[int] = []
+
+    def meets_a_claim(connection: sa.Connection, campaign_id: int, part: Slice, late: list[Any], *rest: Any) -> int:
+        if part.state is State.DEFERRED:
+            contact_id, place, zone, due = late[0]
+            opening = due - 91
+            connection.execute(sa.update(Delivery).where(Delivery.contact_id == contact_id, Delivery.sort_key == place).values(sort_key=due, reason="window"))
+            windows.count(connection, campaign_id, {(part.provider, zone, opening): 1})
+            met.append(contact_id)
+        return move(connection, campaign_id, part, late, *rest)
+
+    monkeypatch.setattr(putting_off, "_move", meets_a_claim)
+    moved = putting_off.put_off(engine, campaign, evening, 120)
+    assert met
+    assert counters_equal_ledger(engine, campaign.id)
+    with reading(engine) as connection:
+        openings = progress.openings(connection, campaign, evening)
+    assert sum(opening.recipients for opening in openings) == moved + len(met) == PEOPLE
+
+
+@pytest.mark.usefixtures("people")
 def test_whoever_is_never_reached_expires_and_is_told_why(engine: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = frozen(engine, settings)
     address = {zone: str(contact_rows([number])[0]["email"]) for number, zone in enumerate(ZONES, 5)}
@@ -165,6 +194,9 @@ def test_a_window_that_never_opens_is_named_before_the_start(engine: sa.Engine, 
     (problem,) = problems(expire_at=saturday + dt.timedelta(days=32))
     assert problem.startswith("expire_at: a campaign with a send window may last 31 days")
     assert problems(expire_at=saturday + dt.timedelta(days=4), finish_by=saturday + dt.timedelta(days=3)) == []
+    # Claims want it to stay open for a lease.
+    (problem,) = problems(expire_at=dt.datetime(2026, 3, 9, 8, 2, tzinfo=dt.UTC))
+    assert problem.endswith("it has to be open for more than 120 s (sending.lease_seconds)")
 
 
 def list_keys(engine: sa.Engine) -> list[str]:

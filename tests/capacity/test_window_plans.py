@@ -96,7 +96,7 @@ def test_the_window_is_the_bottleneck_where_it_is_and_the_end_lies_in_it() -> No
     job = Job(1, "spring", 1, 1)
     opens = NOW + 6 * HOUR + 1_200
     fleet = [Line(1, 1, "google", 1.0)]
-    # Sixteen hours from now, an hour's worth in half an hour: the rest is for the next day.
+    # It opens in six hours and twenty minutes, and ten minutes are enough then.
     plan = near_plan([job], [Demand(job, "google", 600, spans=((opens, opens + HOUR),))], fleet, NOW)
     (found,) = forecasts(plan)
     assert found.bottleneck == "google: the send window"

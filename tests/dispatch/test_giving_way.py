@@ -82,6 +82,20 @@ def test_one_session_gives_way_to_an_urgent_campaign(world: World) -> None:
     assert asked(world, server, "run-2") is None
 
 
+def test_one_session_gives_way_where_a_send_window_has_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its recipients are deferred ones, put off until now: too many for an errand."""
+    monkeypatch.setattr(giving_way, "ROWS_TO_JOIN", 2)
+    server = world.server()
+    sessions(world, server, ("run-1", 1), ("run-2", 1))
+    retries(world)
+    assert asked(world, server, "run-1") is None
+    window = {"from": "00:00", "until": "24:00", "zone": "Europe/Berlin"}
+    transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == URGENT).values(send_window=window)))
+    assert asked(world, server, "run-1") == "urgent"
+    monkeypatch.setattr(giving_way, "ROWS_TO_JOIN", 3)
+    assert asked(world, server, "run-1") is None
+
+
 @pytest.mark.parametrize("runs", [[("run-1", 1)], [("run-1", 1), ("run-2", URGENT)]], ids=["a slot is free", "it has one"])
 def test_no_session_ends_when_the_urgent_campaign_can_have_a_slot_or_has_one(world: World, runs: list[tuple[str, int]]) -> None:
     server = world.server()
