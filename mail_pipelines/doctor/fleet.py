@@ -25,7 +25,7 @@ from mail_pipelines.provisioning.sources import reading as hosts_file
 from mail_pipelines.runbook import Chapter
 
 
-def check_servers(engine: Engine, heartbeat_seconds: float, *, is_centre: bool) -> Iterator[Finding]:
+def check_servers(engine: Engine, heartbeat_seconds: float, *, is_centre: bool = True) -> Iterator[Finding]:
     """Servers in service. A server sees only itself."""
     with reading(engine) as connection:
         active = [server for server in servers.all_servers(connection) if server.sends]
