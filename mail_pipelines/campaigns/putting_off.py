@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -72,31 +72,46 @@ def put_off(engine: Engine, campaign: Campaign, now: dt.datetime, lease_seconds:
     second, until = int(now.timestamp()), int(now.timestamp() + lease_seconds)
     with reading(engine) as connection:
         kept = connection.execute(sa.select(models.Campaign.windows_kept).where(models.Campaign.id == campaign.id)).scalar_one() or 0
-        query = sa.select(WindowSpan.time_zone).where(WindowSpan.campaign_id == campaign.id, *_closed(kept, until), _with_rows()).distinct()
-        closed = connection.execute(query).scalars().all()
+        query = sa.select(WindowSpan.time_zone, WindowSpan.opens_at).where(WindowSpan.campaign_id == campaign.id, *_closed(kept, until), _with_rows())
+        closed = connection.execute(query).tuples().all()
         if not closed:
             return 0
         spans = windows.read(connection, campaign.id)
-        parts = slices(connection, campaign.id, WAITING)
-    openings = {zone: opening for zone in closed if (opening := spans.next_opening(zone, second, until)) is not None}
+        openings = {zone: opening for zone, _ in closed if (opening := spans.next_opening(zone, second, until)) is not None}
+        ranges = _ranges(connection, campaign.id, {opened for _, opened in closed}, max(openings.values(), default=0))
+        # Pending are those whose window was open when the audience was made; what claims give back besides is for claims.
+        first = campaign.started_at is None or any(opened <= campaign.started_at.timestamp() for _, opened in closed)
+        parts = slices(connection, campaign.id, WAITING if first else (State.DEFERRED,))
     moved = 0
     for part in parts if openings else ():
-        for late in _late(engine, campaign.id, part, spans, openings):
+        for late in _late(engine, campaign.id, part, spans, openings, ranges):
             moved += transact(engine, lambda connection, part=part, late=late: _move(connection, campaign.id, part, late, spans, openings, now))  # type: ignore[misc]
     transact(engine, lambda connection: connection.execute(sa.update(models.Campaign).where(models.Campaign.id == campaign.id).values(windows_kept=until)))
     return moved
+
+
+def _ranges(connection: Connection, campaign_id: int, opened: Collection[int], end: int) -> list[windows.Span]:
+    """Where in the order of due seconds rows may wait whose windows `opened` then and are closed now: everywhere before `end`, but where others wait for
+    their opening. Those are most rows. A recipient who has left one of these zones, or come to one, waits on where he is counted, for a claim.
+    """
+    others = (WindowRows.campaign_id == campaign_id, WindowRows.opens_at < end, WindowRows.opens_at.not_in(opened))
+    query = sa.select(WindowRows.opens_at).where(*others).distinct()
+    found, begin = [], 0
+    for opening in connection.execute(query.order_by(WindowRows.opens_at)).scalars():
+        found.append((begin, opening - 1))
+        begin = opening + windows.SPREAD_SECONDS + 1
+    return [(first, last) for first, last in [*found, (begin, end - 1)] if first <= last]
 
 
 # Contact, its place in the queue, zone, and when it falls due.
 _Late = tuple[int, int, str, int]
 
 
-def _late(engine: Engine, campaign_id: int, part: Slice, spans: Windows, openings: dict[str, int]) -> Iterator[list[_Late]]:
+def _late(engine: Engine, campaign_id: int, part: Slice, spans: Windows, openings: dict[str, int], ranges: Sequence[windows.Span]) -> Iterator[list[_Late]]:
     """The rows of a slice that wait in these zones for something before their next opening, in portions."""
     place: tuple[int, int] | None = None
-    end = max(openings.values())
     while True:
-        rows = _portion(engine, campaign_id, part, end, place)
+        rows = _portion(engine, campaign_id, part, ranges, place)
         zoned = [(row, spans.zone(row.time_zone)) for row in rows]
         late = [
             (row.contact_id, row.sort_key, zone, spans.due(zone, openings[zone], part.state, row.sort_key, row.reason))
@@ -110,11 +125,13 @@ def _late(engine: Engine, campaign_id: int, part: Slice, spans: Windows, opening
         place = rows[-1].sort_key, rows[-1].contact_id
 
 
-def _portion(engine: Engine, campaign_id: int, part: Slice, end: int, after: tuple[int, int] | None) -> Sequence[sa.Row[int, int, str | None, str | None]]:
-    """The next rows in the order of the index."""
+def _portion(
+    engine: Engine, campaign_id: int, part: Slice, ranges: Sequence[windows.Span], after: tuple[int, int] | None
+) -> Sequence[sa.Row[int, int, str | None, str | None]]:
+    """The next rows in the order of the index, the deferred ones of these ranges."""
     where = in_slice(campaign_id, part)
     if part.state is State.DEFERRED:
-        where.append(Delivery.sort_key < end)
+        where.append(sa.or_(*(Delivery.sort_key.between(first, last) for first, last in ranges)))
     if after is not None:
         key, contact_id = after
         where += [Delivery.sort_key >= key, sa.or_(Delivery.sort_key > key, Delivery.contact_id > contact_id)]

@@ -100,7 +100,7 @@ def _works(
     connection: Connection, campaign: sa.Row[int, str, int, int | None], granted: Mapping[str, list[int]], held: holds.InForce, second: float
 ) -> tuple[list[_Work], list[_Work]]:
     """The shards of a campaign that have much to send, and some deferred rows for each set of servers of which one has to be at work."""
-    rows = _rows(connection, campaign.id, second)
+    rows = _rows(connection, campaign.id, second, max(map(len, granted.values()), default=0))
     full: defaultdict[int, Counter[int]] = defaultdict(Counter)
     few: dict[tuple[int, ...], int] = {}
     for (shard, provider), may_send in senders(connection, campaign.id, second).items():
@@ -150,18 +150,26 @@ def _granted(connection: Connection, campaign_id: int, slot: int, members: Colle
     return granted
 
 
-def _rows(connection: Connection, campaign_id: int, second: float) -> Counter[Place]:
-    """Rows to send by shard and provider: the pending ones, and the deferred ones where many are due."""
-    rows: Counter[Place] = Counter()
-    counts = (CampaignCounter.shard, CampaignCounter.provider, CampaignCounter.state)
+def _rows(connection: Connection, campaign_id: int, second: float, most_servers: int) -> Counter[Place]:
+    """Rows to send by shard and provider: the pending ones, and where many deferred ones are due, about how many: enough for so many servers, or at least
+    half of them. Others wait for the hour at which their send window opens, or for a retry.
+    """
+    place = (CampaignCounter.shard, CampaignCounter.provider)
     waiting = connection.execute(
-        sa.select(*counts, sa.func.sum(CampaignCounter.count))
-        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state.in_((int(State.PENDING), int(State.DEFERRED))))
-        .group_by(*counts)
+        sa.select(*place, sa.func.sum(CampaignCounter.count))
+        .where(CampaignCounter.campaign_id == campaign_id, CampaignCounter.state == int(State.PENDING))
+        .group_by(*place)
         .having(sa.func.sum(CampaignCounter.count) > 0)
     )
-    many = {place for place, moment in due_of_many(connection, campaign_id, ROWS_TO_JOIN).items() if moment <= second}
-    for shard, provider, state, count in waiting:
-        if state == State.PENDING or (shard, provider) in many:
-            rows[shard, provider] += int(count)
+    due: dict[Place, int] = {}
+    many = ROWS_TO_JOIN
+    while many <= ROWS_TO_JOIN * most_servers:
+        found = [where for where, moment in due_of_many(connection, campaign_id, many).items() if moment <= second]
+        if not found:
+            break
+        due.update(dict.fromkeys(found, many))
+        many *= 2
+    rows = Counter(due)
+    for shard, provider, count in waiting:
+        rows[shard, provider] += int(count)
     return rows

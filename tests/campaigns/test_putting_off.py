@@ -149,6 +149,42 @@ def test_whom_a_claim_has_put_off_meanwhile_is_counted_once(engine: sa.Engine, s
 
 
 @pytest.mark.usefixtures("people")
+def test_a_closing_reads_nobody_who_waits_for_another_opening(engine: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most rows of such a campaign wait for that. Whoever waits, and has moved to a zone that closes, waits on where he is counted; retries are put off."""
+    campaign = frozen(engine, settings)
+    read: list[int] = []
+    portion = putting_off._portion
+
+    def reads(*arguments: Any) -> Any:
+        rows = portion(*arguments)
+        read.extend(row.contact_id for row in rows)
+        return rows
+
+    monkeypatch.setattr(putting_off, "_portion", reads)
+    # From New York, which opens at 14:00 UTC, to Kolkata, which closes at 12:30.
+    moved = sa.update(Contact).where(Contact.time_zone == "America/New_York", Contact.id <= 10).values(time_zone="Asia/Kolkata")
+    transact(engine, lambda connection: connection.execute(moved))
+    assert putting_off.put_off(engine, campaign, dt.datetime(2026, 3, 2, 12, 28, tzinfo=dt.UTC), 120) == 10
+    # All that are pending: the freeze has left them so where it was open.
+    assert len(read) == 40
+    evening = dt.datetime(2026, 3, 2, 23, tzinfo=dt.UTC)
+    with reading(engine) as connection:
+        counted = {opening.at.hour: opening.recipients for opening in progress.openings(connection, campaign, NOW)}
+    assert counted == {14: 10, 3: 10}
+    assert putting_off.put_off(engine, load(engine), evening, 120) == 38
+    read.clear()
+    # A retry of somebody in Berlin, due at eight in the evening.
+    retry = sa.update(Delivery).where(Delivery.contact_id == 5).values(sort_key=at(3, 19), reason="mailbox_full")
+    transact(engine, lambda connection: connection.execute(retry))
+    assert putting_off.put_off(engine, load(engine), dt.datetime(2026, 3, 3, 12, 28, tzinfo=dt.UTC), 120) == 10
+    assert len(read) == 11
+    assert counters_equal_ledger(engine, campaign.id)
+    assert putting_off.put_off(engine, load(engine), dt.datetime(2026, 3, 3, 17, tzinfo=dt.UTC), 120) == 30
+    with reading(engine) as connection:
+        assert connection.execute(sa.select(Delivery.sort_key).where(Delivery.contact_id == 5)).scalar_one() == at(4, 8)
+
+
+@pytest.mark.usefixtures("people")
 def test_whoever_is_never_reached_expires_and_is_told_why(engine: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = frozen(engine, settings)
     address = {zone: str(contact_rows([number])[0]["email"]) for number, zone in enumerate(ZONES, 5)}

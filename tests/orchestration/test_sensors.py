@@ -137,6 +137,30 @@ def test_a_few_deferred_rows_have_one_run_for_all_their_shards(world: World) -> 
     assert len(found(many=31)) == 1
 
 
+def test_rows_that_wait_for_a_later_window_bring_no_server_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is as full as its rows that are due."""
+    alive(world, "s1", "s2", "s3")
+    from mail_pipelines.capacity import allotments
+
+    allotments.fill(world.engine, 10)
+    for shard in range(4):
+        end_rows(world, shard, State.DEFERRED if shard == 0 else State.DELIVERED)
+    monkeypatch.setattr(openings, "ROWS_TO_JOIN", 10)
+
+    def found(due: int) -> list[Opening]:
+        """With so many of 30 rows due."""
+        later = int(time.time()) + 3600
+        with reading(world.engine) as connection:
+            waiting = connection.execute(sa.select(Delivery.contact_id).where(Delivery.shard == 0).order_by(Delivery.contact_id)).scalars().all()
+        assert len(waiting) == 30
+        rows = sa.update(Delivery).where(Delivery.contact_id.in_(waiting[due:]))
+        transact(world.engine, lambda connection: connection.execute(rows.values(sort_key=later, reason="window")))
+        with world.engine.connect() as connection:
+            return openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=())
+
+    assert [len(found(due)) for due in (30, 20, 19, 10, 9)] == [3, 3, 2, 2, 1]
+
+
 def test_a_server_without_room_for_its_log_gets_no_runs(world: World) -> None:
     alive(world, "s1", "s2")
     from mail_pipelines.capacity import allotments
