@@ -291,10 +291,14 @@ def drain(name: str) -> None:
 
 def _move(name: str, verb: str) -> None:
     from mail_pipelines.database.engine import transact
-    from mail_pipelines.dispatch import registry
+    from mail_pipelines.dispatch import registry, servers
 
-    state = transact(open_engine(), lambda connection: registry.move(connection, name, verb))
-    console.print(f"server {name} is {state}")
+    def work(connection: Connection) -> str:
+        # It may have come there by itself meanwhile, as a listed server does.
+        present = servers.find(connection, name).state
+        return present if present == registry.MOVES[verb].target else registry.move(connection, name, verb)
+
+    console.print(f"server {name} is {transact(open_engine(), work)}")
 
 
 @app.command("retire")
