@@ -161,6 +161,7 @@ class Session:
     async def _run_lanes(self, lanes: dict[str, Lane], until: float) -> None:
         running: dict[str, asyncio.Task[None]] = {}
         last_progress = last_look = time.monotonic()
+        progress = self.report.claims, self.report.results.total()
         next_around = -math.inf
         try:
             while True:
@@ -185,7 +186,6 @@ class Session:
                         next_around = min(next_around, lane.asks_at)
                         continue
                     running[provider] = asyncio.create_task(lane.run(until, shards))
-                claims_before = self.report.claims
                 if running:
                     await asyncio.wait(running.values(), timeout=_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 else:
@@ -195,14 +195,15 @@ class Session:
                     running.pop(provider).result()
                     next_around = min(next_around, lanes[provider].asks_at)
                 self.progress(self.report)
-                # One that only asks in vain makes no progress.
-                if self.report.claims > claims_before or any(lane.has_claims for lane in lanes.values()):
+                # One that only asks in vain makes no progress; one whose claim gave its rows back does, and they are to be claimed again.
+                before, progress = progress, (self.report.claims, self.report.results.total())
+                if progress != before or any(lane.has_claims for lane in lanes.values()):
                     last_progress = time.monotonic()
                     continue
-                if self.is_errand and running:
-                    # Its time is short, and a first claim may take seconds.
-                    continue
                 waited = time.monotonic() - last_progress
+                if running and waited <= self._linger_seconds + self.settings.sending.reply_timeout_seconds:
+                    # What a lane asks for is due. A mail server or a database that is busy may take longer over the answer than a session lingers.
+                    continue
                 if (reason := await in_thread(self._idle_reason, lanes, waited)) is not None:
                     raise SessionOver(reason)
         except SessionOver as over:
@@ -241,6 +242,10 @@ class Session:
         """Whether as many sessions of this server live as it has slots."""
         return sum(is_locked(path) for path in self.folders.sessions.iterdir()) >= self.settings.server.slots
 
+    @property
+    def _linger_seconds(self) -> float:
+        return errands.LINGER_SECONDS if self.is_errand else self.settings.sending.linger_seconds
+
     def _idle_reason(self, lanes: Mapping[str, Lane], waited: float) -> str | None:
         """Why to end now that no lane has anything to do and none has had for `waited` seconds; None if it is worth waiting."""
         with reading(self.engine) as connection:
@@ -250,11 +255,13 @@ class Session:
             # A slot that only waits is better used by whoever has work now.
             waiting = giving_way.campaign_with_work(connection, self.server, besides=[self.campaign_id]) if self.slots_are_taken() else None
         asked = time.monotonic()
-        waits = [max(moment - second, lanes[provider].wait_until - asked if provider in lanes else 0) for (_, provider), moment in due.items()]
-        if not waits:
+        if not due:
             return "all open rows are with other sessions or unknown" if left else "the shard is final"
-        linger = errands.LINGER_SECONDS if self.is_errand else self.settings.sending.linger_seconds
-        if min(waits) > linger or waited > linger:
+        # When each is due, and when it is worth asking for.
+        waits = [(moment - second, lanes[provider].wait_until - asked if provider in lanes else 0) for (_, provider), moment in due.items()]
+        linger = self._linger_seconds
+        # What is due after so long has been asked for in vain; what falls due only now has not.
+        if not any(max(wait) <= linger and (waited <= linger or wait[0] > 0) for wait in waits):
             refusals = {lane.reason for lane in lanes.values() if lane.reason}
             return "; ".join(sorted(refusals)) or "nothing falls due soon"
         return f"campaign {waiting} waits for a slot of this server" if waiting is not None and not self.is_errand else None

@@ -21,6 +21,7 @@ from mail_pipelines.capacity import allotments
 from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Allotment, Campaign, CampaignVersion, Claim, Contact, Delivery, DeliveryEvent, Server, State
+from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import lane, last_error, servers
 from mail_pipelines.dispatch.claims import WrongServer
 from mail_pipelines.dispatch.session import Report, Session, journal_of
@@ -61,6 +62,42 @@ def test_everybody_gets_one_message(start: Start) -> None:
     assert report.open_rows == 0
     assert world.open_claims() == 0
     world.check_counters()
+
+
+@pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
+def test_a_claim_that_takes_longer_than_a_session_lingers_is_waited_for(start: Start) -> None:
+    """As when the database has much to do; here somebody holds the campaign's row."""
+    world, server, _ = start(recipients=8, sending={"linger_seconds": 1})
+    looks: list[float] = []
+    own = session(world, server, progress=lambda _: looks.append(time.monotonic()))
+    with ThreadPoolExecutor() as pool:
+        with world.engine.begin() as connection:
+            connection.execute(sa.select(Campaign.id).where(Campaign.id == world.campaign_id).with_for_update())
+            run = pool.submit(own.run)
+            wait_for(lambda: len(looks) > 1 and (looks[-1] > looks[0] + 2 or own.stopping.is_set()), seconds=30, what="a session that has asked for long")
+        assert run.result(60).reason == "the shard is final"
+    assert world.states() == {State.DELIVERED: 8}
+
+
+def test_what_falls_due_soon_is_waited_for_however_long_a_session_has_waited(start: Start) -> None:
+    world, server, _ = start(recipients=1, sending={"linger_seconds": 5})
+    own = session(world, server)
+
+    def due_in(seconds: int) -> str | None:
+        due = int(dt.datetime.now(dt.UTC).timestamp()) + seconds
+        transact(world.engine, lambda connection: connection.execute(sa.update(Delivery).values(state=int(State.DEFERRED), sort_key=due)))
+        return own._idle_reason({}, waited=5.5)
+
+    transact(
+        world.engine,
+        lambda connection: counters.add(
+            connection, 1, counters.CENTRE, {(0, "google", State.PENDING, ""): -1, (0, "google", State.DEFERRED, ""): 1}, dt.datetime.now(dt.UTC)
+        ),
+    )
+    assert due_in(4) is None
+    assert due_in(60) == "nothing falls due soon"
+    # It has been asked for in vain.
+    assert due_in(-1) == "nothing falls due soon"
 
 
 def test_a_session_sends_its_own_shard_and_then_the_others(start: Start) -> None:
