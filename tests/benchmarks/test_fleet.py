@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mail_pipelines.benchmarks import fleet, short_slots
+from mail_pipelines.benchmarks.fleet import Look
 from mail_pipelines.database.procedures import installation
 from mail_pipelines.delivery.recording import SLOT_SECONDS
-from mail_pipelines.benchmarks.fleet import Look
 
 A, B = ("s1", "large"), ("s2", "large")
 
