@@ -41,7 +41,7 @@ def read(connection: Connection, settings: Settings, fleet: Fleet) -> Idleness:
     drained = health.drained(connection)
     candidates = [
         Candidate(
-            one.key, one.server_id, names[members[one.server_id].pool_id], one.cost_per_hour or 0.0, {}, budget.may_be_given_back_at(one, settings.provisioning)
+            one.key, one.server_id, names[members[one.server_id].pool_id], one.cost_per_hour or 0.0, (), budget.may_be_given_back_at(one, settings.provisioning)
         )
         for one in made
         if one.server_id is not None and one.server_id in members
@@ -72,10 +72,9 @@ def judge(
             found.append(Verdict(one.server, one.pool, True, "the plan of the next eight weeks orders more for its pool"))
         else:
             pool = by_pool.get(one.pool, Outlook(one.pool, {}, {}, {}))
-            able = {name: outlook.days_of(line) for name in pool.demand if (line := fleet.limits(one.server_id, name)) is not None}
             offer = Offer(one.cost_per_hour, new_server()) if source is None else Offer(source.cost_per_hour, on_curve(source.curve))
             coming = [flight for flight in flights if flight.pool == one.pool]
-            found.append(retiring.judge(pool, replace(one, able=able), coming, offer, now))
+            found.append(retiring.judge(pool, replace(one, able=outlook.able(pool, fleet, one.server_id)), coming, offer, now))
     chosen = retiring.choose(found, known.previous, now.date())
     ids = {one.server: one.server_id for one in known.candidates}
     return [one if one.keep or _spared(plan, ids[one.server]) else Verdict(one.server, one.pool, True, "the next 48 hours need it") for one in chosen]
