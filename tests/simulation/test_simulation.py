@@ -81,12 +81,15 @@ def test_grants_beyond_a_limit_would_be_seen() -> None:
     granted = np.zeros((3, *shape), dtype=np.int64)
     granted[0, 2, 0] = int(scenario.per_second[2, 0] * 900) + 1
     nothing, free = np.zeros(shape, dtype=np.int64), np.full(shape, np.inf)
-    slot = ledger.send(granted, events, nothing, nothing > 0, free)
+    everybody = np.full(3, True)
+    slot = ledger.send(granted, events, nothing, nothing > 0, free, everybody)
     checker = Checker(scenario.per_second, scenario.per_hour, scenario.per_day)
     checker.see(BEGIN, slot.offered, free, nothing > 0)
     assert checker.named == [f"{BEGIN}: server 3, provider 0: more than allowed in 900 s"]
-    held = ledger.send(granted, events, nothing, nothing > 0, np.where(free > 0, 10.0, 0.0))
+    held = ledger.send(granted, events, nothing, nothing > 0, np.where(free > 0, 10.0, 0.0), everybody)
     assert (held.offered.sum(), held.held_back) == (10, granted.sum() - 10)
+    shut = ledger.send(granted, events, nothing, nothing > 0, free, ~everybody)
+    assert (shut.offered.sum(), shut.held_back) == (0, granted.sum())
 
 
 def test_the_command_prints_json() -> None:
