@@ -1,6 +1,4 @@
-"""Servers that a simulated fleet rents and gives back: the far plan, the verdicts on idle ones, and the decisions of `provisioning`. Hosts take hours to make, and
-sometimes fail.
-"""
+"""Servers that a simulated fleet rents and gives back: the far plan, verdicts on idle ones, and the decisions of `provisioning`. Hosts take hours to make."""
 
 from __future__ import annotations
 

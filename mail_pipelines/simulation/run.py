@@ -90,10 +90,11 @@ def simulate(size: Size, mode: Mode = "auto", say: Callable[[str], None] | None 
             buying.plan(now, centre.fleet(now, events), ledger, centre.plan(now, events, ledger), health_rules.drained(centre.records))
             if say is not None:
                 say(f"{_iso(now)[:10]}: {int(events.up.sum())} servers, {int(ledger.open.sum()):,} messages waiting, {checker.violations} limits broken")
+        # Of what was decided a look before.
+        buying.replace(now, health_rules.drained(centre.records))
         out = centre.look(now, events, retired)
         buying.drained(now, out)
         drained = health_rules.drained(centre.records)
-        buying.replace(now, drained)
         for server in buying.give_back(now, drained):
             retired.add(server)
             events.remove(server)
