@@ -1,7 +1,8 @@
 """Benchmark: how near rate-limited servers come to the plan, N of them at once, and how long any of them idles though it might send.
 
 Real sessions send a campaign through built-in catchers, claim by claim; sessions are started, and grants are made, by the functions that the sensors call.
-Rates are low, so that the limits and not this machine's processors say how fast it goes. Reference: the makespan of the plan's relaxation.
+Rates are low, so that the limits and not this machine's processors say how fast it goes; and slots are short (`short_slots`), so that a campaign of ten of
+them takes minutes. What happens once in a slot costs a larger part of a short one. Reference: the makespan of the plan's relaxation.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines import config, home
-from mail_pipelines.benchmarks import campaigns, session
+from mail_pipelines.benchmarks import campaigns, session, short_slots
 from mail_pipelines.benchmarks.contract import Result, judge
 from mail_pipelines.benchmarks.mariadb import MariaDB, free_port
 from mail_pipelines.benchmarks.plan import lower_bound
@@ -34,7 +35,7 @@ from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine, database_now, reading
 from mail_pipelines.database.models import Allotment, CampaignCounter, Server, State
 from mail_pipelines.database.types import utc_now
-from mail_pipelines.delivery.recording import slot_at
+from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 from mail_pipelines.dispatch import openings, servers
 from mail_pipelines.dispatch.catcher.store import Kept, kept
 from mail_pipelines.dispatch.files import ServerFolders
@@ -43,14 +44,15 @@ from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.supervision import Processes
 
 FLEETS, QUICK_FLEETS = (1, 2, 4, 8), (4,)
-SECONDS, QUICK_SECONDS = 240.0, 12.0
+# The budget is one of campaigns of so many slots.
+SLOTS, SHORT_SLOT_SECONDS, QUICK_SECONDS = 10, 30, 12.0
 FINISH_TARGET, IDLE_TARGET = 1.05, 0.05
 PROVIDERS = ("large", "other")
 # Messages a second to each provider: that of the first server, the second, the third …, in turn.
 RATES = (4.0, 2.0)
 _SHARDS = 8
-# More often than in operation, so that short campaigns are planned anew, too.
-_PLAN_SECONDS = 60.0
+# At least as often in a slot as in operation, so that short campaigns are planned anew, too.
+_PLAN_SECONDS = min(60.0, SLOT_SECONDS / 3)
 _LOOK_SECONDS = 1.0
 _START_SECONDS, _END_SECONDS = 60, 60
 _PLAY = '[[rule]]\ndomains = ["*"]\nreply_seconds = [0.05, 0.05]\n'
@@ -111,6 +113,8 @@ class Sent:
     """One campaign. Seconds: what it took, the plan's lower bound, and by line those in which it might have sent and of them those in which nothing arrived."""
 
     rows: int
+    # In so many slots something was sent.
+    slots: int
     # Recipients without a message, and messages beside the first of a recipient.
     wrong: int
     seconds: float
@@ -119,12 +123,17 @@ class Sent:
     idle: Mapping[Line, float]
 
 
-def run(quick: bool, seconds: float | None = None) -> list[Result]:
-    """Campaigns that take `seconds` at least, one for each size of the fleet. Raises `MailPipelinesError` if one does not end."""
-    seconds = seconds or (QUICK_SECONDS if quick else SECONDS)
+def run(quick: bool, seconds: float | None = None, slot_seconds: int = SHORT_SLOT_SECONDS) -> list[Result]:
+    """Campaigns that take `seconds` at least (ten slots if not given), one for each size of the fleet. Raises `MailPipelinesError` if one does not end."""
+    seconds = seconds or (QUICK_SECONDS if quick else SLOTS * slot_seconds)
+    return short_slots.run(slot_seconds, QUICK_FLEETS if quick else FLEETS, seconds)
+
+
+def measure(fleets: Sequence[int], seconds: float) -> list[Result]:
+    """The same in this process, with slots as long as they are in it."""
     results: list[Result] = []
     with _world() as world:
-        for number, count in enumerate(QUICK_FLEETS if quick else FLEETS, 1):
+        for number, count in enumerate(fleets, 1):
             world.grow(count)
             results += _judged(count, _campaign(world, number, seconds))
     return results
@@ -146,6 +155,7 @@ def _world() -> Iterator[World]:
         home.make(environ)
         settings = config.load(environ)
         engine = create_engine(settings.database.url)
+        short_slots.change(engine)
         _warm_up()
         with Processes() as processes:
             yield World(settings, environ, engine, processes)
@@ -173,7 +183,10 @@ def _campaign(world: World, number: int, seconds: float) -> Sent:
     wanted, idle = _times(looks, {line: sorted(moments) for line, moments in arrived.items()})
     end = max(max(moments, default=begin) for moments in arrived.values())
     rows = per_shard * _SHARDS
-    return Sent(rows, rows - len(recipients) + recipients.total() - len(recipients), end - begin, bound, wanted, idle)
+    with reading(world.engine) as connection:
+        used = sa.select(sa.func.count(Allotment.slot_start.distinct())).where(Allotment.campaign_id == number, Allotment.used > 0)
+        slots = connection.execute(used).scalar_one()
+    return Sent(rows, slots, rows - len(recipients) + recipients.total() - len(recipients), end - begin, bound, wanted, idle)
 
 
 def _send(world: World, number: int, until: float) -> list[Look]:
@@ -223,7 +236,7 @@ def _tick(world: World, at_work: Mapping[Opening, BaseProcess]) -> list[Opening]
 
 def _warm_up() -> None:
     """Have the process that sessions are forks of, with all that they need."""
-    _CONTEXT.set_forkserver_preload([__name__])
+    _CONTEXT.set_forkserver_preload([short_slots.__name__, __name__])
     first = _CONTEXT.Process(target=os.getpid)
     first.start()
     first.join()
@@ -274,5 +287,6 @@ def _judged(count: int, sent: Sent) -> list[Result]:
     return [
         judge(f"{name}: finish, against the plan's lower bound", sent.seconds, "s", sent.bound, target=FINISH_TARGET, better="lower"),
         judge(f"{name}: idle with grant and due rows, of the idlest", sent.idle[worst], "s", sent.wanted[worst], target=IDLE_TARGET, better="lower"),
+        judge(f"{name}: slots in which it sent", sent.slots, "slots", SLOTS, target=1.0, better="higher"),
         judge(f"{name}: lost or repeated", sent.wrong, "messages", sent.rows, target=0, better="lower"),
     ]

@@ -51,6 +51,8 @@ def fill(engine: Engine, heartbeat_seconds: float, now: dt.datetime | None = Non
         slots = grants.slots_at(moment, _FILLED)
         kept = in_force.read(connection)
         epoch = 0 if kept is None else kept.epoch
+        # Before any grant is read.
+        portions = in_force.portions(connection)
         fleet = Fleet.read(connection, moment, heartbeat_seconds)
         campaigns_of = _demand(connection, slots[-1] + SLOT_SECONDS)
         lines_of = {provider: open_to(fleet, provider, slots) for provider in campaigns_of if not fleet.held.over_provider(provider)}
@@ -66,7 +68,7 @@ def fill(engine: Engine, heartbeat_seconds: float, now: dt.datetime | None = Non
     wanted = shares(fleet, slots, campaigns_of, lines_of, planned, planned_for, present, lines_of.keys() - changed)
     up = {place: Grant(granted) for place, granted in wanted.items() if place not in present or granted > present[place].granted}
     down = {place: Grant(granted) for place, granted in lowered(fleet, wanted, present).items()}
-    written = grants.write(engine, up, fleet, epoch, lowers=False) + grants.write(engine, down, fleet, epoch, lowers=True)
+    written = grants.write(engine, up, fleet, epoch, lowers=False, beside=portions) + grants.write(engine, down, fleet, epoch, lowers=True, beside=portions)
     # What was left out, because something changed meanwhile, is looked at by the next tick.
     if signatures != before and written == len(up) + len(down):
         _keep(engine, signatures, epoch, moment)
@@ -115,7 +117,7 @@ def write_plan(
         # What is planned as before is stamped anew all the same: it is this plan's now.
         if after != before or after.planned:
             changed[place] = after
-    written = grants.write(engine, changed, fleet, epoch, lowers=True, planned=True)
+    written = grants.write(engine, changed, fleet, epoch, lowers=True)
     if written == len(changed):
         # The next tick has nothing to add but where a breaker is on trial, whose grants are not the plan's.
         done = {provider: lines for provider, lines in lines_of.items() if all(line.breaker == breakers.CLOSED for line in lines)}

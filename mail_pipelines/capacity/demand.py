@@ -51,9 +51,12 @@ class Demand:
     release: int = 0
     spans: tuple[Span, ...] | None = None
 
-    def opens_before(self, second: int) -> bool:
-        """Whether some of it may be sent before that."""
-        return self.release < second and (self.spans is None or any(opens < second for opens, _ in self.spans))
+    def opens_at(self, now: int) -> float:
+        """The first second from `now` on in which some of it may be sent; never is infinity."""
+        first = max(now, self.release)
+        if self.spans is None:
+            return first
+        return min((max(opens, first) for opens, closes in self.spans if closes > first), default=float("inf"))
 
 
 def needed(connection: Connection, now: dt.datetime) -> bool:

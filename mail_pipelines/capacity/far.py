@@ -1,6 +1,7 @@
 """The far plan: whether the servers that there are, and those on order, can send what the next eight weeks bring, and which to order by when.
 
-Days are whole, and a pool is a pool: who sends what at which hour is the near plan's matter. A server ordered today sends nothing until it is made, a
+Days are whole, and a pool is a pool: who sends what at which hour is the near plan's matter. But what has send windows has to fit into the part of each day
+in which they are open, and everything together into the days. A server ordered today sends nothing until it is made, a
 few hundred messages a provider on its first day, and what a warm one sends after weeks (`new_servers`): so what counts is when an order is given, and fewer
 servers do if they are ordered sooner.
 """
@@ -38,12 +39,31 @@ class Policy:
 
 @dataclass(frozen=True)
 class Outlook:
-    """A pool's next weeks by provider: messages that come up each day, what its servers can send each day, and what a warm server can. Arrays of D days."""
+    """A pool's next weeks by provider: messages that come up each day, what its servers can send each day, and what a warm server can. Arrays of D days.
+
+    `within` are the same of what may be sent in no more than some `parts` of the days (0 to 1; None: all of each): of its messages, and of what servers can
+    send in these parts.
+    """
 
     pool: str
     demand: Mapping[str, Daily]
     capacity: Mapping[str, Daily]
-    warm: Mapping[str, float]
+    warm: Mapping[str, float | Daily]
+    parts: Daily | None = None
+    within: Sequence[Outlook] = ()
+
+    @property
+    def views(self) -> Sequence[Outlook]:
+        """All of it, and what has windows."""
+        return (self, *self.within)
+
+    def less(self, able: Sequence[Mapping[str, Daily]]) -> Outlook:
+        """Without a server that is able to send so much in each of the views."""
+        fewer = [
+            replace(view, capacity={name: np.maximum(0.0, found - its.get(name, 0.0)) for name, found in view.capacity.items()})
+            for view, its in zip(self.views, able, strict=True)
+        ]
+        return replace(fewer[0], within=tuple(fewer[1:]))
 
 
 @dataclass(frozen=True)
@@ -115,11 +135,13 @@ def _orders(outlook: Outlook, today: dt.date, new_server: NewServer, flights: Se
         count, day, rest = _choose(left, first, budget, float(total[begin:end].sum()))
         if count:
             provider = max(late, key=lambda name: float(late[name][begin:end].sum()))
-            demand = outlook.demand[provider]
+            tight = max(outlook.views, key=lambda view: float(_late(view, supply, today, new_server, policy).get(provider, total * 0)[begin:end].sum()))
+            demand = tight.demand[provider]
             peak = max(range(max(0, first - policy.wave_days), first + 1), key=lambda number: float(demand[number]))
             date, order_by = today + dt.timedelta(days=peak), today + dt.timedelta(days=day)
-            sends = outlook.capacity[provider][peak] if provider in outlook.capacity else 0
-            why = f"{provider}: {demand[peak]:,.0f} messages come up on {date:%Y-%m-%d}, of which the pool sends {sends:,.0f} a day"
+            sends = tight.capacity[provider][peak] if provider in tight.capacity else 0
+            where = "" if tight is outlook else " in their send windows"
+            why = f"{provider}: {demand[peak]:,.0f} messages come up on {date:%Y-%m-%d}, of which the pool sends {sends:,.0f} a day{where}"
             short = round(float(total[begin:end].sum()))
             orders.append(FarOrder(outlook.pool, count, order_by, new_server.first_day(order_by), today, due=False, short=short, left=round(rest), why=why))
             supply.append(InFlight(outlook.pool, count, new_server.first_day(order_by)))
@@ -146,19 +168,35 @@ def _choose(left: Callable[[int, int], float], first: int, budget: int, now: flo
 
 def shortages(outlook: Outlook, supply: Sequence[InFlight], today: dt.date, new_server: NewServer, policy: Policy) -> dict[str, Daily]:
     """By provider and day the messages that are still waiting after their patience, at the end of the day."""
+    found = _late(outlook, supply, today, new_server, policy)
+    for view in outlook.within:
+        for provider, late in _late(view, supply, today, new_server, policy).items():
+            found[provider] = np.maximum(found[provider], late)
+    return found
+
+
+def _late(outlook: Outlook, supply: Sequence[InFlight], today: dt.date, new_server: NewServer, policy: Policy) -> dict[str, Daily]:
+    """The same of one view. Days on which all windows are closed try nobody's patience, and what comes up on them does so on the next one."""
     found = {}
     for provider, demand in outlook.demand.items():
         capacity = outlook.capacity.get(provider, np.zeros(len(demand))).copy()
         for flight in supply:
             ages = np.arange(len(demand)) - (flight.first_day - today).days
-            capacity += flight.servers * np.array([new_server.cap(int(age), outlook.warm.get(provider, 0.0)) for age in ages])
+            warm = np.broadcast_to(outlook.warm.get(provider, 0.0), len(demand))
+            capacity += flight.servers * np.array([new_server.cap(int(age), float(most)) for age, most in zip(ages, warm, strict=True)])
         late = np.zeros(len(demand))
-        backlog = 0.0
+        backlog, most_a_day = 0.0, 1.0
+        # Of the days on which something may be sent.
+        came = [0.0]
         for day, comes in enumerate(demand):
             backlog = max(0.0, backlog + comes - capacity[day])
-            young = demand[max(0, day - policy.patience_days + 1) : day + 1].sum() if policy.patience_days else 0.0
-            overdue = backlog - young
-            late[day] = overdue if overdue > policy.tolerance * max(1.0, demand[: day + 1].max()) else 0.0
+            came[-1] += comes
+            most_a_day = max(most_a_day, came[-1])
+            if outlook.parts is not None and not outlook.parts[day]:
+                continue
+            overdue = backlog - (sum(came[-policy.patience_days :]) if policy.patience_days else 0.0)
+            late[day] = overdue if overdue > policy.tolerance * most_a_day else 0.0
+            came.append(0.0)
         found[provider] = late
     return found
 

@@ -50,12 +50,18 @@ class Limits:
     per_day: tuple[int | None, ...]
     warming: bool = False
 
+    def left(self, slot: int, used: Mapping[int, int], at: int) -> int:
+        """Messages that may still be sent in a slot (its start), if so many were in the windows of slot `at`, by their length: of what was used only those
+        windows count in which the slot lies, too. An hour's or a day's limit may be spent in one slot.
+        """
+        caps = ((SLOT_SECONDS, int(self.per_second * SLOT_SECONDS)), (_HOUR, self.per_hour), (_DAY, self.per_day[0]))
+        rest = [cap - (used.get(length, 0) if slot // length == at // length else 0) for length, cap in caps if cap is not None]
+        return max(0, min(rest))
+
     @property
     def per_slot(self) -> int:
-        """Messages in one slot. A day's or an hour's limit may be spent in one if nothing else was: the usage windows keep the sum."""
-        caps = [int(self.per_second * SLOT_SECONDS)]
-        caps += [cap for cap in (self.per_hour, self.per_day[0]) if cap is not None]
-        return max(0, min(caps))
+        """Messages in one slot if nothing else was sent."""
+        return self.left(0, {}, 0)
 
 
 @dataclass(frozen=True)
@@ -102,22 +108,12 @@ class Fleet:
         found = self.limits(server_id, provider)
         if found is None or slot // _DAY != self._slot // _DAY:
             return 0
-        used = self.used.get((server_id, provider), {})
-        caps = [int(found.per_second * SLOT_SECONDS) - (used.get(SLOT_SECONDS, 0) if slot == self._slot else 0)]
-        if found.per_hour is not None:
-            caps.append(found.per_hour - (used.get(_HOUR, 0) if slot // _HOUR == self._slot // _HOUR else 0))
-        if found.per_day[0] is not None:
-            caps.append(found.per_day[0] - used.get(_DAY, 0))
-        return max(0, min(caps))
+        return found.left(slot, self.used.get((server_id, provider), {}), self._slot)
 
     def spent(self, server_id: int, provider: str, slot: int) -> bool:
         """Whether the limit of the slot, or of the hour or day in which it lies, is used up by now."""
         found = self.limits(server_id, provider)
-        if found is None:
-            return False
-        used = self.used.get((server_id, provider), {})
-        caps = ((SLOT_SECONDS, int(found.per_second * SLOT_SECONDS)), (_HOUR, found.per_hour), (_DAY, found.per_day[0]))
-        return any(cap is not None and used.get(length, 0) >= cap and slot // length == self._slot // length for length, cap in caps)
+        return found is not None and not found.left(slot, self.used.get((server_id, provider), {}), self._slot)
 
     def breaker(self, server_id: int, provider: str) -> str:
         breaker = self.stopped.get((server_id, provider))

@@ -162,11 +162,14 @@ def orders(
         job = jobs[forecast.campaign]
         slow = {part.provider for part, number in plan.of_job(job.id) if job.finish_by is not None and _ending(part, number) > job.finish_by}
         demands = [demand for part in plan.providers if part.provider in slow for demand in part.demands]
-        begin = max(plan.horizon.now, min((demand.release for demand in demands if demand.job.id == job.id), default=0))
+        begin = min(demand.opens_at(plan.horizon.now) for demand in demands if demand.job.id == job.id)
+        if begin >= plan.horizon.end:
+            # No number of servers opens a window.
+            continue
         here = [line for line in lines if line.provider in slow]
 
         def saves(
-            count: int, job: Job = job, demands: Sequence[Demand] = demands, here: Sequence[Line] = here, slow: set[str] = slow, begin: int = begin
+            count: int, job: Job = job, demands: Sequence[Demand] = demands, here: Sequence[Line] = here, slow: set[str] = slow, begin: int = int(begin)
         ) -> bool:
             tried = near_plan(plan.jobs, demands, [*here, *more(count, [job.pool_id], sorted(slow), begin)], plan.horizon.now)
             ended = tried.finish(job.id)

@@ -54,17 +54,18 @@ def read(
     return {(campaign, server, provider, start): Grant(granted, used, planned) for campaign, server, provider, start, granted, used, planned in rows}
 
 
-def write(engine: Engine, wanted: Mapping[Place, Grant], fleet: Fleet, epoch: int, *, lowers: bool, planned: bool = False) -> int:
+def write(engine: Engine, wanted: Mapping[Place, Grant], fleet: Fleet, epoch: int, *, lowers: bool, beside: int | None = None) -> int:
     """Insert grants or change those that are there: not below what they are, or if this `lowers` them not below what is used; returns how many.
 
-    With `planned` also what the plan `epoch` means. It ends early where another plan has come into force, and leaves out lines whose breaker is not as in
-    `fleet` any more.
+    Also what the plan `epoch` means. Or these are shares `beside` it, made out when so many portions of plans were written: if there are more by now, nothing
+    is written, or shares of a whole room would stand above a plan that has just taken its part of it. It ends early where another plan has come into force,
+    and leaves out lines whose breaker is not as in `fleet` any more.
     """
     written = 0
     pairs: set[tuple[int, str]] = set()
     for places in _portions(wanted):
         pairs.update(place[1:3] for place in places)
-        count = transact(engine, lambda connection, places=places: _write(connection, places, wanted, fleet, epoch, lowers, planned))  # type: ignore[misc]
+        count = transact(engine, lambda connection, places=places: _write(connection, places, wanted, fleet, epoch, lowers, beside))  # type: ignore[misc]
         if count is None:
             break
         written += count
@@ -86,10 +87,20 @@ def _portions(places: Collection[Place]) -> Iterator[list[Place]]:
 
 
 def _write(
-    connection: Connection, places: Collection[Place], wanted: Mapping[Place, Grant], fleet: Fleet, epoch: int, lowers: bool, planned: bool
+    connection: Connection,
+    places: Collection[Place],
+    wanted: Mapping[Place, Grant],
+    fleet: Fleet,
+    epoch: int,
+    lowers: bool,
+    beside: int | None,
 ) -> int | None:
-    """Write a portion in the order of its keys; None if another plan is in force."""
-    if not in_force.is_still(connection, epoch):
+    """Write a portion in the order of its keys; None if another plan is in force, or has written more."""
+    if not in_force.is_still(connection, epoch, alone=beside is not None):
+        return None
+    if beside is None:
+        in_force.count_portion(connection, epoch)
+    elif in_force.portions(connection) != beside:
         return None
     stopped = breakers.not_closed(connection)
     rows = [
@@ -100,10 +111,10 @@ def _write(
         for place in sorted(places)
         if stopped.get(place[1:3], breakers.CLOSED) == fleet.breaker(*place[1:3])
     ]  # fmt: skip
-    if not planned:
+    if beside is not None:
         rows = [{name: value for name, value in row.items() if name not in _STAMPS} for row in rows]
     if rows:
-        connection.execute(_upsert(is_mysql(connection), lowers, _STAMPS if planned else ()), rows)
+        connection.execute(_upsert(is_mysql(connection), lowers, _STAMPS if beside is None else ()), rows)
     return len(rows)
 
 

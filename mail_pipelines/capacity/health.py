@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import allotments, breakers
+from mail_pipelines.capacity import allotments, breakers, health_rules
 from mail_pipelines.capacity.health_rules import Heard, Record, Rules, Seen, Standing, decide, rules
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Campaign, CampaignMinute, State, SyncState
@@ -174,12 +174,12 @@ def _seen(
 def drained(connection: Connection, states: Collection[ServerState] = _OUT) -> dict[str, Record]:
     """Servers that were drained by themselves, or lost, and are still out of service: not those that an operator has taken back since the last look."""
     out = {server.key for server in servers.all_servers(connection) if server.state in states}
-    return {key: record for key, record in records(connection).items() if record.standing is Standing.DRAINED and key in out}
+    return {key: record for key, record in health_rules.drained(records(connection)).items() if key in out}
 
 
 def gone(connection: Connection, now: dt.datetime) -> list[str]:
     """Those of them that were so long ago that nobody will take them back; one that an operator has paused is kept."""
-    return [key for key, record in drained(connection, (ServerState.DRAINING, ServerState.LOST)).items() if now - record.at >= rules().kept]
+    return health_rules.gone(drained(connection, (ServerState.DRAINING, ServerState.LOST)), now)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

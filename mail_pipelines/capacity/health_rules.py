@@ -133,6 +133,16 @@ def decide(fleet: Sequence[Seen], known: Mapping[str, Record], now: dt.datetime,
     return Outcome(records, drain, trouble)
 
 
+def drained(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Those that are out of service by this."""
+    return {key: record for key, record in records.items() if record.standing is Standing.DRAINED}
+
+
+def gone(drained: Mapping[str, Record], now: dt.datetime) -> list[str]:
+    """Those of them that were drained so long ago that nobody will take them back."""
+    return [key for key, record in drained.items() if now - record.at >= rules().kept]
+
+
 def _next(one: Seen, before: Record | None, sick: str, well: bool, now: dt.datetime, rule: Rules) -> Record | None:
     """The table, but for the drain itself, of which there is one at a look."""
     if one.retired:

@@ -6,14 +6,15 @@ What belongs here: reading what `retiring` judges by, and what the near plan has
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.capacity import forecast, health, in_force, outlook, retiring, verdicts
+from mail_pipelines.capacity import forecast, health, in_force, outlook, retiring, shortage, verdicts
 from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet
+from mail_pipelines.capacity.health_rules import Record
 from mail_pipelines.capacity.near import NearPlan, near_plan
 from mail_pipelines.capacity.new_servers import NextSource, new_server, on_curve
 from mail_pipelines.capacity.retiring import Candidate, Offer
@@ -21,13 +22,14 @@ from mail_pipelines.capacity.verdicts import Verdict
 from mail_pipelines.config import Settings
 from mail_pipelines.database.models import DEFAULT_POOL
 from mail_pipelines.dispatch import pools
-from mail_pipelines.provisioning import budget, store
+from mail_pipelines.provisioning import budget, proposals, store
 from mail_pipelines.provisioning.states import IN_SERVICE
+from mail_pipelines.provisioning.store import Provision
 
 
 @dataclass(frozen=True)
 class Idleness:
-    """What was read for the verdicts. `restless` are pools of which a server was taken out of service, so that another takes its place."""
+    """What was read for the verdicts. `restless` are pools of which a server was taken out of service in whose place no other is yet."""
 
     candidates: Sequence[Candidate]
     restless: frozenset[str]
@@ -37,18 +39,22 @@ class Idleness:
 def read(connection: Connection, settings: Settings, fleet: Fleet) -> Idleness:
     default, names = pools.keys(connection)[DEFAULT_POOL], pools.keys(connection)
     members = {member.id: member for member in fleet.members}
-    made = [one for one in store.all_provisions(connection) if one.state in IN_SERVICE]
-    drained = health.drained(connection)
+    known = store.all_provisions(connection)
     candidates = [
         Candidate(
-            one.key, one.server_id, names[members[one.server_id].pool_id], one.cost_per_hour or 0.0, {}, budget.may_be_given_back_at(one, settings.provisioning)
+            one.key, one.server_id, names[members[one.server_id].pool_id], one.cost_per_hour or 0.0, (), budget.may_be_given_back_at(one, settings.provisioning)
         )
-        for one in made
-        if one.server_id is not None and one.server_id in members
+        for one in known
+        if one.state in IN_SERVICE and one.server_id is not None and one.server_id in members
     ]
     kept = in_force.read(connection)
     previous = [verdicts.from_document(values) for values in kept.document.get("idle", ())] if kept else []
-    return Idleness(candidates, frozenset(one.pool or default for one in made if one.key in drained), previous)
+    return Idleness(candidates, restless(known, health.drained(connection), default), previous)
+
+
+def restless(known: Sequence[Provision], drained: Mapping[str, Record], default: str) -> frozenset[str]:
+    """The pools for which a server is still to be asked for in the place of another."""
+    return frozenset(pool for pool, lack in shortage.in_the_place(known, drained, default).items() if proposals.lacking(lack, known) > 0)
 
 
 def judge(
@@ -72,10 +78,9 @@ def judge(
             found.append(Verdict(one.server, one.pool, True, "the plan of the next eight weeks orders more for its pool"))
         else:
             pool = by_pool.get(one.pool, Outlook(one.pool, {}, {}, {}))
-            able = {name: outlook.days_of(line) for name in pool.demand if (line := fleet.limits(one.server_id, name)) is not None}
             offer = Offer(one.cost_per_hour, new_server()) if source is None else Offer(source.cost_per_hour, on_curve(source.curve))
             coming = [flight for flight in flights if flight.pool == one.pool]
-            found.append(retiring.judge(pool, replace(one, able=able), coming, offer, now))
+            found.append(retiring.judge(pool, replace(one, able=outlook.able(pool, fleet, one.server_id)), coming, offer, now))
     chosen = retiring.choose(found, known.previous, now.date())
     ids = {one.server: one.server_id for one in known.candidates}
     return [one if one.keep or _spared(plan, ids[one.server]) else Verdict(one.server, one.pool, True, "the next 48 hours need it") for one in chosen]

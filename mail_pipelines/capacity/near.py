@@ -84,6 +84,17 @@ class NearPlan:
                 found[part.demands[number].job.id, server, part.provider, start] += int(part.placed[number, slot, line])
         return dict(found)
 
+    def sent_within(self, slots: int) -> set[tuple[int, str]]:
+        """The campaigns of which everything for a provider is sent in the first `slots` slots."""
+        pairs = {(demand.job.id, part.provider) for part in self.providers for demand in part.demands}
+        later = {
+            (demand.job.id, part.provider)
+            for part in self.providers
+            for number, demand in enumerate(part.demands)
+            if part.unmet[number] or part.placed[number, slots:].any()
+        }
+        return pairs - later
+
     def of_job(self, job_id: int) -> Iterator[tuple[ProviderPlan, int]]:
         """The demands of a campaign: the provider's plan, and the number of the demand in it."""
         for part in self.providers:

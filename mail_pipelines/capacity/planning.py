@@ -45,6 +45,7 @@ class Situation:
     demands: list[Demand]
     lines: list[Line]
     present: Mapping[Place, Grant]
+    nearly_out: frozenset[tuple[int, str]]
     outlooks: list[Outlook]
     in_flight: list[InFlight]
     # Of the plan in force.
@@ -75,8 +76,8 @@ class Situation:
     def _previous(self) -> Mapping[tuple[int, str, int], int]:
         """What the plan in force has still to send: (campaign, provider, start of slot) → messages.
 
-        A campaign that was to be out within these slots also has there what has come back to it since, of claims that were not sent: or a rest of some rows,
-        for which there is room, would be planned half an hour later, and servers ordered for it.
+        A campaign that was to be out within these slots (`nearly_out`) also has there what has come back to it since, of claims that were not sent: or a rest
+        of some rows, for which there is room, would be planned half an hour later, and servers ordered for it.
         """
         previous: Counter[tuple[int, str, int]] = Counter()
         for (campaign_id, _, provider, start), grant in self.present.items():
@@ -85,12 +86,12 @@ class Situation:
         *_, last = grants.slots_at(self.now, _GRANTED_SLOTS)
         rows: Counter[tuple[int, str]] = Counter()
         for wanted in self.demands:
-            if wanted.opens_before(last):
+            if wanted.opens_at(int(self.now.timestamp())) < last:
                 rows[wanted.job.id, wanted.provider] += wanted.rows
         for campaign_id, provider in {place[:2] for place in previous}:
             mine = [place for place in previous if place[:2] == (campaign_id, provider)]
             back = rows[campaign_id, provider] - sum(previous[place] for place in mine)
-            if back > 0 and not previous.get((campaign_id, provider, last)):
+            if back > 0 and (campaign_id, provider) in self.nearly_out and not previous.get((campaign_id, provider, last)):
                 for place in mine:
                     previous[place] += back
         return previous
@@ -117,7 +118,8 @@ def read(connection: Connection, settings: Settings, now: dt.datetime | None = N
     outlooks = outlook.read(connection, fleet, moment)
     ordered = [far.from_document(order) for order in kept.document["far"]] if kept else []
     flights, idleness, lead = outlook.in_flight(connection), idle.read(connection, settings, fleet), outlook.lead_seconds(connection)
-    return Situation(moment, epoch, fleet, jobs, demands, lines, present, outlooks, flights, ordered, idleness, lead)
+    nearly_out = kept.nearly_out if kept else frozenset()
+    return Situation(moment, epoch, fleet, jobs, demands, lines, present, nearly_out, outlooks, flights, ordered, idleness, lead)
 
 
 def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, source: NextSource | None = None) -> Made:
@@ -141,7 +143,8 @@ def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, sou
         helping = forecast.orders(plan, situation.ordered_servers(source.curve), situation.lines, found)
         document["offer"] = {"curve": source.curve, "orders": [asdict(order) for order in helping]}
     planned_for = {(wanted.job.id, wanted.provider) for wanted in situation.demands if not wanted.job.expected}
-    document["planned_for"] = {str(job_id): sorted(provider for job, provider in planned_for if job == job_id) for job_id, _ in sorted(planned_for)}
+    document["planned_for"] = in_force.pairs_document(planned_for)
+    document["nearly_out"] = in_force.pairs_document(planned_for & plan.sent_within(_GRANTED_SLOTS))
     if not transact(engine, lambda connection: in_force.follow(connection, situation.epoch, document, situation.now)):
         return Made(plan, document, None)
     slots = grants.slots_at(situation.now, _GRANTED_SLOTS)

@@ -33,13 +33,13 @@ class Policy:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A server made here that sends: `able` is what it may send by provider and day, `kept_until` the end of its shortest lifetime."""
+    """A server made here that sends: `able` is what it may send by provider and day in each view of its pool, `kept_until` the end of its shortest lifetime."""
 
     server: str
     server_id: int
     pool: str
     cost_per_hour: float
-    able: Mapping[str, Daily]
+    able: Sequence[Mapping[str, Daily]]
     kept_until: dt.datetime | None = None
 
 
@@ -64,7 +64,7 @@ def judge(outlook: Outlook, one: Candidate, flights: Sequence[InFlight], offer: 
         return keep("it costs nothing")
     if flights:
         return keep(f"{sum(flight.servers for flight in flights)} more are being made for its pool")
-    without = replace(outlook, capacity={name: np.maximum(0.0, found - one.able.get(name, 0.0)) for name, found in outlook.capacity.items()})
+    without = outlook.less(one.able)
 
     def lacking(supply: Sequence[InFlight], pool: Outlook = without) -> dict[str, Daily]:
         return shortages(pool, supply, today, offer.new_server, FarPolicy())
@@ -72,7 +72,7 @@ def judge(outlook: Outlook, one: Candidate, flights: Sequence[InFlight], offer: 
     before = lacking((), outlook)
     lack = {name: np.maximum(0.0, late - before[name]) for name, late in lacking(()).items()}
     days = np.flatnonzero(sum(lack.values(), np.zeros(DAYS)))
-    level = {name: float(one.able[name].max()) for name in outlook.demand if name in one.able}
+    level = {name: float(found.max()) for name, found in one.able[0].items() if name in outlook.demand}
     until, when = DAYS, "not within eight weeks"
     if len(days):
         until, when = int(days[0]), f"on {today + dt.timedelta(days=int(days[0])):%Y-%m-%d}"

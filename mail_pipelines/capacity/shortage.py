@@ -7,13 +7,14 @@ What belongs here: reading that off the plan and off what `health` has decided. 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.capacity import far, health, in_force
+from mail_pipelines.capacity.health_rules import Record
 from mail_pipelines.capacity.in_force import Kept
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign
 from mail_pipelines.dispatch import pools
@@ -39,16 +40,15 @@ def wanted(connection: Connection, *, curve: str | None) -> list[Wanted]:
     # A pool that is asked for by no name is the default one.
     known = store.all_provisions(connection)
     found = {pool: replace(lack, pool=None if pool == default else pool) for pool, lack in found.items()}
-    for pool, lack in _in_the_place(connection, known, default).items():
+    for pool, lack in in_the_place(known, health.drained(connection), default).items():
         # What came in the place of the one is no answer to the other.
         if pool not in found or proposals.lacking(found[pool], known) < proposals.lacking(lack, known):
             found[pool] = lack
     return [lack for _, lack in sorted(found.items())]
 
 
-def _in_the_place(connection: Connection, known: Sequence[Provision], default: str) -> dict[str, Wanted]:
+def in_the_place(known: Sequence[Provision], drained: Mapping[str, Record], default: str) -> dict[str, Wanted]:
     """For each server made here that was drained by itself, or lost, another one. What was asked for since it was decided is in its place."""
-    drained = health.drained(connection)
     gone: defaultdict[str, list[str]] = defaultdict(list)
     for one in known:
         if one.key in drained and one.state in IN_SERVICE:

@@ -6,7 +6,7 @@ What belongs here: the verdict, as it is kept with a plan and read by whoever sh
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +29,12 @@ class Verdict:
     saves_per_month: float = 0.0
     since: dt.date | None = None
     due: bool = False
+
+
+def to_give_back(gone: Iterable[str], verdicts: Iterable[Verdict], serving: Collection[str], *, leaving: bool) -> dict[str, str]:
+    """The servers to give back now, and why: those that are out of service for good, or else one that is not needed, if none is `leaving`."""
+    reasons = {key: "it was taken out of service, and nobody took it back" for key in gone if key in serving}
+    return reasons or ({} if leaving else {one.server: one.why for one in verdicts if one.due and one.server in serving})
 
 
 def to_document(verdict: Verdict) -> dict[str, Any]:

@@ -109,14 +109,17 @@ def plan(quick: Quick = False, as_json: Json = False) -> None:
 
 @app.command("fleet")
 def fleet(
-    seconds: Annotated[float | None, typer.Option(min=4, help="least time of each campaign; 240 if not given, --quick: 12")] = None,
+    seconds: Annotated[float | None, typer.Option(min=4, help="least time of each campaign; ten slots if not given, --quick: 12")] = None,
+    slot_seconds: Annotated[int, typer.Option(min=5, max=900, help="length of a slot, an even part of 900, which it is in operation")] = 30,
     quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Campaigns by 1, 2, 4 and 8 rate-limited servers: when they end, against the plan's lower bound, and how long any idles that might send."""
     from mail_pipelines.benchmarks import fleet as bench
 
-    _show("fleet", bench.run(quick, seconds), as_json)
+    if 900 % slot_seconds:
+        raise typer.BadParameter("900 is no multiple of it", param_hint="--slot-seconds")
+    _show("fleet", bench.run(quick, seconds, slot_seconds), as_json)
 
 
 @app.command("crash")

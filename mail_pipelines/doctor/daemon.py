@@ -74,8 +74,9 @@ def check_instigators(instance: DagsterInstance) -> Iterator[Finding]:
 
 
 def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterator[Finding]:
-    """`server.slots` is one of three limits on send runs: the other two are Dagster's, on runs of one server and on all runs."""
+    """`server.slots` is one of three limits on send runs: the other two are Dagster's, on runs of one server and on all runs. And `provisioning.at_once`."""
     from mail_pipelines.resources.queues import QUEUE_TAG
+    from mail_pipelines.sensors.capacity import SERVER_TAG
     from mail_pipelines.sensors.servers import SEND_POOL
 
     queue = instance.get_concurrency_config().run_queue_config
@@ -90,6 +91,12 @@ def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterato
                 "slots",
                 f"server.slots is {slots}, but Dagster has at most {limit['limit']} runs at once on one server",
                 f"raise the limit of {QUEUE_TAG} in {place}",
+            )
+        if limit["key"] == SERVER_TAG and limit["limit"] < settings.provisioning.at_once:
+            yield Finding(
+                "slots",
+                f"provisioning.at_once is {settings.provisioning.at_once}, but Dagster makes at most {limit['limit']} servers at once",
+                f"raise the limit of {SERVER_TAG} in {place}",
             )
     # What `server_health` has counted; a negative number of runs means no limit.
     total = next((pool.limit for pool in instance.event_log_storage.get_pool_limits() if pool.name == SEND_POOL), 0)

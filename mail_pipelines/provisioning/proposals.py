@@ -7,6 +7,7 @@ What belongs here: what is asked for when capacity runs short, and when again. W
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -71,7 +72,7 @@ def propose(connection: Connection, parts: Parts, wanted: Wanted) -> Proposal:
     """Store a proposal; it takes the place of one for the same pool that nobody has decided."""
     now = database_now(connection)
     connection.execute(sa.update(_T).where(_T.state == OPEN, _T.pool.is_not_distinct_from(wanted.pool)).values(state=SUPERSEDED, decided_at=now))
-    cost = wanted.servers * budget.HOURS_PER_MONTH * next_cost(connection, parts)
+    cost = _cost_per_month(connection, parts, wanted)
     texts = {"why": wanted.why[:_LONGEST], "effect": wanted.effect[:_LONGEST]}
     result = connection.execute(sa.insert(_T).values(state=OPEN, servers=wanted.servers, pool=wanted.pool, cost_per_month=cost, made_at=now, **texts))
     assert result.inserted_primary_key is not None
@@ -107,11 +108,24 @@ def short(connection: Connection, parts: Parts, wanted: Wanted) -> str:
     servers, said = missing(wanted, provisions, last_action(connection, wanted.pool), next_cost(connection, parts), settings, now)
     if not servers:
         return said
+    if settings.mode == "propose" and (standing := _same(connection, parts, replace(wanted, servers=servers))) is not None:
+        return f"proposal {standing.id} is open: {standing.servers} servers, {standing.cost_per_month:.2f} a month: {standing.why}"
     proposal = propose(connection, parts, replace(wanted, servers=servers))
     if settings.mode == "propose":
         return f"proposal {proposal.id}: {servers} servers, {proposal.cost_per_month:.2f} a month: {wanted.why}"
     ordered = accept(connection, settings, proposal.id)
     return f"{', '.join(one.key for one in ordered)} are asked for: {wanted.why}"
+
+
+def _same(connection: Connection, parts: Parts, wanted: Wanted) -> Proposal | None:
+    """The open proposal that says what one for these would say: so many servers of this pool at this price. What it says of the reason is as of its day."""
+    cost = _cost_per_month(connection, parts, wanted)
+    of_pool = [one for one in all_proposals(connection) if one.state == OPEN and one.pool == wanted.pool]
+    return next((one for one in of_pool if one.servers == wanted.servers and math.isclose(one.cost_per_month, cost, abs_tol=0.005)), None)
+
+
+def _cost_per_month(connection: Connection, parts: Parts, wanted: Wanted) -> float:
+    return wanted.servers * budget.HOURS_PER_MONTH * next_cost(connection, parts)
 
 
 def missing(

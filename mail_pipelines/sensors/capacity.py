@@ -107,9 +107,8 @@ def give_back(connection: Connection) -> list[str]:
     # All that act on servers made here wait for each other.
     made = {one.key: one for one in store.all_provisions(connection, lock=True)}
     serving = {key for key, one in made.items() if one.state in IN_SERVICE}
-    reasons = {key: "it was taken out of service, and nobody took it back" for key in health.gone(connection, now) if key in serving}
-    if not reasons and not any(one.state is State.DRAINING for one in made.values()):
-        reasons = {key: verdict.why for key, verdict in verdicts.standing(connection, now).items() if verdict.due and key in serving}
+    leaving = any(one.state is State.DRAINING for one in made.values())
+    reasons = verdicts.to_give_back(health.gone(connection, now), verdicts.standing(connection, now).values(), serving, leaving=leaving)
     for key, why in reasons.items():
         store.give_back(connection, key, why)
     return [f"server {key} is given back: {why}" for key, why in reasons.items()]

@@ -1,21 +1,22 @@
 """The centre of a simulated fleet: what it has seen, told to the planning code of production in its own plain values.
 
-What belongs here: translation from arrays. What does not: any rule of planning, breakers or warm-up, which are all `capacity`'s.
+What belongs here: translation from arrays. What does not: any rule of planning, breakers, health or warm-up, which are all `capacity`'s.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mail_pipelines.capacity import breakers, supply
+from mail_pipelines.capacity import breakers, health_rules, supply
 from mail_pipelines.capacity.breakers import Answers, Breaker
 from mail_pipelines.capacity.demand import Demand, Job
 from mail_pipelines.capacity.fleet import Fleet, Limits, Member, Pair
+from mail_pipelines.capacity.health_rules import Heard
 from mail_pipelines.capacity.horizon import DAY, HOUR, HOURS
 from mail_pipelines.capacity.near import NearPlan, near_plan
 from mail_pipelines.config import SendingSettings
@@ -23,8 +24,9 @@ from mail_pipelines.database.models import State
 from mail_pipelines.delivery.breakers import provider_rules
 from mail_pipelines.delivery.recording import SLOT_SECONDS
 from mail_pipelines.dispatch import holds
+from mail_pipelines.dispatch.windows import Span
 from mail_pipelines.simulation.events import Events
-from mail_pipelines.simulation.scenario import POOL_ID, Counts, Numbers, Scenario
+from mail_pipelines.simulation.scenario import POOL_ID, Counts, Numbers, Scenario, key_of
 from mail_pipelines.simulation.sending import Ledger, Slot
 from mail_pipelines.simulation.warming import Warming
 
@@ -33,11 +35,15 @@ GRANTED_SLOTS = 6
 
 
 class Centre:
-    """`granted`: slot start → C × V × P; V is all servers that there may ever be, server `v` having the id v + 1."""
+    """`granted`: slot start → C × V × P; V is all servers that there may ever be, server `v` having the id v + 1 and the name `key_of(v)`.
+
+    `members` are the servers that are in service, `records` what was decided of any server's health, by its name.
+    """
 
     def __init__(self, scenario: Scenario, warming: Warming) -> None:
         self.granted: dict[int, Counts] = {}
         self.members: list[int] = list(range(scenario.size.servers))
+        self.records: Mapping[str, health_rules.Record] = {}
         self._scenario, self._warming = scenario, warming
         shape = scenario.per_day.shape
         self._used = {length: np.zeros(shape, dtype=np.int64) for length in (HOUR, DAY)}
@@ -100,11 +106,42 @@ class Centre:
     def trials(self, now: int, events: Events) -> Counts:
         """The messages by which it is tried whether a provider takes some again, where a breaker has waited long enough: V × P."""
         found = np.zeros(self._scenario.per_day.shape, dtype=np.int64)
-        if (trying := self.lines(breakers.TRIAL) & events.up[:, None]).any():
+        sends = np.isin(np.arange(len(found)), self.members) & events.up
+        if (trying := self.lines(breakers.TRIAL) & sends[:, None]).any():
             fleet = self.fleet(now, events)
             for server, provider in np.argwhere(trying).tolist():
                 found[server, provider] = min(provider_rules().trial_messages, fleet.left(server + 1, self._scenario.providers[provider], now))
         return found
+
+    # --- who is taken out of service ---------------------------------------------------------------------------------
+
+    def look(self, now: int, events: Events, retired: Container[int]) -> Mapping[str, str]:
+        """Judge the health of all servers, as the sensor does, and drain who is sick; who was drained or lost since, and why."""
+        servers = [server for server in range(len(events.up)) if server not in retired and (server in self.members or key_of(server) in self.records)]
+        outcome = health_rules.decide([self._seen(server, events) for server in servers], self.records, dt.datetime.fromtimestamp(now, dt.UTC))
+        before, after = health_rules.drained(self.records), health_rules.drained(outcome.records)
+        self.records = outcome.records
+        for server in [server for server in self.members if key_of(server) in after]:
+            self.leave(server)
+        return {key: record.why for key, record in after.items() if key not in before}
+
+    def leave(self, server: int) -> None:
+        """It claims nothing any more, and what it was granted is taken back."""
+        self.members.remove(server)
+        for grants in self.granted.values():
+            grants[:, server] = 0
+
+    def _seen(self, server: int, events: Events) -> health_rules.Seen:
+        answers, bad = self._answers[:, server].sum(axis=0), self._deferrals[:, server].sum(axis=0)
+        heard = {}
+        for number, provider in enumerate(self._scenario.providers):
+            breaker = self._breakers.get((server + 1, provider))
+            stopped = breaker is not None and breaker.state != breakers.CLOSED
+            if answers[number] or stopped:
+                heard[provider] = Heard(int(answers[number]), int(bad[number]), stopped)
+        # Who comes back after some hours was silent, and not declared lost.
+        lost = bool(events.gone[server] and not events.up[server])
+        return health_rules.Seen(key_of(server), POOL_ID, server in self.members and not lost, lost, heard=heard)
 
     # --- what is planned ------------------------------------------------------------------------------------------
 
@@ -139,14 +176,24 @@ class Centre:
         retry = SendingSettings().first_retry_seconds
         for number, job in enumerate(self._scenario.jobs):
             coming = now < job.start_at <= now + HOURS * HOUR
+            spans = self._spans(number, now)
             kinds = [(self._scenario.rows[number], job.start_at)] if coming else [(ledger.waiting[number], 0), (ledger.deferred[number], now + retry)]
+            if spans is not None and not coming:
+                kinds = [(ledger.waiting[number] + ledger.deferred[number], 0)]
             known = replace(job, expected=coming)
             found = [
-                Demand(known, self._scenario.providers[provider], int(rows[provider]), release) for rows, release in kinds for provider in np.flatnonzero(rows)
+                Demand(known, self._scenario.providers[provider], int(rows[provider]), release, spans)
+                for rows, release in kinds
+                for provider in np.flatnonzero(rows)
             ]
             jobs += [known] if found else []
             demands += found
         return jobs, demands
+
+    def _spans(self, number: int, now: int) -> tuple[Span, ...] | None:
+        """When a campaign may be sent within the horizon."""
+        spans = self._scenario.spans[number]
+        return None if spans is None else tuple((opens, closes) for opens, closes in spans if closes > now and opens < now + HOURS * HOUR)
 
     def _previous(self, now: int) -> dict[tuple[int, str, int], int]:
         return {

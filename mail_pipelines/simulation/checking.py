@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Sequence
+from zoneinfo import ZoneInfo
+
 import numpy as np
 from numpy.typing import NDArray
 
+from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity.horizon import DAY, HOUR
 from mail_pipelines.delivery.recording import SLOT_SECONDS
 from mail_pipelines.simulation.scenario import Counts, Numbers
@@ -21,6 +26,16 @@ class Checker:
         self._limits = {SLOT_SECONDS: np.floor(per_second * SLOT_SECONDS + 1e-9), HOUR: per_hour, DAY: per_day}
         self._sums = {length: np.zeros(per_second.shape, dtype=np.int64) for length in self._limits}
         self._windows = dict.fromkeys(self._limits, -1)
+
+    def see_clock(self, start: int, sent: Counts, windows: Sequence[SendWindow | None]) -> None:
+        """Messages of each campaign in the slot from `start` on, and when it may be sent: by the clock of its zone, of one day. C."""
+        for number, window in enumerate(windows):
+            if window is not None and sent[number]:
+                clock = dt.datetime.fromtimestamp(start, ZoneInfo(window.zone))
+                minute = clock.hour * 60 + clock.minute
+                if clock.weekday() not in window.days or minute < window.begin or minute + SLOT_SECONDS // 60 > window.until:
+                    self.violations += 1
+                    self.named += [f"{start}: campaign {number + 1}: sent at {clock:%a %H:%M}"][: _NAMED - len(self.named)]
 
     def see(self, start: int, sent: Counts, warm_up: Numbers, shut: NDArray[np.bool_]) -> None:
         """Messages offered to providers in the slot from `start` on, the day's caps of warm-ups, and lines that may send nothing: all V × P."""

@@ -1,4 +1,4 @@
-"""What goes wrong: providers that block a server or slow all of them down, and servers that are lost, for hours or for good."""
+"""What goes wrong: providers that block a server or slow all of them down, addresses that get a bad name, and servers that are lost, for hours or for good."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Events:
         self.lost = np.zeros(most, dtype=bool)
         self.deferred: Numbers = np.zeros(providers)
         self.blocked = np.zeros((most, providers), dtype=bool)
-        self.counts = {"blocks": 0, "losses": 0, "losses for good": 0, "waves": 0}
+        self.counts = {"blocks": 0, "losses": 0, "losses for good": 0, "waves": 0, "bad names": 0}
         self._rng = rng
         self._back_at: Counts = np.full(most, _NEVER)
         self._blocked_until: Counts = np.zeros((most, providers), dtype=np.int64)
@@ -49,18 +49,28 @@ class Events:
         self._back_at = np.where(self.lost, np.where(self.gone, _NEVER, until), self._back_at)
         block = (rng.random(self.blocked.shape) < _chance(data["blocks"]) / self.blocked.shape[1]) & self.up[:, None]
         self._blocked_until = np.where(block, now + _hours(data["blocks"], rng, block.shape), self._blocked_until)
+        bad = (rng.random(self.up.shape) < _chance(data["bad_names"])) & self.up
+        by = bad[:, None] & (rng.random(self.blocked.shape) < data["bad_names"]["providers"])
+        # By all of them for as long.
+        until = now + _hours(data["bad_names"], rng, self.up.shape)[:, None]
+        self._blocked_until = np.where(by, np.maximum(self._blocked_until, until), self._blocked_until)
         self.blocked = self._blocked_until > now
         least, most = data["waves"]["deferred"]
         wave = rng.random(self.deferred.shape) < _chance(data["waves"])
         self._slow_until = np.where(wave, now + _hours(data["waves"], rng, wave.shape), self._slow_until)
         self.deferred = np.where(wave, rng.uniform(least, most, wave.shape), np.where(self._slow_until > now, self.deferred, 0.0))
-        for name, number in (("blocks", block), ("losses", self.lost), ("losses for good", self.lost & self.gone), ("waves", wave)):
+        for name, number in (("blocks", block), ("losses", self.lost), ("losses for good", self.lost & self.gone), ("waves", wave), ("bad names", bad)):
             self.counts[name] += int(number.sum())
         return changed
 
     def add(self, server: int) -> None:
         """A new server."""
         self.up[server] = True
+
+    def remove(self, server: int) -> None:
+        """One is given back."""
+        self.up[server] = False
+        self._back_at[server] = _NEVER
 
 
 def _chance(event: dict[str, float]) -> float:

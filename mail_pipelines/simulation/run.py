@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mail_pipelines.benchmarks.plan import lower_bound
-from mail_pipelines.capacity import breakers, forecast
+from mail_pipelines.capacity import breakers, forecast, health_rules
 from mail_pipelines.capacity.horizon import DAY, HOUR
 from mail_pipelines.capacity.near import NearPlan
 from mail_pipelines.delivery.recording import SLOT_SECONDS
@@ -73,7 +73,8 @@ def simulate(size: Size, mode: Mode = "auto", say: Callable[[str], None] | None 
     finished: dict[int, int] = {}
     plan_seconds: list[float] = []
     failures: list[str] = []
-    held_back = 0
+    held_back = given_up = 0
+    retired: set[int] = set()
     for now in range(BEGIN, scenario.end, SLOT_SECONDS):
         changed = events.draw(now)
         for one in buying.advance(now):
@@ -86,9 +87,23 @@ def simulate(size: Size, mode: Mode = "auto", say: Callable[[str], None] | None 
         if not now % DAY:
             if now > BEGIN:
                 warming.end_day(now - DAY)
-            buying.plan(now, centre.fleet(now, events), ledger)
+            buying.plan(now, centre.fleet(now, events), ledger, centre.plan(now, events, ledger), health_rules.drained(centre.records))
             if say is not None:
                 say(f"{_iso(now)[:10]}: {int(events.up.sum())} servers, {int(ledger.open.sum()):,} messages waiting, {checker.violations} limits broken")
+        # Of what was decided a look before.
+        buying.replace(now, health_rules.drained(centre.records))
+        out = centre.look(now, events, retired)
+        buying.drained(now, out)
+        drained = health_rules.drained(centre.records)
+        for server in buying.give_back(now, drained):
+            retired.add(server)
+            events.remove(server)
+            if server in centre.members:
+                centre.leave(server)
+                changed = True
+            else:
+                given_up += 1
+        changed = changed or bool(out)
         for number, job in enumerate(scenario.jobs):
             if job.start_at == now:
                 ledger.start(number)
@@ -102,8 +117,10 @@ def simulate(size: Size, mode: Mode = "auto", say: Callable[[str], None] | None 
                     if job.start_at == now:
                         first_plans[number] = plan, _soonest(plan, job.id)
             opened = centre.lines(breakers.OPEN)
-            slot = ledger.send(centre.granted[now], events, centre.trials(now, events), opened | centre.lines(breakers.TRIAL), centre.room())
+            shut = opened | centre.lines(breakers.TRIAL)
+            slot = ledger.send(centre.granted[now], events, centre.trials(now, events), shut, centre.room(), scenario.open(now))
             checker.see(now, slot.offered, warming.caps(), opened | ~events.up[:, None])
+            checker.see_clock(now, slot.of_campaign, scenario.windows)
             centre.see(now + SLOT_SECONDS, slot)
             warming.see(slot)
             sent += slot.offered.sum(axis=1)
@@ -121,8 +138,11 @@ def simulate(size: Size, mode: Mode = "auto", say: Callable[[str], None] | None 
         "granted too much": held_back,
         **events.counts,
         **{f"warm-up days: {name}": count for name, count in sorted(warming.verdicts.items())},
-        "servers ordered": len(buying.provisions),
-        "servers made": sum(one.created_at is not None for one in buying.provisions),
+        "servers taken out of service": sum(" is out of service" in decision.what for decision in buying.decisions),
+        "servers ordered": len(buying.ordered),
+        "servers made": sum(one.created_at is not None for one in buying.ordered),
+        "given back after they were out of service": given_up,
+        "given back as not needed": len(retired) - given_up,
         "messages by ordered servers": int(sent[size.servers :].sum()),
         "plans": len(plan_seconds),
         "planned by the simple rule": len(failures),

@@ -26,13 +26,14 @@ _RETRY_SLOTS = 2
 class Slot:
     """What was done in a slot, V × P: `offered` became delivered, bounced, deferred (`refused` by a block), or nobody knows (of a lost server).
 
-    `held_back` messages were granted, and a usage window did not allow them.
+    `of_campaign` is what was offered of each (C). `held_back` messages were granted, and a usage window did not allow them, or nobody's send window was open.
     """
 
     offered: Counts
     deferred: Counts
     refused: Counts
     bounced: Counts
+    of_campaign: Counts
     held_back: int
 
 
@@ -59,18 +60,22 @@ class Ledger:
     def start(self, campaign: int) -> None:
         self.waiting[campaign] = self._scenario.rows[campaign]
 
-    def send(self, granted: Counts, events: Events, trials: Counts, shut: NDArray[np.bool_], room: Numbers) -> Slot:
-        """Use the grants (C × V × P) of one slot. `shut` lines (V × P) send only their `trials`, messages of whoever has most; `room` is what windows leave."""
+    def send(self, granted: Counts, events: Events, trials: Counts, shut: NDArray[np.bool_], room: Numbers, opened: NDArray[np.bool_]) -> Slot:
+        """Use the grants (C × V × P) of one slot. `shut` lines (V × P) send only their `trials`, messages of whoever has most; `room` is what usage windows
+        leave, `opened` (C) whose send window is open.
+        """
         rng = self._rng
         first = self.due.pop(0)
         self.waiting += first
         offered = granted.copy()
         offered[:, shut] = 0
-        for server, provider in np.argwhere(trials).tolist():
-            offered[int(self.waiting[:, provider].argmax()), server, provider] = trials[server, provider]
+        may = np.where(opened[:, None], self.waiting, 0)
+        for server, provider in np.argwhere(np.where(may.any(axis=0), trials, 0)).tolist():
+            offered[int(may[:, provider].argmax()), server, provider] = trials[server, provider]
         offered[:, ~events.up] = 0
         asked = offered.sum(axis=0)
-        for server, provider in np.argwhere(asked > room).tolist():
+        offered[~opened] = 0
+        for server, provider in np.argwhere(offered.sum(axis=0) > room).tolist():
             offered[:, server, provider] = split(int(room[server, provider]), offered[:, server, provider])
         held_back = int((asked - offered.sum(axis=0)).sum())
         offered[:, events.lost] = (offered[:, events.lost] * rng.random()).astype(np.int64)
@@ -88,4 +93,4 @@ class Ledger:
         self.bounced += bounced.sum(axis=1)
         self.delivered += (taken - bounced).sum(axis=1)
         refused = np.where(events.blocked, deferred, 0)
-        return Slot(offered.sum(axis=0), deferred.sum(axis=0), refused.sum(axis=0), bounced.sum(axis=0), held_back)
+        return Slot(offered.sum(axis=0), deferred.sum(axis=0), refused.sum(axis=0), bounced.sum(axis=0), offered.sum(axis=(1, 2)), held_back)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mail_pipelines.benchmarks import fleet
+from mail_pipelines.benchmarks import fleet, short_slots
 from mail_pipelines.benchmarks.fleet import Look
+from mail_pipelines.database.procedures import installation
+from mail_pipelines.delivery.recording import SLOT_SECONDS
 
 A, B = ("s1", "large"), ("s2", "large")
 
@@ -21,11 +23,26 @@ def test_only_time_with_grant_and_due_rows_in_which_nothing_arrives_counts_as_id
 
 @pytest.mark.server
 @pytest.mark.timeout(300)
-def test_two_servers_send_all_of_it_once_and_no_sooner_than_the_plan_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "QUICK_FLEETS", (2,))
-    finish, idle, lost = fleet.run(quick=True, seconds=6)
+def test_two_servers_send_all_of_it_once_and_no_sooner_than_the_plan_allows() -> None:
+    finish, idle, slots, lost = fleet.measure((2,), 6)
     assert finish.reference == pytest.approx(6, abs=0.5)
     assert finish.ratio >= 0.95
     assert 0 < idle.reference <= finish.value + 2
     assert idle.value <= idle.reference
+    assert 1 <= slots.value <= 2
     assert lost.met
+
+
+@pytest.mark.server
+@pytest.mark.timeout(300)
+def test_where_slots_are_short_processes_and_procedures_count_in_them_alike() -> None:
+    """A claim of a slot that only one of them knows would get nothing."""
+    finish, _, slots, lost = short_slots.run(10, (1,), 20)
+    assert finish.reference == pytest.approx(20, abs=0.5)
+    assert 3 <= slots.value <= 3 + (finish.value - 20) // 10 + 1
+    assert lost.met
+    # Here nothing has changed, and each procedure that counts in slots is one that is changed there.
+    assert SLOT_SECONDS == short_slots._REAL
+    counting = [name for name in installation.names() if "c_slot" in installation.text(name)]
+    assert counting
+    assert all(short_slots._IN_PROCEDURES.format(SLOT_SECONDS) in installation.text(name) for name in counting)

@@ -14,15 +14,16 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
 
+from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity import outlook, planning
 from mail_pipelines.capacity.far import DAYS, FarOrder, InFlight, Outlook, Policy, far_plan, shortages
-from mail_pipelines.capacity.fleet import Fleet
+from mail_pipelines.capacity.fleet import Fleet, Limits, Member
 from mail_pipelines.capacity.new_servers import NewServer, new_server
 from mail_pipelines.capacity.outlook import Mailing
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, Provision, State
 from mail_pipelines.delivery import counters
-from mail_pipelines.dispatch import servers
+from mail_pipelines.dispatch import holds, servers
 from mail_pipelines.provisioning import store
 from tests.dispatch.world import make_world
 
@@ -158,6 +159,65 @@ def test_the_calendar_counts_where_it_says_more_than_the_trend() -> None:
     found = outlook.outlook_of(past, coming, TODAY)
     assert found["google"][[0, 1, 7, 8, 9]].tolist() == [1_000, 0, 1_000, 5_000, 0]
     assert found["yahoo"].sum() == 7
+
+
+OFFICE = SendWindow(9 * 60, 18 * 60, (0, 1, 2, 3, 4), "UTC")
+
+
+def a_fleet(per_second: float, per_day: int | None = None) -> Fleet:
+    """One server of pool 1, and what a warm one more may send."""
+    limits = dict.fromkeys(((1, "google"), (0, "google")), Limits(per_second, None, (per_day,)))
+    return Fleet([Member(1, 1, speaks=True)], holds.InForce(()), {}, {}, limits, {}, 0)
+
+
+def windowed(rows: int, first: int, window: SendWindow | None, fleet: Fleet) -> Outlook:
+    return outlook.of_pool(1, "default", [], [Mailing(1, day(first), {"google": rows}, window)], TODAY, fleet)
+
+
+def test_a_day_counts_only_the_hours_in_which_a_campaign_may_be_sent() -> None:
+    """A message a second is 86,400 a day, and 32,400 in nine hours: of which a campaign may take two days."""
+    fleet = a_fleet(1.0)
+    assert far_plan([windowed(80_000, 28, None, fleet)], TODAY, NEW) == []
+    assert far_plan([windowed(64_000, 28, OFFICE, fleet)], TODAY, NEW) == []
+    (order,) = far_plan([windowed(80_000, 28, OFFICE, fleet)], TODAY, NEW)
+    assert "of which the pool sends 32,400 a day in their send windows" in order.why
+    assert (order.servers, order.left) == (1, 0)
+    # Where the limit of the day is less than the window lets through, a window costs nothing.
+    capped = a_fleet(1.0, per_day=30_000)
+    assert windowed(80_000, 28, OFFICE, capped).within[0].capacity["google"][28] == 30_000
+
+
+def test_days_on_which_no_window_opens_try_nobodys_patience() -> None:
+    """What comes up on a Friday has that day and Monday; on a Saturday, Monday and Tuesday."""
+    fleet = a_fleet(1.0)
+    friday = next(number for number in range(28, 35) if day(number).weekday() == 4)
+    for first in (friday, friday + 1):
+        assert far_plan([windowed(64_000, first, OFFICE, fleet)], TODAY, NEW) == []
+        assert far_plan([windowed(67_000, first, OFFICE, fleet)], TODAY, NEW) != []
+
+
+def test_windows_are_looked_at_together_with_narrower_ones_and_with_what_has_none() -> None:
+    """Each alone has room for it."""
+    fleet = a_fleet(1.0)
+    evening, rows = SendWindow(17 * 60, 20 * 60, (0, 1, 2, 3, 4, 5, 6), "UTC"), {"google": 50_000}
+    alone = [Mailing(1, day(28), {"google": 20_000}, evening), Mailing(1, day(28), rows, OFFICE), Mailing(1, day(28), {"google": 160_000})]
+    for mailing in alone:
+        assert far_plan([outlook.of_pool(1, "default", [], [mailing], TODAY, fleet)], TODAY, NEW) == []
+    found = outlook.of_pool(1, "default", [], alone, TODAY, fleet)
+    assert [view.demand["google"][28] for view in found.views] == [230_000, 20_000, 70_000]
+    for some in (alone[:2], alone[1:]):
+        assert far_plan([outlook.of_pool(1, "default", [], some, TODAY, fleet)], TODAY, NEW) != []
+
+
+def test_the_part_of_each_day_in_which_a_window_is_open() -> None:
+    """In Berlin, which is an hour ahead of UTC and from 29 March on two; a night belongs to two days."""
+    parts = outlook.open_parts(replace(OFFICE, zone="Europe/Berlin"), TODAY)
+    assert [round(part * 24, 6) for part in parts[:7]] == [9, 9, 9, 9, 9, 0, 0]
+    night = outlook.open_parts(SendWindow(22 * 60, 6 * 60, (0,), "UTC"), TODAY)
+    assert [round(part * 24, 6) for part in night[:8]] == [2, 6, 0, 0, 0, 0, 0, 2]
+    berlin = outlook.open_parts(SendWindow(0, 60, tuple(range(7)), "Europe/Berlin"), TODAY)
+    # At 23:00 UTC, later at 22:00.
+    assert {round(part * 24, 6) for part in berlin} == {1.0}
 
 
 def test_the_far_plan_is_made_with_the_near_one_and_kept(engine: sa.Engine, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -161,6 +163,20 @@ def test_what_comes_back_of_a_campaign_that_is_nearly_out_is_planned_where_there
     assert finish < (later + dt.timedelta(minutes=2)).timestamp()
 
 
+def test_a_campaign_held_up_by_the_hour_is_not_taken_for_one_that_is_nearly_out(world: World) -> None:
+    """The limit of its hour is planned for the first slots, so that nothing is in the last one that is granted, though most of it waits."""
+    for key in ("s1", "s2"):
+        servers.set_limits(world.engine, key, "*", {"per_hour": 450})
+    large = add_campaign(world, "large", 5_000)
+    planning.make(world.engine, world.settings, NOW)
+    with reading(world.engine) as connection:
+        situation = planning.read(connection, world.settings, NOW)
+    previous = {place[2] - slot_at(NOW): count for place, count in situation._previous().items() if place[:2] == (large, "google")}
+    assert 1800 not in previous
+    assert 800 < sum(previous.values()) <= 900
+    assert situation.nearly_out == {(1, wanted.provider) for wanted in situation.demands if wanted.job.id == 1}
+
+
 def test_who_waits_for_nothing_keeps_what_he_has(world: World) -> None:
     """All rows are claimed: those that come back find a grant."""
     idle = add_campaign(world, "idle", 5)
@@ -240,6 +256,40 @@ def test_a_plan_that_is_killed_between_two_portions_is_not_mixed_with_another(wo
     planning.make(world.engine, world.settings, NOW)
     assert grants(world, low)[900] == (1_764, 1_764)
     assert grants(world, urgent)[900] == (36, 36)
+
+
+def test_a_tick_that_reads_between_two_portions_leaves_nothing_above_the_plan(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it made out before the plan's second portion was there it writes after it: shares of a room that has been planned meanwhile."""
+    urgent = add_campaign(world, "urgent", 5_000, priority=3)
+    low = add_campaign(world, "low", 5_000, priority=0)
+    world.set_campaign(state="paused")
+    monkeypatch.setattr(rows_of_grants, "PORTION_ROWS", 1)
+    plain, portion = rows_of_grants.write, rows_of_grants._write
+    late: list[Callable[[], int]] = []
+
+    def later(*arguments: Any, **options: Any) -> int:
+        late.append(lambda: plain(*arguments, **options))
+        return 0
+
+    def between(*arguments: Any) -> int | None:
+        if not late:
+            written = portion(*arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(rows_of_grants, "write", later)
+                allotments.fill(world.engine, HEARTBEAT, NOW)
+            return written
+        return portion(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows_of_grants, "_write", between)
+        planning.make(world.engine, world.settings, NOW)
+    as_planned = grants(world, urgent), grants(world, low)
+    assert as_planned[1][900] == (36, 36)
+    assert len(late) == 2
+    assert sum(write() for write in late) == 0
+    assert (grants(world, urgent), grants(world, low)) == as_planned
+    allotments.fill(world.engine, HEARTBEAT, NOW)
+    assert (grants(world, urgent), grants(world, low)) == as_planned
 
 
 def test_a_plan_that_is_overtaken_between_two_portions_writes_no_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def pool(peak_day: int | None, peak: float = 90_000, servers: int = 2) -> Outloo
 
 
 def server(key: str = "mx1", cost: float = 0.1, **values: object) -> Candidate:
-    return replace(Candidate(key, 1, "default", cost, {"google": np.full(DAYS, 50_000.0)}), **values)  # type: ignore[arg-type]
+    return replace(Candidate(key, 1, "default", cost, [{"google": np.full(DAYS, 50_000.0)}]), **values)  # type: ignore[arg-type]
 
 
 def test_a_server_that_is_never_needed_goes_when_it_costs_more_than_another_would() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity import allotments, demand, in_force, planning
 from mail_pipelines.capacity.demand import Demand, Job
-from mail_pipelines.capacity.forecast import forecasts
+from mail_pipelines.capacity.forecast import forecasts, orders
 from mail_pipelines.capacity.horizon import HOUR, Horizon
 from mail_pipelines.capacity.lines import Line
 from mail_pipelines.capacity.near import NearPlan, near_plan
@@ -106,6 +107,23 @@ def test_the_window_is_the_bottleneck_where_it_is_and_the_end_lies_in_it() -> No
     assert slow.bottleneck == "google: the rate of 1 server"
     (never,) = forecasts(near_plan([job], [Demand(job, "google", 6, spans=())], fleet, NOW))
     assert (never.finish_at, never.unmet, never.bottleneck) == (None, 6, "google: the send window")
+
+
+def test_servers_for_a_deadline_are_wanted_from_the_opening_of_its_window_on() -> None:
+    """New servers have until then, as for a campaign that is scheduled for that moment: the days of their warm-up are counted from there."""
+    opens = NOW + 30 * HOUR
+    job = Job(1, "spring", 1, 1, finish_by=opens + HOUR)
+    fleet = [Line(1, 1, "google", 1.0)]
+    plan = near_plan([job], [Demand(job, "google", 9_000, spans=((NOW - 9 * HOUR, NOW - HOUR), (opens, opens + 8 * HOUR)))], fleet, NOW)
+    begins = []
+
+    def more(count: int, pool_ids: Sequence[int], providers: Sequence[str], begin: int) -> list[Line]:
+        begins.append(begin)
+        return [Line(-number, 1, "google", 1.0) for number in range(1, count + 1)]
+
+    (order,) = orders(plan, more, fleet, forecasts(plan))
+    assert set(begins) == {opens}
+    assert order.servers == 2
 
 
 def test_parts_of_slots() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+import yaml
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from sqlalchemy.engine import Engine
@@ -30,6 +31,7 @@ from mail_pipelines.dispatch.files import ServerFolders, only_one
 from mail_pipelines.doctor import broker, host, waiting
 from mail_pipelines.resources import orders, queues, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
+from mail_pipelines.sensors.capacity import SERVER_TAG
 from tests.e2e.platform import CAMPAIGN
 from tests.parts.processes import free_port
 
@@ -86,6 +88,20 @@ def test_a_worker_executes_only_its_own_queues_and_a_server_nothing_of_the_centr
     assert queues.own_queues(None) == ("centre",)
     assert queues.own_queues("s1") == ("dispatch", "s1", "s1-ctl")
     assert "is not of mail_pipelines.definitions" in (tasks.refusal(run_of("maintenance"), "centre", None) or "")
+
+
+def test_the_centre_has_run_slots_beside_those_in_which_servers_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan, a freeze or an import does not wait until servers are made; and no more runs make or remove servers than there are slots beside."""
+    began: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda _program, words, _environ: began.append(words))
+    monkeypatch.setenv("MAIL_PIPELINES_PROVISIONING__AT_ONCE", "3")
+    context.settings.cache_clear()
+    worker.run()
+    ((slots,),) = [[words[words.index("-c") + 1]] for words in began]
+    assert slots == str(config.ServerSettings().slots + 3)
+    shipped = yaml.safe_load((home.checkout() / "infra/dagster/production/dagster.yaml").read_text(encoding="utf-8"))
+    limits = {limit["key"]: limit["limit"] for limit in shipped["concurrency"]["runs"]["tag_concurrency_limits"]}
+    assert limits[SERVER_TAG] == config.ProvisioningSettings().at_once
 
 
 # --- a host with several servers ----------------------------------------------------------------------------------

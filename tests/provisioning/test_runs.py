@@ -91,6 +91,23 @@ def test_propose_writes_down_what_why_cost_and_effect_and_orders_nothing_until_s
         transact(world.engine, lambda connection: proposals.accept(connection, world.settings.provisioning, proposal.id))
 
 
+def test_a_shortage_that_stands_is_proposed_once(world: World, tick: Callable[..., dg.SensorResult]) -> None:
+    """Whenever the cool-down is over: another proposal is made when it says something else."""
+    world.set(cool_down_minutes=0)
+    tick("propose", LATE)
+    (proposal,) = open_proposals(world)
+    tick("propose", replace(LATE, effect="a few messages more by now"))
+    assert open_proposals(world) == [proposal]
+    tick("propose", replace(LATE, servers=3))
+    (other,) = open_proposals(world)
+    assert (other.id, other.servers) == (proposal.id + 1, 3)
+    # At another price, too.
+    world.use(world.hosters[0].source(cost_per_hour=0.02))
+    tick("propose", replace(LATE, servers=3))
+    (dearer,) = open_proposals(world)
+    assert (dearer.id, dearer.cost_per_month) == (proposal.id + 2, pytest.approx(43.8))
+
+
 def test_auto_orders_what_is_missing_and_counts_what_is_under_way(world: World, tick: Callable[..., dg.SensorResult], instance: dg.DagsterInstance) -> None:
     world.set(cool_down_minutes=0)
     result = tick("auto", LATE)

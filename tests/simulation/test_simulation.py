@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from dataclasses import asdict, replace
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.cli import app
 from mail_pipelines.simulation.buying import Mode
 from mail_pipelines.simulation.checking import Checker
 from mail_pipelines.simulation.events import Events
 from mail_pipelines.simulation.run import Outcome, simulate
-from mail_pipelines.simulation.scenario import BEGIN, Scenario, Size
+from mail_pipelines.simulation.scenario import BEGIN, Scenario, Size, world
 from mail_pipelines.simulation.sending import Ledger
 
 SIZE = Size(recipients=300_000, servers=8, campaigns=3, days=6)
@@ -41,9 +44,55 @@ def test_campaigns_end_within_all_limits_and_the_same_seed_says_the_same() -> No
 @pytest.mark.parametrize(("mode", "servers"), [("auto", True), ("off", False)])
 def test_servers_are_ordered_where_campaigns_are_too_large_for_the_fleet(mode: Mode, servers: bool) -> None:
     outcome = simulate(SHORT, mode)
-    assert bool(outcome.decisions) is servers
+    assert bool(outcome.figures["servers ordered"]) is servers
+    if mode == "off":
+        assert not any("given back" in one.what for one in outcome.decisions)
     assert bool(outcome.figures["messages by ordered servers"]) is servers
     assert outcome.figures["limits broken"] == 0
+
+
+def test_sick_and_lost_servers_are_taken_out_of_service_replaced_and_later_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(world()["bad_names"], "each_day", 0.15)
+    monkeypatch.setitem(world()["losses"], "each_day", 0.05)
+    outcome = simulate(SIZE)
+    reasons = [one.why for one in outcome.decisions if one.what.endswith("is out of service")]
+    assert any(why.startswith("it was declared lost") for why in reasons)
+    assert any("has stopped it" in why for why in reasons)
+    assert any(one.why.startswith("in the place of mx") and "servers ordered" in one.what for one in outcome.decisions)
+    assert outcome.figures["servers taken out of service"] == len(reasons)
+    assert outcome.figures["given back after they were out of service"] > 0
+    assert {name: outcome.figures[name] for name in ("lost", "extra", "limits broken")} == {"lost": 0, "extra": 0, "limits broken": 0}
+
+
+def test_a_server_that_nobody_needs_is_given_back_and_not_in_the_first_days() -> None:
+    outcome = simulate(Size(recipients=20_000, servers=4, campaigns=3, days=9))
+    gone = [one for one in outcome.decisions if one.what.endswith("is given back")]
+    assert gone
+    assert outcome.figures["given back as not needed"] == len(gone)
+    assert all("needed not within eight weeks" in one.why for one in gone)
+    assert min(one.at for one in gone) >= "2026-03-05"
+    assert all(one.finished is not None for one in outcome.campaigns)
+
+
+def test_who_has_a_send_window_is_sent_within_it() -> None:
+    outcome = simulate(SIZE)
+    scenario = Scenario.of(SIZE, np.random.default_rng([SIZE.seed, 0]))
+    (window,) = {window for window in scenario.windows if window is not None}
+    (number,) = [number for number, found in enumerate(scenario.windows) if found is not None]
+    ended = outcome.campaigns[number].finished
+    assert ended is not None
+    clock = dt.datetime.fromisoformat(ended).astimezone(ZoneInfo(window.zone))
+    assert window.begin < clock.hour * 60 + clock.minute <= window.until
+    assert outcome.figures["granted too much"] < 100
+
+
+@pytest.mark.parametrize(("clock", "seen"), [("02T07:45", 1), ("02T08:00", 0), ("02T19:45", 0), ("02T20:00", 1), ("08T12:00", 1)])
+def test_the_checker_sees_what_is_sent_outside_of_a_window(clock: str, seen: int) -> None:
+    checker = one_line()
+    window = SendWindow(8 * 60, 20 * 60, (0, 1, 2, 3, 4, 5), "Europe/Berlin")
+    start = int(dt.datetime.fromisoformat(f"2026-03-{clock}").replace(tzinfo=ZoneInfo("Europe/Berlin")).timestamp())
+    checker.see_clock(start, np.array([5, 0, 5]), [window, window, None])
+    assert checker.violations == seen == len(checker.named)
 
 
 def one_line() -> Checker:
@@ -81,12 +130,15 @@ def test_grants_beyond_a_limit_would_be_seen() -> None:
     granted = np.zeros((3, *shape), dtype=np.int64)
     granted[0, 2, 0] = int(scenario.per_second[2, 0] * 900) + 1
     nothing, free = np.zeros(shape, dtype=np.int64), np.full(shape, np.inf)
-    slot = ledger.send(granted, events, nothing, nothing > 0, free)
+    everybody = np.full(3, True)
+    slot = ledger.send(granted, events, nothing, nothing > 0, free, everybody)
     checker = Checker(scenario.per_second, scenario.per_hour, scenario.per_day)
     checker.see(BEGIN, slot.offered, free, nothing > 0)
     assert checker.named == [f"{BEGIN}: server 3, provider 0: more than allowed in 900 s"]
-    held = ledger.send(granted, events, nothing, nothing > 0, np.where(free > 0, 10.0, 0.0))
+    held = ledger.send(granted, events, nothing, nothing > 0, np.where(free > 0, 10.0, 0.0), everybody)
     assert (held.offered.sum(), held.held_back) == (10, granted.sum() - 10)
+    shut = ledger.send(granted, events, nothing, nothing > 0, free, ~everybody)
+    assert (shut.offered.sum(), shut.held_back) == (0, granted.sum())
 
 
 def test_the_command_prints_json() -> None:

@@ -25,10 +25,15 @@ def text(name: str) -> str:
 
 def install(connection: Connection, name: str) -> None:
     """Create a procedure, or replace it by its present text."""
+    put(connection, name, text(name))
+
+
+def put(connection: Connection, name: str, statement: str) -> None:
+    """Create a procedure by this statement, in the place of one that is there."""
     if is_mysql(connection):
         remove(connection, name)
         # Without parameters the driver leaves percent signs alone.
-        connection.exec_driver_sql(text(name), execution_options={"no_parameters": True})
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
 
 
 def remove(connection: Connection, name: str) -> None:
