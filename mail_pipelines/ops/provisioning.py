@@ -5,6 +5,7 @@ import dagster as dg
 from mail_pipelines.provisioning import store
 from mail_pipelines.provisioning.alone import Busy
 from mail_pipelines.provisioning.states import State, Step
+from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
 
@@ -23,6 +24,9 @@ def _advance(context: dg.OpExecutionContext, name: str, database: CentralDatabas
     # It loads what asks the DNS, and workers of servers load this module.
     from mail_pipelines.provisioning import making
 
+    if context.run.tags.get(run_tags.SERVER) != name:
+        # Started by hand.
+        context.instance.add_run_tags(context.run.run_id, run_tags.server(name))
     engine, settings = database.engine, database.settings
     try:
         provision = making.advance(provisioning.parts(engine, settings), name, context.log.info)

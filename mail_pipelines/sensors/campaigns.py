@@ -18,7 +18,8 @@ from mail_pipelines.database.models import Campaign, Segment, State
 from mail_pipelines.jobs import build_audience, report_campaign
 from mail_pipelines.ops.maintenance import close_open_rows
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.sensors.runs import PARTITION_TAG, recent_failures, unfinished
+from mail_pipelines.resources.queues import PARTITION_TAG
+from mail_pipelines.sensors.runs import recent_failures, unfinished
 from mail_pipelines.sensors.ticks import instance_of
 
 KEYS_A_TICK = 50
