@@ -20,7 +20,7 @@ send_campaign = dg.define_asset_job(
     selection=dg.AssetSelection.assets("send_batches"),
     partitions_def=partitions.campaign_shards,
     config=run_tags.from_partition(partitions.campaign_shards, run_tags.campaign),
-    # Only the ledger decides what is open: a failed run is never repeated by Dagster, the sensor asks for a new one.
+    # Only the ledger decides what is open: a failed run is never repeated by Dagster, the sensor asks for a new one, without a run key: that would be for ever.
     tags={"dagster/max_retries": "0"},
     description="Send shards of a campaign; the target of `dagster job backfill`.",
 )

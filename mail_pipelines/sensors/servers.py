@@ -77,6 +77,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     _end_dead_sessions(instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
     _end_dead_audits(instance, settings)
     _end_dead_centre_runs(instance, settings)
+    # Nobody else adds keys of servers (`due_campaigns` says why).
     new = missing_keys([server.key for server in fleet], instance.get_dynamic_partitions(partitions.servers.name or ""))
     silent = [server.key for server in fleet if server.sends and server not in speaking]
     if silent:
