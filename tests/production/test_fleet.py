@@ -83,20 +83,17 @@ def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fl
 
 def test_a_send_run_without_a_queue_goes_to_a_server(fleet: Fleet, campaign: str) -> None:
     tags = {"dagster/partition": f"{campaign}|00", "dagster/partition/campaign": campaign, "dagster/partition/shard": "00"}
+    fleet.sending(campaign)
     run_id = fleet.launch("send_campaign", **tags)
     # Past the point where it knows its server, on which it may not write tags.
-    wait_for(
-        lambda: f"sending shard 00 of {campaign} through" in fleet.messages(run_id) or fleet.status(run_id) in FINISHED,
-        seconds=60,
-        what=lambda: f"the run's begin:\n{fleet.messages(run_id)}",
-    )
-    assert fleet.status(run_id) in (Status.STARTED, Status.SUCCESS), fleet.messages(run_id)
+    begun = f"sending shard 00 of {campaign} through"
+    wait_for(lambda: begun in fleet.messages(run_id) or fleet.status(run_id) in FINISHED, seconds=60, what="the run's begin")
+    assert begun in fleet.messages(run_id), fleet.messages(run_id)
     run = fleet.instance.get_run_by_id(run_id)
     assert run is not None
     assert run.tags[QUEUE_TAG] in SERVERS
     assert (run.tags[run_tags.CAMPAIGN], run.tags[run_tags.SERVER]) == (campaign, run.tags[QUEUE_TAG])
-    # Others have been there before it.
-    assert int(run.tags[run_tags.ATTEMPT]) > 1
+    assert int(run.tags[run_tags.ATTEMPT]) >= 1
 
 
 def test_runs_are_found_by_campaign_server_and_attempt(fleet: Fleet, campaign: str) -> None:
