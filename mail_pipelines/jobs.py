@@ -5,11 +5,13 @@ from __future__ import annotations
 import dagster as dg
 
 from mail_pipelines import partitions
+from mail_pipelines.resources import run_tags
 
 build_audience = dg.define_asset_job(
     "build_audience",
     selection=dg.AssetSelection.assets("contact_snapshot", "engagement_snapshot", "campaign_audiences"),
     partitions_def=partitions.campaigns,
+    config=run_tags.from_partition(partitions.campaigns, run_tags.campaign),
     description="Refresh the snapshots and freeze the audience of one campaign that is due.",
 )
 
@@ -17,7 +19,8 @@ send_campaign = dg.define_asset_job(
     "send_campaign",
     selection=dg.AssetSelection.assets("send_batches"),
     partitions_def=partitions.campaign_shards,
-    # Only the ledger decides what is open: a failed run is never repeated by Dagster, the sensor asks for a new one.
+    config=run_tags.from_partition(partitions.campaign_shards, run_tags.campaign),
+    # Only the ledger decides what is open: a failed run is never repeated by Dagster, the sensor asks for a new one, without a run key: that would be for ever.
     tags={"dagster/max_retries": "0"},
     description="Send shards of a campaign; the target of `dagster job backfill`.",
 )
@@ -26,6 +29,7 @@ report_campaign = dg.define_asset_job(
     "report_campaign",
     selection=dg.AssetSelection.assets("delivery_results", "campaign_statistics"),
     partitions_def=partitions.campaigns,
+    config=run_tags.from_partition(partitions.campaigns, run_tags.campaign),
     description="Totals, checks and statistics of one campaign.",
 )
 
@@ -33,6 +37,7 @@ audit_delivery_logs = dg.define_asset_job(
     "audit_delivery_logs",
     selection=dg.AssetSelection.assets("delivery_logs"),
     partitions_def=partitions.servers,
+    config=run_tags.from_partition(partitions.servers, run_tags.server),
     description="Hold the new lines of one dispatch server's log against the ledger, on that server.",
 )
 

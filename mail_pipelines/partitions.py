@@ -19,7 +19,8 @@ servers = dg.DynamicPartitionsDefinition(name="servers")
 shards = dg.StaticPartitionsDefinition([f"{number:02d}" for number in range(SHARDS)])
 campaign_shards = dg.MultiPartitionsDefinition({"campaign": campaigns, "shard": shards})
 
-# From (campaign, shard) to campaign: every shard of a campaign belongs to that campaign, and to no other.
+# From (campaign, shard) to campaign: every shard of a campaign belongs to that campaign, and to no other. Always a named mapping of Dagster's own: one of ours
+# would be dropped on the way to daemon and web server, and a backfill of one campaign could take the shards of all.
 with warnings.catch_warnings():
     # The mapping is the inferred default for these definitions, and used for years; only naming it warns.
     warnings.simplefilter("ignore", dg.BetaWarning)

@@ -242,6 +242,11 @@ def test_doctor_names_slots_that_dagster_does_not_fill(made: config.Settings, mo
     file = made.dagster_home / "dagster.yaml"
     file.write_text(file.read_text().replace("limit: 2", "limit: 3").replace("max_concurrent_runs: 10", "max_concurrent_runs: 12"))
     assert _findings("slots") == []
+    fair = "      - {key: dagster/partition/campaign, value: {applyLimitPerUniqueValue: true}, limit: 11}\n"
+    file.write_text(file.read_text().replace("    tag_concurrency_limits:\n", f"    tag_concurrency_limits:\n{fair}"))
+    assert _findings("slots") == ["the servers have 12 send slots, but Dagster gives one campaign at most 11"]
+    monkeypatch.setenv("DAGSTER_MAX_GLOBAL_OP_CONCURRENCY_LIMIT", "12")
+    assert _findings("slots")[0] == "Dagster takes no more than the 12 send slots that the servers have now"
 
 
 def _register(url: str, key: str, state: str, heartbeat_at: dt.datetime | None) -> None:

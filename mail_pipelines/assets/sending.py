@@ -10,8 +10,9 @@ from mail_pipelines import partitions
 from mail_pipelines.assets.audience import campaign_audiences
 from mail_pipelines.dispatch import sending
 from mail_pipelines.dispatch.session import Report
+from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.resources.queues import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG, this_server
 from mail_pipelines.resources.server import DispatchServer
 
 
@@ -38,9 +39,10 @@ def send_batches(context: dg.AssetExecutionContext, database: CentralDatabase, s
         yield from _result(context, plan.is_final, {"sent": 0, "claimed": 0, "open": plan.open_rows, "reason": plan.reason})
         return
     speaks_for = server.of_run(engine, settings, plan.campaign_id, context.run)
-    if context.run.tags.get(QUEUE_TAG) != speaks_for.key:
-        # Who has taken it, where it named none or the queue of all.
-        context.instance.add_run_tags(context.run.run_id, {QUEUE_TAG: speaks_for.key})
+    if this_server() is None and context.run.tags.get(QUEUE_TAG) != speaks_for.key:
+        # Who has taken it, where it named none. On a dispatch server the launcher has said so; there nobody may write tags, or see those it wrote.
+        tags = {QUEUE_TAG: speaks_for.key, **run_tags.of_sending(context.instance, campaign, speaks_for.key)}
+        context.instance.add_run_tags(context.run.run_id, tags)
     context.log.info("sending shard %02d of %s through %s", shard, campaign, speaks_for.key)
 
     def progress(report: Report) -> None:

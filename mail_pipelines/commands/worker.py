@@ -34,6 +34,7 @@ def run(control: Annotated[bool, typer.Option("--control", help="what the server
         names = tuple(map(queues.control_queue, servers)) if control else queues.sending_queues(*servers)
     # What the worker is called: by the broker's rights, after its first server.
     own = names[-max(1, len(servers))]
+    # Not by `dagster-celery worker start`: it passes no SIGTERM on, takes four queues at most, and keeps a process of 110 MB that does nothing.
     # Never `solo`: such a worker hears no termination while it works. The others are of no use here: nothing asks the workers for news of each other.
     options = ["--pool", "prefork", "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
     arguments = ["-A", "mail_pipelines.worker", "worker", "-Q", ",".join(names), "-n", f"{own}@%h", "-c", str(1 if control else slots), *options]

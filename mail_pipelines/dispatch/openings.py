@@ -49,7 +49,10 @@ class _Work:
 
 
 def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seconds: float, in_flight: Collection[Opening]) -> list[Opening]:
-    """The runs to start, urgent campaigns first. `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already."""
+    """The runs to start, urgent campaigns first, those of one priority in turn.
+
+    `slots` is the number of sessions at once on one server; `in_flight` what runs or waits already.
+    """
     active = {server.id: server for server in servers.all_servers(connection) if server.sends}
     held = holds.in_force(connection)
     fleet = {
@@ -76,7 +79,8 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
             found.append(left)
             if claim.server_id in free:
                 free[claim.server_id] -= 1
-    waits: list[_Work] = []
+    turns: list[tuple[int, int, _Work]] = []
+    sessions = Counter(opening.campaign for opening in taken.union(found))
     for campaign in _sending(connection) if any(count > 0 for count in free.values()) else ():
         # A grant may be of a time before the server or the campaign changed its pool.
         members = [server for server in free if fleet[server].pool_id in (campaign.pool_id, campaign.overflow_pool_id)]
@@ -84,7 +88,10 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
         worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
         full, few = _works(connection, campaign, granted, held, now.timestamp() + START_SECONDS)
         # Shards that nobody works on first, the fullest before the others.
-        waits += sorted(full, key=lambda work: (worked[work.shard], -work.rows, work.shard)) + few
+        works = sorted(full, key=lambda work: (worked[work.shard], -work.rows, work.shard)) + few
+        turns += [(campaign.priority, sessions[campaign.key] + number, work) for number, work in enumerate(works)]
+    # Campaigns of one priority in turn, first the one with the fewest sessions: none takes all that becomes free.
+    waits = [work for _, _, work in sorted(turns, key=lambda turn: (-turn[0], turn[1]))]
     # In each round one more server joins each shard: where there are fewer shards than slots, all servers work from the first tick on.
     for joining in range(max((len(work.able) for work in waits), default=0)):
         for work in waits:
@@ -97,7 +104,7 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
 
 
 def _works(
-    connection: Connection, campaign: sa.Row[int, str, int, int | None], granted: Mapping[str, list[int]], held: holds.InForce, second: float
+    connection: Connection, campaign: sa.Row[int, str, int, int, int | None], granted: Mapping[str, list[int]], held: holds.InForce, second: float
 ) -> tuple[list[_Work], list[_Work]]:
     """The shards of a campaign that have much to send, and some deferred rows for each set of servers of which one has to be at work."""
     rows = _rows(connection, campaign.id, second, max(map(len, granted.values()), default=0))
@@ -117,8 +124,10 @@ def _works(
     )
 
 
-def _sending(connection: Connection) -> list[sa.Row[int, str, int, int | None]]:
-    query = sa.select(Campaign.id, Campaign.key, Campaign.pool_id, Campaign.overflow_pool_id).where(Campaign.state == "sending", ~holds.over_campaigns())
+def _sending(connection: Connection) -> list[sa.Row[int, str, int, int, int | None]]:
+    query = sa.select(Campaign.id, Campaign.key, Campaign.priority, Campaign.pool_id, Campaign.overflow_pool_id).where(
+        Campaign.state == "sending", ~holds.over_campaigns()
+    )
     return list(connection.execute(query.order_by(Campaign.priority.desc(), Campaign.started_at, Campaign.id).limit(CAMPAIGNS_A_TICK)))
 
 

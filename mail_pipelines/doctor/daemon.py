@@ -75,9 +75,9 @@ def check_instigators(instance: DagsterInstance) -> Iterator[Finding]:
 
 def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterator[Finding]:
     """`server.slots` is one of three limits on send runs: the other two are Dagster's, on runs of one server and on all runs. And `provisioning.at_once`."""
-    from mail_pipelines.resources.queues import QUEUE_TAG
-    from mail_pipelines.sensors.capacity import SERVER_TAG
-    from mail_pipelines.sensors.servers import SEND_POOL
+    from mail_pipelines.resources.queues import CAMPAIGN_TAG, QUEUE_TAG
+    from mail_pipelines.resources.run_tags import MAKING
+    from mail_pipelines.sensors.servers import MORE_SLOTS, SEND_POOL, most_slots
 
     queue = instance.get_concurrency_config().run_queue_config
     if queue is None:
@@ -92,13 +92,22 @@ def check_slots(instance: DagsterInstance, settings: config.Settings) -> Iterato
                 f"server.slots is {slots}, but Dagster has at most {limit['limit']} runs at once on one server",
                 f"raise the limit of {QUEUE_TAG} in {place}",
             )
-        if limit["key"] == SERVER_TAG and limit["limit"] < settings.provisioning.at_once:
+        if limit["key"] == MAKING and limit["limit"] < settings.provisioning.at_once:
             yield Finding(
                 "slots",
                 f"provisioning.at_once is {settings.provisioning.at_once}, but Dagster makes at most {limit['limit']} servers at once",
-                f"raise the limit of {SERVER_TAG} in {place}",
+                f"raise the limit of {MAKING} in {place}",
             )
     # What `server_health` has counted; a negative number of runs means no limit.
     total = next((pool.limit for pool in instance.event_log_storage.get_pool_limits() if pool.name == SEND_POOL), 0)
+    if total >= most_slots():
+        yield Finding("slots", f"Dagster takes no more than the {total} send slots that the servers have now", MORE_SLOTS)
+    for limit in queue.tag_concurrency_limits:
+        if limit["key"] == CAMPAIGN_TAG and 0 <= limit["limit"] < total:
+            yield Finding(
+                "slots",
+                f"the servers have {total} send slots, but Dagster gives one campaign at most {limit['limit']}",
+                f"raise the limit of {CAMPAIGN_TAG} in {place}",
+            )
     if 0 <= most < total:
         yield Finding("slots", f"the servers have {total} send slots, but Dagster has at most {most} runs at once", f"raise max_concurrent_runs in {place}")

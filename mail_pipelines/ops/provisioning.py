@@ -5,6 +5,7 @@ import dagster as dg
 from mail_pipelines.provisioning import store
 from mail_pipelines.provisioning.alone import Busy
 from mail_pipelines.provisioning.states import State, Step
+from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
 
@@ -23,6 +24,9 @@ def _advance(context: dg.OpExecutionContext, name: str, database: CentralDatabas
     # It loads what asks the DNS, and workers of servers load this module.
     from mail_pipelines.provisioning import making
 
+    if context.run.tags.get(run_tags.SERVER) != name:
+        # Started by hand.
+        context.instance.add_run_tags(context.run.run_id, run_tags.server(name))
     engine, settings = database.engine, database.settings
     try:
         provision = making.advance(provisioning.parts(engine, settings), name, context.log.info)
@@ -49,7 +53,7 @@ def make_server(context: dg.OpExecutionContext, config: ServerByName, database: 
     description="Make one server: host, accounts and keys, software, DNS records, verification, service. Started by `mail-pipelines server provision`, or by "
     "capacity_shortage where provisioning.mode is auto.",
     # The row knows where it is: the sensor asks again for what is due.
-    tags={"dagster/max_retries": "0"},
+    tags={"dagster/max_retries": "0", run_tags.MAKING: "server"},
 )
 def provision_server() -> None:
     make_server()
@@ -63,7 +67,7 @@ def remove_server(context: dg.OpExecutionContext, config: ServerByName, database
 
 @dg.job(
     description="Retire one server that was made here and delete its host. Started by `mail-pipelines server remove`.",
-    tags={"dagster/max_retries": "0"},
+    tags={"dagster/max_retries": "0", run_tags.MAKING: "server"},
 )
 def retire_server() -> None:
     remove_server()

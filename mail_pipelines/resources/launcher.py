@@ -25,7 +25,7 @@ from mail_pipelines import config
 from mail_pipelines.config import ConfigError
 from mail_pipelines.database.engine import reading
 from mail_pipelines.dispatch import servers
-from mail_pipelines.resources import orders, queues, tasks
+from mail_pipelines.resources import orders, queues, run_tags, tasks
 from mail_pipelines.resources.database import CentralDatabase
 
 # Where Dagster has no time limit of its own for the start of a run.
@@ -56,7 +56,8 @@ class QueueLauncher(CeleryRunLauncher):
         with reading(CentralDatabase().engine) as connection:
             queue = queues.choose(connection, run, settings.server.heartbeat_seconds)
         # Before the order: the worker may be quicker than the next line.
-        self._instance.add_run_tags(run.run_id, {queues.QUEUE_TAG: queue, DAGSTER_CELERY_TASK_ID_TAG: run.run_id})
+        tags = {queues.QUEUE_TAG: queue, DAGSTER_CELERY_TASK_ID_TAG: run.run_id, **run_tags.missing(self._instance, run, queue)}
+        self._instance.add_run_tags(run.run_id, tags)
         until = time.time() + (self._instance.run_monitoring_start_timeout_seconds or _START_SECONDS)
         order = orders.sign(orders.Order(run.run_id, queue, until), settings.broker.signing_key)
         self.celery.send_task(tasks.EXECUTE_RUN, order, task_id=run.run_id, queue=queue, priority=_priority(run))

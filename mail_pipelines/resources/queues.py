@@ -26,8 +26,8 @@ from mail_pipelines.dispatch.files import DispatchError
 QUEUE_TAG = "dagster-celery/queue"
 CENTRE = "centre"
 DISPATCH = "dispatch"
-_PARTITION_TAG = "dagster/partition"
-_CAMPAIGN_TAG = "dagster/partition/campaign"
+PARTITION_TAG = "dagster/partition"
+CAMPAIGN_TAG = "dagster/partition/campaign"
 # What dispatch servers execute: the job, and the asset that it consists of. A materialisation from the UI has a job without a name of its own.
 SENDING = ("send_campaign", "send_batches")
 AUDIT = ("audit_delivery_logs", "delivery_logs")
@@ -74,11 +74,11 @@ def choose(connection: Connection, run: dg.DagsterRun, heartbeat_seconds: float)
     """
     if (named := run.tags.get(QUEUE_TAG)) is not None:
         return named
-    if executes(run, AUDIT) and (server := run.tags.get(_PARTITION_TAG)):
+    if executes(run, AUDIT) and (server := run.tags.get(PARTITION_TAG)):
         return control_queue(server)
     if not executes(run, SENDING):
         return CENTRE
-    campaign_id = connection.execute(sa.select(Campaign.id).where(Campaign.key == run.tags.get(_CAMPAIGN_TAG, ""))).scalar_one_or_none()
+    campaign_id = connection.execute(sa.select(Campaign.id).where(Campaign.key == run.tags.get(CAMPAIGN_TAG, ""))).scalar_one_or_none()
     if campaign_id is None:
         return DISPATCH
     try:

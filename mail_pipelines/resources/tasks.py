@@ -82,7 +82,11 @@ def make_app(settings: Settings, server: str | None = None) -> Celery:
 
 
 def _results(url: str) -> str:
-    """Celery's name of a backend with its URL: in a database, `results` instead of Celery's own."""
+    """Celery's name of a backend with its URL: in a database, `results` instead of Celery's own.
+
+    Never `rpc://`, which is dagster-celery's default: its results are lost with the process that asked, so after a restart of the daemon runs that go on
+    sending would be called failed.
+    """
     return f"{results.__name__}:{results.Results.__name__}+{url.removeprefix('db+')}" if url.startswith("db+") else url
 
 

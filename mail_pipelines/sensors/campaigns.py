@@ -18,9 +18,11 @@ from mail_pipelines.database.models import Campaign, Segment, State
 from mail_pipelines.jobs import build_audience, report_campaign
 from mail_pipelines.ops.maintenance import close_open_rows
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.sensors.runs import PARTITION_TAG, recent_failures, unfinished
+from mail_pipelines.resources.queues import PARTITION_TAG
+from mail_pipelines.sensors.runs import recent_failures, unfinished
 from mail_pipelines.sensors.ticks import instance_of
 
+# Dagster's storage takes one statement for all, and SQLite not more than some thousand values in one (dagster#16260).
 KEYS_A_TICK = 50
 REPORTS_A_TICK = 50
 # After so many failed freezes in a row an operator has to look (`failed_runs` holds the campaign).
@@ -29,6 +31,7 @@ FAILURES_UNTIL_HELD = 3
 # as long as that run is known, and longer than unknown rows of a cancelled campaign stay open.
 _REPORT_FOR = dt.timedelta(days=14)
 _KEY_FOR = dt.timedelta(days=30)
+# With 64 shards each below the 100,000 partitions of an asset above which Dagster's pages and ticks get slow.
 _CAMPAIGN_KEYS = 1_000
 
 
@@ -51,6 +54,8 @@ def due_campaigns(context: dg.SensorEvaluationContext, database: CentralDatabase
         campaign_keys = _campaign_keys(connection, now)
         segment_keys = connection.execute(sa.select(Segment.key).order_by(Segment.id)).scalars().all()
     instance = instance_of(context)
+    # Dagster looks whether a key is there and inserts it then, so two adders at once race (error 1062 of MySQL). Each definition therefore has one adder:
+    # campaigns and segments this sensor, servers `server_health`; Dagster runs no sensor twice at once. What fails is asked for again by the next tick.
     requests: list[dg.AddDynamicPartitionsRequest] = []
     known = set(instance.get_dynamic_partitions(partitions.campaigns.name or ""))
     for definition, wanted in ((partitions.campaigns, campaign_keys), (partitions.segments, segment_keys)):

@@ -18,13 +18,13 @@ from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import proposals, store
 from mail_pipelines.provisioning.states import IN_SERVICE, At, State, Step
 from mail_pipelines.provisioning.store import Provision
+from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sensors.runs import unfinished
 from mail_pipelines.sensors.ticks import Evaluate, instance_of
 
-SERVER_TAG = "mail-pipelines/server"
 # A server that claims nothing any more, and waits for the end of its claims and of its log.
 _LEAVES = At(State.DRAINING, Step.SETTLE)
 
@@ -37,7 +37,7 @@ def job_of(provision: Provision) -> dg.JobDefinition:
 def run_request(provision: Provision) -> dg.RunRequest:
     job = job_of(provision)
     op = "remove_server" if job is retire_server else "make_server"
-    return dg.RunRequest(job_name=job.name, run_config={"ops": {op: {"config": {"name": provision.key}}}}, tags={SERVER_TAG: provision.key})
+    return dg.RunRequest(job_name=job.name, run_config={"ops": {op: {"config": {"name": provision.key}}}}, tags=run_tags.server(provision.key))
 
 
 def capacity_sensor(provisioning: Provisioning) -> Evaluate:
@@ -64,7 +64,7 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
         busy: set[str] = set()
         if due:
             instance = instance_of(context)
-            busy = {run.tags.get(SERVER_TAG, "") for job in (provision_server, retire_server) for run in unfinished(instance, job.name)}
+            busy = {run.tags.get(run_tags.SERVER, "") for job in (provision_server, retire_server) for run in unfinished(instance, job.name)}
         requests = [run_request(provision) for provision in due if provision.key not in busy]
         if unread:
             known = set(instance_of(context).get_dynamic_partitions(partitions.servers.name or ""))

@@ -12,8 +12,9 @@ from mail_pipelines.campaigns.campaign import CampaignError
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.jobs import build_audience, report_campaign
 from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.resources.queues import PARTITION_TAG
 from mail_pipelines.sensors.campaigns import FAILURES_UNTIL_HELD
-from mail_pipelines.sensors.runs import PARTITION_TAG, RUN_KEY_TAG, recent_failures
+from mail_pipelines.sensors.runs import RUN_KEY_TAG, recent_failures
 
 # The results of a finished campaign are tried so often; then somebody has to look at the runs.
 REPORT_ATTEMPTS = 3

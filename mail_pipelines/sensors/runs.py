@@ -9,7 +9,7 @@ import dagster as dg
 
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.partitions import split_batch_key
-from mail_pipelines.resources.queues import QUEUE_TAG
+from mail_pipelines.resources.queues import PARTITION_TAG, QUEUE_TAG
 
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -18,7 +18,6 @@ UNFINISHED = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
-PARTITION_TAG = "dagster/partition"
 RUN_KEY_TAG = "dagster/run_key"
 # From the start of a run's process to its proof of life: imports and a look at the database.
 START_SECONDS = 60

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 
 import dagster as dg
+from dagster._utils.concurrency import get_max_concurrency_limit_value
 
 from mail_pipelines import partitions
 from mail_pipelines.capacity import health, warm_up
@@ -22,12 +23,14 @@ from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, mai
 from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import listing
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
+from mail_pipelines.resources.queues import PARTITION_TAG, QUEUE_TAG, control_queue
 from mail_pipelines.sensors.campaigns import missing_keys
-from mail_pipelines.sensors.runs import PARTITION_TAG, gone, report_gone, started
+from mail_pipelines.sensors.runs import gone, report_gone, started
 from mail_pipelines.sensors.ticks import instance_of
 
 SEND_POOL = "dispatch"
+# Read by every process that uses Dagster's instance.
+MORE_SLOTS = "set DAGSTER_MAX_GLOBAL_OP_CONCURRENCY_LIMIT to more in the environment of the centre's units, or server.slots to less"
 CENTRE_JOBS = tuple(
     job.name
     for job in (
@@ -57,7 +60,9 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
         now = database_now(connection)
     speaking = [server for server in fleet if server.sends and not server.is_silent(now, settings.server.heartbeat_seconds)]
     instance = instance_of(context)
-    _set_slots(instance, max(1, len(speaking) * settings.server.slots))
+    wanted = len(speaking) * settings.server.slots
+    if _set_slots(instance, wanted) < wanted:
+        context.log.error("the servers have %d send slots, of which Dagster takes %d at most: %s", wanted, most_slots(), MORE_SLOTS)
     # What a server of this host left behind its next run settles, whoever is silent.
     elsewhere = [
         server
@@ -72,6 +77,7 @@ def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase
     _end_dead_sessions(instance, settings, {server.key: ServerFolders.of(settings.server, server.key) for server in fleet})
     _end_dead_audits(instance, settings)
     _end_dead_centre_runs(instance, settings)
+    # Nobody else adds keys of servers (`due_campaigns` says why).
     new = missing_keys([server.key for server in fleet], instance.get_dynamic_partitions(partitions.servers.name or ""))
     silent = [server.key for server in fleet if server.sends and server not in speaking]
     if silent:
@@ -105,11 +111,19 @@ def _look_at_block_lists(context: dg.SensorEvaluationContext, database: CentralD
             context.log.warning("server %s: %s", key, words)
 
 
-def _set_slots(instance: dg.DagsterInstance, slots: int) -> None:
+def most_slots() -> int:
+    """How many Dagster takes in one pool."""
+    return get_max_concurrency_limit_value()
+
+
+def _set_slots(instance: dg.DagsterInstance, wanted: int) -> int:
+    """Give the pool as many slots as are wanted, and no more than Dagster takes (it refuses more with an error); how many those are."""
+    slots = min(max(1, wanted), most_slots())
     storage = instance.event_log_storage
     current = {limit.name: limit.limit for limit in storage.get_pool_limits()}
     if current.get(SEND_POOL) != slots:
         storage.set_concurrency_slots(SEND_POOL, slots)
+    return slots
 
 
 def _end_dead_sessions(instance: dg.DagsterInstance, settings: Settings, folders: dict[str, ServerFolders]) -> None:

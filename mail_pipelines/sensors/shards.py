@@ -15,6 +15,7 @@ from mail_pipelines.capacity import allotments, breakers
 from mail_pipelines.database.engine import DatabaseUnreachable, database_now, reading
 from mail_pipelines.dispatch import final, openings
 from mail_pipelines.jobs import send_campaign
+from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG
 from mail_pipelines.sensors.runs import send_runs
@@ -41,11 +42,15 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
             heartbeat_seconds=settings.server.heartbeat_seconds,
             in_flight=send_runs(instance),
         )
-    runs = [
-        dg.RunRequest(job_name=send_campaign.name, partition_key=partitions.batch_key(opening.campaign, opening.shard), tags={QUEUE_TAG: opening.server})
-        for opening in found
-        if opening.campaign in known
-    ]
+    runs: list[dg.RunRequest] = []
+    attempts: dict[tuple[str, str], int] = {}
+    for opening in found:
+        if opening.campaign not in known:
+            continue
+        of_both = (opening.campaign, opening.server)
+        tags = {QUEUE_TAG: opening.server, **run_tags.of_sending(instance, *of_both, attempts.get(of_both))}
+        attempts[of_both] = int(tags[run_tags.ATTEMPT])
+        runs.append(dg.RunRequest(job_name=send_campaign.name, partition_key=partitions.batch_key(opening.campaign, opening.shard), tags=tags))
     return dg.SensorResult(run_requests=runs) if runs else dg.SkipReason("no shard has due rows, an unspent grant and a free slot")
 
 

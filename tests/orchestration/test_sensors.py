@@ -30,6 +30,7 @@ from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.files import is_locked, only_one
 from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.openings import Opening
+from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase, run_lock
 from mail_pipelines.resources.queues import QUEUE_TAG
 from mail_pipelines.sensors import campaigns, failures, files, servers, shards
@@ -85,6 +86,27 @@ def test_open_shards_fills_the_free_slots_of_living_servers(world: World, instan
     assert sorted(str(request.partition_key) for request in requests) == [f"spring|0{shard}" for shard in range(4)]
 
 
+def test_send_runs_are_found_by_campaign_server_and_attempt(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    """As the daemon makes them: what a job says of its partitions included."""
+    alive(world, "s1", "s2")
+    instance.add_dynamic_partitions("campaigns", ["spring"])
+    job = build_defs().resolve_job_def("send_campaign")
+    before = run_tags.of_sending(instance, "spring", "s2", before=6)
+    assert before == {"mail_pipelines/campaign": "spring", "mail_pipelines/server": "s2", "mail_pipelines/attempt": "7"}
+    instance.create_run_for_job(job, tags=before, status=dg.DagsterRunStatus.SUCCESS)
+    result = shards.open_shards(context(instance, repository), DATABASE)
+    assert isinstance(result, dg.SensorResult)
+    for request in result.run_requests or ():
+        resolved = request.with_resolved_tags_and_config(job, (), instance)
+        instance.create_run_for_job(job, tags=resolved.tags)
+
+    def found(server: str) -> list[str]:
+        runs = instance.get_runs(dg.RunsFilter(tags={run_tags.CAMPAIGN: "spring", run_tags.SERVER: server}))
+        return sorted(run.tags[run_tags.ATTEMPT] for run in runs)
+
+    assert [found("s1"), found("s2")] == [["1", "2"], ["7", "8", "9"]]
+
+
 def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:
     alive(world, "s1", "s2")
     from mail_pipelines.capacity import allotments
@@ -113,6 +135,55 @@ def test_all_servers_join_a_large_shard_at_once_and_a_small_one_has_one(world: W
     transact(world.engine, lambda connection: counters.add(connection, world.campaign_id, counters.CENTRE, more, dt.datetime.now(dt.UTC)))
     allotments.fill(world.engine, 10)
     assert found() == [Opening("spring", 0, "s1"), Opening("spring", 0, "s2")]
+
+
+def test_campaigns_of_one_priority_have_their_sessions_in_turn(world: World) -> None:
+    alive(world, "s1", "s2")
+    from mail_pipelines.capacity import allotments
+
+    def copy(connection: sa.Connection) -> None:
+        """A campaign `autumn` of the same rows, begun after `spring`."""
+        for table, other in ((Campaign, {"id": 2, "key": "autumn"}), (Delivery, {"campaign_id": 2}), (CampaignCounter, {"campaign_id": 2})):
+            rows = connection.execute(sa.select(table.__table__)).mappings().all()
+            connection.execute(sa.insert(table), [{**row, **other} for row in rows])
+
+    transact(world.engine, copy)
+    allotments.fill(world.engine, 10)
+
+    def found(*in_flight: Opening) -> Counter[str]:
+        with world.engine.connect() as connection:
+            runs = openings.find(connection, dt.datetime.now(dt.UTC), slots=2, heartbeat_seconds=10, in_flight=in_flight)
+        return Counter(opening.campaign for opening in runs)
+
+    assert found() == {"spring": 2, "autumn": 2}
+    assert found(Opening("spring", 0, "s1"), Opening("spring", 1, "s2")) == {"autumn": 2}
+    assert found(Opening("autumn", 0, "s1")) == {"spring": 2, "autumn": 1}
+    transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.key == "autumn").values(priority=2)))
+    assert found() == {"autumn": 4}
+
+
+def test_more_slots_than_dagster_takes_are_no_error(
+    world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end each tick of the sensor before all its other work."""
+    alive(world, "s1", "s2")
+    monkeypatch.setenv("MAIL_PIPELINES_SERVER__SLOTS", "501")
+
+    def look() -> tuple[dict[str, int], list[str]]:
+        tick = context(instance, repository)
+        with mock.patch.object(tick.log, "error") as error:
+            result = servers.server_health(tick, CentralDatabase())
+        assert [list(request.partition_keys) for request in result.dynamic_partitions_requests or ()] == [["s1", "s2"]]
+        return {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}, [
+            call.args[0] % call.args[1:] for call in error.call_args_list
+        ]
+
+    limits, (said,) = look()
+    assert limits["dispatch"] == 1000
+    assert said.startswith("the servers have 1002 send slots, of which Dagster takes 1000 at most: set DAGSTER_MAX_GLOBAL_OP_CONCURRENCY_LIMIT to more")
+    monkeypatch.setenv("DAGSTER_MAX_GLOBAL_OP_CONCURRENCY_LIMIT", "1002")
+    limits, errors = look()
+    assert (limits["dispatch"], errors) == (1002, [])
 
 
 def test_a_few_deferred_rows_have_one_run_for_all_their_shards(world: World) -> None:

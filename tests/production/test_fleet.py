@@ -15,10 +15,10 @@ import sqlalchemy as sa
 
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Claim, Server
-from mail_pipelines.resources import orders, tasks
+from mail_pipelines.resources import orders, run_tags, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.parts.processes import wait_for
-from tests.production.fleet import SERVERS, Fleet
+from tests.production.fleet import FINISHED, SERVERS, Fleet
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300), pytest.mark.xdist_group("platform")]
 
@@ -83,11 +83,26 @@ def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fl
 
 def test_a_send_run_without_a_queue_goes_to_a_server(fleet: Fleet, campaign: str) -> None:
     tags = {"dagster/partition": f"{campaign}|00", "dagster/partition/campaign": campaign, "dagster/partition/shard": "00"}
+    fleet.sending(campaign)
     run_id = fleet.launch("send_campaign", **tags)
-    wait_for(lambda: fleet.status(run_id) in (Status.STARTED, Status.SUCCESS), seconds=60, what="the run's begin")
+    # Past the point where it knows its server, on which it may not write tags.
+    begun = f"sending shard 00 of {campaign} through"
+    wait_for(lambda: begun in fleet.messages(run_id) or fleet.status(run_id) in FINISHED, seconds=60, what="the run's begin")
+    assert begun in fleet.messages(run_id), fleet.messages(run_id)
     run = fleet.instance.get_run_by_id(run_id)
     assert run is not None
     assert run.tags[QUEUE_TAG] in SERVERS
+    assert (run.tags[run_tags.CAMPAIGN], run.tags[run_tags.SERVER]) == (campaign, run.tags[QUEUE_TAG])
+    assert int(run.tags[run_tags.ATTEMPT]) >= 1
+
+
+def test_runs_are_found_by_campaign_server_and_attempt(fleet: Fleet, campaign: str) -> None:
+    for server in SERVERS:
+        first = fleet.runs("send_campaign", **{run_tags.CAMPAIGN: campaign, run_tags.SERVER: server, run_tags.ATTEMPT: "1"})
+        assert [record.dagster_run.tags[QUEUE_TAG] for record in first] == [server]
+    every = fleet.runs("send_campaign", **{run_tags.CAMPAIGN: campaign})
+    assert {record.dagster_run.run_id for record in every} == {record.dagster_run.run_id for record in fleet.send_runs(campaign)}
+    assert fleet.runs("build_audience", **{run_tags.CAMPAIGN: campaign})
 
 
 def test_after_all_of_it_every_recipient_has_one_copy(fleet: Fleet, campaign: str) -> None:

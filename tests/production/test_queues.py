@@ -18,7 +18,7 @@ from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from sqlalchemy.engine import Engine
 
-from mail_pipelines import config, doors, home
+from mail_pipelines import config, doors, home, partitions
 from mail_pipelines.campaigns import store, yaml_form
 from mail_pipelines.commands import context, exim, worker
 from mail_pipelines.database.engine import create_engine, reading
@@ -29,9 +29,8 @@ from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.exim import process
 from mail_pipelines.dispatch.files import ServerFolders, only_one
 from mail_pipelines.doctor import broker, host, waiting
-from mail_pipelines.resources import orders, queues, tasks
+from mail_pipelines.resources import orders, queues, run_tags, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
-from mail_pipelines.sensors.capacity import SERVER_TAG
 from tests.e2e.platform import CAMPAIGN
 from tests.parts.processes import free_port
 
@@ -78,6 +77,47 @@ def test_a_send_run_goes_to_the_speaking_server_with_most_unspent_grant(engine: 
     assert queue_of(engine, run_of("send_campaign", **SEND)) == "s2"
 
 
+LABELS = {"mail_pipelines/campaign": "spring", "mail_pipelines/server": "s2", "mail_pipelines/attempt": "1"}
+
+
+@pytest.mark.parametrize(
+    ("run", "queue", "tags"),
+    [
+        (run_of("send_campaign", **SEND), "s2", LABELS),
+        (run_of("__ASSET_JOB", "send_batches", **SEND), "s2", LABELS),
+        (run_of("send_campaign", **SEND), "dispatch", {"mail_pipelines/campaign": "spring"}),
+        (run_of("send_campaign", **SEND, **LABELS | {"mail_pipelines/attempt": "3"}), "s2", {}),
+        (run_of("__ASSET_JOB", "delivery_logs", **{"dagster/partition": "s2"}), "s2-ctl", {"mail_pipelines/server": "s2"}),
+        (run_of("__ASSET_JOB", "campaign_audiences", **{"dagster/partition": "spring"}), "centre", {"mail_pipelines/campaign": "spring"}),
+        (run_of("__ASSET_JOB", "recipient_segments", **{"dagster/partition": "readers"}), "centre", {}),
+        (run_of("maintenance"), "centre", {}),
+    ],
+)
+def test_a_run_that_somebody_starts_by_hand_is_found_as_well(run: dg.DagsterRun, queue: str, tags: dict[str, str]) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert run_tags.missing(instance, run, queue) == tags
+
+
+def test_a_send_run_that_is_executed_again_is_another_attempt() -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = instance.add_run(run_of("send_campaign", **SEND, **LABELS))
+        again = first._replace(run_id="again", parent_run_id=first.run_id, root_run_id=first.run_id)
+        assert run_tags.missing(instance, again, "s2") == LABELS | {"mail_pipelines/attempt": "2"}
+
+
+def test_each_job_and_asset_of_a_campaign_or_server_says_so() -> None:
+    definitions = build_defs()
+    graph = definitions.resolve_asset_graph()
+    assert {key for key in graph.get_all_asset_keys() if graph.get(key).partitions_def == partitions.campaigns} == run_tags.CAMPAIGN_ASSETS
+    told = {job.name: job.partitions_def for job in definitions.resolve_all_job_defs() if job.partitions_def and not job.name.startswith("__")}
+    for name, definition in told.items():
+        key = "spring|03" if definition == partitions.campaign_shards else "spring"
+        given = definitions.resolve_job_def(name).get_tags_for_partition_key(key, None)
+        label = run_tags.SERVER if definition == partitions.servers else run_tags.CAMPAIGN
+        assert given[label] == "spring"
+    assert set(told) >= {"build_audience", "send_campaign", "report_campaign", "audit_delivery_logs"}
+
+
 def test_the_jobs_of_servers_are_those_that_the_queues_know() -> None:
     repository = build_defs().get_repository_def()
     for job, asset in (queues.SENDING, queues.AUDIT):
@@ -101,7 +141,7 @@ def test_the_centre_has_run_slots_beside_those_in_which_servers_are_made(monkeyp
     assert slots == str(config.ServerSettings().slots + 3)
     shipped = yaml.safe_load((home.checkout() / "infra/dagster/production/dagster.yaml").read_text(encoding="utf-8"))
     limits = {limit["key"]: limit["limit"] for limit in shipped["concurrency"]["runs"]["tag_concurrency_limits"]}
-    assert limits[SERVER_TAG] == config.ProvisioningSettings().at_once
+    assert limits[run_tags.MAKING] == config.ProvisioningSettings().at_once
 
 
 # --- a host with several servers ----------------------------------------------------------------------------------

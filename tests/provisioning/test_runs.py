@@ -19,6 +19,7 @@ from mail_pipelines.provisioning import making, proposals, reserving, steps, sto
 from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import IN_SERVICE, State
 from mail_pipelines.resources import provisioning as resource
+from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.provisioning import Provisioning
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
@@ -55,7 +56,7 @@ def tick(world: World, database_url: str, instance: dg.DagsterInstance, monkeypa
 
 
 def asked(result: dg.SensorResult) -> list[tuple[str | None, str]]:
-    return [(request.job_name, request.tags[capacity.SERVER_TAG]) for request in result.run_requests or []]
+    return [(request.job_name, request.tags[run_tags.SERVER]) for request in result.run_requests or []]
 
 
 def run(request: dg.RunRequest, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
