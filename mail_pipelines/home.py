@@ -6,10 +6,11 @@ What belongs here: making the folder and bringing it up to date. What does not: 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mail_pipelines import config, config_text
@@ -46,11 +47,22 @@ def make(environ: Mapping[str, str] = os.environ, *, production: bool = False) -
     its owner may read it. `production`: of a centre whose runs go to workers, or (where MAIL_PIPELINES_SERVER is set) of one of its
     dispatch servers, which makes no key and leaves the databases alone: both are the centre's.
     """
+    home = config.home_folder(environ)
+    with _unwritable_is_said(home):
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        opened = os.open(home, os.O_RDONLY)
+    try:
+        # Another that makes this home waits: two that make the same tables at once end with an error, Dagster's storage among them.
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        return _make(home, environ, production)
+    finally:
+        os.close(opened)
+
+
+def _make(home: Path, environ: Mapping[str, str], production: bool) -> list[str]:
     server = queues.this_server(environ)
     done = []
-    home = config.home_folder(environ)
-    try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _unwritable_is_said(home):
         if _first_configuration(home, production=production, is_server=server is not None):
             done.append(f"wrote {home / config.CONFIG_FILE}" + ("" if server else " and new keys" if production else " and a new token key"))
         settings = config.load(environ)
@@ -61,14 +73,20 @@ def make(environ: Mapping[str, str] = os.environ, *, production: bool = False) -
             folder.mkdir(parents=True, exist_ok=True)
         if _write_new(settings.dagster_home / "dagster.yaml", _shipped_dagster_yaml(production), 0o644):
             done.append(f"wrote {settings.dagster_home / 'dagster.yaml'}")
-    except OSError as error:
-        raise HomeError(f"{error.filename or home} cannot be made: {error.strerror}; MAIL_PIPELINES_HOME names the folder to use") from error
     if server is None:
         done += upgrade_central_database(settings)
         _upgrade_dagster(settings.dagster_home)
         if production:
             _renew_server_storage(settings)
     return done
+
+
+@contextlib.contextmanager
+def _unwritable_is_said(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HomeError(f"{error.filename or home} cannot be made: {error.strerror}; MAIL_PIPELINES_HOME names the folder to use") from error
 
 
 def _first_configuration(home: Path, *, production: bool, is_server: bool) -> bool:

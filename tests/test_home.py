@@ -183,7 +183,7 @@ def test_doctor_does_not_wait_for_a_storage_of_dagster_that_never_answers(made: 
     monkeypatch.setattr(waiting, "STORAGE_SECONDS", 0.5)
     (made.dagster_home / "dagster.yaml").write_text("storage: {mysql: {mysql_url: {env: DAGSTER_MYSQL_URL}}}")
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("DAGSTER_MYSQL_URL", f"mysql+mysqlconnector://dagster:hunter2@127.0.0.1:{silent.getsockname()[1]}/dagster")
+        monkeypatch.setenv("DAGSTER_MYSQL_URL", f"mysql+pymysql://dagster:hunter2@127.0.0.1:{silent.getsockname()[1]}/dagster")
         assert _findings("Dagster") == ["Dagster's storage does not answer within 0.5 s"]
 
 

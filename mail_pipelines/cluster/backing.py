@@ -49,10 +49,12 @@ def start(folder: Path, servers: Sequence[str], stack: ExitStack) -> Backing:
         for statement in _OF_CENTRE:
             cursor.execute(statement, (CENTRE,))
     at = f"{CENTRE}:{password}@127.0.0.1:{database.port}"
+    # Else PyMySQL would get ready for TLS at each connection, and Dagster makes one for each query.
+    plain = "?ssl_disabled=true"
     environ = {
-        "MAIL_PIPELINES_DATABASE__URL": f"mysql+pymysql://{at}/mail",
-        "MAIL_PIPELINES_BROKER__RESULTS": f"db+mysql+pymysql://{at}/results",
-        "DAGSTER_MYSQL_URL": f"mysql+mysqlconnector://{at}/dagster",
+        "MAIL_PIPELINES_DATABASE__URL": f"mysql+pymysql://{at}/mail{plain}",
+        "MAIL_PIPELINES_BROKER__RESULTS": f"db+mysql+pymysql://{at}/results{plain}",
+        "DAGSTER_MYSQL_URL": f"mysql+pymysql://{at}/dagster{plain}",
     }
     brokers = {name: {"MAIL_PIPELINES_BROKER__URL": broker.url(name)} for name in (CENTRE, *servers)}
     return Backing(environ | brokers.pop(CENTRE), brokers)

@@ -87,7 +87,8 @@ def create_engine(url: str, password: str | None = None, *, answer_seconds: floa
                 "write_timeout": answer_seconds,
                 "client_flag": 2,
                 "autocommit": False,
-            },
+            }
+            | _without_tls(parsed),
         )
         event.listen(engine, "connect", _prepare_mysql)
         return engine
@@ -96,6 +97,14 @@ def create_engine(url: str, password: str | None = None, *, answer_seconds: floa
 
 def open_engine(settings: DatabaseSettings, *, answer_seconds: float | None = None) -> Engine:
     return create_engine(settings.url, settings.password, answer_seconds=answer_seconds)
+
+
+def _without_tls(url: sa.URL) -> dict[str, bool]:
+    """PyMySQL would try TLS where the URL says nothing of it, without verifying, and read all authorities of the host for each connection: 24 ms of the
+    processor. A database on the same host is spoken to without.
+    """
+    local = url.host in ("127.0.0.1", "::1", "localhost", None)
+    return {"ssl_disabled": True} if local and not any(name.startswith("ssl") for name in url.query) else {}
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -39,7 +39,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     # Not in parallel among themselves: they import Dagster and Celery, which does not bear that.
     def runs() -> Iterator[Finding]:
         yield from broker.check_broker(settings)
-        yield from daemon.check_storage_account(members, environ)
+        yield from daemon.check_storage_url(members, environ)
         yield from daemon.check_dagster(settings, is_centre=is_centre)
 
     looks: dict[str, Callable[[], Iterator[Finding]]] = {

@@ -7,8 +7,8 @@
 | `mail_pipelines/attempt` | that send: how many-th of this campaign on this server it is |
 | `mail_pipelines/making` | that make or remove a server: the run queue limits how many at once |
 
-But for the last they decide nothing: where a run goes is said by its queue (`queues`), and what is open by the ledger. What follows from a partition the job itself says
-(`jobs`), however its run is started; the rest is said by whoever asks for the run or launches it.
+But for the last they decide nothing: where a run goes is said by its queue (`queues`), and what is open by the ledger. What follows from a partition the
+job itself says (`jobs`), however its run is started; the rest is said by whoever asks for the run or launches it.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> Non
     assert settings.broker.url == "amqp://centre:of broker@127.0.0.1:5672/mail"
     assert settings.broker.management_url == "http://centre-accounts:of broker.accounts@127.0.0.1:15672"
     assert (settings.sending.public_url, settings.sending.bounce_host) == ("https://mail.example.com", "mx.example.com")
-    assert "@db.example.com/dagster?" in environ["DAGSTER_MYSQL_URL"]
+    assert environ["DAGSTER_MYSQL_URL"] == "mysql+pymysql://dagster:of dagster@db.example.com/dagster?ssl_ca=/etc/mail-pipelines/tls/ca.pem"
 
 
 def test_the_program_takes_what_it_writes_for_a_host_with_two_servers(tmp_path: Path) -> None:

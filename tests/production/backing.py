@@ -73,7 +73,7 @@ def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
         "MAIL_PIPELINES_BROKER__URL": broker.url("centre"),
         "MAIL_PIPELINES_BROKER__MANAGEMENT_URL": broker.management_url,
         "MAIL_PIPELINES_BROKER__RESULTS": f"db+{results.replace('root@', 'results@')}",
-        "DAGSTER_MYSQL_URL": f"mysql+mysqlconnector://{_ACCOUNT}:{quote(_PASSWORD, safe='')}@127.0.0.1:{database.port}/dagster",
+        "DAGSTER_MYSQL_URL": f"mysql+pymysql://{_ACCOUNT}:{quote(_PASSWORD, safe='')}@127.0.0.1:{database.port}/dagster?ssl_disabled=true",
     }
     return Backing(environ, {name: {"MAIL_PIPELINES_BROKER__URL": broker.url(name)} for name in SERVERS}, broker, database)
 

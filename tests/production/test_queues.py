@@ -246,7 +246,7 @@ def test_an_embedded_home_does_not_become_another(monkeypatch: pytest.MonkeyPatc
 def test_dagster_takes_the_settings_that_are_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     from dagster._core.instance.config import dagster_instance_config
 
-    monkeypatch.setenv("DAGSTER_MYSQL_URL", "mysql+mysqlconnector://x:x@x/x")
+    monkeypatch.setenv("DAGSTER_MYSQL_URL", "mysql+pymysql://x:x@x/x")
     folder = home.checkout() / "infra/dagster/production"
     settings, _ = dagster_instance_config(str(folder))
     assert settings["run_launcher"] == {"module": "mail_pipelines.resources.launcher", "class": "QueueLauncher"}
