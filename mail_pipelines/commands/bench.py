@@ -171,7 +171,7 @@ def scale(quick: Annotated[bool, typer.Option("--quick", help="fewer runs, of a 
 def campaign(
     recipients: Annotated[int | None, typer.Option(min=1000, help="1,000,000 if not given, --quick: 1,000")] = None,
     servers: Annotated[int | None, typer.Option(min=1, help="each with its own Exim; 4 if not given, --quick: 2")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="fewer recipients and servers: under 40 s")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer recipients and servers: under a minute")] = False,
     as_json: Json = False,
 ) -> None:
     """One campaign from import to report, by a centre and several servers with Exim: seconds of each stage, messages a second, lost, duplicates."""
