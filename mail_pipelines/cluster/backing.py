@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,10 @@ def start(folder: Path, servers: Sequence[str], stack: ExitStack) -> Backing:
     for part in (database, broker):
         part.folder.mkdir(mode=0o700)
         stack.callback(part.stop)
-        part.start()
+    with ThreadPoolExecutor() as both:
+        # Each waits for most of its time.
+        for started in [both.submit(part.start) for part in (database, broker)]:
+            started.result()
     password = secrets.token_hex(16)
     with database.connect() as connection, connection.cursor() as cursor:
         for schema in SCHEMAS:

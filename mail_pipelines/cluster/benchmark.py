@@ -34,7 +34,7 @@ FREEZE_SECONDS_PER_MILLION = 30.0
 # What one Exim with a queue makes, of which as many would share this machine.
 RATE_TARGET = 1.0
 _LIMITS = {"connections": 16, "per_second": 1e5, "messages_per_connection": 500}
-_QUEUED, _RUNNERS = 1500, 4
+_RUNNERS = 4
 _FREEZE_WAIT_SECONDS, _REPORT_WAIT_SECONDS = 900.0, 900.0
 
 
@@ -54,9 +54,11 @@ class Stages:
         self._console.print(f"{name}: {self.seconds[name]:,.1f} s", markup=False)
 
 
-def run(recipients: int, fleet: int, console: Console) -> list[Result]:
-    """Raises `MailPipelinesError` if something does not work; that a count is wrong is a result."""
-    queue_rate = _queue_rate()
+def run(recipients: int, fleet: int, console: Console, *, queued: int = 1500) -> list[Result]:
+    """`queued`: messages by which the rate of queue runners is measured. Raises `MailPipelinesError` if something does not work; that a count is wrong
+    is a result.
+    """
+    queue_rate = _queue_rate(queued)
     with running.alone(), running.folders(console) as (folder, run_folder), Processes() as processes, ExitStack() as stack:
         names = [f"mx{number}" for number in range(1, fleet + 1)]
         centre, started = running.start(folder, run_folder, names, processes, stack, console)
@@ -74,10 +76,10 @@ def run(recipients: int, fleet: int, console: Console) -> list[Result]:
         return _results(found, stages.seconds, queue_rate, busy, taken)
 
 
-def _queue_rate() -> float:
+def _queue_rate(queued: int) -> float:
     with postfix.sink() as (port, _), exim_queue.queueing(port) as queueing:
-        feeding.send_composed(queueing.port, feeding.Messages().take(_QUEUED), 2)
-        return _QUEUED / queueing.deliver(_QUEUED, _RUNNERS)
+        feeding.send_composed(queueing.port, feeding.Messages().take(queued), 2)
+        return queued / queueing.deliver(queued, _RUNNERS)
 
 
 def _prepare(centre: Centre, recipients: int, stages: Stages) -> None:

@@ -88,8 +88,10 @@ def find(connection: Connection, now: dt.datetime, *, slots: int, heartbeat_seco
         worked = Counter(opening.shard for opening in taken if opening.campaign == campaign.key)
         full, few = _works(connection, campaign, granted, held, now.timestamp() + START_SECONDS)
         # Shards that nobody works on first, the fullest before the others.
-        works = sorted(full, key=lambda work: (worked[work.shard], -work.rows, work.shard)) + few
+        works = sorted(full, key=lambda work: (worked[work.shard], -work.rows, work.shard))
         turns += [(campaign.priority, sessions[campaign.key] + number, work) for number, work in enumerate(works)]
+        # They want one session for each set of servers, and none where the campaign has one.
+        turns += [(campaign.priority, sessions[campaign.key], work) for work in few]
     # Campaigns of one priority in turn, first the one with the fewest sessions: none takes all that becomes free.
     waits = [work for _, _, work in sorted(turns, key=lambda turn: (-turn[0], turn[1]))]
     # In each round one more server joins each shard: where there are fewer shards than slots, all servers work from the first tick on.
