@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,8 +91,12 @@ def revision(engine: Engine) -> str | None:
         return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one_or_none()
 
 
+@functools.cache
 def newest_revision() -> str:
-    """The newest schema: migrations are numbered, so a look at the folder tells it without loading Alembic on the send path."""
+    """The newest schema: migrations are numbered, so a look at the folder tells it without loading Alembic on the send path.
+
+    As this process first saw it: what is installed over it meanwhile, it does not know.
+    """
     return max(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py"))
 
 
@@ -103,16 +108,19 @@ def require_schema(engine: Engine) -> None:
         raise SchemaOutdated("the central database has no tables yet: run `mail-pipelines init`")
     if found < wanted:
         raise SchemaOutdated(f"the central database is at schema {found}, this version needs {wanted}: run `mail-pipelines database upgrade`")
-    if found > wanted and (oldest := _oldest(engine)) > wanted:
+    if found > wanted:
+        with reading(engine) as connection:
+            require_known(connection)
+
+
+def require_known(connection: Connection) -> None:
+    """Raise `SchemaOutdated` if the database needs a newer version than this one, as it may since an upgrade. The least that one asks who works on."""
+    oldest, known = connection.execute(sa.select(LedgerGeneration.oldest_schema)).scalar_one(), newest_revision()
+    if oldest > known:
         raise SchemaOutdated(
-            f"mail_pipelines {__version__} is too old for the central database: it knows schema {wanted}, and the database, at {found}, "
-            f"needs {oldest} at least: install the version of the centre here"
+            f"mail_pipelines {__version__} is too old for the central database: it knows schema {known}, and the database needs {oldest} at least: "
+            "install the version of the centre here"
         )
-
-
-def _oldest(engine: Engine) -> str:
-    with reading(engine) as connection:
-        return connection.execute(sa.select(LedgerGeneration.oldest_schema)).scalar_one()
 
 
 def mark_moved(connection: Connection) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Engine
 
 from mail_pipelines.capacity import allotments
 from mail_pipelines.config import Settings
+from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.database.models import Brand, Campaign, CampaignVersion, ProviderLimit, State
 from mail_pipelines.dispatch import composer, errands, giving_way, last_error, servers, settlement
@@ -45,7 +46,8 @@ _POLL_PART, _LONGEST_POLL_SECONDS = 0.25, 5.0
 _LOOK_AROUND_SECONDS = 5.0
 # Of how many of them a lane then takes rows before it looks again: others do so too.
 _SHARDS_AT_ONCE = 8
-# How often a session looks whether a campaign of higher priority waits for its slot, or something is to be done for another campaign.
+# How often a session looks whether its version is still one the database works with, a campaign of higher priority waits for its slot, or something is to
+# be done for another campaign.
 _GIVE_WAY_SECONDS = 5.0
 
 
@@ -234,8 +236,12 @@ class Session:
         return {provider: shards[:1] if shards[0] == self.shard else shards[:_SHARDS_AT_ONCE] for provider, shards in found.items()}
 
     def _wanted_by(self) -> str | None:
-        """The campaign of higher priority that needs this session's slot; None if there is none."""
+        """The campaign of higher priority that needs this session's slot; None if there is none.
+
+        Raises `SchemaOutdated` if the centre was upgraded so far meanwhile that this version may send no more.
+        """
         with reading(self.engine) as connection:
+            migrate.require_known(connection)
             return giving_way.waits_for_a_slot(connection, self.server, self.run_id, slots=self.settings.server.slots)
 
     def slots_are_taken(self) -> bool:

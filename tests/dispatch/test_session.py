@@ -19,8 +19,9 @@ from mail_pipelines.campaigns import lifecycle, scheduling
 from mail_pipelines.campaigns import states as campaign_states
 from mail_pipelines.capacity import allotments
 from mail_pipelines.contacts import consent
+from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Allotment, Campaign, CampaignVersion, Claim, Contact, Delivery, DeliveryEvent, Server, State
+from mail_pipelines.database.models import Allotment, Campaign, CampaignVersion, Claim, Contact, Delivery, DeliveryEvent, LedgerGeneration, Server, State
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import lane, last_error, servers
 from mail_pipelines.dispatch.claims import WrongServer
@@ -346,6 +347,40 @@ def test_a_session_ends_in_order_for_an_urgent_campaign(start: Start) -> None:
     assert set(world.states()) == {State.DELIVERED, State.PENDING}
     assert len(world.copies()) == world.states()[State.DELIVERED]
     assert world.open_claims() == 0
+
+
+@pytest.mark.crosswise
+def test_a_session_goes_on_with_a_newer_schema_and_ends_when_its_version_is_too_old_for_it(start: Start) -> None:
+    """The centre is upgraded while it sends: by one version, and then so far that only newer ones may send."""
+    world, server, _ = start(recipients=800, limits={"per_second": 8.0})
+
+    def upgrade(oldest: str) -> None:
+        def work(connection: sa.Connection) -> None:
+            connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+            connection.execute(sa.update(LedgerGeneration).values(oldest_schema=oldest))
+
+        transact(world.engine, work)
+
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(session(world, server).run)
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
+        upgrade(migrate.newest_revision())
+        before = world.states()[State.DELIVERED]
+        # As much as all providers take in longer than it goes without a look.
+        wait_for(lambda: world.states()[State.DELIVERED] > before + 250, what="mail of a version that is one older")
+        upgrade("9999")
+        with pytest.raises(migrate.SchemaOutdated, match=f"too old .* knows schema {migrate.newest_revision()}, .* needs 9999 at least"):
+            run.result(30)
+    states = world.states()
+    assert set(states) == {State.DELIVERED, State.PENDING}
+    assert len(world.copies()) == states[State.DELIVERED]
+    assert world.open_claims() == 0
+    # So the next heartbeat says it, and `server show` to whoever looks.
+    told = last_error.read(world.folders(server.key))
+    assert told is not None
+    assert "too old for the central database" in told["text"]
+    with pytest.raises(migrate.SchemaOutdated, match="needs 9999 at least"):
+        migrate.require_schema(world.engine)
 
 
 @pytest.mark.crosswise

@@ -66,8 +66,17 @@ class Fleet:
         self.end(name)
         self.processes.start(name, [sys.executable, "-m", "mail_pipelines", "catcher", "run", name], env=self.environ(name), log=self.log(name))
 
-    def wait_for_worker(self, name: str) -> None:
-        wait_for(lambda: " ready." in self.log(name).read_text(), seconds=90, what=f"the {name}")
+    def wait_for_worker(self, name: str, times: int = 1) -> None:
+        """Until it has begun to work for so many times."""
+        wait_for(lambda: self.log(name).read_text().count(" ready.") >= times, seconds=90, what=f"the {name}")
+
+    def restart_worker(self, server: str | None) -> None:
+        """As an update of its host does: its sessions end in order, and another process comes."""
+        name = f"worker of {server or 'the centre'}"
+        times = self.log(name).read_text().count(" ready.")
+        self.end(name, seconds=90)
+        self.start_worker(name, server)
+        self.wait_for_worker(name, times + 1)
 
     def log(self, name: str) -> Path:
         return self.platform.settings.home / "log" / f"{name}.log"
