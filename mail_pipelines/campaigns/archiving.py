@@ -77,6 +77,11 @@ def due(connection: Connection, before: dt.datetime) -> list[Campaign]:
     return store.select(connection, sa.or_(over, begun), order_by=order, limit=CAMPAIGNS_A_NIGHT)
 
 
+def archived_before(connection: Connection, before: dt.datetime) -> set[str]:
+    """The keys of campaigns of whose ledgers nothing was left in the database by then."""
+    return set(connection.execute(sa.select(models.Campaign.key).where(models.Campaign.archived_at < before)).scalars())
+
+
 def archive_one(engine: Engine, archive: LedgerArchive, campaign: Campaign, now: dt.datetime) -> int:
     """Archive the campaign, from the step at which it stands; returns how many rows were deleted from the database.
 

@@ -1,11 +1,12 @@
-"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, ledgers of old campaigns, old events, old pieces of the log archive, old runs of
-Dagster, the import of dropped files."""
+"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, ledgers of old campaigns, old events, old pieces of the log archive, old runs and
+partitions of Dagster, the import of dropped files."""
 
 import datetime as dt
 from pathlib import Path
 
 import dagster as dg
 
+from mail_pipelines import partitions
 from mail_pipelines.campaigns import archiving, lifecycle, overdue, putting_off
 from mail_pipelines.contacts import importing
 from mail_pipelines.database import partitions as table_partitions
@@ -111,6 +112,19 @@ def prune_runs(context: dg.OpExecutionContext, database: CentralDatabase) -> Non
 
 
 @dg.op(out=dg.Out(dg.Nothing))
+def prune_partitions(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Take the partitions of campaigns from Dagster whose ledgers were archived before the oldest run that is kept. (No sensor adds them again: those have
+    been over for longer.) What it noted of them stays: its storages on databases cannot delete that by partition."""
+    with reading(database.engine) as connection:
+        archived = archiving.archived_before(connection, dt.datetime.now(dt.UTC) - dt.timedelta(days=KEEP_RUNS_DAYS))
+    name = partitions.campaigns.name or ""
+    old = archived.intersection(context.instance.get_dynamic_partitions(name))
+    for key in old:
+        context.instance.delete_dynamic_partition(name, key)
+    context.log.info("partitions of %d archived campaigns deleted", len(old))
+
+
+@dg.op(out=dg.Out(dg.Nothing))
 def prune_log_archive(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
     """Delete pieces of the servers' logs that were kept for long enough. An archive that is away is pruned the next night."""
     settings = database.settings.server
@@ -127,7 +141,7 @@ def prune_log_archive(context: dg.OpExecutionContext, database: CentralDatabase)
 
 @dg.job(
     description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, ledgers of old campaigns, "
-    "old events, logs and runs."
+    "old events, logs, runs and partitions."
 )
 def maintenance() -> None:
     close_rows()
@@ -138,6 +152,7 @@ def maintenance() -> None:
     retire_events()
     prune_log_archive()
     prune_runs()
+    prune_partitions()
 
 
 @dg.job(description="Rows whose time is over: expired, put off until their send window opens, given up, cancelled. Requested by a sensor when there are such.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -10,12 +12,13 @@ import sqlalchemy as sa
 
 from mail_pipelines import partitions
 from mail_pipelines.assets.sending import send_batches
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.campaigns import archiving
+from mail_pipelines.database.engine import is_mysql, reading, transact
 from mail_pipelines.database.models import DeliveryEvent, EngagementEvent, EngagementSum, State
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.ops import maintenance
 from mail_pipelines.resources.database import CentralDatabase
-from mail_pipelines.sensors import shards
+from mail_pipelines.sensors import campaigns, shards
 from tests.dispatch.world import World
 from tests.orchestration.test_sensors import context, end_rows
 
@@ -44,6 +47,56 @@ def test_final_shards_stay_green_when_old_runs_are_deleted(world: World, instanc
     prune(instance)
     assert not any(instance.has_run(run_id) for run_id in old)
     assert instance.get_materialized_partitions(send_batches.key) == final
+
+
+@pytest.fixture
+def alike(world: World, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance whose storage is in the same kind of database as the ledger."""
+    if not is_mysql(world.engine):
+        yield request.getfixturevalue("instance")
+        return
+    url = request.getfixturevalue("mariadb").database().replace("+pymysql", "+mysqlconnector")
+    (folder := tmp_path / "dagster").mkdir()
+    with dg.instance_for_test(overrides={"storage": {"mysql": {"mysql_url": url}}}, temp_dir=str(folder)) as instance:
+        yield instance
+
+
+@pytest.mark.slow
+def test_partitions_of_archived_campaigns_go_when_the_last_runs_are_gone(world: World, alike: dg.DagsterInstance) -> None:
+    """Until then final shards stay green, and afterwards no sensor brings them back."""
+    alike.add_dynamic_partitions("campaigns", ["spring", "summer"])
+    for shard in range(4):
+        end_rows(world, shard, State.DELIVERED)
+    repository = build_defs().get_repository_def()
+    result = shards.finished_shards(context(alike, repository), DATABASE)
+    assert isinstance(result, dg.SensorResult)
+    for event in result.asset_events:
+        alike.report_runless_asset_event(event)
+    final = {str(partitions.batch_key("spring", shard)) for shard in range(partitions.SHARDS)}
+
+    def green() -> set[str]:
+        """Partitions that there are, and that Dagster shows as materialised."""
+        there = partitions.campaign_shards.get_partition_keys(dynamic_partitions_store=alike)
+        return {str(key) for key in there} & alike.get_materialized_partitions(send_batches.key)
+
+    now = dt.datetime.now(dt.UTC)
+    Path(world.settings.campaigns.archive).mkdir(parents=True)
+    world.set_campaign(state="finished", finished_at=now - dt.timedelta(days=300))
+    prune(alike)
+    with reading(world.engine) as connection:
+        assert archiving.archived_before(connection, now) == set()
+        assert archiving.archived_before(connection, now + dt.timedelta(days=1)) == {"spring"}
+    assert green() == final
+    for days, expected in ((maintenance.KEEP_RUNS_DAYS - 1, final), (maintenance.KEEP_RUNS_DAYS + 1, set())):
+        # As if it had been archived as soon as it was over: a sensor brings none back that was archived later.
+        world.set_campaign(finished_at=now - dt.timedelta(days=days), archived_at=now - dt.timedelta(days=days))
+        prune(alike)
+        assert green() == expected
+    assert alike.get_dynamic_partitions("campaigns") == ["summer"]
+    due = campaigns.due_campaigns(context(alike, repository), DATABASE)
+    assert [key for request in due.dynamic_partitions_requests or [] for key in request.partition_keys] == []
+    result = shards.finished_shards(context(alike, repository), DATABASE)
+    assert isinstance(result, dg.SkipReason) or not result.asset_events
 
 
 @pytest.mark.slow
