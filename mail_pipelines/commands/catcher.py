@@ -18,10 +18,7 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 @app.command("run")
 def run(name: str, play: Annotated[Path | None, typer.Option(help="TOML file with the destinations' behaviour; else that of server.play")] = None) -> None:
     """Serve as the registered server NAME until stopped."""
-    from mail_pipelines.imports import uncollected
-
-    with uncollected():
-        from mail_pipelines.dispatch.catcher import process
+    from mail_pipelines.dispatch.catcher import process
 
     process.run(settings(), name, play)
 
