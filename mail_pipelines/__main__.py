@@ -1,7 +1,15 @@
-"""`python -m mail_pipelines`: the same as `mail-pipelines`."""
+"""The program `mail-pipelines`, which is also `python -m mail_pipelines`."""
 
 from __future__ import annotations
 
-from mail_pipelines.cli import main
+from mail_pipelines.imports import uncollected
 
-main()
+
+def main() -> None:
+    with uncollected():
+        from mail_pipelines import cli
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

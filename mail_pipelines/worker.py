@@ -13,9 +13,13 @@ from typing import Any
 from celery import signals
 from celery.worker import state
 
-import mail_pipelines.definitions  # noqa: F401  (before the children are forked: they share it)
 from mail_pipelines import config
-from mail_pipelines.resources import queues, tasks
+from mail_pipelines.imports import uncollected
+
+with uncollected():
+    # Before the children are forked: they share it.
+    import mail_pipelines.definitions  # noqa: F401
+    from mail_pipelines.resources import queues, tasks
 
 # Whoever opens Dagster's storage hears of each table.
 logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -121,6 +121,12 @@ def test_the_command_line_starts_light() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_playing_destinations_loads_no_database() -> None:
+    program = "import sys, mail_pipelines.dispatch.catcher.process; print([name for name in ['cryptography', 'sqlalchemy'] if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+
+
 # --- what is written --------------------------------------------------------------------------------------------
 
 

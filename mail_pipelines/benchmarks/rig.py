@@ -167,7 +167,7 @@ class Rig:
     # --- processes ---
 
     def _run(self, *words: str) -> subprocess.Popen[bytes]:
-        return self.spawn("mail_pipelines.cli", *words, output=f"{words[0]}.out")
+        return self.spawn("mail_pipelines", *words, output=f"{words[0]}.out")
 
     def spawn(self, module: str, *words: str, output: str, new_session: bool = False) -> subprocess.Popen[bytes]:
         """Start a Python module as a process of this host."""

@@ -22,7 +22,10 @@ def run(
 ) -> None:
     """Run an own Exim as the registered server NAME until stopped. Nothing of the system's mail set-up is used or changed."""
     from mail_pipelines import config
-    from mail_pipelines.dispatch.exim import process
+    from mail_pipelines.imports import uncollected
+
+    with uncollected():
+        from mail_pipelines.dispatch.exim import process
 
     names, spoken_for = config.servers_of_this_host({config.SERVER_VARIABLE: name}), config.servers_of_this_host()
     if len(names) > 1 and names != spoken_for:

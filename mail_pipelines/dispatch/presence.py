@@ -6,8 +6,7 @@ What belongs here: what every kind of server process does. What does not: the ma
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,20 +87,3 @@ def speaking_for(settings: Settings, key: str, facts: Callable[[], Mapping[str, 
         heartbeat = servers.Heartbeat(engine, key, folders, interval, all_facts)
         heartbeat.start()
         yield Presence(info, folders, heartbeat, interval, settler, shipper, settings.metrics, facts)
-
-
-async def until_signal(*beside: Coroutine[None, None, None]) -> None:
-    """Run coroutines until SIGTERM or SIGINT comes or one of them ends, and raise what it raised."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    tasks = [asyncio.create_task(work) for work in beside]
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        for pending in (*tasks, stopping):
-            pending.cancel()

@@ -14,7 +14,7 @@ from mail_pipelines.dispatch import token_keys
 from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.dispatch.exim.process import watch
 from mail_pipelines.dispatch.files import only_one
-from mail_pipelines.dispatch.presence import until_signal
+from mail_pipelines.dispatch.signals import until_signal
 from mail_pipelines.inbound import verifier
 from mail_pipelines.inbound.folders import InboundFolders
 from mail_pipelines.inbound.known_keys import KnownKeys, LookUpFailed

@@ -157,7 +157,7 @@ def test_large_cases_end_within_two_hundredths_of_the_lower_bound(seed: int) -> 
 
 def test_the_benchmark_prints_figures_for_programs_and_the_solver_nothing() -> None:
     """Of another process: the solver prints past Python."""
-    command = [sys.executable, "-m", "mail_pipelines.cli", "bench", "plan", "--quick", "--json"]
+    command = [sys.executable, "-m", "mail_pipelines", "bench", "plan", "--quick", "--json"]
     words = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "HiGHS" not in words
     results = {result["name"]: result for result in json.loads(words.splitlines()[-1])["results"]}

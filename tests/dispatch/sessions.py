@@ -12,7 +12,7 @@ from tests.dispatch.world import World
 from tests.parts.clock import HostClock
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["mail_pipelines.dispatch.session", "pymysql"])
+_processes.set_forkserver_preload([__name__, "pymysql"])
 
 
 def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str, clock: HostClock | None) -> None:

@@ -113,7 +113,7 @@ def test_a_campaign_under_way_goes_on_in_the_other_database(engine: sa.Engine, t
 
 def copy_once(target: sa.Engine) -> str:
     """Give the command, and kill it when it has copied something; returns what it said until then."""
-    process = subprocess.Popen([sys.executable, "-m", "mail_pipelines.cli", *command(target)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "mail_pipelines", *command(target)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: process.poll() is not None or count(target, "contacts") >= 5_000, what="some of the copy")
     process.kill()
     said, _ = process.communicate()

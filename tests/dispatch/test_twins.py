@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.server, pytest.mark.crosswise]
 
 def refused(world: World, *words: str, environ: dict[str, str]) -> str:
     """What a command says that must not start."""
-    command = [sys.executable, "-m", "mail_pipelines.cli", *words]
+    command = [sys.executable, "-m", "mail_pipelines", *words]
     done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0, done.stdout
     return done.stdout + done.stderr

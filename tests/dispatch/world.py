@@ -350,7 +350,7 @@ class Running:
         """Start a `mail-pipelines` command and wait until it listens on `port`."""
         output = self.folders.log / "process.log"
         # Destinations are other hosts.
-        program = ["tests.parts.clock", str(self.clock.file)] if self.clock is not None and port == self.server.port else ["mail_pipelines.cli"]
+        program = ["tests.parts.clock", str(self.clock.file)] if self.clock is not None and port == self.server.port else ["mail_pipelines"]
         with output.open("ab") as log:
             process = subprocess.Popen([sys.executable, "-m", *program, *words], env=self.environment, stdout=log, stderr=log)
 

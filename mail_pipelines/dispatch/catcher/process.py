@@ -10,7 +10,8 @@ from mail_pipelines.config import Settings
 from mail_pipelines.dispatch.catcher.play import DEFAULT_RULES, Play, load_rules
 from mail_pipelines.dispatch.catcher.server import Catcher
 from mail_pipelines.dispatch.files import DispatchError, ServerFolders, only_one
-from mail_pipelines.dispatch.presence import speaking_for, until_signal
+from mail_pipelines.dispatch.signals import until_signal
+from mail_pipelines.imports import uncollected
 
 
 def run(settings: Settings, key: str, rules: Path | None = None) -> None:
@@ -18,6 +19,10 @@ def run(settings: Settings, key: str, rules: Path | None = None) -> None:
 
     Raises `AlreadyRunning` or `NameTaken` if another process is this server, after withdrawing all permits in the second case.
     """
+    # Only here: who plays destinations is nobody in the database, and would load all of it.
+    with uncollected():
+        from mail_pipelines.dispatch.presence import speaking_for
+
     with speaking_for(settings, key) as server:
         catcher = Catcher(server.folders, play_of(settings, rules), port=server.info.port, host=server.info.host)
         asyncio.run(_serve(catcher, server.beat(), server.settle(), server.tell()))

@@ -15,7 +15,8 @@ from mail_pipelines.config import Settings
 from mail_pipelines.dispatch import sources
 from mail_pipelines.dispatch.exim import instance, runners
 from mail_pipelines.dispatch.files import ServerFolders
-from mail_pipelines.dispatch.presence import Presence, speaking_for, until_signal
+from mail_pipelines.dispatch.presence import Presence, speaking_for
+from mail_pipelines.dispatch.signals import until_signal
 
 _POLL_SECONDS = 0.2
 
