@@ -77,6 +77,14 @@ VIEWS = (
         "SELECT * FROM {dagster}.asset_keys AS x WHERE {is_theirs}",
         checked=True,
     ),
+    # What checks of its audits were planned, and what they have found.
+    View(
+        "asset_check_executions",
+        f"{_READ}, UPDATE (execution_status, evaluation_event, evaluation_event_timestamp, evaluation_event_storage_id, "
+        "materialization_event_storage_id, `partition`)",
+        "SELECT * FROM {dagster}.asset_check_executions AS x WHERE {is_theirs} AND {is_own}",
+        checked=True,
+    ),
     View("asset_event_tags", f"{_READ}, INSERT", "SELECT * FROM {dagster}.asset_event_tags AS x WHERE {is_theirs}", checked=True),
     View(results.TABLE, f"{_READ}, INSERT, UPDATE", "SELECT * FROM {results}.run_results AS x WHERE {is_own}", checked=True),
 )

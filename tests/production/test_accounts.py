@@ -182,6 +182,23 @@ def test_what_it_writes_of_a_run_is_not_what_the_centre_knows_of_it(loot: Loot, 
     assert fleet.instance.get_run_by_id(loot.own) == before
 
 
+def test_checks_of_its_audits_it_answers_and_those_of_others_it_does_not_see(loot: Loot, fleet: Fleet) -> None:
+    planned = "INSERT INTO asset_check_executions (asset_key, check_name, run_id, execution_status) VALUES (:asset, 'no_alarms', :run, 'PLANNED')"
+    places = [("delivery_logs", loot.own), ("delivery_logs", loot.other), ("delivery_results", loot.own)]
+    storage = sa.create_engine(sa.make_url(fleet.platform.environ["DAGSTER_MYSQL_URL"]).set(drivername="mysql+pymysql"))
+    with storage.begin() as connection:
+        for asset, run in places:
+            connection.execute(sa.text(planned), {"asset": f'["{asset}"]', "run": run})
+    assert loot.changes("UPDATE asset_check_executions SET execution_status = 'SUCCEEDED', `partition` = 'x'") == 1
+    with pytest.raises(sa.exc.DBAPIError, match="denied"):
+        loot.changes("UPDATE asset_check_executions SET check_name = 'sums_hold'")
+    with storage.begin() as connection:
+        found = connection.execute(sa.text("SELECT run_id, asset_key, execution_status FROM asset_check_executions WHERE execution_status = 'SUCCEEDED'"))
+        assert (loot.own, '["delivery_logs"]', "SUCCEEDED") in found.tuples().all()
+        connection.execute(sa.text("DELETE FROM asset_check_executions WHERE run_id IN (:own, :other)"), {"own": loot.own, "other": loot.other})
+    storage.dispose()
+
+
 def test_a_result_is_never_read_as_a_pickle(loot: Loot, fleet: Fleet) -> None:
     """Celery's own backend does that with what it cannot read, and a pickle is code that the centre would execute."""
     document = pickle.dumps(Witness())
