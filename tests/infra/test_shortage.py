@@ -37,7 +37,7 @@ SETTINGS = {
     "provisioning.domain": "example.com",
     "provisioning.cool_down_minutes": 0,
     "provisioning.retry_seconds": 3,
-    "operation.sensor_seconds": 2,
+    "operation.sensor_seconds": 4,
 }
 # The command of a DNS hoster.
 PUBLISH = """#!/usr/bin/python3
@@ -250,7 +250,7 @@ def test_a_campaign_that_nobody_could_send_in_time_is_sent_by_servers_that_were_
         "campaign start fair",
     )
     # From an empty fleet.
-    wait_for(lambda: fleet.campaign("state") == "sending", seconds=180, what=fleet.log)
+    wait_for(lambda: fleet.campaign("state") == "sending", seconds=300, what=fleet.log)
     assert fleet.sent() == {}
     fleet.plan()
     first = wait_for(lambda: fleet.servers("warming"), seconds=600, what=fleet.log)
