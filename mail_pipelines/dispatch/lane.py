@@ -175,6 +175,9 @@ class Lane:
         session = self.session
         if shortage := self._shortage():
             return NothingClaimed(shortage, _NO_SERVER_SECONDS)
+        # Its rows would all be given back, and claimed again at once.
+        if (wait := self.pacer.wait()) > self.offer_seconds:
+            return NothingClaimed(f"{self.provider} takes the next message in {wait:.0f} s", wait)
         claim_id = claims.new_id()
         asked = time.monotonic()
         watch = await in_thread(session.follower.watch, claim_id)

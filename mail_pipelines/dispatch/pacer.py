@@ -45,15 +45,22 @@ class Pacer:
         """
         fcntl.flock(self._clock, fcntl.LOCK_EX)
         try:
-            earliest: float = _TIME.unpack_from(self._next)[0]
             now = time.clock_gettime(time.CLOCK_BOOTTIME)
-            # A time further ahead than one interval is of an earlier boot or a slower rate: it must not block for ever.
-            if now < earliest <= now + max(self.interval, 60):
-                return earliest - now
+            if wait := self._wait(now):
+                return wait
             _TIME.pack_into(self._next, 0, now + self.interval)
             return 0.0
         finally:
             fcntl.flock(self._clock, fcntl.LOCK_UN)
+
+    def wait(self) -> float:
+        """Seconds until the next turn may be free, of which none is taken."""
+        return self._wait(time.clock_gettime(time.CLOCK_BOOTTIME))
+
+    def _wait(self, now: float) -> float:
+        earliest: float = _TIME.unpack_from(self._next)[0]
+        # A time further ahead than one interval is of an earlier boot or a slower rate: it must not block for ever.
+        return earliest - now if now < earliest <= now + max(self.interval, 60) else 0.0
 
     def is_free(self) -> bool:
         """Whether a turn could be had now."""

@@ -117,6 +117,15 @@ def test_a_session_without_a_grant_goes_on_when_it_gets_one_within_the_slot(star
         run.result(30)
 
 
+def test_a_rate_below_one_message_for_each_claim_is_waited_for_without_claims(start: Start) -> None:
+    """Of two rows for each provider the second one's turn is later than a claim lasts."""
+    world, server, _ = start(recipients=8, limits={"per_second": 0.2}, sending={"linger_seconds": 100})
+    report = session(world, server).run()
+    assert world.states() == {State.DELIVERED: 8}
+    # One may be asked for while the first of its provider takes its turn.
+    assert report.claims <= 12
+
+
 def test_the_message_names_its_recipient_and_its_sender(start: Start) -> None:
     world, server, _ = start(recipients=1)
     session(world, server).run()
