@@ -23,11 +23,11 @@ from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.database import migrate
 from mail_pipelines.database.boundary.rights import VIEWS
 from mail_pipelines.database.engine import DatabaseUnreachable, create_engine, reading, transact
-from mail_pipelines.database.models import Base, Claim, Contact, Delivery, DkimKey, RecoveredOffer, Server, State, Suppression
+from mail_pipelines.database.models import Base, Campaign, Claim, Contact, Delivery, DkimKey, RecoveredOffer, Server, State, Suppression
 from mail_pipelines.database.procedures import installation as procedures
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.delivery.recording import Result, record
-from mail_pipelines.dispatch import accounts, audit, claims, servers, settlement, token_keys
+from mail_pipelines.dispatch import accounts, audit, claims, giving_way, servers, settlement, token_keys, windows
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.giving_way import errand_for, waits_for_a_slot
@@ -44,7 +44,8 @@ from mail_pipelines.domains.keys import KeyNotOpened
 from mail_pipelines.domains.signing import sending_as
 from mail_pipelines.messages.keyring import derive
 from tests.dispatch.test_audit import Log
-from tests.dispatch.test_giving_way import URGENT, another_campaign, retries
+from tests.dispatch.test_giving_way import URGENT, another_campaign, give_window, retries
+from tests.dispatch.test_send_windows import open_windows
 from tests.dispatch.world import Servers, World, make_world, write_play
 
 pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
@@ -143,6 +144,9 @@ def test_a_server_gives_way_to_an_urgent_campaign_without_a_look_at_other_server
     another_campaign(theft.world, priority=3)
     with reading(theft.engine) as connection:
         assert waits_for_a_slot(connection, theft.server, str(run_id), slots=1) == "urgent"
+    # Which hours it may be sent in is not the server's to know.
+    give_window(theft.world)
+    assert theft.rows("SELECT `key`, send_window FROM campaigns ORDER BY id") == [("spring", None), ("urgent", 1)]
     assert theft.rows("SELECT DISTINCT server_id FROM allotments") == [(theft.server.id,)]
     with pytest.raises(sa.exc.DBAPIError, match=r"(?i)denied"):
         theft.changes("UPDATE allotments SET granted = 1000000")
@@ -192,6 +196,40 @@ def test_a_server_sends_a_campaign_with_nothing_but_its_own_rights(fleet: Accoun
     assert token_keys.in_use(centre_sees, SECRET) is InUse.OWN
     assert world.open_claims() == 0
     world.check_counters()
+
+
+def test_a_server_keeps_send_windows_and_gives_way_where_one_opens_with_nothing_but_its_own_rights(
+    fleet: Accounts, tmp_path: Path, running: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody is greylisted at first, so its session waits. Another campaign's window has opened meanwhile, for rows that were put off."""
+    monkeypatch.setattr(giving_way, "ROWS_TO_JOIN", 2)
+    world = fleet.world
+    server = world.server(connections=2)
+    world.grant(server)
+    open_windows(world, {"Europe/Berlin": ((-3600, 7200),), "": ((-7200, -60), (3600, 7200))})
+    retries(world)
+    give_window(world)
+    engine = fleet.give("s1")
+    running.start(world, server, write_play(tmp_path / "play.toml", greylist_percent=100, greylist_seconds=1))
+    own = replace(world, engine=engine, settings=of_one_slot(world.settings))
+
+    def session(run_id: str) -> str:
+        journal = journal_of(own.folders("s1"), server.kind)
+        return Session(engine, own.settings, servers_seen_by(engine, "s1"), world.campaign_id, world.campaign_key, 0, run_id, journal).run().reason
+
+    assert session("run-1") == "campaign urgent waits for a slot of this server"
+    transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == URGENT).values(state="paused")))
+    session("run-2")
+    with reading(world.engine) as connection:
+        put_off = connection.execute(sa.select(sa.func.count()).where(Delivery.reason == windows.WAITS)).scalar_one()
+    assert world.states() == {State.DELIVERED: 40, State.DEFERRED: put_off}
+    assert put_off == 40
+    world.check_counters()
+
+
+def of_one_slot(settings: config.Settings) -> config.Settings:
+    """The settings of s1 itself, which runs one session at once."""
+    return settings.model_copy(update={"this_server": "s1", "server": settings.server.model_copy(update={"slots": 1})})
 
 
 def servers_seen_by(engine: sa.Engine, key: str) -> servers.ServerInfo:

@@ -68,6 +68,11 @@ def retries(world: World, *, priority: int = 3, since: float = ERRAND_AFTER_SECO
     transact(world.engine, work)
 
 
+def give_window(world: World) -> None:
+    window = {"from": "00:00", "until": "24:00", "zone": "Europe/Berlin"}
+    transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == URGENT).values(send_window=window)))
+
+
 @pytest.fixture
 def world(engine: sa.Engine, tmp_path: Path) -> World:
     return make_world(engine, tmp_path / "home", recipients=20)
@@ -89,8 +94,7 @@ def test_one_session_gives_way_where_a_send_window_has_opened(world: World, monk
     sessions(world, server, ("run-1", 1), ("run-2", 1))
     retries(world)
     assert asked(world, server, "run-1") is None
-    window = {"from": "00:00", "until": "24:00", "zone": "Europe/Berlin"}
-    transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == URGENT).values(send_window=window)))
+    give_window(world)
     assert asked(world, server, "run-1") == "urgent"
     monkeypatch.setattr(giving_way, "ROWS_TO_JOIN", 3)
     assert asked(world, server, "run-1") is None

@@ -35,10 +35,12 @@ VIEWS = (
     View("recoveries", "SELECT", "SELECT generation, began_at, finished_at FROM {central}.recoveries"),
     View("brands", "SELECT", "SELECT id, `key` FROM {central}.brands"),
     View("pools", "SELECT", "SELECT id, `key` FROM {central}.pools"),
+    # That there is a send window, not which: the rest is in the rows that were put off.
     View(
         "campaigns",
         "SELECT",
-        "SELECT id, `key`, state, brand_id, pool_id, overflow_pool_id, priority, unsubscribe, unsubscribe_list_id, shards, archive FROM {central}.campaigns",
+        "SELECT id, `key`, state, brand_id, pool_id, overflow_pool_id, priority, unsubscribe, unsubscribe_list_id, shards, archive, "
+        "NULLIF(send_window IS NOT NULL, FALSE) AS send_window FROM {central}.campaigns",
     ),
     View(
         "campaign_versions",
