@@ -22,6 +22,7 @@ from tests.infra.machine import Machine, environment, machine
 from tests.parts.hosts import joined
 
 HOME = "/var/lib/mail-pipelines"
+VENV = "/opt/mail-pipelines-1/.venv"
 SUBJECT = b"\r\nSubject: The fair begins\r\n"
 # What an operator writes into config.toml, so that servers make themselves; and shorter times than one would have.
 SETTINGS = {
@@ -120,16 +121,21 @@ def put(installed: Installation, path: str, text: str, mode: str = "0600") -> No
 
 
 def bare(stack: ExitStack, installed: Installation, name: str, number: int, tree: Path, folder: Path, size: str = "4G") -> Machine:
-    """A host as a hoster hands it over. The Python packages of these tests are where it would install the same ones."""
+    """A host as a hoster hands it over."""
     host = stack.enter_context(joined(installed.world.host, number))
-    files, own, first = folder / name, (ROOT / ".venv").resolve(), "/opt/mail-pipelines-1/.venv"
-    environment(own, Path(first), tree, files)
-    # Behind a link, which can be removed as any file.
+    files, own = folder / name, (ROOT / ".venv").resolve()
+    environment(own, Path(VENV), tree, files)
     (files / "srv").mkdir()
-    (files / first.removeprefix("/")).rename(files / "srv/python")
-    (files / first.removeprefix("/")).symlink_to("/srv/python")
+    (files / VENV.removeprefix("/")).rename(files / "srv/python")
     equip(files, name, f"{host.address} {name}\n127.0.0.1 localhost\n", installed.world.host.address, installed.folder)
-    return stack.enter_context(machine(name, host, tree, files, {"/srv/python": own}, size))
+    found = stack.enter_context(machine(name, host, tree, files, {"/srv/python": own}, size))
+    with_packages(found)
+    return found
+
+
+def with_packages(host: Machine) -> None:
+    """The Python packages of these tests are where it would install the same ones; by a link, which goes with all else of a server."""
+    host.run("sh", "-c", f"mkdir -p {Path(VENV).parent} && ln -sfn /srv/python {VENV}")
 
 
 def hosts_file(installed: Installation, addresses: Iterable[str], **variables: str) -> str:

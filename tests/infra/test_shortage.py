@@ -14,6 +14,7 @@ from collections import Counter
 
 import pytest
 
+from mail_pipelines.resources import run_tags
 from tests.infra.fleet import HOME, SUBJECT, Fleet, left_on, put
 from tests.infra.installing import SECRETS, with_any_of
 from tests.parts.processes import wait_for
@@ -110,8 +111,8 @@ def test_the_logs_of_their_runs_tell_each_task_and_no_secret(fleet: Fleet) -> No
     assert [path for path in with_any_of(centre, secrets) if not path.startswith(f"{SECRETS}/")] == []
     with fleet.database.cursor() as cursor:
         for key in made:
-            query = "SELECT event FROM dagster.event_logs JOIN dagster.run_tags USING (run_id) WHERE run_tags.`key` = 'mail-pipelines/server' AND value = %s"
-            cursor.execute(query, key)
+            query = "SELECT event FROM dagster.event_logs JOIN dagster.run_tags USING (run_id) WHERE run_tags.`key` = %s AND value = %s"
+            cursor.execute(query, (run_tags.SERVER, key))
             events = [event for (event,) in cursor.fetchall()]
             assert [secret for secret in secrets if any(secret in event for event in events)] == []
             told = "\n".join(json.loads(event)["user_message"] for event in events)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.fleet import HOME, Fleet, bare, hosts_file, left_on, put
+from tests.infra.fleet import HOME, Fleet, bare, hosts_file, left_on, put, with_packages
 from tests.infra.installing import AS_UNIT
 from tests.parts.processes import wait_for
 
@@ -65,6 +65,8 @@ def test_each_failure_ends_with_its_reason_and_nothing_is_left(fleet: Fleet, tre
     centre.run("systemctl", "stop", "mail-pipelines-daemon")
     with ExitStack() as stack:
         on = dict(zip(("killed", "taken", "listed"), fleet.rack.values(), strict=True))
+        for one in on.values():
+            with_packages(one)
         on |= {name: bare(stack, installed, name, number, tree, tmp_path, size) for name, number, size in (("full", 31, "64M"), ("lacking", 32, "4G"))}
         on["lacking"].run("sh", "-c", "rm /var/cache/apt/archives/nftables_*")
         # Of another program of this host, where Exim is to listen.
