@@ -138,15 +138,14 @@ def with_packages(host: Machine) -> None:
     host.run("sh", "-c", f"mkdir -p {Path(VENV).parent} && ln -sfn /srv/python {VENV}")
 
 
-def hosts_file(installed: Installation, addresses: Iterable[str], **variables: str) -> str:
+def hosts_file(installed: Installation, addresses: Iterable[str]) -> str:
     """A source of these hosts, whose addresses are warmed up by the shortest curve."""
     lines = (installed.folder / "known_hosts").read_text(encoding="utf-8").splitlines()
     keys = {line.split()[0]: " ".join(line.split()[1:3]) for line in lines if line}
     hosts = "".join(f'  {{address = "{one}", key_file = "{HOME}/secrets/ssh", host_key = "{keys[one]}"}},\n' for one in addresses)
-    own = {"centre_addresses": [installed.centre.host.address], **variables}
-    return f'[[source]]\nname = "rack"\nkind = "inventory"\ncost_per_hour = 0.01\ncurve = "fast"\nhosts = [\n{hosts}]\n[variables]\n' + "".join(
-        f"{name} = {json.dumps(value)}\n" for name, value in own.items()
-    )
+    centre = json.dumps([installed.centre.host.address])
+    source = '[[source]]\nname = "rack"\nkind = "inventory"\ncost_per_hour = 0.01\ncurve = "fast"\n'
+    return f"{source}hosts = [\n{hosts}]\n[variables]\ncentre_addresses = {centre}\n"
 
 
 def left_on(host: Machine) -> str:
