@@ -25,7 +25,7 @@ REASONS = {
     "lacking": r"^play: the task 'Packages' failed: .*nftables",
     "killed": r"^play: the playbook was not played: it was ended by signal 9$",
     "taken": r"^play: the task .* failed: .*mail-pipelines-exim",
-    "listed": r"^verify: block lists: .*zen.spamhaus.org",
+    "listed": r"^verify: (.*; )?block lists: .*zen.spamhaus.org",
 }
 # Several servers at a time, each to its end, as runs of the job do it one by one; every line that is said.
 MAKE = """
