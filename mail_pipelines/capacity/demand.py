@@ -22,6 +22,9 @@ from mail_pipelines.database.models import Campaign, CampaignCounter, State
 from mail_pipelines.dispatch import holds, windows
 from mail_pipelines.dispatch.windows import Span, Windows
 
+# The states of campaigns that are planned for.
+PLANNED = ("sending", "scheduled", "building")
+
 
 @dataclass(frozen=True)
 class Job:

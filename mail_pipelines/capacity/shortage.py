@@ -13,7 +13,7 @@ from dataclasses import replace
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.capacity import far, health, in_force
+from mail_pipelines.capacity import demand, far, health, in_force
 from mail_pipelines.capacity.health_rules import Record
 from mail_pipelines.capacity.in_force import Kept
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign
@@ -75,7 +75,10 @@ def _far(kept: Kept) -> dict[str, Wanted]:
 
 
 def _near(connection: Connection, kept: Kept, curve: str | None) -> dict[str, Wanted]:
-    """The near plan knows only the servers that could send when it was made. One number of servers serves all campaigns of a pool."""
+    """The near plan knows only the servers that could send when it was made. One number of servers serves all campaigns of a pool.
+
+    It stays in force when all that it is for is over: then nothing is planned, and its orders are void.
+    """
     keys = pools.keys(connection)
     offer = kept.document.get("offer")
     if offer is None or offer["curve"] != curve:
@@ -84,7 +87,8 @@ def _near(connection: Connection, kept: Kept, curve: str | None) -> dict[str, Wa
     orders = {order["campaign"]: order for order in offer["orders"]}
     known = store.all_provisions(connection)
     found: dict[str, Wanted] = {}
-    for key, pool_id in connection.execute(sa.select(Campaign.key, Campaign.pool_id).where(Campaign.key.in_(orders))).tuples():
+    late = sa.select(Campaign.key, Campaign.pool_id).where(Campaign.key.in_(orders), Campaign.state.in_(demand.PLANNED))
+    for key, pool_id in connection.execute(late).tuples():
         pool, order = keys[pool_id], orders[key]
         coming = sum(
             one.pool in (pool, None if pool_id == DEFAULT_POOL else pool)

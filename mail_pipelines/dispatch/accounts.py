@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -27,6 +28,7 @@ from mail_pipelines.messages.keyring import derive
 _LONGEST_SCHEMA = 21
 _CANNOT_CREATE = 1396
 _NO_SUCH_CONNECTION = 1094
+_LOCK_SECONDS = 120
 _NO_RIGHTS = {1044, 1142, 1227, 1370, 1410}
 
 
@@ -146,9 +148,18 @@ def _name(engine: Engine, server_id: int) -> str:
     return f"{str(engine.url.database)[:_LONGEST_SCHEMA]}-{server_id}"
 
 
-def _administration(engine: Engine) -> Connection:
-    """A connection for statements that no transaction can hold."""
-    return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+@contextmanager
+def _administration(engine: Engine) -> Iterator[Connection]:
+    """A connection for statements that no transaction can hold: whoever makes or ends accounts waits for who is doing it. Raises `AccountError`."""
+    name = f"{str(engine.url.database)[:_LONGEST_SCHEMA]} accounts"
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if connection.exec_driver_sql("SELECT GET_LOCK(%s, %s)", (name, _LOCK_SECONDS)).scalar_one() != 1:
+            raise AccountError(f"somebody else has been at the accounts of servers for {_LOCK_SECONDS} s: repeat this later")
+        try:
+            yield connection
+        finally:
+            # The connection itself is kept for others.
+            connection.exec_driver_sql("SELECT RELEASE_LOCK(%s)", (name,))
 
 
 def _account(connection: Connection, server_id: int) -> str | None:

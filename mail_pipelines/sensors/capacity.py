@@ -13,7 +13,7 @@ from mail_pipelines.capacity import health, verdicts
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.dispatch import audit, registry, servers
-from mail_pipelines.jobs import audit_delivery_logs
+from mail_pipelines.jobs import audit_delivery_logs, send_campaign
 from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import proposals, store
 from mail_pipelines.provisioning.states import IN_SERVICE, At, State, Step
@@ -61,10 +61,9 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
             unread = _unread(connection, [one.key for one in living if one.at == _LEAVES])
         if any(one.state is State.WARMING for one in living):
             transact(engine, store.warmed)
-        busy: set[str] = set()
-        if due:
-            instance = instance_of(context)
-            busy = {run.tags.get(run_tags.SERVER, "") for job in (provision_server, retire_server) for run in unfinished(instance, job.name)}
+        # Before its log is read to the end it cannot go.
+        due = [one for one in due if one.key not in unread]
+        busy = _busy(instance_of(context), due) if due else set()
         requests = [run_request(provision) for provision in due if provision.key not in busy]
         if unread:
             known = set(instance_of(context).get_dynamic_partitions(partitions.servers.name or ""))
@@ -72,6 +71,16 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
         return dg.SensorResult(run_requests=requests, skip_reason=None if requests else dg.SkipReason("; ".join(said) or "no servers are wanted"))
 
     return capacity_shortage
+
+
+def _busy(instance: dg.DagsterInstance, due: Collection[Provision]) -> set[str]:
+    """Servers of which a run is under way that has to be waited for: one that makes or removes it; and one at a server itself that leaves, which would be cut
+    off from what it reports to with the server's accounts, and would hold up the end of its worker.
+    """
+    busy = {run.tags.get(run_tags.SERVER, "") for job in (provision_server, retire_server) for run in unfinished(instance, job.name)}
+    if leaving := {one.key for one in due if one.at == _LEAVES}:
+        busy |= leaving & {run.tags.get(run_tags.SERVER, "") for job in (send_campaign, audit_delivery_logs) for run in unfinished(instance, job.name)}
+    return busy
 
 
 def audit_request(key: str, end: Sequence[int]) -> dg.RunRequest:
@@ -88,7 +97,10 @@ def _unread(connection: sa.Connection, leaving: Collection[str]) -> dict[str, Se
     return {
         server.key: (server.health or {})["journal"]
         for server in servers.all_servers(connection)
-        if server.key in leaving and not registry.open_claims(connection, server.id) and audit.unread(server, standings.get(server.key))
+        if server.key in leaving
+        and server.state != registry.ServerState.LOST
+        and not registry.open_claims(connection, server.id)
+        and audit.unread(server, standings.get(server.key))
     }
 
 

@@ -14,7 +14,7 @@ from mail_pipelines.capacity.health_rules import Standing, rules
 from mail_pipelines.capacity.new_servers import NextSource
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import CampaignMinute, Provision, State
+from mail_pipelines.database.models import Campaign, CampaignMinute, Provision, State
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.provisioning import proposals, store
 from mail_pipelines.provisioning.block_lists import Look
@@ -356,6 +356,22 @@ def test_the_shortage_of_two_days_counts_on_what_new_servers_really_deliver(worl
     with reading(world.engine) as connection:
         found = shortage.wanted(connection, curve=None if source is None else source.curve)
     assert sum(one.servers for one in found) == servers_wanted
+
+
+def test_a_plan_whose_campaign_is_over_asks_for_no_servers(world: World) -> None:
+    """No other one is made when nothing is to be sent: this one stays in force until the next day."""
+    now = now_of(world)
+    servers.set_limits(world.engine, None, "*", {"per_second": 1.0})
+    number = add_campaign(world, "big", 60_000, finish_by=now + dt.timedelta(hours=5))
+    planning.make(world.engine, world.settings, now, NextSource("", 0.1))
+
+    def asked(state: str) -> int:
+        transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == number).values(state=state)))
+        with reading(world.engine) as connection:
+            return sum(one.servers for one in shortage.wanted(connection, curve=""))
+
+    assert asked("sending") > 0
+    assert [asked(state) for state in ("finished", "cancelled", "paused")] == [0, 0, 0]
 
 
 def test_servers_that_take_long_to_make_help_nobody_today(world: World) -> None:

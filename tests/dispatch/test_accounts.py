@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
@@ -318,6 +319,19 @@ def test_an_account_has_exactly_the_rights_of_the_table(theft: Theft) -> None:
     found = {re.sub(r"^GRANT (.*) ON (?:PROCEDURE )?`\w+`\.`(\w+)` TO .*$", r"\2", grant) for grant in granted[1:]}
     assert found == {view.name for view in VIEWS} | set(procedures.names())
     assert all(f" {schema}." in grant for grant in granted[1:])
+
+
+def test_accounts_that_are_made_at_the_same_time_disturb_neither_each_other_nor_who_sends(theft: Theft) -> None:
+    keys = ["s2", *(theft.world.server(f"made{number}").key for number in range(3))]
+    asked = 0
+    with ThreadPoolExecutor(len(keys)) as threads:
+        given = [threads.submit(theft.fleet.give, key) for key in keys * 2]
+        while not all(one.done() for one in given):
+            assert theft.call("release_rows", theft.others.ref.id, theft.other.id, "[]") == [[(0,)]]
+            asked += 1
+    for one in given:
+        one.result()
+    assert asked
 
 
 # --- what a thief cannot do -----------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from tests.parts.processes import stop
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATABASE, CENTRE, SERVER = "db.example.com", "centre.example.com", "mx1.example.com"
 PUBLIC, BOUNCES = "mail.example.com", "mx.example.com"
+# At the centre.
+SECRETS = "/var/lib/mail-pipelines/secrets"
 # As each unit has it: the project's own Python, user, folder and environment.
 AS_UNIT = (
     "cd /opt/mail-pipelines; set -a; . /etc/mail-pipelines/environment; "
@@ -171,6 +173,16 @@ def _world(host: Host, folder: Path) -> Iterator[World]:
         yield world
     finally:
         stop(process)
+
+
+def with_any_of(machine: Machine, secrets: set[str], *conditions: str) -> list[str]:
+    """Files of what the project has there, and of what others leave lying about, in which one of these is."""
+    machine.run("sh", "-c", "umask 077 && cat >/dev/shm/secrets", text="\n".join(secrets))
+    folders = ["/etc", "/run", "/tmp", "/var/lib/mail-pipelines", "/var/log", "/root"]
+    look = ["-type", "f", *conditions, "-exec", "grep", "--files-with-matches", "--fixed-strings", "--no-messages", "--file", "/dev/shm/secrets", "{}", "+"]
+    found = machine.run("find", *folders, "-xdev", *look, check=False).stdout.split()
+    machine.run("rm", "/dev/shm/secrets")
+    return sorted(found)
 
 
 def equip(files: Path, name: str, names: str, resolver: str, folder: Path) -> None:

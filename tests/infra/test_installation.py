@@ -16,7 +16,7 @@ from pathlib import Path
 import dkim
 import pytest
 
-from tests.infra.installing import BOUNCES, CENTRE, DATABASE, PUBLIC, ROOT, SERVER, Installation, Play
+from tests.infra.installing import BOUNCES, CENTRE, DATABASE, PUBLIC, ROOT, SECRETS, SERVER, Installation, Play, with_any_of
 from tests.infra.machine import Machine
 from tests.parts.processes import wait_for
 
@@ -62,7 +62,6 @@ content:
   body: |
     <p>Dear reader, <a href="{{ unsubscribe_url }}">Unsubscribe</a></p>
 """
-SECRETS = "/var/lib/mail-pipelines/secrets"
 
 
 def secrets_of(installation: Installation) -> set[str]:
@@ -72,16 +71,6 @@ def secrets_of(installation: Installation) -> set[str]:
     found += installation.centre.run("sh", "-c", f"cat {SECRETS}/*_key {SECRETS}/servers/mx1.[bpt]*").stdout.split()
     assert len(found) == 11
     return set(found)
-
-
-def with_any_of(machine: Machine, secrets: set[str], *conditions: str) -> list[str]:
-    """Files of what the project has there, and of what others leave lying about, in which one of these is."""
-    machine.run("sh", "-c", "umask 077 && cat >/dev/shm/secrets", text="\n".join(secrets))
-    folders = ["/etc", "/run", "/tmp", "/var/lib/mail-pipelines", "/var/log", "/root"]
-    look = ["-type", "f", *conditions, "-exec", "grep", "--files-with-matches", "--fixed-strings", "--no-messages", "--file", "/dev/shm/secrets", "{}", "+"]
-    found = machine.run("find", *folders, "-xdev", *look, check=False).stdout.split()
-    machine.run("rm", "/dev/shm/secrets")
-    return sorted(found)
 
 
 def password(installation: Installation, schema: str = "mail") -> str:

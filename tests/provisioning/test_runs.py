@@ -219,6 +219,22 @@ def test_the_log_of_a_server_that_goes_is_audited_at_once_and_once(world: World,
     assert not tick("propose").run_requests
 
 
+@pytest.mark.parametrize("work", ["audit_delivery_logs", "send_campaign"])
+def test_a_server_that_goes_keeps_its_accounts_until_its_own_runs_have_ended(
+    world: World, tick: Callable[..., dg.SensorResult], instance: dg.DagsterInstance, work: str
+) -> None:
+    key = world.request()
+    world.advance(key)
+    transact(world.engine, lambda connection: store.give_back(connection, key, "not wanted"))
+    transact(world.engine, lambda connection: connection.execute(sa.update(models.Provision).values(step="settle")))
+    assert asked(tick("propose")) == [("retire_server", key)]
+    job = build_defs().resolve_job_def(work)
+    running = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags=run_tags.server(key))
+    assert asked(tick("propose")) == []
+    instance.report_run_failed(running)
+    assert asked(tick("propose")) == [("retire_server", key)]
+
+
 def test_a_day_of_waiting_makes_few_runs(world: World, tick: Callable[..., dg.SensorResult], monkeypatch: pytest.MonkeyPatch) -> None:
     """Three servers are wanted all day, and nobody publishes their records before the evening. The time is simulated, the rest is real."""
     begin = dt.datetime.now(dt.UTC).replace(day=1, hour=0, minute=0)

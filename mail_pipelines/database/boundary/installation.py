@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 import sqlalchemy as sa
@@ -14,6 +15,7 @@ from mail_pipelines.database.procedures import installation as procedures
 
 # Which server calls is not for the caller to say.
 _SERVER = "p_server_id"
+_SECURITY = "SQL SECURITY DEFINER"
 
 
 def schema_of(connection: Connection) -> str:
@@ -35,9 +37,13 @@ def install(connection: Connection) -> None:
     for view in VIEWS:
         check = " WITH CASCADED CHECK OPTION" if view.checked else ""
         _run(connection, f"CREATE OR REPLACE SQL SECURITY DEFINER VIEW {own}.{_quoted(connection, view.name)} AS {_query(connection, view)}{check}")
+    there = _marks(connection)
     for name in procedures.names():
-        _run(connection, f"DROP PROCEDURE IF EXISTS {own}.{name}")
-        _run(connection, _wrapper(connection, name))
+        text = _wrapper(connection, name)
+        # Nobody can call it between the two: what is as it should be stays, for whoever is sending.
+        if there.get(name) != (mark := _mark(connection, text)):
+            _run(connection, f"DROP PROCEDURE IF EXISTS {own}.{name}")
+            _run(connection, text.replace(_SECURITY, f"{_SECURITY} COMMENT '{mark}'"))
 
     # Who drops a procedure takes away the rights to it; and what is new nobody may use yet.
     for account in connection.execute(sa.select(Server.account).where(Server.account.is_not(None))).scalars().all():
@@ -68,7 +74,19 @@ def _wrapper(connection: Connection, name: str) -> str:
     parameters = re.search(r"CREATE PROCEDURE \w+ \((.*?)\n\)", procedures.text(name), re.DOTALL)
     assert parameters is not None
     arguments = ", ".join(_me(connection) if argument == _SERVER else argument for argument in re.findall(r"\bp_\w+", parameters[1]))
-    return f"CREATE PROCEDURE {own}.{name} ({parameters[1]})\nSQL SECURITY DEFINER\nCALL {_central(connection)}.{name}({arguments})"
+    return f"CREATE PROCEDURE {own}.{name} ({parameters[1]})\n{_SECURITY}\nCALL {_central(connection)}.{name}({arguments})"
+
+
+def _mark(connection: Connection, text: str) -> str:
+    """What tells a procedure from every other one: its text, and whose rights it has."""
+    definer = connection.exec_driver_sql("SELECT CURRENT_USER()").scalar_one()
+    return hashlib.sha256(f"{definer}\n{text}".encode()).hexdigest()
+
+
+def _marks(connection: Connection) -> dict[str, str]:
+    """Those of the procedures that are there, by name; what was made before there were marks has another comment."""
+    query = sa.text("SELECT routine_name AS name, routine_comment AS mark FROM information_schema.routines WHERE routine_schema = :schema")
+    return {str(name): str(mark) for name, mark in connection.execute(query, {"schema": schema_of(connection)}).tuples()}
 
 
 def _central(connection: Connection) -> str:
