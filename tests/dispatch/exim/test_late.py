@@ -93,8 +93,7 @@ def unsubscribe(world: World) -> None:
 def test_a_late_message_goes_out_if_it_is_still_wanted(
     engine: sa.Engine, tmp_path: Path, running: Servers, decide: Callable[[World], None], left: State
 ) -> None:
-    # What a claim gives back is claimed again, however short a session lingers.
-    world = make_world(engine, tmp_path / "home", recipients=RECIPIENTS, kind="exim", linger_seconds=0)
+    world = make_world(engine, tmp_path / "home", recipients=RECIPIENTS, kind="exim")
     # Each has a domain of its own, so that none is held until another has been answered.
     address = sa.func.concat("person", Contact.id, "@slow", Contact.id, ".test")
     domain = sa.func.concat("slow", Contact.id, ".test")
