@@ -233,14 +233,17 @@ def starts(catcher: Running) -> None:
 def test_after_a_restore_nobody_is_mailed_twice_and_nobody_forgotten(
     opens: Opens, world: World, daemon: Daemon, running: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = world.server(connections=4, per_second=30.0)
+    server = world.server(connections=4, per_second=10.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     sessions = [SessionProcess(world, "s1", "first")]
     wait_for(lambda: len(world.kept()) > 20, seconds=90, what="sending")
     backup = tmp_path / "backup.sql"
     dump(world.engine, backup)
-    at_backup = len(world.kept())
+    at_backup, beat_at_backup = len(world.kept()), servers.last_beat(world.folders("s1"))
+    assert beat_at_backup is not None
     wait_for(lambda: len(world.kept()) > at_backup + 60, seconds=90, what="sending after the backup")
+    # A server process knows by its beats that the database went back, a session also by its claims.
+    wait_for(lambda: (servers.last_beat(world.folders("s1")) or beat_at_backup) > beat_at_backup, what="a beat after the backup")
 
     units = {
         "mail-pipelines-exim": (lambda: starts(catcher), catcher.stop),
@@ -256,7 +259,7 @@ def test_after_a_restore_nobody_is_mailed_twice_and_nobody_forgotten(
     operator.types()
     assert len(mailed) > sum(count for state, count in world.states().items() if state is State.DELIVERED) + 40
     # A server that somebody starts now says so, and ends.
-    too_early = subprocess.run([sys.executable, "-m", "mail_pipelines", "catcher", "run", "s1"], capture_output=True, text=True)
+    too_early = subprocess.run([sys.executable, "-m", "mail_pipelines", "catcher", "run", "s1"], capture_output=True, text=True, timeout=60)
     assert too_early.returncode == 1
     operator.sees(too_early.stderr)
     recovering = operator.types_and_waits()
