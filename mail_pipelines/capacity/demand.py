@@ -22,8 +22,9 @@ from mail_pipelines.database.models import Campaign, CampaignCounter, State
 from mail_pipelines.dispatch import holds, windows
 from mail_pipelines.dispatch.windows import Span, Windows
 
-# The states of campaigns that are planned for.
-PLANNED = ("sending", "scheduled", "building")
+# The states of campaigns that are still to begin, and of those that are planned for.
+COMING = ("scheduled", "building")
+PLANNED = ("sending", *COMING)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Demand:
 
 def needed(connection: Connection, now: dt.datetime) -> bool:
     """Whether there is anything to plan: a campaign that is sending, or one that starts within the horizon."""
-    soon = sa.and_(Campaign.state.in_(("scheduled", "building")), Campaign.start_at <= now + dt.timedelta(hours=HOURS))
+    soon = sa.and_(Campaign.state.in_(COMING), Campaign.start_at <= now + dt.timedelta(hours=HOURS))
     return connection.execute(sa.select(Campaign.id).where(sa.or_(Campaign.state == "sending", soon)).limit(1)).first() is not None
 
 
@@ -87,7 +88,7 @@ def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_s
         if (deferred := by_state.get(State.DEFERRED, 0)) > 0:
             demands.append(Demand(job, provider, deferred, second + retry_seconds))
     soon = now + dt.timedelta(seconds=horizon_seconds)
-    scheduled = _jobs(connection, Campaign.state.in_(("scheduled", "building")), Campaign.start_at <= soon)
+    scheduled = _jobs(connection, Campaign.state.in_(COMING), Campaign.start_at <= soon)
     sizes, expected = expected_sizes(connection, list(scheduled)), _expected_spans(connection, scheduled, second + horizon_seconds)
     jobs = [job for job in sending.values() if any(demand.job.id == job.id for demand in demands)]
     for job in scheduled.values():

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.campaigns.send_window import SendWindow
-from mail_pipelines.capacity.demand import expected_sizes
+from mail_pipelines.capacity.demand import COMING, expected_sizes
 from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet, Limits
 from mail_pipelines.capacity.horizon import DAY
@@ -172,7 +172,7 @@ def _window(document: Mapping[str, Any] | None) -> SendWindow | None:
 def _coming(connection: Connection, now: dt.datetime) -> list[Mailing]:
     """Scheduled campaigns, and what is left of those that are sending, which counts as today's."""
     until = now + dt.timedelta(days=DAYS)
-    scheduled = (Campaign.state.in_(("scheduled", "building")), Campaign.start_at < until)
+    scheduled = (Campaign.state.in_(COMING), Campaign.start_at < until)
     rows = connection.execute(sa.select(Campaign.id, Campaign.pool_id, Campaign.start_at, Campaign.send_window).where(*scheduled)).all()
     sizes = expected_sizes(connection, [row.id for row in rows])
     found = [Mailing(row.pool_id, row.start_at.date(), sizes[row.id], _window(row.send_window)) for row in rows if row.id in sizes]

@@ -83,6 +83,30 @@ def test_a_database_server_that_is_away_is_named_without_its_password() -> None:
     assert "topsecret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "without"),
+    [
+        ("mysql+pymysql://mail@127.0.0.1:3306/mail", True),
+        ("mysql+pymysql://mail@localhost/mail", True),
+        ("mysql+pymysql://mail@127.0.0.1/mail?ssl_ca=/etc/ca.pem", False),
+        ("mysql+pymysql://mail@10.0.0.1/mail", False),
+    ],
+)
+def test_only_a_database_on_the_same_host_is_spoken_to_without_tls(url: str, without: bool) -> None:
+    asked: dict[str, object] = {}
+    engine = create_engine(url)
+
+    @sa.event.listens_for(engine, "do_connect")
+    def connect(_dialect: object, _record: object, _words: object, options: dict[str, object]) -> None:
+        asked.update(options)
+        raise ConnectionRefusedError
+
+    with pytest.raises(ConnectionRefusedError):
+        engine.connect()
+    assert asked.get("ssl_disabled", False) is without
+    assert ("ssl" in asked) is ("ssl_ca" in url)
+
+
 def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "central.sqlite3"
     folder.mkdir()
