@@ -27,7 +27,7 @@ import yaml
 
 from mail_pipelines.contacts import fields
 from mail_pipelines.contacts.fields import FieldType
-from mail_pipelines.keys import check_key
+from mail_pipelines.keys import InvalidKey, check_key
 from mail_pipelines.sources.errors import DeclarationError
 
 FOLDER = "sources"
@@ -173,7 +173,10 @@ class Source(Form):
 
     @pydantic.model_validator(mode="after")
     def _is_usable(self) -> Source:
-        check_key(self.name, "source name")
+        try:
+            check_key(self.name, "source name")
+        except InvalidKey as error:
+            raise ValueError(f"name: {error}") from None
         if len(self.name) > NAME_LENGTH:
             raise ValueError(f"name: more than {NAME_LENGTH} characters")
         if not self.sections:
@@ -190,7 +193,7 @@ def parse(text: str, where: str) -> Source:
     try:
         tree = yaml.safe_load(text)
         if not isinstance(tree, Mapping):
-            raise DeclarationError(f"{where}: expected a mapping with name, kind, connection and contacts or suppressions")
+            raise DeclarationError(f"expected a mapping with name, kind, connection and contacts or suppressions")
         source = Source.model_validate(tree)
         for resource in source.sections.values():
             kinds.check_form(source.kind, source.connection, resource.read)
@@ -199,9 +202,7 @@ def parse(text: str, where: str) -> Source:
         raise DeclarationError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}no valid YAML") from error
     except pydantic.ValidationError as error:
         raise DeclarationError(f"{where}: {first_problem(error)}") from None
-    except DeclarationError:
-        raise
-    except ValueError as error:
+    except (ValueError, DeclarationError) as error:
         raise DeclarationError(f"{where}: {error}") from None
     return source
 

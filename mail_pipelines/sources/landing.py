@@ -137,7 +137,11 @@ def _names(page: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _has(record: Mapping[str, Any], path: str) -> bool:
-    return path in record or _nested(record, path) is not None or (path.partition(".")[0] in record and "." in path)
+    if path in record:
+        return True
+    outer, _, name = path.rpartition(".")
+    within = _nested(record, outer) if outer else None
+    return isinstance(within, Mapping) and name in within
 
 
 def _nested(record: Mapping[str, Any], path: str) -> Any:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Engine
 from mail_pipelines.contacts.portions import portions
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import transact
-from mail_pipelines.dispatch.files import only_one
+from mail_pipelines.dispatch.files import is_locked, only_one
 from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.sources import cursor, deleting, landing, merging, status, suppressing
 from mail_pipelines.sources.declaration import FOLDER, Contacts, Section, Source, Suppressions
@@ -47,6 +47,15 @@ def reject_path(home: Path, source: str, section: Section) -> Path:
     return work_folder(home) / f"{source}.{section}.rejected.csv"
 
 
+def _lock(home: Path, source: str) -> Path:
+    return work_folder(home) / f"{source}.lock"
+
+
+def is_running(home: Path, source: str) -> bool:
+    """Whether a process of this host is reading the source now."""
+    return is_locked(_lock(home, source))
+
+
 def run(
     engine: Engine,
     home: Path,
@@ -64,7 +73,7 @@ def run(
     resource = source.sections[section]
     folder = work_folder(home)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / f"{source.name}.lock", f"source {source.name}"):
+    with only_one(_lock(home, source.name), f"source {source.name}"):
         now = dt.datetime.now(dt.UTC)
         before = status.read(engine, source.name, section)
         status.change(engine, source.name, section, now, run=before.run + 1, begun_at=now.isoformat())

@@ -22,6 +22,7 @@ from mail_pipelines.sources.errors import GuardStopped, SourceError
 from mail_pipelines.sources.running import Report
 from tests.sources.conftest import Declare, contacts, subscribed
 
+pytestmark = pytest.mark.slow
 Sync = Callable[..., Report]
 NOW = dt.datetime(2026, 11, 2, 9, 30, tzinfo=dt.UTC)
 ROWS = [
