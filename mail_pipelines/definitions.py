@@ -51,7 +51,16 @@ def build_defs(
     given: dict[str, Any] = {"database": CentralDatabase(), "server": DispatchServer(), "provisioning": Provisioning(), **(resources or {})}
     return dg.Definitions(
         assets=[*dg.load_assets_from_modules([audience, sending, delivery, capacity, reporting]), *synced.synced_assets(declared)],
-        jobs=[*jobs.ALL, *sync, maintenance.maintenance, maintenance.close_open_rows, maintenance.import_contacts, read_inbound_mail, provision_server, retire_server],
+        jobs=[
+            *jobs.ALL,
+            *sync,
+            maintenance.maintenance,
+            maintenance.close_open_rows,
+            maintenance.import_contacts,
+            read_inbound_mail,
+            provision_server,
+            retire_server,
+        ],
         sensors=_sensors(given["database"], given["provisioning"], operation.sensor_seconds),
         schedules=[*schedules.all_schedules(operation), *(schedule for job in sync for schedule in schedules.sync_schedules(declared, job))],
         resources=given,

@@ -111,5 +111,3 @@ def status(
             table.add_row(source.name, section, standing.good_at or "never", age, *(f"{number:,}" for number in numbers), standing.cursor or "", escape(wrong))
     if not as_json:
         console.print(table)
-
-

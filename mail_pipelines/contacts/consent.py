@@ -134,7 +134,9 @@ def _lists_in(scope: Scope) -> list[sa.ColumnElement[bool]]:
 
 
 def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
-    """Forget a person: the contact, its subscriptions and what ties it to external sources go, the suppression of the address stays. False if there is no such contact.
+    """Forget a person: the contact, its subscriptions and what ties it to external sources go, the suppression of the address stays.
+
+    False if there is no such contact.
 
     The ledger, the events and their sums keep the number of the contact, which then names nobody.
     """

@@ -100,9 +100,10 @@ def merge(
 ) -> Outcome:
     """Insert or update at most `bulk.CHUNK_ROWS` contacts (columns of `STAGED`, addresses distinct) and subscribe them to the list, if there is one.
 
-    Subscriptions made say `source`. Where `taken` is given it says which of a known contact's values are taken over; otherwise all are. Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that
-    changed get a row in the change feed. With `mostly_new` the rows are inserted first and only those that were there already
-    are looked at, which is faster if they are few and slower if they are many.
+    Subscriptions made say `source`. Where `taken` is given it says which of a known contact's values are taken over;
+    otherwise all are. Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that changed get a
+    row in the change feed. With `mostly_new` the rows are inserted first and only those that were there already are looked at, which is faster if they
+    are few and slower if they are many.
     """
     for attempt in itertools.count(1):
         try:
@@ -114,9 +115,7 @@ def merge(
     raise AssertionError("unreachable")
 
 
-def _merge(
-    connection: Connection, rows: pa.Table, list_id: int | None, now: dt.datetime, mostly_new: bool, source: str, taken: Taken | None
-) -> Outcome:
+def _merge(connection: Connection, rows: pa.Table, list_id: int | None, now: dt.datetime, mostly_new: bool, source: str, taken: Taken | None) -> Outcome:
     inserted = updated = unchanged = 0
     erased: frozenset[int] = frozenset()
     changed: list[sa.Select[Any]] = []

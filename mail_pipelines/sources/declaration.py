@@ -193,7 +193,7 @@ def parse(text: str, where: str) -> Source:
     try:
         tree = yaml.safe_load(text)
         if not isinstance(tree, Mapping):
-            raise DeclarationError(f"expected a mapping with name, kind, connection and contacts or suppressions")
+            raise DeclarationError("expected a mapping with name, kind, connection and contacts or suppressions")
         source = Source.model_validate(tree)
         for resource in source.sections.values():
             kinds.check_form(source.kind, source.connection, resource.read)

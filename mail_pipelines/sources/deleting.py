@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -31,8 +32,8 @@ def note_missing(engine: Engine, source: str, run: int) -> None:
         if not ids:
             return
 
-        def work(connection: Connection, ids: object = ids) -> None:
-            for some in slices(ids):  # type: ignore[arg-type]
+        def work(connection: Connection, ids: Sequence[str] = ids) -> None:
+            for some in slices(ids):
                 mine = sa.and_(SourceContact.source == source, SourceContact.external_id.in_(some))
                 connection.execute(sa.update(SourceContact).where(mine).values(state=MISSING))
 
@@ -43,7 +44,7 @@ def standing(engine: Engine, source: str) -> tuple[int, int]:
     """How many records are missing, and how many there were with them."""
     with reading(engine) as connection:
         query = sa.select(SourceContact.state, sa.func.count()).where(SourceContact.source == source).group_by(SourceContact.state)
-        counts = {state: count for state, count in connection.execute(query).tuples()}
+        counts = dict(connection.execute(query).tuples().all())
     missing = counts.get(MISSING, 0)
     return missing, missing + counts.get(PRESENT, 0)
 
@@ -61,15 +62,15 @@ def carry_out(engine: Engine, source: Source, resource: Contacts, target: lists.
     query = sa.select(SourceContact.external_id, SourceContact.contact_id).where(SourceContact.source == source.name, SourceContact.state == MISSING)
     while True:
         with reading(engine) as connection:
-            rows = connection.execute(query.order_by(SourceContact.external_id).limit(CHUNK_ROWS)).all()
+            rows = connection.execute(query.order_by(SourceContact.external_id).limit(CHUNK_ROWS)).tuples().all()
         if not rows:
             return ended
 
-        def work(connection: Connection, rows: object = rows) -> int:
-            ids, contact_ids = zip(*rows, strict=True)  # type: ignore[call-overload]
+        def work(connection: Connection, rows: Sequence[tuple[str, int]] = rows) -> int:
+            ids, contact_ids = [row[0] for row in rows], {row[1] for row in rows}
             for some in slices(ids):
                 mine = sa.and_(SourceContact.source == source.name, SourceContact.external_id.in_(some))
                 connection.execute(sa.update(SourceContact).where(mine).values(state=GONE))
-            return end_subscriptions(connection, source.name, set(contact_ids), target, now=now) if rule.then == "end" else 0
+            return end_subscriptions(connection, source.name, contact_ids, target, now=now) if rule.then == "end" else 0
 
         ended += transact(engine, work)

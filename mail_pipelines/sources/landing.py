@@ -95,8 +95,8 @@ def _pipeline(staging: Staging, folder: Path, *, anew: bool = False) -> Any:
     if anew:
         shutil.rmtree(folder / staging.name, ignore_errors=True)
 
-    @dlt.destination(batch_size=_BATCH_ROWS, loader_file_format="parquet", name="staging", naming_convention="direct", skip_dlt_columns_and_tables=True)
-    def destination(batch: pa.RecordBatch, table: Mapping[str, Any]) -> None:
+    @dlt.destination(batch_size=_BATCH_ROWS, loader_file_format="parquet", name="staging", naming_convention="direct", skip_dlt_columns_and_tables=True)  # type: ignore[untyped-decorator]
+    def destination(batch: pa.RecordBatch, table: Mapping[str, Any]) -> None:  # noqa: ARG001 (dlt gives it)
         import pyarrow as pa
 
         staging.write(batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch]))

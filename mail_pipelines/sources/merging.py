@@ -149,9 +149,7 @@ class Merge:
         taken = self._taken(by_hash)
         erased: set[int] = set()
         for list_id, chosen in self._split(prepared.rows, subscribing):
-            outcome = merging.merge(
-                self.engine, chosen, list_id=list_id, now=self.now, mostly_new=self._mostly_new, source=self.source.name, taken=taken
-            )
+            outcome = merging.merge(self.engine, chosen, list_id=list_id, now=self.now, mostly_new=self._mostly_new, source=self.source.name, taken=taken)
             self._mostly_new = outcome.inserted > chosen.num_rows // 2
             tally.counts.update(inserted=outcome.inserted, updated=outcome.updated, unchanged=outcome.unchanged)
             erased |= outcome.erased
@@ -254,9 +252,7 @@ class Merge:
 
         def taken(digest: bytes, updated_at: dt.datetime, stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             newer = theirs_is_newer(digest, updated_at)
-            return {
-                key: value for key, value in given.items() if stored.get(key) is None or rules[key] == "theirs" or (rules[key] == "newest" and newer)
-            }
+            return {key: value for key, value in given.items() if stored.get(key) is None or rules[key] == "theirs" or (rules[key] == "newest" and newer)}
 
         return taken
 
@@ -311,9 +307,7 @@ class Merge:
         if changed.rowcount:
             changes.record(connection, [contact_id], "upsert", now=self.now)
 
-    def _link(
-        self, connection: Connection, latest: Mapping[str, _Record], seen: Sequence[str], gone: Sequence[str], subscribing: Collection[bytes]
-    ) -> None:
+    def _link(self, connection: Connection, latest: Mapping[str, _Record], seen: Sequence[str], gone: Sequence[str], subscribing: Collection[bytes]) -> None:
         """Record which contact each id is, with the version now in; who was seen; who is marked as deleted; and on what evidence people are subscribed."""
         by_hash: dict[bytes, list[_Record]] = {}
         for record in latest.values():
@@ -455,4 +449,3 @@ def moment(text: str | None) -> dt.datetime | None:
 def _general(reason: str) -> str:
     """A reason to count by: without the letter that stands in it."""
     return re.sub(r"'.' cannot stand", "a character cannot stand", reason)
-

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.engine import Engine
 
@@ -135,11 +136,9 @@ def _merge_all(
     return landed
 
 
-def _merger(
-    engine: Engine, source: Source, resource: Contacts | Suppressions, run: int, first: object, now: dt.datetime
-) -> Callable[..., list[tuple[str, str]]]:
+def _merger(engine: Engine, source: Source, resource: Contacts | Suppressions, run: int, first: Any, now: dt.datetime) -> Callable[..., list[tuple[str, str]]]:
     if isinstance(resource, Contacts):
-        target = merging.declare(engine, resource, first, now)  # type: ignore[arg-type]
+        target = merging.declare(engine, resource, first, now)
         return merging.Merge(engine, source, resource, target, run=run, now=now).chunk
     scope = transact(engine, lambda connection: suppressing.scope_of(connection, resource, now))
     return lambda rows, tally: suppressing.chunk(engine, resource, scope, rows, tally, now)

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 POSITION = "position"
 SUFFIX = "_staging"
 _DENIED = {1044, 1045, 1142, 1227}
-_OPTIONS = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mariadb_engine": "InnoDB", "mariadb_charset": "utf8mb4"}
+_OPTIONS: dict[str, Any] = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mariadb_engine": "InnoDB", "mariadb_charset": "utf8mb4"}
 _LANDINGS = sa.Table(
     "landings",
     sa.MetaData(),
     sa.Column("name", ascii_string(64), primary_key=True),
     sa.Column("value", LongText, nullable=False),
-    **_OPTIONS,  # type: ignore[arg-type]
+    **_OPTIONS,
 )
 
 
@@ -108,7 +108,9 @@ class Staging:
             if not found:
                 return
             columns = zip(*found, strict=True)
-            yield pa.table([pa.array(column, pa.int64() if name == POSITION else pa.string()) for name, column in zip(names, columns, strict=True)], names=names)
+            yield pa.table(
+                [pa.array(column, pa.int64() if name == POSITION else pa.string()) for name, column in zip(names, columns, strict=True)], names=names
+            )
             after = found[-1][0]
 
     def clear(self) -> None:
@@ -118,7 +120,7 @@ class Staging:
             sa.Table(self.name, sa.MetaData()).drop(connection, checkfirst=True)
 
     def _table(self, columns: Any) -> sa.Table:
-        texts = [sa.Column(name, LongText) for name in columns]
+        texts: list[sa.Column[Any]] = [sa.Column(name, LongText) for name in columns]
         return sa.Table(self.name, sa.MetaData(), sa.Column(POSITION, sa.BigInteger, primary_key=True, autoincrement=False), *texts, **_OPTIONS)
 
 

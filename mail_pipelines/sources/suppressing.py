@@ -67,8 +67,6 @@ def chunk(engine: Engine, resource: Suppressions, scope: Scope, rows: pa.Table, 
 
     added = transact(engine, work)
     distinct = sum(map(len, by_reason.values()))
-    tally.counts.update(
-        read=rows.num_rows, inserted=added, unchanged=distinct - added, duplicates=rows.num_rows - len(rejects) - distinct
-    )
+    tally.counts.update(read=rows.num_rows, inserted=added, unchanged=distinct - added, duplicates=rows.num_rows - len(rejects) - distinct)
     tally.rejected.update(rejects.values())
     return [(str(position), reason) for position, reason in sorted(rejects.items())]

@@ -99,6 +99,8 @@ def test_a_cursor_from_the_future_stops_nothing() -> None:
         cursor.highest(["soon"], None, now)
 
 
-@pytest.mark.parametrize(("text", "marked"), [("true", True), ("1", True), ("2026-01-01T00:00:00Z", True), ("false", False), ("0", False), ("", False), (None, False)])
+@pytest.mark.parametrize(
+    ("text", "marked"), [("true", True), ("1", True), ("2026-01-01T00:00:00Z", True), ("false", False), ("0", False), ("", False), (None, False)]
+)
 def test_what_marks_a_record_as_deleted(text: str | None, marked: bool) -> None:
     assert is_marked(text) is marked

@@ -211,7 +211,7 @@ def test_a_source_that_deletes_everything_stops_and_asks(engine: sa.Engine, fold
     sync(given)
     write(folder, people[:2])
     for _ in range(2):
-        with pytest.raises(GuardStopped, match="28 of 30 records are gone.*--accept-deletions"):
+        with pytest.raises(GuardStopped, match=r"28 of 30 records are gone.*--accept-deletions"):
             sync(given)
     assert len(subscribed(engine)) == 30
     standing = status.read(engine, "crm", "contacts")

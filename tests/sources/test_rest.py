@@ -170,7 +170,7 @@ def test_a_column_that_vanishes_is_an_error_only_if_it_has_the_addresses(engine:
     assert sync(source, whole=True).standing.counts["unchanged"] == 120
     for row in crm.contacts:
         row["properties"] = {"e_mail": row["properties"]["mail"]}
-    with pytest.raises(SourceError, match="no column 'properties.mail' any more"):
+    with pytest.raises(SourceError, match=r"no column 'properties\.mail' any more"):
         sync(source, whole=True)
     assert len(subscribed(engine)) == 120
 

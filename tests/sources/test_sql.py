@@ -31,7 +31,7 @@ def shop(engine: sa.Engine, tmp_path: Path, request: pytest.FixtureRequest) -> I
     table = sa.Table(
         "customers",
         sa.MetaData(),
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("mail", sa.String(200)),
         sa.Column("name", sa.String(200)),
         sa.Column("spent", sa.Numeric(10, 2)),

@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any, Literal
 
+import pydantic
+
 from mail_pipelines.sources.declaration import EnvironmentName, Form
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.kinds import Wanted
@@ -23,8 +25,8 @@ class Connection(Form):
     """`options` go to fsspec as they are, `secrets` with the values of environment variables."""
 
     url: str
-    options: dict[str, str | int | bool] = {}
-    secrets: dict[str, EnvironmentName] = {}
+    options: dict[str, str | int | bool] = pydantic.Field(default={})
+    secrets: dict[str, EnvironmentName] = pydantic.Field(default={})
 
 
 class Read(Form):

@@ -52,7 +52,9 @@ class PatientSession(requests.Session):
                 self._read(response)
             except requests.RequestException as error:
                 if attempt == ATTEMPTS:
-                    raise SourceError(f"the source does not answer ({type(error).__name__}), {ATTEMPTS} times in a row: check its address and the network") from None
+                    raise SourceError(
+                        f"the source does not answer ({type(error).__name__}), {ATTEMPTS} times in a row: check its address and the network"
+                    ) from None
             else:
                 if response.status_code not in _AGAIN or attempt == ATTEMPTS:
                     return response
@@ -71,7 +73,7 @@ class PatientSession(requests.Session):
                 raise SourceError(f"an answer of the source does not end ({size:,} bytes so far): ask for smaller pages")
             pieces.append(piece)
         response._content = b"".join(pieces)
-        response._content_consumed = True  # type: ignore[attr-defined]
+        response._content_consumed = True
 
 
 def retry_after(header: str | None, now: dt.datetime) -> float | None:

@@ -38,7 +38,7 @@ class Auth(Form):
 
 class Connection(Form):
     url: str
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = pydantic.Field(default={})
     auth: Auth | None = None
     first_wait_seconds: float = pydantic.Field(default=1.0, gt=0, description="wait before a request that failed is made again; doubled each time")
 
@@ -48,7 +48,7 @@ class Read(Form):
 
     path: str
     method: Literal["GET", "POST"] = "GET"
-    params: dict[str, str | int | bool] = {}
+    params: dict[str, str | int | bool] = pydantic.Field(default={})
     body: dict[str, Any] | None = None
     records: str | None = None
     paging: dict[str, Any] | None = None
@@ -57,7 +57,7 @@ class Read(Form):
 
 
 def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
-    from dlt.sources.helpers.rest_client import RESTClient
+    from dlt.sources.helpers.rest_client.client import RESTClient
     from dlt.sources.rest_api.config_setup import create_paginator
 
     from mail_pipelines.sources.kinds.http import PatientSession, check_status
@@ -70,9 +70,7 @@ def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
     client = RESTClient(connection.url, headers=dict(connection.headers), auth=_auth(connection.auth, wanted), paginator=paginator, session=session)
     params = {**read.params, **({read.since_param: wanted.since} if read.since_param and wanted.since else {})}
     seen = b""
-    pages = client.paginate(
-        read.path, method=read.method, params=params, json=read.body, data_selector=read.records, hooks={"response": [check_status]}
-    )
+    pages = client.paginate(read.path, method=read.method, params=params, json=read.body, data_selector=read.records, hooks={"response": [check_status]})
     for number, page in enumerate(pages, 1):
         digest = hashlib.blake2b(page.response.content, digest_size=16).digest()
         if page and digest == seen:

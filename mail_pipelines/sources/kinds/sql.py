@@ -41,9 +41,13 @@ def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
             address = address.set(password=wanted.secret(connection.password_env))
         engine = sa.create_engine(address, hide_parameters=True)
     except (sa.exc.ArgumentError, ImportError) as error:
-        raise SourceError(f"the database's URL cannot be used: {type(error).__name__}; expected DIALECT+DRIVER://USER@HOST/NAME of an installed driver") from None
+        raise SourceError(
+            f"the database's URL cannot be used: {type(error).__name__}; expected DIALECT+DRIVER://USER@HOST/NAME of an installed driver"
+        ) from None
 
-    def chosen(query: Any, table: Any) -> Any:
+    def chosen(_query: Any, table: Any) -> Any:
+        if missing := [name for name in wanted.columns if name not in table.c]:
+            raise SourceError(f"the source has no column {missing[0]!r} any more; its columns: {', '.join(column.name for column in table.c)}")
         query = sa.select(*(table.c[name] for name in wanted.columns))
         if wanted.cursor and wanted.since is not None:
             column = table.c[wanted.cursor]
@@ -59,7 +63,6 @@ def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
             backend="pyarrow",
             chunk_size=_ROWS,
             reflection_level="full",
-            included_columns=list(wanted.columns),
             query_adapter_callback=chosen,
         )
         yield from given
