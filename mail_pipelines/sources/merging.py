@@ -359,7 +359,9 @@ class Merge:
     def _evidence(self, connection: Connection, people: Sequence[tuple[int, _Record]]) -> None:
         words = self.resource.consent.evidence
         common = {"source": self.source.name, "recorded_at": self.now.isoformat()} | ({"evidence": words} if words else {})
-        rows = [(contact_id, json.dumps(common | ({"at": record.evidence[:64]} if record.evidence else {}))) for contact_id, record in people]
+        # Most say the same.
+        written = {at: json.dumps(common | ({"at": at[:64]} if at else {})) for at in {record.evidence for _, record in people}}
+        rows = [(contact_id, written[record.evidence]) for contact_id, record in people]
         if rows:
             import pyarrow as pa
 
