@@ -31,6 +31,7 @@ from mail_pipelines.commands import (
     server_dns,
     server_verify,
     simulate,
+    source,
     unknown,
     why,
     worker,
@@ -43,6 +44,7 @@ app.add_typer(home.app)
 app.add_typer(recover.app)
 app.add_typer(contact.app, name="contact")
 app.add_typer(segment.app, name="segment")
+app.add_typer(source.app, name="source")
 app.add_typer(campaign.app, name="campaign")
 app.add_typer(hold.app, name="hold")
 app.command("release")(hold.release)

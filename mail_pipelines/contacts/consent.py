@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.contacts import changes
 from mail_pipelines.contacts.addresses import normal_domain
 from mail_pipelines.contacts.sets import insert_if_absent, slices
-from mail_pipelines.database.models import Contact, ContactList, Subscription, Suppression
+from mail_pipelines.database.models import Contact, ContactList, SourceContact, Subscription, Suppression
 from mail_pipelines.errors import MailPipelinesError
 
 ScopeKind = Literal["all", "brand", "list"]
@@ -134,7 +134,9 @@ def _lists_in(scope: Scope) -> list[sa.ColumnElement[bool]]:
 
 
 def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
-    """Forget a person: the contact and its subscriptions go, the suppression of the address stays. False if there is no such contact.
+    """Forget a person: the contact, its subscriptions and what ties it to external sources go, the suppression of the address stays.
+
+    False if there is no such contact.
 
     The ledger, the events and their sums keep the number of the contact, which then names nobody.
     """
@@ -143,6 +145,7 @@ def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
         return False
     suppress(connection, [address_hash], reason="erased", now=now)
     connection.execute(sa.delete(Subscription).where(Subscription.contact_id == contact_id))
+    connection.execute(sa.delete(SourceContact).where(SourceContact.contact_id == contact_id))
     connection.execute(sa.delete(Contact).where(Contact.id == contact_id))
     changes.record(connection, [contact_id], "delete", now=now)
     return True
