@@ -23,6 +23,7 @@ from mail_pipelines.commands import (
     home,
     inbound,
     metrics,
+    migrate,
     plan,
     pool,
     recover,
@@ -42,6 +43,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(home.app)
 app.add_typer(recover.app)
 app.add_typer(contact.app, name="contact")
+app.command("migrate")(migrate.migrate)
 app.add_typer(segment.app, name="segment")
 app.add_typer(campaign.app, name="campaign")
 app.add_typer(hold.app, name="hold")

@@ -59,7 +59,7 @@ class ImportReport:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """A column that is imported: its place, its name in the file, and the field it becomes, or `TIME_ZONE`."""
 
     place: int
@@ -68,7 +68,7 @@ class _Column:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A batch ready to be merged: `rows` in the columns of `merging.STAGED`, one a contact; `repeated` the lines whose address an earlier batch had."""
 
     rows: pa.Table
@@ -136,14 +136,14 @@ def import_file(
 # --- columns ----------------------------------------------------------------------------------------------------
 
 
-def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping[str, FieldType]) -> tuple[int, list[_Column]]:
+def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping[str, FieldType]) -> tuple[int, list[Column]]:
     """The place of the column with the addresses, and the columns that become fields. Raises `ContactFileError` or `FieldError`."""
     names = [name for name in file.columns if name]
     for name in mapping:
         if name not in names:
             raise ContactFileError(f"the file has no column {name!r}; {nearest(name, names)}")
     email = _address_column(names, mapping)
-    columns: dict[str, _Column] = {}
+    columns: dict[str, Column] = {}
     for place, name in enumerate(file.columns):
         key = mapping.get(name, name)
         if name == email or not key:
@@ -159,7 +159,7 @@ def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping
             raise fields.FieldError(f"column {name!r}: {error}; give it one with --map '{name}=KEY', or leave it out with --map '{name}='") from None
         if key in columns:
             raise ContactFileError(f"columns {columns[key].name!r} and {name!r} both become the field {key!r}; give one another key with --map")
-        columns[key] = _Column(place, name, key)
+        columns[key] = Column(place, name, key)
     for key in types:
         if key not in columns:
             raise fields.FieldError(f"no column of the file becomes the field {key!r}; {nearest(key, list(columns))}")
@@ -181,7 +181,7 @@ def _declare(
     connection: Connection,
     file: ContactFile,
     first: Batch | None,
-    columns: Sequence[_Column],
+    columns: Sequence[Column],
     types: Mapping[str, FieldType],
     list_name: str,
     now: dt.datetime,
@@ -202,13 +202,14 @@ def _declare(
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-def _prepare_all(batches: Iterator[Batch], email: int, columns: Sequence[_Column], types: Mapping[str, FieldType]) -> Iterator[_Prepared]:
-    seen = _Seen()
+def _prepare_all(batches: Iterator[Batch], email: int, columns: Sequence[Column], types: Mapping[str, FieldType]) -> Iterator[Prepared]:
+    seen = Seen()
     for batch in batches:
-        yield _prepare(batch, email, columns, types, seen)
+        yield prepare(batch, email, columns, types, seen)
 
 
-def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mapping[str, FieldType], seen: _Seen) -> _Prepared:
+def prepare(batch: Batch, email: int, columns: Sequence[Column], types: Mapping[str, FieldType], seen: Seen) -> Prepared:
+    """Check and normalise a batch whose column number `email` holds the addresses; rows with a problem become rejects."""
     import pyarrow as pa
 
     problems: dict[int, list[str]] = {}
@@ -264,7 +265,7 @@ def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mappin
     # In the order of the unique index, which is then written page by page.
     rows = rows.sort_by("address_hash")
     rejects = batch.rejects + [Reject(batch.lines[row], "; ".join(reasons)) for row, reasons in problems.items()]
-    return _Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), sum(map(len, earlier.values())), batch.fraction)
+    return Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), sum(map(len, earlier.values())), batch.fraction)
 
 
 def _merged(column: pa.Array, earlier: Mapping[int, Sequence[int]]) -> pa.Array:
@@ -277,7 +278,7 @@ def _merged(column: pa.Array, earlier: Mapping[int, Sequence[int]]) -> pa.Array:
     return pa.array(values, pa.string())
 
 
-class _Seen:
+class Seen:
     """Which addresses a file has had so far: 8 bytes each of their hashes, in sorted runs that grow by merging."""
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,16 +82,33 @@ class _Collision(Exception):
     """Another writer inserted one of these contacts between our look and our insert."""
 
 
-def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime, mostly_new: bool = False) -> Outcome:
+def merge(
+    engine: Engine,
+    rows: pa.Table,
+    *,
+    list_id: int,
+    now: dt.datetime,
+    mostly_new: bool = False,
+    keep: bool = False,
+    also: Callable[[Connection], None] | None = None,
+) -> Outcome:
     """Insert or update at most `bulk.CHUNK_ROWS` contacts (columns of `STAGED`, addresses distinct) and subscribe them to the list.
 
     Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that
     changed get a row in the change feed. With `mostly_new` the rows are inserted first and only those that were there already
-    are looked at, which is faster if they are few and slower if they are many.
+    are looked at, which is faster if they are few and slower if they are many. With `keep` a value that a contact has stays, and rows
+    only add what is missing. `also` is called at the end of the same transaction, and again if that is tried again.
     """
+
+    def work(connection: Connection) -> Outcome:
+        outcome = _merge(connection, rows, list_id, now, mostly_new, keep)
+        if also:
+            also(connection)
+        return outcome
+
     for attempt in itertools.count(1):
         try:
-            return transact(engine, lambda connection: _merge(connection, rows, list_id, now, mostly_new))
+            return transact(engine, work)
         except (sa.exc.IntegrityError, _Collision):
             # The other writer's contact is visible now, so the next attempt updates it.
             if attempt == _COLLISIONS:
@@ -98,7 +116,7 @@ def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime, mos
     raise AssertionError("unreachable")
 
 
-def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetime, mostly_new: bool) -> Outcome:
+def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetime, mostly_new: bool, keep: bool) -> Outcome:
     inserted = updated = unchanged = 0
     erased: frozenset[int] = frozenset()
     changed: list[sa.Select[Any]] = []
@@ -106,10 +124,10 @@ def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetim
         made, inserted, rows = _insert_loaded(connection, rows, now)
         changed.append(made)
     if rows.num_rows:
-        _stage(connection, STAGED, rows)
+        stage(connection, STAGED, rows)
         erased = _drop_erased(connection)
         _find(connection, list_id)
-        _update(connection, list_id, now)
+        _update(connection, list_id, now, keep)
         new, updated, unchanged, known = _count(connection)
         if known:
             changed.append(sa.select(STAGED.c.contact_id).where(STAGED.c.contact_id > _NOTHING_NEW))
@@ -159,7 +177,8 @@ def _made_since(connection: Connection, before: int, expected: int, now: dt.date
     return made
 
 
-def _stage(connection: Connection, table: sa.Table, rows: pa.Table) -> None:
+def stage(connection: Connection, table: sa.Table, rows: pa.Table) -> None:
+    """Put rows into a temporary table, made anew."""
     # In these words, for MySQL commits when a table is dropped unless it is said to be temporary.
     connection.exec_driver_sql(f"DROP {'TEMPORARY TABLE IF EXISTS ' if is_mysql(connection) else 'TABLE IF EXISTS temp.'}{table.name}")
     table.create(connection, checkfirst=False)
@@ -193,7 +212,7 @@ def _same_letters() -> sa.ColumnElement[bool]:
     return sa.and_(*(sa.cast(stored, sa.LargeBinary) == sa.cast(staged, sa.LargeBinary) for stored, staged in pairs), same_zone)
 
 
-def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
+def _update(connection: Connection, list_id: int, now: dt.datetime, keep: bool) -> None:
     """Write e-mail, time zone and merged attributes of the known contacts that differ, and mark the rows that prove to say nothing new."""
     import pyarrow as pa
 
@@ -218,9 +237,11 @@ def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
     alike: list[int] = []
     for row in connection.execute(query):
         stored = json.loads(row.stored)
-        merged = stored | json.loads(row.attributes)
-        if merged != stored or row.email != row.stored_email or row.zone != row.stored_zone:
-            changed.append((row.id, row.email, row.zone, json.dumps(merged, ensure_ascii=False)))
+        given = json.loads(row.attributes)
+        merged, email = (given | stored, row.stored_email) if keep else (stored | given, row.email)
+        zone = row.stored_zone if keep and row.stored_zone else row.zone
+        if merged != stored or email != row.stored_email or zone != row.stored_zone:
+            changed.append((row.id, email, zone, json.dumps(merged, ensure_ascii=False)))
         elif row.subscriber is not None:
             alike.append(row.line)
     for chosen in slices(alike):
@@ -229,7 +250,7 @@ def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
         ids, *columns = zip(*changed, strict=True)
         texts = dict(zip(("email", "time_zone", "attributes"), columns, strict=True))
         rows = pa.table({"contact_id": pa.array(ids, pa.int64())} | {name: pa.array(values, pa.string()) for name, values in texts.items()})
-        _stage(connection, _UPDATES, rows)
+        stage(connection, _UPDATES, rows)
         values = {"email": _UPDATES.c.email, "time_zone": _UPDATES.c.time_zone, "attributes": sa.type_coerce(_UPDATES.c.attributes, sa.JSON), "updated_at": now}
         connection.execute(sa.update(Contact).where(Contact.id == _UPDATES.c.contact_id).values(values))
 
