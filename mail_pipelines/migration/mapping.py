@@ -43,12 +43,14 @@ def _planned(source: Source, key: str, same: Sequence[SourceField], known: Field
 
 def _key(field: SourceField, number: int) -> str:
     """A key for every label: one that is taken by a built-in value gets a prefix, one without letters is numbered."""
-    for name in (field.label, f"field_{field.label}"):
-        try:
-            return fields.key_of(name)
-        except FieldError:
-            continue
-    return f"field_{number}"
+    try:
+        return fields.key_of(field.label)
+    except FieldError:
+        pass
+    try:
+        return fields.key_of(f"field_{slug(field.label)}")
+    except InvalidKey:
+        return f"field_{number}"
 
 
 def plan_lists(source: Source, lists: Sequence[SourceList]) -> dict[int, str]:

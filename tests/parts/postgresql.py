@@ -43,7 +43,8 @@ class PostgreSQL:
                 engine.connect().close()
                 break
             except sa.exc.DBAPIError:
-                assert self.process.poll() is None and time.monotonic() < end, (self.folder / "log").read_text()
+                assert self.process.poll() is None, (self.folder / "log").read_text()
+                assert time.monotonic() < end
                 time.sleep(0.05)
         engine.dispose()
 
