@@ -17,14 +17,14 @@ from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.addresses import AddressError, normal_domain, parse
 from mail_pipelines.contacts.consent import Scope
 from mail_pipelines.contacts.lists import MailingList
+from mail_pipelines.contacts.lookup import NO_CAMPAIGN
 from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database.models import Contact, DeliveryEvent, Suppression
 from mail_pipelines.delivery.events import mask_addresses
 from mail_pipelines.migration.source import Ban, Bounce
 
-# The kind of an event that another system recorded, and the campaign it is kept under: none of ours, so that nothing here counts it.
+# The kind of an event that another system recorded, which is kept under no campaign, so that nothing here counts it.
 KIND = "bounced_before"
-NO_CAMPAIGN = 0
 _ENHANCED = re.compile(r"\b([245]\.\d{1,3}\.\d{1,3})\b")
 _CODE = re.compile(r"(?<![\d.])([45]\d\d)(?![\d.])")
 Reject = Callable[[str, str], None]

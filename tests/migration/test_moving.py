@@ -72,7 +72,9 @@ def everything(engine: sa.Engine) -> dict[str, Counter[tuple[Any, ...]]]:
         "subscriptions": sa.select(Contact.address, ContactList.key, Subscription.subscribed, Subscription.source)
         .join(Contact, Contact.id == Subscription.contact_id)
         .join(ContactList, ContactList.id == Subscription.list_id),
-        "suppressions": sa.select(Suppression.address_hash, Suppression.domain, Suppression.scope_kind, Suppression.scope_id, Suppression.reason),
+        "suppressions": sa.select(Suppression.address_hash, Suppression.domain, Suppression.scope_kind, ContactList.key, Suppression.reason).outerjoin(
+            ContactList, sa.and_(Suppression.scope_kind == "list", ContactList.id == Suppression.scope_id)
+        ),
         "events": sa.select(DeliveryEvent.month, DeliveryEvent.kind, DeliveryEvent.reason, DeliveryEvent.text),
         "fields": sa.select(Field.key, Field.type),
     }
@@ -154,6 +156,9 @@ def test_interspire_comes_as_it_is(engine: sa.Engine, opened: Open) -> None:
         (202001, "hard", 550, "5.1.1", "emaildoesntexist 550 5.1.1 <***@example.test>: user unknown"),
         (197001, "soft", 452, "4.2.2", "emaildoesntexist 452 4.2.2 full"),
     }
+    with reading(engine) as connection:
+        bounces = lookup.profile(connection, "dead@example.test").bounces
+    assert [(bounce.kind, bounce.occurred_at) for bounce in bounces] == [("hard", at(2020, 1, 3))]
     assert (report.bans, report.bounces) == ((5, 4), (3, 2))
 
 
