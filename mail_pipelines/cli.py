@@ -23,6 +23,7 @@ from mail_pipelines.commands import (
     home,
     inbound,
     metrics,
+    migrate,
     plan,
     pool,
     recover,
@@ -43,6 +44,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(home.app)
 app.add_typer(recover.app)
 app.add_typer(contact.app, name="contact")
+app.command("migrate")(migrate.migrate)
 app.add_typer(segment.app, name="segment")
 app.add_typer(source.app, name="source")
 app.add_typer(campaign.app, name="campaign")

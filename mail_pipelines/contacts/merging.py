@@ -79,9 +79,14 @@ class Outcome:
 
 
 # What of the given values is taken: by address hash, when the contact was last changed, its values and those given.
-# A pure function of fields by key, with `time_zone` among them.
+# A pure function of fields by key, with `email` (the address as it was spelled) and `time_zone` among them.
 Taken = Callable[[bytes, dt.datetime, dict[str, Any], dict[str, Any]], dict[str, Any]]
-TIME_ZONE = "time_zone"
+EMAIL, TIME_ZONE = "email", "time_zone"
+
+
+def missing(_address_hash: bytes, _updated_at: dt.datetime, stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A `Taken`: what a contact has stays, and rows only add what it does not have."""
+    return {key: value for key, value in given.items() if stored.get(key) is None}
 
 
 class _Collision(Exception):
@@ -97,17 +102,25 @@ def merge(
     mostly_new: bool = False,
     source: str = "import",
     taken: Taken | None = None,
+    also: Callable[[Connection], None] | None = None,
 ) -> Outcome:
     """Insert or update at most `bulk.CHUNK_ROWS` contacts (columns of `STAGED`, addresses distinct) and subscribe them to the list, if there is one.
 
     Subscriptions made say `source`. Where `taken` is given it says which of a known contact's values are taken over;
     otherwise all are. Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that changed get a
     row in the change feed. With `mostly_new` the rows are inserted first and only those that were there already are looked at, which is faster if they
-    are few and slower if they are many.
+    are few and slower if they are many. `also` is called at the end of the same transaction, and again if that is tried again.
     """
+
+    def work(connection: Connection) -> Outcome:
+        outcome = _merge(connection, rows, list_id, now, mostly_new, source, taken)
+        if also:
+            also(connection)
+        return outcome
+
     for attempt in itertools.count(1):
         try:
-            return transact(engine, lambda connection: _merge(connection, rows, list_id, now, mostly_new, source, taken))
+            return transact(engine, work)
         except (sa.exc.IntegrityError, _Collision):
             # The other writer's contact is visible now, so the next attempt updates it.
             if attempt == _COLLISIONS:
@@ -242,13 +255,13 @@ def _update(connection: Connection, list_id: int | None, now: dt.datetime, taken
     changed: list[tuple[int, str, str | None, str]] = []
     alike: list[int] = []
     for row in connection.execute(query):
-        stored, given, zone = json.loads(row.stored), json.loads(row.attributes), row.time_zone
-        if taken:
-            given = taken(row.address_hash, row.updated_at, stored | {TIME_ZONE: row.stored_zone}, given | ({TIME_ZONE: zone} if zone else {}))
-            zone = given.pop(TIME_ZONE, None)
-        merged, zone = stored | given, zone or row.stored_zone
-        if merged != stored or row.email != row.stored_email or zone != row.stored_zone:
-            changed.append((row.id, row.email, zone, json.dumps(merged, ensure_ascii=False)))
+        stored = json.loads(row.stored)
+        before = stored | {EMAIL: row.stored_email, TIME_ZONE: row.stored_zone}
+        given = json.loads(row.attributes) | {EMAIL: row.email} | ({TIME_ZONE: row.time_zone} if row.time_zone else {})
+        after = before | (taken(row.address_hash, row.updated_at, before, given) if taken else given)
+        if after != before:
+            email, zone = after.pop(EMAIL), after.pop(TIME_ZONE)
+            changed.append((row.id, email, zone, json.dumps(after, ensure_ascii=False)))
         elif row.known:
             alike.append(row.line)
     for chosen in slices(alike):

@@ -29,7 +29,7 @@ from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, SourceContact, Subscription, Suppression
 from mail_pipelines.database.types import LongText
-from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, TIME_ZONE, Contacts, Source
+from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, TIME_ZONE, Contacts, Rule, Source
 from mail_pipelines.sources.staging import POSITION
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Merge:
         self._columns = [importing.Column(place, self._name_of(key), key) for place, key in enumerate([EMAIL, *self._keys]) if place]
         self._seen = importing.Seen()
         self._mostly_new = False
-        self._by_rule = {key: resource.rule_of(key) for key in self._keys}
+        # How an address is spelled is the source's word.
+        self._by_rule: dict[str, Rule] = {EMAIL: "theirs", **{key: resource.rule_of(key) for key in self._keys}}
 
     def _name_of(self, key: str) -> str:
         return self.resource.column_of(key) or key
