@@ -58,7 +58,7 @@ def chunk(engine: Engine, resource: Suppressions, scope: Scope, rows: pa.Table, 
     def work(connection: Connection) -> int:
         added = 0
         for reason, hashes in by_reason.items():
-            added += consent.suppress(connection, hashes, reason=reason, scope_kind=scope.kind, scope_id=scope.id, now=now)
+            added += consent.suppress(connection, list(hashes), reason=reason, scope_kind=scope.kind, scope_id=scope.id, now=now)
             if reason in _OWN_WORD:
                 for some in slices(hashes):
                     ids = connection.execute(sa.select(Contact.id).where(Contact.address_hash.in_(some))).scalars().all()
