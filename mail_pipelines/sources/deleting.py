@@ -15,7 +15,7 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import SourceContact
 from mail_pipelines.sources.declaration import Contacts, Source
 from mail_pipelines.sources.errors import GuardStopped
-from mail_pipelines.sources.merging import GONE, MISSING, PRESENT, end_subscriptions
+from mail_pipelines.sources.links import GONE, MISSING, PRESENT, end_subscriptions
 
 
 def note_missing(engine: Engine, source: str, run: int) -> None:

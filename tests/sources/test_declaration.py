@@ -9,7 +9,7 @@ import yaml
 
 from mail_pipelines.sources import cursor, declaration
 from mail_pipelines.sources.errors import DeclarationError, SourceError
-from mail_pipelines.sources.merging import is_marked, moment
+from mail_pipelines.sources.texts import is_marked, moment
 
 GOOD: dict[str, Any] = {
     "name": "crm",
