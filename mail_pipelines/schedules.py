@@ -58,7 +58,7 @@ def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.S
     def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         if running.is_running(config.load().home, source.name):
             return dg.SkipReason("the run before is still under way")
-        keys = [dg.AssetKey([source.name, section]) for section in source.sections]
+        keys = [dg.AssetKey([source.name, section]) for section in source.parts]
         return dg.RunRequest(run_key=f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}", asset_selection=keys)
 
     return dg.schedule(

@@ -1,4 +1,4 @@
-"""Synced: the contacts and suppressions of each declared external source, and why one is not in step. Loading this imports no dlt."""
+"""Synced: the contacts and suppressions of each declared external source, what it is told, and why one is not in step. Loading this imports no dlt."""
 
 import datetime as dt
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import dagster as dg
 
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sources import declaration
-from mail_pipelines.sources.declaration import Section, Source
+from mail_pipelines.sources.declaration import ENGAGEMENT, Section, Source
 from mail_pipelines.sources.errors import DeclarationError, SourceError
 
 GROUP = "synced"
@@ -32,8 +32,9 @@ def declared(home: Path) -> list[Source]:
 
 
 def synced_assets(sources: Sequence[Source]) -> list[dg.AssetsDefinition]:
-    """One asset for each section of each source, `[<source>, <section>]`; suppressions before contacts."""
-    return [_asset(source, section) for source in sources for section in source.sections]
+    """One asset for each section of each source, `[<source>, <section>]`, suppressions before contacts, and `[<source>, engagement]`."""
+    read = [_asset(source, section) for source in sources for section in source.sections]
+    return read + [_told(source) for source in sources if source.write_back]
 
 
 def _asset(source: Source, section: Section) -> dg.AssetsDefinition:
@@ -91,3 +92,53 @@ def _asset(source: Source, section: Section) -> dg.AssetsDefinition:
         )
 
     return synced
+
+
+def _told(source: Source) -> dg.AssetsDefinition:
+    key = dg.AssetKey([source.name, ENGAGEMENT])
+    checked = dg.AssetCheckSpec(CHECK, asset=key, description="The source took all that was due, and nothing is in the dead letters; if not, the reason.")
+
+    @dg.asset(
+        key=key,
+        deps=[dg.AssetKey([source.name, section]) for section in source.sections],
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds={"sql"},
+        description=f"What the external source {source.name} is told: each event at least once, always under the same key.",
+        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=source.fresh_hours)),
+        check_specs=[checked],
+    )
+    def told(context: dg.AssetExecutionContext, database: CentralDatabase) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        from mail_pipelines.sources import telling
+
+        home = database.settings.home
+        try:
+            report = telling.run(database.engine, home, declaration.load(home, source.name))
+        except SourceError as error:
+            yield dg.AssetCheckResult(check_name=CHECK, asset_key=key, passed=False, description=str(error))
+            # What waits is sent by the next run.
+            raise dg.Failure(str(error), allow_retries=False) from None
+        standing, counts = report.standing, report.counts
+        context.log.info("%s", ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing new")
+        yield dg.MaterializeResult(
+            asset_key=key,
+            metadata={
+                "dagster/row_count": counts.get("pushed", 0),
+                **counts,
+                "waiting": standing.waiting,
+                "dead_letters": standing.dead,
+                "lag_seconds": round(report.lag_seconds, 3),
+                "seconds": report.seconds,
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=CHECK,
+                    asset_key=key,
+                    passed=not standing.dead,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description=f"{standing.dead:,} dead letters: `mail-pipelines source dead-letters {source.name}`" if standing.dead else "in step",
+                )
+            ],
+        )
+
+    return told

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.contacts import changes
 from mail_pipelines.contacts.addresses import normal_domain
 from mail_pipelines.contacts.sets import insert_if_absent, slices
-from mail_pipelines.database.models import Contact, ContactList, SourceContact, Subscription, Suppression
+from mail_pipelines.database.models import Contact, ContactList, SourceContact, Subscription, Suppression, SyncDeadLetter, SyncOutbox
 from mail_pipelines.errors import MailPipelinesError
 
 ScopeKind = Literal["all", "brand", "list"]
@@ -154,8 +154,8 @@ def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
     if address_hash is None:
         return False
     suppress(connection, [address_hash], reason="erased", now=now)
-    connection.execute(sa.delete(Subscription).where(Subscription.contact_id == contact_id))
-    connection.execute(sa.delete(SourceContact).where(SourceContact.contact_id == contact_id))
+    for tied in (Subscription, SourceContact, SyncOutbox, SyncDeadLetter):
+        connection.execute(sa.delete(tied).where(tied.contact_id == contact_id))
     connection.execute(sa.delete(Contact).where(Contact.id == contact_id))
     changes.record(connection, [contact_id], "delete", now=now)
     return True

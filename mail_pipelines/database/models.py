@@ -777,6 +777,42 @@ class SourceContact(Base):
     __table_args__ = (sa.Index(None, "contact_id"), sa.Index(None, "source", "state", "run"), MYSQL)
 
 
+class SyncOutbox(Base):
+    """An event that an external source is told, or was: kept until no reading of the feed comes back to it, so that it is not told again.
+
+    `kind` is open, click, bounce, unsubscribe or suppression; `event_id` its number there, which with the kind is the key that the service gets.
+    `recorded_at` is when the feed had it. `facts` has what is told besides whose it is, and names no person. `state`: 0 waiting until `due_at`, 1 told (or
+    learned from the source itself), 2 refused (then it has a dead letter). `attempts` counts those that failed.
+    """
+
+    __tablename__ = "sync_outbox"
+    source: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
+    event_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    occurred_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    recorded_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    facts: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    state: Mapped[int] = mapped_column(TinyInt)
+    attempts: Mapped[int] = mapped_column(sa.Integer)
+    due_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "source", "state", "due_at"), sa.Index(None, "contact_id"), MYSQL)
+
+
+class SyncDeadLetter(Base):
+    """An event that an external source refused for good, or failed to take too often: why, after how many attempts, when."""
+
+    __tablename__ = "sync_dead_letters"
+    source: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
+    event_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    reason: Mapped[str] = mapped_column(sa.String(500))
+    attempts: Mapped[int] = mapped_column(sa.Integer)
+    at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "contact_id"), MYSQL)
+
+
 class Alert(Base):
     """A cause that operators are told of (`alerts.memory`), also for a while after it is over. `sent`: channel → when it last took word of it."""
 

@@ -17,6 +17,7 @@ What belongs here: names, types and rules of the document. What does not: what `
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,10 @@ FOLDER = "sources"
 NAME_LENGTH = 32
 Rule = Literal["newest", "ours", "theirs"]
 Section = Literal["contacts", "suppressions"]
+# What runs of a source: its sections, and writing back.
+ENGAGEMENT: Literal["engagement"] = "engagement"
+Part = Section | Literal["engagement"]
+Told = Literal["opens", "clicks", "bounces", "unsubscribes", "suppressions"]
 EMAIL, EXTERNAL_ID, CHANGED_AT, DELETED, OPTED_IN, CONSENT_AT, TIME_ZONE, REASON = (
     *("email", "external_id", "changed_at", "deleted", "opted_in", "consent_at", "time_zone", "reason"),
 )
@@ -152,8 +157,20 @@ class Suppressions(_Resource):
         return self
 
 
+class WriteBack(Form):
+    """What the source is told. `send` says how, and is checked by the kind; it maps fields of an event (`kinds.EVENT_FIELDS`).
+
+    Whoever the source does not know is left out, or, with `unknown: create`, sent without `external_id`. `since` leaves out what is older.
+    """
+
+    what: Annotated[list[Told], pydantic.Field(min_length=1)]
+    send: dict[str, Any]
+    unknown: Literal["skip", "create"] = "skip"
+    since: dt.date | None = None
+
+
 class Source(Form):
-    """One source. `connection` and the `read` of each section are checked by its kind."""
+    """One source. `connection`, the `read` of each section and the `send` of `write_back` are checked by its kind."""
 
     name: str
     kind: str
@@ -164,6 +181,12 @@ class Source(Form):
     fresh_hours: float = pydantic.Field(default=24, gt=0)
     contacts: Contacts | None = None
     suppressions: Suppressions | None = None
+    write_back: WriteBack | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """What runs of it, in this order; each is an asset."""
+        return [*self.sections, *([ENGAGEMENT] if self.write_back else [])]
 
     @property
     def sections(self) -> dict[Section, Contacts | Suppressions]:
@@ -181,6 +204,8 @@ class Source(Form):
             raise ValueError(f"name: more than {NAME_LENGTH} characters")
         if not self.sections:
             raise ValueError("contacts or suppressions: one of them is needed")
+        if self.write_back and self.write_back.unknown == "skip" and not self.contacts:
+            raise ValueError("write_back: nobody is known where no contacts are read; say unknown: create, or declare contacts")
         if self.schedule is not None and not _CRON.fullmatch(self.schedule):
             raise ValueError("schedule: expected five fields of cron, as in '*/15 * * * *'")
         return self
@@ -197,6 +222,8 @@ def parse(text: str, where: str) -> Source:
         source = Source.model_validate(tree)
         for resource in source.sections.values():
             kinds.check_form(source.kind, source.connection, resource.read)
+        if source.write_back:
+            kinds.check_send(source.kind, source.write_back.send)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise DeclarationError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}no valid YAML") from error

@@ -48,13 +48,14 @@ def reject_path(home: Path, source: str, section: Section) -> Path:
     return work_folder(home) / f"{source}.{section}.rejected.csv"
 
 
-def _lock(home: Path, source: str) -> Path:
+def lock(home: Path, source: str) -> Path:
+    """What whoever reads or tells the source holds."""
     return work_folder(home) / f"{source}.lock"
 
 
 def is_running(home: Path, source: str) -> bool:
     """Whether a process of this host is reading the source now."""
-    return is_locked(_lock(home, source))
+    return is_locked(lock(home, source))
 
 
 def run(
@@ -74,7 +75,7 @@ def run(
     resource = source.sections[section]
     folder = work_folder(home)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(_lock(home, source.name), f"source {source.name}"):
+    with only_one(lock(home, source.name), f"source {source.name}"):
         now = dt.datetime.now(dt.UTC)
         before = status.read(engine, source.name, section)
         status.change(engine, source.name, section, now, run=before.run + 1, begun_at=now.isoformat())
@@ -141,7 +142,7 @@ def _merger(engine: Engine, source: Source, resource: Contacts | Suppressions, r
         target = merging.declare(engine, resource, first, now)
         return merging.Merge(engine, source, resource, target, run=run, now=now).chunk
     scope = transact(engine, lambda connection: suppressing.scope_of(connection, resource, now))
-    return lambda rows, tally: suppressing.chunk(engine, resource, scope, rows, tally, now)
+    return lambda rows, tally: suppressing.chunk(engine, source, resource, scope, rows, tally, now)
 
 
 def _write_rejects(path: Path, rejects: list[tuple[str, str]]) -> None:

@@ -14,7 +14,8 @@ from mail_pipelines.contacts.consent import ALL, Scope
 from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import Brand, Contact
-from mail_pipelines.sources.declaration import EMAIL, REASON, Suppressions
+from mail_pipelines.sources import outbox
+from mail_pipelines.sources.declaration import EMAIL, REASON, Source, Suppressions
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.merging import Tally
 from mail_pipelines.sources.staging import POSITION
@@ -38,7 +39,7 @@ def scope_of(connection: Connection, resource: Suppressions, now: dt.datetime) -
     return Scope("list", lists.ensure(connection, name, now=now).id) if kind == "list" else ALL
 
 
-def chunk(engine: Engine, resource: Suppressions, scope: Scope, rows: pa.Table, tally: Tally, now: dt.datetime) -> list[tuple[str, str]]:
+def chunk(engine: Engine, source: Source, resource: Suppressions, scope: Scope, rows: pa.Table, tally: Tally, now: dt.datetime) -> list[tuple[str, str]]:
     """Merge at most `CHUNK_ROWS` rows; returns place and reason of those left out."""
     reasons = rows[REASON].to_pylist() if resource.column_of(REASON) else [None] * rows.num_rows
     by_reason: dict[str, dict[bytes, None]] = {}
@@ -63,6 +64,8 @@ def chunk(engine: Engine, resource: Suppressions, scope: Scope, rows: pa.Table, 
                 for some in slices(hashes):
                     ids = connection.execute(sa.select(Contact.id).where(Contact.address_hash.in_(some))).scalars().all()
                     consent.unsubscribe(connection, ids, scope=scope.kind, scope_id=scope.id, now=now)
+            if source.write_back:
+                outbox.learned(connection, source.name, hashes, now)
         return added
 
     added = transact(engine, work)

@@ -17,7 +17,11 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class Crm:
-    """`contacts` are served in pages of `page_size`, those changed since `updated_after` if that is asked. `before` may answer in the CRM's place."""
+    """`contacts` are served in pages of `page_size`, those changed since `updated_after` if that is asked. `before` may answer in the CRM's place.
+
+    It is told events by POST, and keeps each under its key once. `received` has the keys of every request that it took, `at_post` may answer in its place
+    (given the number of the request and the events).
+    """
 
     contacts: list[dict[str, Any]]
     page_size: int = 50
@@ -25,6 +29,27 @@ class Crm:
     before: Callable[[int, dict[str, str]], Answer | None] | None = None
     requests: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
+    at_post: Callable[[int, list[dict[str, Any]]], Answer | None] | None = None
+    events: dict[str, dict[str, Any]] = field(default_factory=dict)
+    received: list[list[str]] = field(default_factory=list)
+    posts: int = 0
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+    def take(self, content: bytes, login: str | None, headers: dict[str, str]) -> Answer:
+        self.posts += 1
+        self.headers.append(headers)
+        events = json.loads(content)["events"]
+        if login != f"Bearer {self.token}":
+            return 401, {}, b'{"error": "token"}'
+        if self.at_post and (given := self.at_post(self.posts, events)) is not None:
+            return given
+        self.keep(events)
+        return 200, {}, b"{}"
+
+    def keep(self, events: list[dict[str, Any]]) -> None:
+        self.received.append([event["id"] for event in events])
+        for event in events:
+            self.events.setdefault(event["id"], event)
 
     def answer(self, query: dict[str, str], login: str | None) -> Answer:
         self.requests.append(query)
@@ -50,7 +75,13 @@ def serving(crm: Crm) -> Iterator[Crm]:
 
         def do_GET(self) -> None:
             query = {name: values[0] for name, values in parse_qs(urlparse(self.path).query).items()}
-            status, headers, content = crm.answer(query, self.headers.get("Authorization"))
+            self.reply(*crm.answer(query, self.headers.get("Authorization")))
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply(*crm.take(content, self.headers.get("Authorization"), dict(self.headers.items())))
+
+        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             for name, value in headers.items():

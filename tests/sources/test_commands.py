@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from mail_pipelines.commands import context
 from mail_pipelines.commands.source import app
+from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.errors import DeclarationError, GuardStopped
-from tests.sources.conftest import Declare
+from tests.sources.conftest import Declare, engaged
 
 pytestmark = pytest.mark.slow
 
@@ -58,3 +59,24 @@ def test_from_the_declaration_to_the_status(home: Path, declare: Declare, tmp_pa
     assert "19 of 20" in standing["error"]
     assert "19 subscriptions ended" in says("run", "crm", "--accept-deletions")
     assert "19 of 20" not in says("status", "crm")
+
+
+def test_what_was_refused_is_listed_and_sent_again(engine: sa.Engine, database_there: tuple[Source, sa.Engine]) -> None:
+    _, there = database_there
+    says("run", "crm")
+    assert "crm has no dead letters" in says("dead-letters", "crm")
+    engaged(engine, range(1, 3))
+    engaged(engine, range(20, 21), "click")
+    assert "2 pushed, 1 dead" in says("run", "crm")
+    assert "is told" in says("list")
+    listed = says("dead-letters", "crm")
+    assert "click-20" in listed
+    assert "IntegrityError" in listed
+    with there.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE happened RENAME TO refused")
+        connection.exec_driver_sql("CREATE TABLE happened (event TEXT, person TEXT, what TEXT, at DATETIME)")
+    assert "1 events wait again" in says("retry", "crm")
+    assert "1 pushed" in says("run", "crm")
+    assert "crm has no dead letters" in says("dead-letters", "crm")
+    told = json.loads(says("status", "--json").rpartition("} ")[2])
+    assert (told["section"], told["counts"]["pushed"]) == ("engagement", 1)

@@ -40,6 +40,9 @@ def test_the_good_one_is_read() -> None:
     assert source.contacts.rule_of("anything") == "theirs"
 
 
+TOLD = {"what": ["opens"]}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -62,6 +65,11 @@ def test_the_good_one_is_read() -> None:
         ("contacts.types", {"city": "number"}, "types.city: no column becomes this field"),
         ("contacts.read", {"path": "x", "pages": 3}, "read.pages: Extra inputs"),
         ("contacts", None, "contacts or suppressions"),
+        ("write_back", {"what": ["sales"], "send": {}}, "write_back.what.0: Input should be 'opens'"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"who": "email"}}}, "write_back.send.body: `key` is missing"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "key"}}}, "write_back.send.body: neither `email` nor `external_id`"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "secret"}}}, "write_back.send.body.id: Input should be 'key'"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "key"}, "key_header": "A: b"}}, "write_back.send.key_header: String should match"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(path: str, value: Any, words: str) -> None:
@@ -104,3 +112,11 @@ def test_a_cursor_from_the_future_stops_nothing() -> None:
 )
 def test_what_marks_a_record_as_deleted(text: str | None, marked: bool) -> None:
     assert is_marked(text) is marked
+
+
+def test_what_is_only_read_is_told_nothing() -> None:
+    document = {"name": "shop", "kind": "files", "connection": {"url": "shop"}, "suppressions": {"read": {"glob": "*"}, "map": {"mail": "email"}}}
+    with pytest.raises(DeclarationError, match="say unknown: create, or declare contacts"):
+        declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}}}), "shop.yaml")
+    with pytest.raises(DeclarationError, match="a source of kind files is only read; expected one of rest, sql"):
+        declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}, "unknown": "create"}}), "shop.yaml")

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.sources.declaration import Source
-from tests.sources.conftest import Declare, subscribed
+from tests.sources.conftest import Declare, engaged, subscribed
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +109,38 @@ def test_a_broken_declaration_keeps_none_of_the_others_and_dlt_is_not_loaded(sou
     assert found.stdout.splitlines()[0] == "['away/contacts', 'crm/contacts', 'crm/suppressions']"
     assert "dlt" not in found.stdout.splitlines()[1]
     assert "pyarrow" not in found.stdout.splitlines()[1]
+
+
+def test_what_a_source_is_told_is_an_asset_after_what_is_read_of_it(
+    database_there: tuple[Source, sa.Engine], home: Path, instance: dg.DagsterInstance, engine: sa.Engine
+) -> None:
+    source, there = database_there
+    repository = build_defs(sources=[source]).get_repository_def()
+    node = repository.asset_graph.get(dg.AssetKey(["crm", "engagement"]))
+    assert {key.to_user_string() for key in node.parent_keys} == {"crm/contacts"}
+    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC), repository_def=repository)
+    (request,) = repository.get_schedule_def("sync_crm").evaluate_tick(context).run_requests or []
+    assert {key.to_user_string() for key in request.asset_selection or []} == {"crm/contacts", "crm/engagement"}
+    job = repository.get_job("sync_external")
+    assert job.execute_in_process(instance=instance).success
+    engaged(engine, range(1, 7))
+    engaged(engine, range(20, 21), "click")
+    result = job.execute_in_process(instance=instance)
+    (done,) = (event for event in result.get_asset_materialization_events() if event.asset_key == dg.AssetKey(["crm", "engagement"]))
+    values = {name: value.value for name, value in done.step_materialization_data.materialization.metadata.items()}
+    assert {name: values[name] for name in ("pushed", "waiting", "dead_letters", "lag_seconds")} == {
+        "pushed": 6,
+        "waiting": 0,
+        "dead_letters": 1,
+        "lag_seconds": 0.0,
+    }
+    checks = {check.asset_key.to_user_string(): check for check in result.get_asset_check_evaluations()}
+    assert not checks["crm/engagement"].passed
+    assert "1 dead letters" in (checks["crm/engagement"].description or "")
+    with there.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE happened")
+    engaged(engine, range(7, 8))
+    failed = job.execute_in_process(instance=instance, raise_on_error=False)
+    checks = {check.asset_key.to_user_string(): check for check in failed.get_asset_check_evaluations()}
+    assert "there is no table 'happened'" in (checks["crm/engagement"].description or "")
+    assert checks["crm/contacts"].passed

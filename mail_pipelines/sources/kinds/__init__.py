@@ -1,16 +1,18 @@
 """Kinds of sources: what `connection` and `read` of a declaration mean, and how the rows are got. One module a kind; none imports dlt before it is used.
 
 A kind's module has two forms, `Connection` and `Read`, and `rows(connection, read, wanted)`, which yields pages: lists of mappings, or Arrow tables.
+A kind that can be told something has a second module with the form `Send` and `writer(connection, send, secret)`, which gives a `Writer`.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import pydantic
 
@@ -19,6 +21,32 @@ from mail_pipelines.sources.declaration import Form, first_problem
 from mail_pipelines.sources.errors import DeclarationError, SourceError
 
 KINDS = {"files": "files", "rest": "rest", "sheet": "sheet", "sql": "sql"}
+WRITERS = {"rest": "rest_writing", "sql": "sql_writing"}
+# What an event that is told has; `key` is the same however often it is told. The last of them are empty where they do not apply.
+EventField = Literal["key", "kind", "email", "external_id", "occurred_at", "campaign", "list", "url", "code", "enhanced", "reason", "text", "scope"]
+EVENT_FIELDS: tuple[EventField, ...] = get_args(EventField)
+Event = Mapping[str, Any]
+
+
+class Unavailable(SourceError):
+    """The service cannot take it now: try again later."""
+
+
+class Refused(SourceError):
+    """The service does not take these events, however often they are sent. Of several it is not said which."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one event: taken, to be sent again, or refused for good."""
+
+    outcome: Literal["taken", "later", "refused"]
+    reason: str = ""
+
+
+TAKEN = Verdict("taken")
+# Sends events and says of each, in their order, what became of it. Raises `Unavailable` or `Refused` if that holds for all of them.
+Writer = Callable[[Sequence[Event]], list[Verdict]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,12 @@ class Kind(Protocol):
     def rows(self, connection: Any, read: Any, wanted: Wanted) -> Iterator[Any]: ...
 
 
+class WritingKind(Protocol):
+    Send: type[Form]
+
+    def writer(self, connection: Any, send: Any, secret: Callable[[str], str]) -> AbstractContextManager[Writer]: ...
+
+
 def module(kind: str) -> Kind:
     """The module of a kind. Raises `DeclarationError`."""
     if kind not in KINDS:
@@ -58,6 +92,25 @@ def check_form(kind: str, connection: Mapping[str, Any], read: Mapping[str, Any]
         except pydantic.ValidationError as error:
             raise DeclarationError(f"{place}.{first_problem(error)}") from None
     return forms[0], forms[1]
+
+
+def _writing(kind: str) -> WritingKind:
+    if kind not in WRITERS:
+        raise DeclarationError(f"write_back: a source of kind {kind} is only read; expected one of {', '.join(WRITERS)}")
+    return cast(WritingKind, importlib.import_module(f"{__name__}.{WRITERS[kind]}"))
+
+
+def check_send(kind: str, send: Mapping[str, Any]) -> Any:
+    """`write_back.send` in the kind's form, which has at least `batch`, the most events of one request. Raises `DeclarationError`, naming the place."""
+    try:
+        return _writing(kind).Send.model_validate(send)
+    except pydantic.ValidationError as error:
+        raise DeclarationError(f"write_back.send.{first_problem(error)}") from None
+
+
+def writer(kind: str, connection: Mapping[str, Any], send: Mapping[str, Any]) -> AbstractContextManager[Writer]:
+    """What events are sent by, for as long as the block runs."""
+    return _writing(kind).writer(module(kind).Connection.model_validate(connection), check_send(kind, send), secret)
 
 
 def rows(kind: str, connection: Mapping[str, Any], read: Mapping[str, Any], wanted: Wanted) -> Iterator[Any]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pydantic
@@ -67,7 +67,7 @@ def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
     except (TypeError, ValueError) as error:
         raise SourceError(f"read.paging: {str(error).splitlines()[0]}") from None
     session = PatientSession(first_wait_seconds=connection.first_wait_seconds)
-    client = RESTClient(connection.url, headers=dict(connection.headers), auth=_auth(connection.auth, wanted), paginator=paginator, session=session)
+    client = RESTClient(connection.url, headers=dict(connection.headers), auth=login(connection.auth, wanted.secret), paginator=paginator, session=session)
     params = {**read.params, **({read.since_param: wanted.since} if read.since_param and wanted.since else {})}
     seen = b""
     pages = client.paginate(read.path, method=read.method, params=params, json=read.body, data_selector=read.records, hooks={"response": [check_status]})
@@ -84,17 +84,18 @@ def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
         yield records
 
 
-def _auth(auth: Auth | None, wanted: Wanted) -> Any:
+def login(auth: Auth | None, secret: Callable[[str], str]) -> Any:
+    """An `AuthBase` of requests; None for none."""
     from dlt.sources.helpers.rest_client import auth as ways
 
     if auth is None:
         return None
-    token = wanted.secret(auth.token_env)
+    token = secret(auth.token_env)
     if auth.type == "bearer":
         return ways.BearerTokenAuth(token)
     if auth.type == "api_key":
         return ways.APIKeyAuth(name=auth.name, api_key=token, location=auth.place)
-    user = wanted.secret(auth.user_env or "")
+    user = secret(auth.user_env or "")
     if auth.type == "basic":
         return ways.HttpBasicAuth(user, token)
     return ways.OAuth2ClientCredentials(access_token_url=auth.token_url or "", client_id=user, client_secret=token)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
 
 from mail_pipelines.sources import cursor
 from mail_pipelines.sources.declaration import EnvironmentName, Form
@@ -28,22 +31,26 @@ class Read(Form):
     schema_name: str | None = None
 
 
-def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
-    import sqlalchemy as sa
-    from dlt.sources.sql_database import sql_table
-
-    url = connection.url or (wanted.secret(connection.url_env) if connection.url_env else None)
+def open_engine(connection: Connection, secret: Callable[[str], str]) -> Engine:
+    """An engine for the source's database; the caller disposes of it. Raises `SourceError` if its URL cannot be used."""
+    url = connection.url or (secret(connection.url_env) if connection.url_env else None)
     if not url:
         raise SourceError("connection.url or connection.url_env: one of them is needed")
     try:
         address = sa.make_url(url)
         if connection.password_env:
-            address = address.set(password=wanted.secret(connection.password_env))
-        engine = sa.create_engine(address, hide_parameters=True)
+            address = address.set(password=secret(connection.password_env))
+        return sa.create_engine(address, hide_parameters=True)
     except (sa.exc.ArgumentError, ImportError) as error:
         raise SourceError(
             f"the database's URL cannot be used: {type(error).__name__}; expected DIALECT+DRIVER://USER@HOST/NAME of an installed driver"
         ) from None
+
+
+def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
+    from dlt.sources.sql_database import sql_table
+
+    engine = open_engine(connection, wanted.secret)
 
     def chosen(_query: Any, table: Any) -> Any:
         if missing := [name for name in wanted.columns if name not in table.c]:
