@@ -113,8 +113,8 @@ def retry(name: Name) -> None:
     from mail_pipelines.database.engine import transact
     from mail_pipelines.sources import outbox
 
-    source, now = _chosen(name)[0], dt.datetime.now(dt.UTC)
-    count = transact(open_engine(), lambda connection: outbox.retry(connection, source.name, now))
+    source = _chosen(name)[0]
+    count = transact(open_engine(), lambda connection: outbox.retry(connection, source.name))
     console.print(f"{count:,} events wait again: mail-pipelines source run {source.name}", markup=False)
 
 

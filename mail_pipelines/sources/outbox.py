@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from mail_pipelines.contacts.sets import insert_if_absent, slices
+from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Contact, SourceContact, Subscription, Suppression, SyncDeadLetter, SyncOutbox
 from mail_pipelines.sources.feeds import BOUNCES_KEPT, OVERLAP, Item, subscription_event
 from mail_pipelines.sources.links import PRESENT
@@ -118,12 +119,12 @@ def failed(connection: Connection, source: str, rows: Rows, reasons: Mapping[tup
     return len(dead)
 
 
-def retry(connection: Connection, source: str, now: dt.datetime) -> int:
+def retry(connection: Connection, source: str) -> int:
     """Dead letters wait again, with all their attempts; returns how many."""
     dead = sa.select(SyncDeadLetter.kind, SyncDeadLetter.event_id).where(SyncDeadLetter.source == source)
     keys = [(kind, event_id) for kind, event_id in connection.execute(dead).tuples()]
     for these in _these(SyncOutbox, source, keys):
-        connection.execute(sa.update(SyncOutbox).where(these).values(state=WAITING, attempts=0, due_at=now))
+        connection.execute(sa.update(SyncOutbox).where(these).values(state=WAITING, attempts=0, due_at=database_now(connection)))
     for these in _these(SyncDeadLetter, source, keys):
         connection.execute(sa.delete(SyncDeadLetter).where(these))
     return len(keys)

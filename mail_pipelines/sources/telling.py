@@ -170,8 +170,8 @@ class _Telling:
         self._refused_in_a_row = 0 if taken else self._refused_in_a_row + refused
         if self._refused_in_a_row >= REFUSED_IN_A_ROW:
             raise SourceError(
-                f"{self._refused_in_a_row} events in a row were refused and none was taken (last: {verdicts[-1].reason}): check write_back.send, then "
-                f"`mail-pipelines source retry {self.source}` sends them again"
+                f"{self._refused_in_a_row} events in a row were refused and none was taken: `mail-pipelines source dead-letters {self.source}` says why; "
+                f"check write_back.send, then `mail-pipelines source retry {self.source}` sends them again"
             )
 
 

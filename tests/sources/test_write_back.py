@@ -243,7 +243,7 @@ def test_one_that_is_refused_costs_none_of_its_batch(engine: sa.Engine, home: Pa
     telling.run(engine, home, source)
     assert "open-3" not in crm.events
     crm.at_post = None
-    assert transact(engine, lambda connection: outbox.retry(connection, "crm", dt.datetime.now(dt.UTC))) == 1
+    assert transact(engine, lambda connection: outbox.retry(connection, "crm")) == 1
     telling.run(engine, home, source)
     assert "open-3" in crm.events
     assert dead(engine) == {}
