@@ -23,6 +23,7 @@ from mail_pipelines.commands import (
     home,
     inbound,
     metrics,
+    migrate,
     plan,
     pool,
     recover,
@@ -31,6 +32,7 @@ from mail_pipelines.commands import (
     server_dns,
     server_verify,
     simulate,
+    source,
     unknown,
     why,
     worker,
@@ -42,7 +44,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(home.app)
 app.add_typer(recover.app)
 app.add_typer(contact.app, name="contact")
+app.command("migrate")(migrate.migrate)
 app.add_typer(segment.app, name="segment")
+app.add_typer(source.app, name="source")
 app.add_typer(campaign.app, name="campaign")
 app.add_typer(hold.app, name="hold")
 app.command("release")(hold.release)

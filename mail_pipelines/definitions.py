@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
 from mail_pipelines import config, jobs, schedules
-from mail_pipelines.assets import audience, capacity, delivery, reporting, sending
+from mail_pipelines.assets import audience, capacity, delivery, reporting, sending, synced
 from mail_pipelines.ops import maintenance
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.provisioning import provision_server, retire_server
@@ -18,6 +18,7 @@ from mail_pipelines.resources.server import DispatchServer
 from mail_pipelines.sensors import alerts, campaigns, failures, files, inbound, servers, shards
 from mail_pipelines.sensors import capacity as shortage
 from mail_pipelines.sensors.ticks import sensor
+from mail_pipelines.sources.declaration import Source
 
 
 def _sensors(database: CentralDatabase, provisioning: Provisioning, interval_seconds: int) -> list[dg.SensorDefinition]:
@@ -39,15 +40,29 @@ def _sensors(database: CentralDatabase, provisioning: Provisioning, interval_sec
     ]
 
 
-def build_defs(*, resources: Mapping[str, Any] | None = None, settings: config.OperationSettings | None = None) -> dg.Definitions:
-    """All definitions; tests and commands give other `resources` or `settings` instead of patching."""
-    operation = settings or config.load().operation
+def build_defs(
+    *, resources: Mapping[str, Any] | None = None, settings: config.OperationSettings | None = None, sources: Sequence[Source] | None = None
+) -> dg.Definitions:
+    """All definitions; tests and commands give other `resources`, `settings` or `sources` instead of patching."""
+    configured = config.load()
+    operation = settings or configured.operation
+    declared = synced.declared(configured.home) if sources is None else sources
+    sync = [jobs.sync_external()] if declared else []
     given: dict[str, Any] = {"database": CentralDatabase(), "server": DispatchServer(), "provisioning": Provisioning(), **(resources or {})}
     return dg.Definitions(
-        assets=dg.load_assets_from_modules([audience, sending, delivery, capacity, reporting]),
-        jobs=[*jobs.ALL, maintenance.maintenance, maintenance.close_open_rows, maintenance.import_contacts, read_inbound_mail, provision_server, retire_server],
+        assets=[*dg.load_assets_from_modules([audience, sending, delivery, capacity, reporting]), *synced.synced_assets(declared)],
+        jobs=[
+            *jobs.ALL,
+            *sync,
+            maintenance.maintenance,
+            maintenance.close_open_rows,
+            maintenance.import_contacts,
+            read_inbound_mail,
+            provision_server,
+            retire_server,
+        ],
         sensors=_sensors(given["database"], given["provisioning"], operation.sensor_seconds),
-        schedules=schedules.all_schedules(operation),
+        schedules=[*schedules.all_schedules(operation), *(schedule for job in sync for schedule in schedules.sync_schedules(declared, job))],
         resources=given,
         # Runs execute in one process: a send session is one process by design, and workers of a queue may not fork again.
         executor=dg.in_process_executor,

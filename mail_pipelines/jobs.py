@@ -53,4 +53,16 @@ plan_capacity = dg.define_asset_job(
     description="Plan what each server sends in the next 48 hours, and put it into force.",
 )
 
+SYNC_EXTERNAL = "sync_external"
+
+
+def sync_external() -> dg.UnresolvedAssetJobDefinition:
+    """The job of all declared sources, which exists only if there is one."""
+    return dg.define_asset_job(
+        SYNC_EXTERNAL,
+        selection=dg.AssetSelection.groups("synced"),
+        description="Bring the declared external sources up to date; one that fails keeps none of the others.",
+    )
+
+
 ALL = [build_audience, send_campaign, report_campaign, audit_delivery_logs, refresh_snapshots_job, plan_capacity]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import dagster as dg
 
-from mail_pipelines import partitions
+from mail_pipelines import config, partitions
 from mail_pipelines.capacity import demand
 from mail_pipelines.config import OperationSettings
 from mail_pipelines.database.engine import database_now, reading
@@ -13,6 +15,8 @@ from mail_pipelines.jobs import audit_delivery_logs, plan_capacity, refresh_snap
 from mail_pipelines.ops.maintenance import maintenance
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
+from mail_pipelines.sources import running
+from mail_pipelines.sources.declaration import Source
 
 # Past the full hour, when campaigns like to start.
 _AUDIT_CRON = "20 * * * *"
@@ -43,6 +47,28 @@ def due_plan(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -
         if (time.hour, time.minute) != _FAR_PLAN_AT and not demand.needed(connection, database_now(connection)):
             return dg.SkipReason("nothing is sending or scheduled for the next 48 hours")
     return dg.RunRequest(run_key=f"{time:%Y-%m-%dT%H:%M}")
+
+
+def sync_schedules(sources: Sequence[Source], job: dg.UnresolvedAssetJobDefinition) -> list[dg.ScheduleDefinition]:
+    """One for each source that declares when it is read."""
+    return [_sync_schedule(source, job) for source in sources if source.schedule]
+
+
+def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        if running.is_running(config.load().home, source.name):
+            return dg.SkipReason("the run before is still under way")
+        keys = [dg.AssetKey([source.name, section]) for section in source.parts]
+        return dg.RunRequest(run_key=f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}", asset_selection=keys)
+
+    return dg.schedule(
+        job=job,
+        name=f"sync_{source.name.replace('-', '_')}",
+        cron_schedule=source.schedule or "",
+        execution_timezone=source.time_zone,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=f"Bring the external source {source.name} up to date.",
+    )(due)
 
 
 def all_schedules(settings: OperationSettings) -> list[dg.ScheduleDefinition]:

@@ -24,6 +24,7 @@ from mail_pipelines.cli import app
 from mail_pipelines.messages.compilation import compile_content
 from mail_pipelines.segments import criteria
 from mail_pipelines.segments.catalogue import Catalogue, CustomField, KnownList
+from mail_pipelines.sources import declaration
 from tests.parts.processes import stop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Typed and looked for by `tests/runbook`, which reads that page alone.
 OF_THE_RUNBOOK = {"sh runbook", "text printed"}
 # The words after the three back quotes. `until-ctrl-c` commands run until they say so, and then get a SIGINT.
-KINDS = {"bash", "bash until-ctrl-c", "text", "toml", "yaml campaign", "yaml dagster", "yaml segment", *OF_THE_RUNBOOK}
+KINDS = {"bash", "bash until-ctrl-c", "text", "toml", "yaml campaign", "yaml dagster", "yaml segment", "yaml source", *OF_THE_RUNBOOK}
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,11 @@ CATALOGUE = Catalogue(
 @pytest.mark.parametrize("block", _of_kind("yaml segment"), ids=str)
 def test_a_segment_in_the_documentation_is_accepted(block: Block) -> None:
     assert criteria.parse(yaml.safe_load(block.text), CATALOGUE)
+
+
+@pytest.mark.parametrize("block", _of_kind("yaml source"), ids=str)
+def test_a_source_in_the_documentation_is_accepted(block: Block) -> None:
+    assert declaration.parse(block.text, str(block)).sections
 
 
 @pytest.mark.parametrize("block", _of_kind("yaml campaign"), ids=str)

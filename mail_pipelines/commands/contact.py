@@ -76,6 +76,7 @@ def show(email: Address) -> None:
     console.print(table)
     _print("lists", [(row.list_key, "subscribed" if row.subscribed else "ended", row.source, f"{row.changed_at:%Y-%m-%d %H:%M}") for row in found.lists])
     _print("suppressed", [(row.of, row.where, row.reason, f"{row.created_at:%Y-%m-%d %H:%M}") for row in found.suppressions])
+    _print("bounces in another system", [(row.kind, f"{row.occurred_at:%Y-%m-%d}", row.reply) for row in found.bounces])
     _print("deliveries", [(row.campaign_key, row.state.name.lower(), f"attempt {row.attempt}", row.reply) for row in found.deliveries])
 
 

@@ -7,7 +7,7 @@ anybody: that takes the contact's own act. A suppression keeps the address's has
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.contacts import changes
 from mail_pipelines.contacts.addresses import normal_domain
 from mail_pipelines.contacts.sets import insert_if_absent, slices
-from mail_pipelines.database.models import Contact, ContactList, Subscription, Suppression
+from mail_pipelines.database.models import Contact, ContactList, SourceContact, Subscription, Suppression, SyncDeadLetter, SyncOutbox
 from mail_pipelines.errors import MailPipelinesError
 
 ScopeKind = Literal["all", "brand", "list"]
@@ -62,10 +62,20 @@ def suppressed_clause(address_hash: sa.ColumnElement[Any] | Any, domain: sa.Colu
 
 
 def suppress(
-    connection: Connection, address_hashes: Iterable[bytes], *, reason: str, scope_kind: ScopeKind = "all", scope_id: int = 0, now: dt.datetime
+    connection: Connection,
+    address_hashes: Iterable[bytes] | Mapping[bytes, dt.datetime],
+    *,
+    reason: str,
+    scope_kind: ScopeKind = "all",
+    scope_id: int = 0,
+    now: dt.datetime,
 ) -> int:
-    """Suppress addresses by hash; returns how many were not suppressed in this scope before. Doing it again changes nothing."""
-    return _suppress(connection, "address_hash", dict.fromkeys(address_hashes), reason, Scope(scope_kind, scope_id), now)
+    """Suppress addresses by hash; returns how many were not suppressed in this scope before. Doing it again changes nothing.
+
+    A mapping says since when each has been suppressed elsewhere; of the others it is since `now`.
+    """
+    since = address_hashes if isinstance(address_hashes, Mapping) else dict.fromkeys(address_hashes, now)
+    return _suppress(connection, "address_hash", since, reason, Scope(scope_kind, scope_id))
 
 
 def suppress_domain(connection: Connection, domain: str, *, reason: str, scope_kind: ScopeKind = "all", scope_id: int = 0, now: dt.datetime) -> bool:
@@ -74,17 +84,17 @@ def suppress_domain(connection: Connection, domain: str, *, reason: str, scope_k
         normal = normal_domain(domain.strip())
     except ValueError as error:
         raise ConsentError(f"{domain!r} is no domain: {error}") from None
-    return _suppress(connection, "domain", [normal], reason, Scope(scope_kind, scope_id), now) == 1
+    return _suppress(connection, "domain", {normal: now}, reason, Scope(scope_kind, scope_id)) == 1
 
 
-def _suppress(connection: Connection, column: str, values: Iterable[Any], reason: str, scope: Scope, now: dt.datetime) -> int:
+def _suppress(connection: Connection, column: str, since: Mapping[Any, dt.datetime], reason: str, scope: Scope) -> int:
     if reason not in REASONS:
         raise ConsentError(f"reason {reason!r} is not known; expected one of {', '.join(REASONS)}")
     weaker = REASONS[: REASONS.index(reason)]
     target = Suppression.__table__.c[column]
     added = 0
-    for chosen in slices(values):
-        rows = [{column: value, "scope_kind": scope.kind, "scope_id": scope.id, "reason": reason, "created_at": now} for value in chosen]
+    for chosen in slices(since):
+        rows = [{column: value, "scope_kind": scope.kind, "scope_id": scope.id, "reason": reason, "created_at": since[value]} for value in chosen]
         added += connection.execute(insert_if_absent(Suppression), rows).rowcount
         if weaker:
             connection.execute(
@@ -134,7 +144,9 @@ def _lists_in(scope: Scope) -> list[sa.ColumnElement[bool]]:
 
 
 def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
-    """Forget a person: the contact and its subscriptions go, the suppression of the address stays. False if there is no such contact.
+    """Forget a person: the contact, its subscriptions and what ties it to external sources go, the suppression of the address stays.
+
+    False if there is no such contact.
 
     The ledger, the events and their sums keep the number of the contact, which then names nobody.
     """
@@ -142,7 +154,8 @@ def erase(connection: Connection, contact_id: int, *, now: dt.datetime) -> bool:
     if address_hash is None:
         return False
     suppress(connection, [address_hash], reason="erased", now=now)
-    connection.execute(sa.delete(Subscription).where(Subscription.contact_id == contact_id))
+    for tied in (Subscription, SourceContact, SyncOutbox, SyncDeadLetter):
+        connection.execute(sa.delete(tied).where(tied.contact_id == contact_id))
     connection.execute(sa.delete(Contact).where(Contact.id == contact_id))
     changes.record(connection, [contact_id], "delete", now=now)
     return True

@@ -249,12 +249,12 @@ def _open_parquet(path: Path, file: BinaryIO) -> ContactFile:
         raise ContactFileError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
     schema = parquet.schema_arrow
     _check_names(path, list(schema.names))
-    types = {field.name: type_ for field in schema if (type_ := _field_type(field.type))}
+    types = {field.name: type_ for field in schema if (type_ := field_type(field.type))}
     refused = {field.name: str(field.type) for field in schema if field.name not in types}
     return ContactFile(list(schema.names), types, refused, _parquet_batches(path, parquet, types))
 
 
-def _field_type(arrow: pa.DataType) -> FieldType | None:
+def field_type(arrow: pa.DataType) -> FieldType | None:
     import pyarrow as pa
 
     if pa.types.is_dictionary(arrow):
@@ -281,7 +281,7 @@ def _parquet_batches(path: Path, parquet: pq.ParquetFile, types: dict[str, Field
             lines = range(done + 1, done + rows.num_rows + 1)
             done += rows.num_rows
             columns = [
-                _as_text(column, types[name]) if name in types else pa.nulls(rows.num_rows, pa.string())
+                as_text(column, types[name]) if name in types else pa.nulls(rows.num_rows, pa.string())
                 for name, column in zip(rows.schema.names, rows.columns, strict=True)
             ]
             yield _without_broken_text(lines, columns, done / total)
@@ -289,7 +289,7 @@ def _parquet_batches(path: Path, parquet: pq.ParquetFile, types: dict[str, Field
         raise ContactFileError(f"{path} is damaged after row {done}: {str(error).splitlines()[0]}; the rows before it are in") from error
 
 
-def _as_text(column: pa.Array, type_: FieldType) -> pa.Array:
+def as_text(column: pa.Array, type_: FieldType) -> pa.Array:
     """A column in the texts that `fields.parse_value` reads."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # What `--map column=` is given to say that the column holds the addresses.
 ADDRESS_FIELD = "email"
 # A column of this name, or mapped to it, is the contact's own time zone and no field.
-TIME_ZONE = "time_zone"
+TIME_ZONE = merging.TIME_ZONE
 _ADDRESS_COLUMNS = frozenset({"email", "mail", "emailaddress", "mailaddress"})
 ERASED = "the address was erased at the person's request and is not taken again"
 
@@ -59,7 +59,7 @@ class ImportReport:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """A column that is imported: its place, its name in the file, and the field it becomes, or `TIME_ZONE`."""
 
     place: int
@@ -68,7 +68,7 @@ class _Column:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A batch ready to be merged: `rows` in the columns of `merging.STAGED`, one a contact; `repeated` the lines whose address an earlier batch had."""
 
     rows: pa.Table
@@ -108,7 +108,7 @@ def import_file(
         prepared = _prepare_all(batches, email, columns, chosen)
         read = inserted = updated = unchanged = duplicates = 0
         mostly_new = False
-        with _RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
+        with RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
             pending = reader.submit(next, prepared, None)
             while (batch := pending.result()) is not None:
                 # The next batch is read while the database works on this one; beside sending it is read afterwards, which leaves a processor free.
@@ -136,14 +136,14 @@ def import_file(
 # --- columns ----------------------------------------------------------------------------------------------------
 
 
-def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping[str, FieldType]) -> tuple[int, list[_Column]]:
+def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping[str, FieldType]) -> tuple[int, list[Column]]:
     """The place of the column with the addresses, and the columns that become fields. Raises `ContactFileError` or `FieldError`."""
     names = [name for name in file.columns if name]
     for name in mapping:
         if name not in names:
             raise ContactFileError(f"the file has no column {name!r}; {nearest(name, names)}")
     email = _address_column(names, mapping)
-    columns: dict[str, _Column] = {}
+    columns: dict[str, Column] = {}
     for place, name in enumerate(file.columns):
         key = mapping.get(name, name)
         if name == email or not key:
@@ -159,7 +159,7 @@ def assign_columns(file: ContactFile, mapping: Mapping[str, str], types: Mapping
             raise fields.FieldError(f"column {name!r}: {error}; give it one with --map '{name}=KEY', or leave it out with --map '{name}='") from None
         if key in columns:
             raise ContactFileError(f"columns {columns[key].name!r} and {name!r} both become the field {key!r}; give one another key with --map")
-        columns[key] = _Column(place, name, key)
+        columns[key] = Column(place, name, key)
     for key in types:
         if key not in columns:
             raise fields.FieldError(f"no column of the file becomes the field {key!r}; {nearest(key, list(columns))}")
@@ -181,7 +181,7 @@ def _declare(
     connection: Connection,
     file: ContactFile,
     first: Batch | None,
-    columns: Sequence[_Column],
+    columns: Sequence[Column],
     types: Mapping[str, FieldType],
     list_name: str,
     now: dt.datetime,
@@ -202,13 +202,14 @@ def _declare(
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-def _prepare_all(batches: Iterator[Batch], email: int, columns: Sequence[_Column], types: Mapping[str, FieldType]) -> Iterator[_Prepared]:
-    seen = _Seen()
+def _prepare_all(batches: Iterator[Batch], email: int, columns: Sequence[Column], types: Mapping[str, FieldType]) -> Iterator[Prepared]:
+    seen = Seen()
     for batch in batches:
-        yield _prepare(batch, email, columns, types, seen)
+        yield prepare(batch, email, columns, types, seen)
 
 
-def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mapping[str, FieldType], seen: _Seen) -> _Prepared:
+def prepare(batch: Batch, email: int, columns: Sequence[Column], types: Mapping[str, FieldType], seen: Seen) -> Prepared:
+    """The batch's rows checked and in the columns of `merging.STAGED`; `email` is the place of the addresses, `types` are those of the columns' keys."""
     import pyarrow as pa
 
     problems: dict[int, list[str]] = {}
@@ -264,7 +265,7 @@ def _prepare(batch: Batch, email: int, columns: Sequence[_Column], types: Mappin
     # In the order of the unique index, which is then written page by page.
     rows = rows.sort_by("address_hash")
     rejects = batch.rejects + [Reject(batch.lines[row], "; ".join(reasons)) for row, reasons in problems.items()]
-    return _Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), sum(map(len, earlier.values())), batch.fraction)
+    return Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), sum(map(len, earlier.values())), batch.fraction)
 
 
 def _merged(column: pa.Array, earlier: Mapping[int, Sequence[int]]) -> pa.Array:
@@ -277,7 +278,7 @@ def _merged(column: pa.Array, earlier: Mapping[int, Sequence[int]]) -> pa.Array:
     return pa.array(values, pa.string())
 
 
-class _Seen:
+class Seen:
     """Which addresses a file has had so far: 8 bytes each of their hashes, in sorted runs that grow by merging."""
 
     def __init__(self) -> None:
@@ -299,7 +300,7 @@ class _Seen:
         return found
 
 
-class _RejectFile:
+class RejectFile:
     """A CSV file of rejected rows, made at the first one. It holds places and reasons, not the rows: people in it could not be erased."""
 
     def __init__(self, path: Path) -> None:
@@ -307,7 +308,7 @@ class _RejectFile:
         self.count = 0
         self._file: TextIO | None = None
 
-    def __enter__(self) -> _RejectFile:
+    def __enter__(self) -> RejectFile:
         # What an earlier import left there says nothing about this one.
         self.path.unlink(missing_ok=True)
         return self

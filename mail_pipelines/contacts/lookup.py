@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts.addresses import mask, parse
-from mail_pipelines.database.models import Brand, Campaign, Contact, ContactList, Delivery, State, Subscription, Suppression
+from mail_pipelines.database.models import Brand, Campaign, Contact, ContactList, Delivery, DeliveryEvent, State, Subscription, Suppression
 from mail_pipelines.errors import MailPipelinesError
 
 RECENT_DELIVERIES = 20
+# Events of no campaign of ours: bounces in another system, before the contact was moved here (`migration.history`).
+NO_CAMPAIGN = 0
 
 
 class UnknownContact(MailPipelinesError):
@@ -47,8 +49,17 @@ class PastDelivery:
 
 
 @dataclass(frozen=True)
+class PastBounce:
+    """A bounce in another system; `kind` is hard, soft or complaint."""
+
+    kind: str
+    reply: str
+    occurred_at: dt.datetime
+
+
+@dataclass(frozen=True)
 class Profile:
-    """One address: `contact_id` and what hangs on it are None or empty if only a suppression is known. Deliveries are newest first."""
+    """One address: `contact_id` and what hangs on it are None or empty if only a suppression is known. Deliveries and bounces are newest first."""
 
     address: str
     contact_id: int | None
@@ -59,6 +70,7 @@ class Profile:
     lists: list[ListMembership]
     suppressions: list[SuppressedAs]
     deliveries: list[PastDelivery]
+    bounces: list[PastBounce] = field(default_factory=list)
 
 
 def contact_id_of(connection: Connection, email: str) -> int:
@@ -91,6 +103,7 @@ def profile(connection: Connection, email: str) -> Profile:
         _lists(connection, contact.id),
         suppressions,
         _deliveries(connection, contact.id),
+        _bounces(connection, contact.id),
     )
 
 
@@ -130,3 +143,10 @@ def _deliveries(connection: Connection, contact_id: int) -> list[PastDelivery]:
         PastDelivery(row.key, State(row.state), row.attempt, " ".join(str(part) for part in (row.code, row.enhanced, row.reason) if part))
         for row in connection.execute(query)
     ]
+
+
+def _bounces(connection: Connection, contact_id: int) -> list[PastBounce]:
+    event = DeliveryEvent
+    query = sa.select(event.reason, event.text, event.occurred_at).where(event.contact_id == contact_id, event.campaign_id == NO_CAMPAIGN)
+    rows = connection.execute(query.order_by(event.occurred_at.desc(), event.id).limit(RECENT_DELIVERIES))
+    return [PastBounce(row.reason, row.text or "", row.occurred_at) for row in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,20 +78,49 @@ class Outcome:
     erased: frozenset[int]
 
 
+# What of the given values is taken: by address hash, when the contact was last changed, its values and those given.
+# A pure function of fields by key, with `email` (the address as it was spelled) and `time_zone` among them.
+Taken = Callable[[bytes, dt.datetime, dict[str, Any], dict[str, Any]], dict[str, Any]]
+EMAIL, TIME_ZONE = "email", "time_zone"
+
+
+def missing(_address_hash: bytes, _updated_at: dt.datetime, stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A `Taken`: what a contact has stays, and rows only add what it does not have."""
+    return {key: value for key, value in given.items() if stored.get(key) is None}
+
+
 class _Collision(Exception):
     """Another writer inserted one of these contacts between our look and our insert."""
 
 
-def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime, mostly_new: bool = False) -> Outcome:
-    """Insert or update at most `bulk.CHUNK_ROWS` contacts (columns of `STAGED`, addresses distinct) and subscribe them to the list.
+def merge(
+    engine: Engine,
+    rows: pa.Table,
+    *,
+    list_id: int | None,
+    now: dt.datetime,
+    mostly_new: bool = False,
+    source: str = "import",
+    taken: Taken | None = None,
+    also: Callable[[Connection], None] | None = None,
+) -> Outcome:
+    """Insert or update at most `bulk.CHUNK_ROWS` contacts (columns of `STAGED`, addresses distinct) and subscribe them to the list, if there is one.
 
-    Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that
-    changed get a row in the change feed. With `mostly_new` the rows are inserted first and only those that were there already
-    are looked at, which is faster if they are few and slower if they are many.
+    Subscriptions made say `source`. Where `taken` is given it says which of a known contact's values are taken over;
+    otherwise all are. Fields not named in a row keep their values. A subscription that exists, ended or not, stays as it is. Only contacts that changed get a
+    row in the change feed. With `mostly_new` the rows are inserted first and only those that were there already are looked at, which is faster if they
+    are few and slower if they are many. `also` is called at the end of the same transaction, and again if that is tried again.
     """
+
+    def work(connection: Connection) -> Outcome:
+        outcome = _merge(connection, rows, list_id, now, mostly_new, source, taken)
+        if also:
+            also(connection)
+        return outcome
+
     for attempt in itertools.count(1):
         try:
-            return transact(engine, lambda connection: _merge(connection, rows, list_id, now, mostly_new))
+            return transact(engine, work)
         except (sa.exc.IntegrityError, _Collision):
             # The other writer's contact is visible now, so the next attempt updates it.
             if attempt == _COLLISIONS:
@@ -98,7 +128,7 @@ def merge(engine: Engine, rows: pa.Table, *, list_id: int, now: dt.datetime, mos
     raise AssertionError("unreachable")
 
 
-def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetime, mostly_new: bool) -> Outcome:
+def _merge(connection: Connection, rows: pa.Table, list_id: int | None, now: dt.datetime, mostly_new: bool, source: str, taken: Taken | None) -> Outcome:
     inserted = updated = unchanged = 0
     erased: frozenset[int] = frozenset()
     changed: list[sa.Select[Any]] = []
@@ -106,10 +136,10 @@ def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetim
         made, inserted, rows = _insert_loaded(connection, rows, now)
         changed.append(made)
     if rows.num_rows:
-        _stage(connection, STAGED, rows)
+        stage(connection, STAGED, rows)
         erased = _drop_erased(connection)
         _find(connection, list_id)
-        _update(connection, list_id, now)
+        _update(connection, list_id, now, taken)
         new, updated, unchanged, known = _count(connection)
         if known:
             changed.append(sa.select(STAGED.c.contact_id).where(STAGED.c.contact_id > _NOTHING_NEW))
@@ -118,7 +148,8 @@ def _merge(connection: Connection, rows: pa.Table, list_id: int, now: dt.datetim
         inserted += new
     if changed:
         everyone = sa.select(sa.union_all(*changed).subquery())
-        _subscribe(connection, everyone, list_id, now)
+        if list_id is not None:
+            _subscribe(connection, everyone, list_id, now, source)
         changes.record(connection, everyone, "upsert", now=now)
     return Outcome(inserted, updated, unchanged, erased)
 
@@ -159,7 +190,8 @@ def _made_since(connection: Connection, before: int, expected: int, now: dt.date
     return made
 
 
-def _stage(connection: Connection, table: sa.Table, rows: pa.Table) -> None:
+def stage(connection: Connection, table: sa.Table, rows: pa.Table) -> None:
+    """Make a temporary table anew and load rows into it."""
     # In these words, for MySQL commits when a table is dropped unless it is said to be temporary.
     connection.exec_driver_sql(f"DROP {'TEMPORARY TABLE IF EXISTS ' if is_mysql(connection) else 'TABLE IF EXISTS temp.'}{table.name}")
     table.create(connection, checkfirst=False)
@@ -174,16 +206,21 @@ def _drop_erased(connection: Connection) -> frozenset[int]:
     return erased
 
 
-def _find(connection: Connection, list_id: int) -> None:
+def _find(connection: Connection, list_id: int | None) -> None:
     """Set `contact_id` of the rows whose contact exists."""
-    subscribed = sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == list_id)
     found = (
-        sa.select(sa.case((sa.and_(_same_letters(), Subscription.contact_id.is_not(None)), _NOTHING_NEW), else_=Contact.id))
-        .outerjoin(Subscription, subscribed)
+        sa.select(sa.case((sa.and_(_same_letters(), _is_known_to(list_id)), _NOTHING_NEW), else_=Contact.id))
         .where(Contact.address_hash == STAGED.c.address_hash)
         .correlate(STAGED)
     )
     connection.execute(sa.update(STAGED).values(contact_id=found.scalar_subquery()))
+
+
+def _is_known_to(list_id: int | None) -> sa.ColumnElement[bool]:
+    """Whether the contact has a subscription to the list, ended or not; if there is no list, it has what it needs."""
+    if list_id is None:
+        return sa.true()
+    return sa.exists().where(Subscription.contact_id == Contact.id, Subscription.list_id == list_id)
 
 
 def _same_letters() -> sa.ColumnElement[bool]:
@@ -193,7 +230,7 @@ def _same_letters() -> sa.ColumnElement[bool]:
     return sa.and_(*(sa.cast(stored, sa.LargeBinary) == sa.cast(staged, sa.LargeBinary) for stored, staged in pairs), same_zone)
 
 
-def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
+def _update(connection: Connection, list_id: int | None, now: dt.datetime, taken: Taken | None) -> None:
     """Write e-mail, time zone and merged attributes of the known contacts that differ, and mark the rows that prove to say nothing new."""
     import pyarrow as pa
 
@@ -202,15 +239,16 @@ def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
             STAGED.c.line,
             STAGED.c.email,
             STAGED.c.attributes,
+            STAGED.c.time_zone,
             Contact.id,
+            Contact.address_hash,
+            Contact.updated_at,
             Contact.email.label("stored_email"),
             Contact.time_zone.label("stored_zone"),
-            sa.func.coalesce(STAGED.c.time_zone, Contact.time_zone).label("zone"),
             sa.type_coerce(Contact.attributes, sa.Text).label("stored"),
-            Subscription.contact_id.label("subscriber"),
+            _is_known_to(list_id).label("known"),
         )
         .join(Contact, Contact.id == STAGED.c.contact_id)
-        .outerjoin(Subscription, sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == list_id))
         .where(STAGED.c.contact_id > _NOTHING_NEW, sa.not_(_same_letters()))
         .with_for_update()
     )
@@ -218,10 +256,13 @@ def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
     alike: list[int] = []
     for row in connection.execute(query):
         stored = json.loads(row.stored)
-        merged = stored | json.loads(row.attributes)
-        if merged != stored or row.email != row.stored_email or row.zone != row.stored_zone:
-            changed.append((row.id, row.email, row.zone, json.dumps(merged, ensure_ascii=False)))
-        elif row.subscriber is not None:
+        before = stored | {EMAIL: row.stored_email, TIME_ZONE: row.stored_zone}
+        given = json.loads(row.attributes) | {EMAIL: row.email} | ({TIME_ZONE: row.time_zone} if row.time_zone else {})
+        after = before | (taken(row.address_hash, row.updated_at, before, given) if taken else given)
+        if after != before:
+            email, zone = after.pop(EMAIL), after.pop(TIME_ZONE)
+            changed.append((row.id, email, zone, json.dumps(after, ensure_ascii=False)))
+        elif row.known:
             alike.append(row.line)
     for chosen in slices(alike):
         connection.execute(sa.update(STAGED).where(STAGED.c.line.in_(chosen)).values(contact_id=_NOTHING_NEW))
@@ -229,7 +270,7 @@ def _update(connection: Connection, list_id: int, now: dt.datetime) -> None:
         ids, *columns = zip(*changed, strict=True)
         texts = dict(zip(("email", "time_zone", "attributes"), columns, strict=True))
         rows = pa.table({"contact_id": pa.array(ids, pa.int64())} | {name: pa.array(values, pa.string()) for name, values in texts.items()})
-        _stage(connection, _UPDATES, rows)
+        stage(connection, _UPDATES, rows)
         values = {"email": _UPDATES.c.email, "time_zone": _UPDATES.c.time_zone, "attributes": sa.type_coerce(_UPDATES.c.attributes, sa.JSON), "updated_at": now}
         connection.execute(sa.update(Contact).where(Contact.id == _UPDATES.c.contact_id).values(values))
 
@@ -252,11 +293,11 @@ def _insert_staged(connection: Connection, expected: int, now: dt.datetime) -> s
     return _made_since(connection, before, expected, now)
 
 
-def _subscribe(connection: Connection, contacts: sa.Select[Any], list_id: int, now: dt.datetime) -> None:
+def _subscribe(connection: Connection, contacts: sa.Select[Any], list_id: int, now: dt.datetime, source: str) -> None:
     constants = {
         "list_id": sa.literal(list_id),
         "subscribed": sa.literal(True),
-        "source": sa.literal("import"),
+        "source": sa.literal(source),
         "changed_at": sa.literal(now, Subscription.changed_at.type),
     }
     chosen = sa.select(contacts.subquery().c[0], *constants.values())

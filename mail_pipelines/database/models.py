@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from mail_pipelines.database.types import BigId, Blob, EnhancedCode, Hash16, LongText, OrZero, TinyInt, UtcDateTime, ascii_string
+from mail_pipelines.database.types import BigId, Blob, EnhancedCode, Hash16, LongText, OrZero, TinyInt, UtcDateTime, ascii_string, byte_string
 
 KEY_LENGTH = 64
 # The row of the pool `default`, which every installation has.
@@ -755,6 +755,62 @@ class SyncState(Base):
     version: Mapped[int] = mapped_column(sa.BigInteger)
     changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     __table_args__ = (MYSQL,)
+
+
+class SourceContact(Base):
+    """A record of an external source that became a contact: by which id it is known there, and which version of it is in.
+
+    `external_id` is the source's own, or the address's hash in hexadecimal if it has none. `changed_at` is the source's time of the version merged at
+    `merged_at`, `run` the last run that saw it. `state`: 0 present, 1 missing (the run after a whole reading that did not have it, or had it marked as
+    deleted), 2 gone (that was carried out).
+    """
+
+    __tablename__ = "source_contacts"
+    source: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    external_id: Mapped[str] = mapped_column(byte_string(190), primary_key=True)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    address_hash: Mapped[bytes] = mapped_column(Hash16)
+    changed_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    merged_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    run: Mapped[int] = mapped_column(sa.Integer)
+    state: Mapped[int] = mapped_column(TinyInt)
+    __table_args__ = (sa.Index(None, "contact_id"), sa.Index(None, "source", "state", "run"), MYSQL)
+
+
+class SyncOutbox(Base):
+    """An event that an external source is told, or was: kept until no reading of the feed comes back to it, so that it is not told again.
+
+    `kind` is open, click, bounce, unsubscribe or suppression; `event_id` its number there, which with the kind is the key that the service gets.
+    `recorded_at` is when the feed had it. `facts` has what is told besides whose it is, and names no person. `state`: 0 waiting until `due_at`, 1 told (or
+    learned from the source itself), 2 refused (then it has a dead letter). `attempts` counts those that failed.
+    """
+
+    __tablename__ = "sync_outbox"
+    source: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
+    event_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    occurred_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    recorded_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    facts: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    state: Mapped[int] = mapped_column(TinyInt)
+    attempts: Mapped[int] = mapped_column(sa.Integer)
+    due_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "source", "state", "due_at"), sa.Index(None, "contact_id"), MYSQL)
+
+
+class SyncDeadLetter(Base):
+    """An event that an external source refused for good, or failed to take too often: why, after how many attempts, when."""
+
+    __tablename__ = "sync_dead_letters"
+    source: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    kind: Mapped[str] = mapped_column(ascii_string(16), primary_key=True)
+    event_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    contact_id: Mapped[int] = mapped_column(sa.BigInteger)
+    reason: Mapped[str] = mapped_column(sa.String(500))
+    attempts: Mapped[int] = mapped_column(sa.Integer)
+    at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "contact_id"), MYSQL)
 
 
 class Alert(Base):

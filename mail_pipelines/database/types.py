@@ -26,6 +26,11 @@ def ascii_string(length: int) -> sa.types.TypeEngine[str]:
     return sa.String(length).with_variant(mysql.VARCHAR(length, charset="ascii", collation="ascii_bin"), "mysql", "mariadb")
 
 
+def byte_string(length: int) -> sa.types.TypeEngine[str]:
+    """A string of any characters that is compared as it is written: ids that others gave."""
+    return sa.String(length).with_variant(mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
+
+
 class OrZero(sa.types.TypeDecorator[int]):
     """A positive integer that may be absent, which is stored as 0.
 

@@ -106,7 +106,7 @@ def test_beside_sending_nothing_is_read_ahead(engine: sa.Engine, tmp_path: Path,
     path.write_text("email\n" + "".join(f"a{number}@example.test\n" for number in range(12_000)))
     done: list[str] = []
     two_read = threading.Event()
-    prepare, merge = importing._prepare, merging.merge
+    prepare, merge = importing.prepare, merging.merge
 
     def note_read(*given: Any) -> Any:
         done.append("read")
@@ -120,7 +120,7 @@ def test_beside_sending_nothing_is_read_ahead(engine: sa.Engine, tmp_path: Path,
         done.append("merged")
         return outcome
 
-    monkeypatch.setattr(importing, "_prepare", note_read)
+    monkeypatch.setattr(importing, "prepare", note_read)
     monkeypatch.setattr(merging, "merge", note_merge)
     assert import_file(engine, path, list_name="News", now=NOW).inserted == 12_000
     second = done.index("read", 1)

@@ -1,0 +1,144 @@
+"""Synced: the contacts and suppressions of each declared external source, what it is told, and why one is not in step. Loading this imports no dlt."""
+
+import datetime as dt
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import dagster as dg
+
+from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.sources import declaration
+from mail_pipelines.sources.declaration import ENGAGEMENT, Section, Source
+from mail_pipelines.sources.errors import DeclarationError, SourceError
+
+GROUP = "synced"
+OWNERS = ["team:audience"]
+CHECK = "in_step"
+_WORDS: dict[Section, str] = {
+    "contacts": "Contacts of the external source {name}, merged under the rules of consent. Nobody who left is subscribed again.",
+    "suppressions": "Addresses that the external source {name} says must not be mailed. They are only ever added to, never taken back.",
+}
+
+
+def declared(home: Path) -> list[Source]:
+    """The sources whose declaration can be read. One that cannot keeps its last good state, and `source list` says what is wrong with it."""
+    found = []
+    for path in declaration.files(home):
+        try:
+            found.append(declaration.read_file(path))
+        except DeclarationError:
+            continue
+    return found
+
+
+def synced_assets(sources: Sequence[Source]) -> list[dg.AssetsDefinition]:
+    """One asset for each section of each source, `[<source>, <section>]`, suppressions before contacts, and `[<source>, engagement]`."""
+    read = [_asset(source, section) for source in sources for section in source.sections]
+    return read + [_told(source) for source in sources if source.write_back]
+
+
+def _asset(source: Source, section: Section) -> dg.AssetsDefinition:
+    key = dg.AssetKey([source.name, section])
+    before = [dg.AssetKey([source.name, "suppressions"])] if section == "contacts" and source.suppressions else []
+    checked = dg.AssetCheckSpec(CHECK, asset=key, description="The last run could read and merge the source; if not, the reason.")
+
+    @dg.asset(
+        key=key,
+        deps=before,
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds={"dlt", "sql"},
+        description=_WORDS[section].format(name=source.name),
+        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=source.fresh_hours)),
+        check_specs=[checked],
+    )
+    def synced(context: dg.AssetExecutionContext, database: CentralDatabase) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        # The source is built anew in every run: dlt fails on one that ran before in the process.
+        from mail_pipelines.sources import running
+
+        home = database.settings.home
+        try:
+            report = running.run(database.engine, home, declaration.load(home, source.name), section)
+        except SourceError as error:
+            yield dg.AssetCheckResult(check_name=CHECK, asset_key=key, passed=False, description=str(error))
+            raise dg.Failure(str(error), allow_retries=False) from None
+        standing = report.standing
+        context.log.info("%s", ", ".join(f"{count:,} {name}" for name, count in standing.counts.items() if count) or "nothing new")
+        rejected = sum(standing.rejected.values())
+        yield dg.MaterializeResult(
+            asset_key=key,
+            metadata={
+                "dagster/row_count": standing.merged,
+                "rows_in": standing.counts.get("read", 0),
+                "merged": standing.merged,
+                **{name: count for name, count in standing.counts.items() if name != "read"},
+                "rejected": rejected,
+                "rejected_by_reason": dict(standing.rejected),
+                "subscriptions_ended": report.ended,
+                "lag_seconds": round(standing.lag_seconds(dt.datetime.now(dt.UTC)) or 0.0, 3),
+                "seconds": standing.seconds,
+                "cursor": standing.cursor or "",
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=CHECK,
+                    asset_key=key,
+                    passed=standing.note is None,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description=standing.note or "in step",
+                    metadata={"rejected": rejected},
+                )
+            ],
+        )
+
+    return synced
+
+
+def _told(source: Source) -> dg.AssetsDefinition:
+    key = dg.AssetKey([source.name, ENGAGEMENT])
+    checked = dg.AssetCheckSpec(CHECK, asset=key, description="The source took all that was due, and nothing is in the dead letters; if not, the reason.")
+
+    @dg.asset(
+        key=key,
+        deps=[dg.AssetKey([source.name, section]) for section in source.sections],
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds={"sql"},
+        description=f"What the external source {source.name} is told: each event at least once, always under the same key.",
+        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=source.fresh_hours)),
+        check_specs=[checked],
+    )
+    def told(context: dg.AssetExecutionContext, database: CentralDatabase) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        from mail_pipelines.sources import telling
+
+        home = database.settings.home
+        try:
+            report = telling.run(database.engine, home, declaration.load(home, source.name))
+        except SourceError as error:
+            yield dg.AssetCheckResult(check_name=CHECK, asset_key=key, passed=False, description=str(error))
+            # What waits is sent by the next run.
+            raise dg.Failure(str(error), allow_retries=False) from None
+        standing, counts = report.standing, report.counts
+        context.log.info("%s", ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing new")
+        yield dg.MaterializeResult(
+            asset_key=key,
+            metadata={
+                "dagster/row_count": counts.get("pushed", 0),
+                **counts,
+                "waiting": standing.waiting,
+                "dead_letters": standing.dead,
+                "lag_seconds": round(report.lag_seconds, 3),
+                "seconds": report.seconds,
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=CHECK,
+                    asset_key=key,
+                    passed=not standing.dead,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description=f"{standing.dead:,} dead letters: `mail-pipelines source dead-letters {source.name}`" if standing.dead else "in step",
+                )
+            ],
+        )
+
+    return told

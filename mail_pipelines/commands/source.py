@@ -1,0 +1,150 @@
+"""External sources: list, check, run, status, dead letters."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from mail_pipelines.commands.context import console, open_engine, settings
+
+if TYPE_CHECKING:
+    from mail_pipelines.sources.declaration import Source
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+Name = Annotated[str, typer.Argument(help="name of a source: of its file in the folder `sources` of the home, without .yaml")]
+
+
+def _chosen(name: str | None) -> list[Source]:
+    from mail_pipelines.sources import declaration
+
+    home = settings().home
+    if name is not None:
+        return [declaration.load(home, name)]
+    return [declaration.read_file(path) for path in declaration.files(home)]
+
+
+@app.command("list")
+def list_() -> None:
+    """All declared sources, with what is wrong with a declaration."""
+    from mail_pipelines.sources import declaration
+    from mail_pipelines.sources.errors import DeclarationError
+
+    table = Table("source", "kind", "reads", "is told", "schedule")
+    wrong = []
+    for path in declaration.files(settings().home):
+        try:
+            source = declaration.read_file(path)
+        except DeclarationError as error:
+            wrong.append(str(error))
+            table.add_row(escape(path.stem), "", "cannot be read", "", "")
+            continue
+        told = ", ".join(source.write_back.what) if source.write_back else ""
+        table.add_row(source.name, source.kind, ", ".join(source.sections), told, source.schedule or "by hand")
+    console.print(table)
+    for line in wrong:
+        console.print(line, style="red", markup=False)
+
+
+@app.command()
+def check(name: Name) -> None:
+    """Read a declaration, log in and read the first page; nothing is written."""
+    from mail_pipelines.sources import landing
+
+    source = _chosen(name)[0]
+    for section, resource in source.sections.items():
+        count = landing.check(source, resource)
+        console.print(f"{source.name} {section}: the first page has {count:,} rows", markup=False)
+
+
+@app.command()
+def run(
+    name: Name,
+    whole: Annotated[bool, typer.Option("--whole", help="read everything, also what did not change since the last run")] = False,
+    accept_deletions: Annotated[bool, typer.Option("--accept-deletions", help="records that are gone at the source are meant to be, however many")] = False,
+) -> None:
+    """Bring a source up to date now, and tell it what is new here."""
+    from mail_pipelines.sources import running, telling
+
+    source, engine = _chosen(name)[0], open_engine()
+    for section in source.sections:
+        report = running.run(engine, settings().home, source, section, whole=whole, accept_deletions=accept_deletions)
+        counts = ", ".join(f"{number:,} {what}" for what, number in report.standing.counts.items() if number) or "nothing new"
+        console.print(f"{source.name} {section}: {counts}", markup=False)
+        for reason, number in sorted(report.standing.rejected.items(), key=lambda item: -item[1]):
+            console.print(f"  {number:,} rejected: {reason}", markup=False, style="yellow")
+        if report.reject_file:
+            console.print(f"  which ones: {report.reject_file}", markup=False)
+        if report.ended:
+            console.print(f"  {report.ended:,} subscriptions ended: gone at the source", markup=False)
+        if report.standing.note:
+            console.print(f"  {report.standing.note}", markup=False, style="yellow")
+    if source.write_back:
+        told = telling.run(engine, settings().home, source)
+        counts = ", ".join(f"{number:,} {what}" for what, number in told.counts.items() if number) or "nothing new"
+        console.print(f"{source.name} engagement: {counts}", markup=False)
+        if told.standing.dead:
+            console.print(f"  {told.standing.dead:,} dead letters: mail-pipelines source dead-letters {source.name}", markup=False, style="yellow")
+
+
+@app.command()
+def dead_letters(name: Name, most: Annotated[int, typer.Option("--most", min=1, help="how many of them, the newest first")] = 100) -> None:
+    """What a source refused, or failed to take too often, and why."""
+    from mail_pipelines.database.engine import reading
+    from mail_pipelines.sources import outbox
+
+    source = _chosen(name)[0]
+    with reading(open_engine()) as connection:
+        letters = outbox.dead_letters(connection, source.name, most)
+    table = Table("event", "contact", "attempts", "at", "reason")
+    for letter in letters:
+        table.add_row(f"{letter.kind}-{letter.event_id}", str(letter.contact_id), str(letter.attempts), letter.at.isoformat(), escape(letter.reason))
+    console.print(table if letters else f"{source.name} has no dead letters")
+
+
+@app.command()
+def retry(name: Name) -> None:
+    """Send the dead letters of a source again in its next run."""
+    from mail_pipelines.database.engine import transact
+    from mail_pipelines.sources import outbox
+
+    source = _chosen(name)[0]
+    count = transact(open_engine(), lambda connection: outbox.retry(connection, source.name))
+    console.print(f"{count:,} events wait again: mail-pipelines source run {source.name}", markup=False)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="a source; all if not given")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line a section")] = False,
+) -> None:
+    """When each source was read last, how old that is, and what went wrong."""
+    import dataclasses
+
+    from mail_pipelines.sources import status as standings
+    from mail_pipelines.sources.declaration import ENGAGEMENT
+
+    engine, now = open_engine(), dt.datetime.now(dt.UTC)
+    table = Table("source", "section", "last good run", "age", "rows", "merged", "rejected", "cursor", "wrong")
+    for source in _chosen(name):
+        for section in source.parts:
+            standing = standings.read(engine, source.name, section)
+            lag = standing.lag_seconds(now)
+            if as_json:
+                row = {"source": source.name, "section": section, "lag_seconds": lag, "merged": standing.merged, **dataclasses.asdict(standing)}
+                typer.echo(json.dumps(row))
+                continue
+            age = "" if lag is None else str(dt.timedelta(seconds=int(lag)))
+            numbers = (standing.counts.get("read", 0), standing.merged, sum(standing.rejected.values()))
+            if section == ENGAGEMENT:
+                counts = standing.counts
+                numbers = (counts.get("taken_up", 0), counts.get("pushed", 0), counts.get("dead", 0))
+            wrong = standing.error or standing.note or ""
+            table.add_row(source.name, section, standing.good_at or "never", age, *(f"{number:,}" for number in numbers), standing.cursor or "", escape(wrong))
+    if not as_json:
+        console.print(table)

@@ -1,0 +1,193 @@
+"""A run of a section: land, merge in chunks, carry out deletions, note where it stands. Killed at any moment and run again it gives the same.
+
+The cursor moves only when all that was landed is merged, so what a killed or failed run has not merged is read again.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime as dt
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+from mail_pipelines.contacts.portions import portions
+from mail_pipelines.database.bulk import CHUNK_ROWS
+from mail_pipelines.database.engine import transact
+from mail_pipelines.dispatch.files import is_locked, only_one
+from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.sources import cursor, deleting, landing, merging, status, suppressing
+from mail_pipelines.sources.declaration import FOLDER, Contacts, Section, Source, Suppressions
+from mail_pipelines.sources.merging import Tally
+from mail_pipelines.sources.staging import Landing, Staging, open_staging
+from mail_pipelines.sources.status import Standing
+
+_WORK = ".work"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a good run did. `reject_file` has id and reason of each row left out, or is None."""
+
+    standing: Standing
+    ended: int
+    reject_file: Path | None
+
+
+def work_folder(home: Path) -> Path:
+    """Where packages, staging files, locks and reject files are."""
+    return home / FOLDER / _WORK
+
+
+def reject_path(home: Path, source: str, section: Section) -> Path:
+    return work_folder(home) / f"{source}.{section}.rejected.csv"
+
+
+def lock(home: Path, source: str) -> Path:
+    """What whoever reads or tells the source holds."""
+    return work_folder(home) / f"{source}.lock"
+
+
+def is_running(home: Path, source: str) -> bool:
+    """Whether a process of this host is reading the source now."""
+    return is_locked(lock(home, source))
+
+
+def run(
+    engine: Engine,
+    home: Path,
+    source: Source,
+    section: Section,
+    *,
+    whole: bool = False,
+    accept_deletions: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Bring one section up to date. `whole` reads everything even if there is a cursor; `progress` is called with the rows merged.
+
+    Raises `SourceError` (recorded as the standing's error; the last good state stays) or `AlreadyRunning`.
+    """
+    resource = source.sections[section]
+    folder = work_folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(lock(home, source.name), f"source {source.name}"):
+        now = dt.datetime.now(dt.UTC)
+        before = status.read(engine, source.name, section)
+        status.change(engine, source.name, section, now, run=before.run + 1, begun_at=now.isoformat())
+        begin = time.monotonic()
+        try:
+            since = None if whole or accept_deletions else _since(resource, before, now)
+            with open_staging(engine, folder, source.name, section) as staging:
+                landed = landing.land(source, resource, staging, folder / "dlt", since=since, run=before.run + 1, now=now)
+                landed = _merge_all(engine, home, source, section, resource, staging, landed, progress)
+                ended = _finish(engine, source, section, resource, staging, landed, before, accept_deletions, time.monotonic() - begin)
+        except MailPipelinesError as error:
+            missing = deleting.standing(engine, source.name)[0] if section == "contacts" else 0
+            status.change(engine, source.name, section, now, error=str(error), missing=missing)
+            raise
+    path = reject_path(home, source.name, section)
+    return Report(status.read(engine, source.name, section), ended, path if path.exists() else None)
+
+
+def _since(resource: Contacts | Suppressions, before: Standing, now: dt.datetime) -> str | None:
+    """From where the source is asked; None for everything."""
+    if not resource.cursor or before.cursor is None or before.whole_at is None:
+        return None
+    if now - dt.datetime.fromisoformat(before.whole_at) >= dt.timedelta(hours=resource.whole_hours):
+        return None
+    return cursor.since(before.cursor, resource.overlap)
+
+
+def _merge_all(
+    engine: Engine,
+    home: Path,
+    source: Source,
+    section: Section,
+    resource: Contacts | Suppressions,
+    staging: Staging,
+    landed: Landing,
+    progress: Callable[[int], None] | None,
+) -> Landing:
+    now = dt.datetime.now(dt.UTC)
+    tally = Tally()
+    tally.counts.update(landed.counts or {})
+    tally.rejected.update(landed.rejected or {})
+    path = reject_path(home, source.name, section)
+    if landed.merged_to < 0:
+        path.unlink(missing_ok=True)
+    merge: Callable[..., list[tuple[str, str]]] | None = None
+    for rows in staging.rows(landed, CHUNK_ROWS):
+        if merge is None:
+            merge = _merger(engine, source, resource, landed.run, rows, now)
+        rejects: list[tuple[str, str]] = []
+        for portion in portions(engine, rows):
+            rejects += merge(portion, tally)
+        _write_rejects(path, rejects)
+        highest = cursor.highest(rows[landing.CURSOR].to_pylist(), landed.highest, now) if resource.cursor else None
+        position = rows["position"][-1].as_py()
+        landed = dataclasses.replace(landed, merged_to=position, counts=dict(tally.counts), rejected=dict(tally.rejected), highest=highest)
+        staging.note(landed)
+        if progress:
+            progress(tally.counts["read"])
+    return landed
+
+
+def _merger(engine: Engine, source: Source, resource: Contacts | Suppressions, run: int, first: Any, now: dt.datetime) -> Callable[..., list[tuple[str, str]]]:
+    if isinstance(resource, Contacts):
+        target = merging.declare(engine, resource, first, now)
+        return merging.Merge(engine, source, resource, target, run=run, now=now).chunk
+    scope = transact(engine, lambda connection: suppressing.scope_of(connection, resource, now))
+    return lambda rows, tally: suppressing.chunk(engine, source, resource, scope, rows, tally, now)
+
+
+def _write_rejects(path: Path, rejects: list[tuple[str, str]]) -> None:
+    """Ids and reasons, not the rows: people in the file could not be erased."""
+    if rejects:
+        new = not path.exists()
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["id", "reason"]] if new else [])
+            writer.writerows(rejects)
+
+
+def _finish(
+    engine: Engine,
+    source: Source,
+    section: Section,
+    resource: Contacts | Suppressions,
+    staging: Staging,
+    landed: Landing,
+    before: Standing,
+    accept: bool,
+    seconds: float,
+) -> int:
+    """Everything is merged: the cursor moves, and then what is missing is dealt with, which may stop."""
+    now = dt.datetime.now(dt.UTC)
+    note, moved, whole_at = None, before.cursor, landed.begun_at if landed.since is None else before.whole_at
+    if resource.cursor and landed.highest is not None:
+        if before.cursor is None or cursor.order(landed.highest) >= cursor.order(before.cursor):
+            moved = landed.highest
+        elif landed.since is None:
+            note = f"the cursor went back from {before.cursor} to {landed.highest}: the source was restored, or its clock was"
+            moved = landed.highest
+        elif cursor.order(landed.highest) < cursor.order(landed.since):
+            note = f"the source gave only what lies before {landed.since}, from where it was asked: everything is read in the next run"
+            whole_at = None
+    ended = 0
+    if isinstance(resource, Contacts):
+        if landed.since is None:
+            deleting.note_missing(engine, source.name, landed.run)
+        target = merging.declare(engine, resource, None, now).list
+        # The cursor may move before the guard speaks: whoever is missing is remembered.
+        status.change(engine, source.name, section, now, cursor=moved, whole_at=whole_at, counts=landed.counts or {}, rejected=landed.rejected or {}, note=note)
+        staging.clear()
+        ended = deleting.carry_out(engine, source, resource, target, accept=accept, now=now)
+    good = {"good_at": landed.begun_at, "seconds": round(seconds, 3), "missing": 0, "error": None, "note": note}
+    status.change(engine, source.name, section, now, cursor=moved, whole_at=whole_at, counts=landed.counts or {}, rejected=landed.rejected or {}, **good)
+    staging.clear()
+    return ended

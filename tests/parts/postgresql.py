@@ -1,0 +1,61 @@
+"""A PostgreSQL server of a test's own: a fresh data folder, a free port, ended by its process id."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from mail_pipelines.benchmarks.mariadb import free_port
+
+_SECONDS = 60
+
+
+class PostgreSQL:
+    """A running server; `url` is that of its only database."""
+
+    def __init__(self) -> None:
+        self.programs = max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])).parent
+        # In a folder of its own account, for it refuses to be root, and no other account enters the folders of tests.
+        self.folder = Path(tempfile.mkdtemp(prefix="mail-pipelines-postgresql-"))
+        self.user = "postgres" if os.geteuid() == 0 else None
+        if self.user:
+            os.chown(self.folder, pwd.getpwnam(self.user).pw_uid, -1)
+        data = self.folder / "data"
+        made = [self.programs / "initdb", "--pgdata", data, "--username", "tester", "--auth", "trust", "--encoding", "UTF8", "--no-sync"]
+        subprocess.run(made, check=True, stdout=subprocess.DEVNULL, user=self.user, cwd=self.folder)
+        self.port = free_port()
+        self.url = f"postgresql://tester@127.0.0.1:{self.port}/postgres"
+        options = ["-p", str(self.port), "-k", self.folder, "-h", "127.0.0.1", "-c", "fsync=off"]
+        with (self.folder / "log").open("ab") as log:
+            command = [self.programs / "postgres", "-D", data, *options]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, user=self.user, cwd=self.folder, start_new_session=True)
+        engine = self.engine()
+        end = time.monotonic() + _SECONDS
+        while True:
+            try:
+                engine.connect().close()
+                break
+            except sa.exc.DBAPIError:
+                assert self.process.poll() is None, (self.folder / "log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        engine.dispose()
+
+    def engine(self) -> sa.Engine:
+        return sa.create_engine(self.url.replace("postgresql:", "postgresql+pg8000:"))
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.folder)

@@ -1,0 +1,1 @@
+"""External sources: declaration, landing, merge under consent, failures."""

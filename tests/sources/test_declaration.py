@@ -1,0 +1,122 @@
+"""Declarations: what is wrong is named with its place, and no secret stands in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from mail_pipelines.sources import cursor, declaration
+from mail_pipelines.sources.errors import DeclarationError, SourceError
+from mail_pipelines.sources.texts import is_marked, moment
+
+GOOD: dict[str, Any] = {
+    "name": "crm",
+    "kind": "rest",
+    "connection": {"url": "https://crm.example/", "auth": {"type": "bearer", "token_env": "CRM_TOKEN"}},
+    "schedule": "*/15 * * * *",
+    "contacts": {"read": {"path": "contacts"}, "map": {"id": "external_id", "mail": "email"}, "list": "News", "consent": {"subscribe": "always"}},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load(yaml.safe_dump(GOOD))
+    *outer, last = path.split(".")
+    place = tree
+    for name in outer:
+        place = place[name]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return tree
+
+
+def test_the_good_one_is_read() -> None:
+    source = declaration.parse(yaml.safe_dump(GOOD), "crm.yaml")
+    assert list(source.sections) == ["contacts"]
+    assert source.contacts is not None
+    assert source.contacts.rule_of("anything") == "theirs"
+
+
+TOLD = {"what": ["opens"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("kind", "ftp", "kind: 'ftp' is not known"),
+        ("name", "A B", "source name"),
+        ("name", "x" * 40, "more than 32"),
+        ("schedule", "daily", "schedule: expected five fields of cron"),
+        ("connection.url", None, "connection.url: Field required"),
+        ("connection.auth", {"type": "bearer", "token_env": "eyJhbGciOi.abc"}, "expected the name of an environment variable"),
+        ("connection.auth", {"type": "bearer", "token_env": "MAIL_PIPELINES_X"}, "expected the name of an environment variable"),
+        ("connection.auth", {"type": "basic", "token_env": "X"}, "user_env is missing"),
+        ("contacts.map", {"id": "external_id"}, "no column becomes `email`"),
+        ("contacts.map", {"a": "email", "b": "email"}, "two columns become `email`"),
+        ("contacts.map", {"a": "email", "b": "First Name"}, "is no field key"),
+        ("contacts.map", {"a": "email", "b": "address"}, "built-in"),
+        ("contacts.list", None, "list: is missing"),
+        ("contacts.consent", {"subscribe": "opted_in"}, "needs a column that is mapped to `opted_in`"),
+        ("contacts.consent", None, "contacts.consent: Field required"),
+        ("contacts.conflict", {"default": "newest", "city": "ours"}, "conflict.city: no column becomes this field"),
+        ("contacts.types", {"city": "number"}, "types.city: no column becomes this field"),
+        ("contacts.read", {"path": "x", "pages": 3}, "read.pages: Extra inputs"),
+        ("contacts", None, "contacts or suppressions"),
+        ("write_back", {"what": ["sales"], "send": {}}, "write_back.what.0: Input should be 'opens'"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"who": "email"}}}, "write_back.send.body: `key` is missing"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "key"}}}, "write_back.send.body: neither `email` nor `external_id`"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "secret"}}}, "write_back.send.body.id: Input should be 'key'"),
+        ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "key"}, "key_header": "A: b"}}, "write_back.send.key_header: String should match"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(path: str, value: Any, words: str) -> None:
+    with pytest.raises(DeclarationError) as caught:
+        declaration.parse(yaml.safe_dump(changed(path, value)), "crm.yaml")
+    assert str(caught.value).startswith("crm.yaml: ")
+    assert words in str(caught.value)
+    assert "eyJ" not in str(caught.value)
+
+
+def test_broken_yaml_is_named_with_its_line() -> None:
+    with pytest.raises(DeclarationError, match=r"crm.yaml: line 2: no valid YAML"):
+        declaration.parse("name: crm\nkind: [rest", "crm.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "overlap", "asked"),
+    [
+        ("1000", 10, "990"),
+        ("2026-01-01T00:05:00Z", 300, "2026-01-01T00:00:00Z"),
+        ("2026-01-01 00:05:00.123456", 300, "2026-01-01 00:00:00"),
+        ("2026-01-01T00:05:00+02:00", 60, "2026-01-01T00:04:00+02:00"),
+    ],
+)
+def test_a_cursor_goes_back_in_its_own_form(text: str, overlap: float, asked: str) -> None:
+    assert cursor.since(text, overlap) == asked
+    assert cursor.order(asked) < cursor.order(text)
+
+
+def test_a_cursor_from_the_future_stops_nothing() -> None:
+    now = moment("2026-06-01T00:00:00Z")
+    assert now is not None
+    assert cursor.highest(["2026-05-01T00:00:00Z", "2099-01-01T00:00:00Z", None], None, now) == "2026-05-01T00:00:00Z"
+    with pytest.raises(SourceError, match="neither numbers nor times"):
+        cursor.highest(["soon"], None, now)
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"), [("true", True), ("1", True), ("2026-01-01T00:00:00Z", True), ("false", False), ("0", False), ("", False), (None, False)]
+)
+def test_what_marks_a_record_as_deleted(text: str | None, marked: bool) -> None:
+    assert is_marked(text) is marked
+
+
+def test_what_is_only_read_is_told_nothing() -> None:
+    document = {"name": "shop", "kind": "files", "connection": {"url": "shop"}, "suppressions": {"read": {"glob": "*"}, "map": {"mail": "email"}}}
+    with pytest.raises(DeclarationError, match="say unknown: create, or declare contacts"):
+        declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}}}), "shop.yaml")
+    with pytest.raises(DeclarationError, match="a source of kind files is only read; expected one of rest, sql"):
+        declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}, "unknown": "create"}}), "shop.yaml")
