@@ -5,7 +5,7 @@ from alembic import op
 
 from mail_pipelines.database.types import Hash16, TinyInt, UtcDateTime, ascii_string, byte_string
 
-revision = "0024"
+revision = "0022"
 down_revision = "0021"
 branch_labels = None
 depends_on = None
