@@ -21,7 +21,7 @@ from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import transact
-from mail_pipelines.sources import conflicts, records, subscribing
+from mail_pipelines.sources import conflicts, outbox, records, subscribing
 from mail_pipelines.sources.declaration import EMAIL, TIME_ZONE, Contacts, Rule, Source
 from mail_pipelines.sources.links import Links
 from mail_pipelines.sources.staging import POSITION
@@ -97,7 +97,9 @@ class Merge:
         by_id = {record.external_id: record for record in usable.values()}
         refused = self._links.follow(self.engine, by_id)
         by_hash = {record.address.hash: record for record in by_id.values()}
-        subscribes = {digest for digest, record in by_hash.items() if record.subscribes and record.external_id not in refused}
+        noes = records.noes(self.resource, rows)
+        # Two records may have one address: a no of one of them is the person's.
+        subscribes = {digest for digest, record in by_hash.items() if record.subscribes and record.external_id not in refused} - noes.left - noes.withdrawn
         taken = conflicts.taken(self.engine, self.source.name, self._rules, by_hash)
         erased: set[int] = set()
         for list_id, chosen in self._split(prepared.rows, subscribes):
@@ -116,6 +118,9 @@ class Merge:
             people = [(contact_id, record) for contact_id, record in found if record.address.hash in subscribes]
             subscribing.note_evidence(connection, self.source.name, self.resource.consent.evidence, people, self.now)
             if self.target.list:
+                subscribing.refuse(connection, self.source.name, self.target.list, noes, self.now)
+                if self.source.write_back:
+                    outbox.learned(connection, self.source.name, noes.left | noes.withdrawn, self.now)
                 subscribing.begin_again(connection, self.source.name, self.target.list, [contact_id for contact_id, _ in people], self.now)
 
         transact(self.engine, link)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mail_pipelines.contacts.addresses import Address, AddressError, parse
-from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, Contacts
+from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, OPTED_OUT, Contacts
 from mail_pipelines.sources.staging import POSITION
-from mail_pipelines.sources.texts import is_marked, is_true, moment
+from mail_pipelines.sources.texts import is_false, is_marked, is_one_of, is_true, moment
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,6 +56,36 @@ def deleted(resource: Contacts, rows: pa.Table) -> set[int]:
     return {position for position, text in zip(rows[POSITION].to_pylist(), rows[DELETED].to_pylist(), strict=True) if is_marked(text)}
 
 
+@dataclass(frozen=True)
+class Noes:
+    """Addresses (by hash) whose rows say no: who `left`, and who no longer says yes (`withdrawn`), which counts only for what the source itself subscribed."""
+
+    left: set[bytes]
+    withdrawn: set[bytes]
+
+
+def noes(resource: Contacts, rows: pa.Table) -> Noes:
+    """Who says no, also of rows that are no records: whatever else is wrong with a row, nobody is mailed against it."""
+    found = Noes(set(), set())
+    opted_in, opted_out = (rows[target].to_pylist() if resource.column_of(target) else None for target in (OPTED_IN, OPTED_OUT))
+    if opted_in is None and opted_out is None:
+        return found
+    size = rows.num_rows
+    for email, agreed, out in zip(rows[EMAIL].to_pylist(), opted_in or [None] * size, opted_out or [None] * size, strict=True):
+        left = is_marked(out) or is_one_of(agreed, resource.consent.left)
+        if left or is_false(agreed):
+            try:
+                (found.left if left else found.withdrawn).add(parse(email or "").hash)
+            except AddressError:
+                continue
+    return found
+
+
+def _agrees(resource: Contacts, text: str | None) -> bool:
+    words = resource.consent.agreed
+    return is_one_of(text, words) if words else is_true(text)
+
+
 def usable(resource: Contacts, rows: pa.Table, ids: Mapping[int, str], deleted: Collection[int]) -> tuple[dict[int, Record], dict[int, str]]:
     """The records by position, and the reasons of the rows that are none."""
     records: dict[int, Record] = {}
@@ -85,7 +115,7 @@ def usable(resource: Contacts, rows: pa.Table, ids: Mapping[int, str], deleted: 
             rejects[position] = f"column {name_of(resource, CHANGED_AT)!r}: {error}"
             continue
         rule = resource.consent.subscribe
-        subscribes = rule == "always" or (rule == "opted_in" and is_true(opted_in))
+        subscribes = rule == "always" or (rule == "opted_in" and _agrees(resource, opted_in))
         records[position] = Record(ids[position], address, changed_at, subscribes, consent_at)
     return records, rejects
 

@@ -1,4 +1,4 @@
-"""Whom a source may subscribe, and on what evidence. Nobody who left is subscribed again: only what a source itself had ended begins again."""
+"""Whom a source may subscribe, on what evidence, and whose no it brings. Nobody who left is subscribed again: only what the source had ended begins again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.models import Contact, Subscription
 from mail_pipelines.database.types import LongText
 from mail_pipelines.sources.links import GONE_SOURCE
-from mail_pipelines.sources.records import Record
+from mail_pipelines.sources.records import Noes, Record
 
 _EVIDENCE = sa.Table(
     "staged_evidence",
@@ -28,6 +28,23 @@ _EVIDENCE = sa.Table(
     mariadb_engine="InnoDB",
     mariadb_charset="utf8mb4",
 )
+
+
+def refuse(connection: Connection, source: str, target: MailingList, noes: Noes, now: dt.datetime) -> None:
+    """End, for good, the subscriptions to the list of all who left, and of those whose yes the source itself had brought and takes back.
+
+    Who is not subscribed, or not known yet, cannot be subscribed by another source either.
+    """
+    for some in slices(noes.left):
+        own = sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == target.id)
+        query = sa.select(Contact.id).outerjoin(Subscription, own).where(Contact.address_hash.in_(some))
+        open_ = connection.execute(query.where(sa.or_(Subscription.contact_id.is_(None), Subscription.subscribed))).scalars().all()
+        consent.unsubscribe(connection, open_, scope="list", scope_id=target.id, now=now)
+    consent.suppress(connection, sorted(noes.left), reason="unsubscribe", scope_kind="list", scope_id=target.id, now=now)
+    for some in slices(noes.withdrawn):
+        brought = sa.and_(Subscription.list_id == target.id, Subscription.subscribed, Subscription.source == source)
+        query = sa.select(Contact.id).join(Subscription, Subscription.contact_id == Contact.id).where(Contact.address_hash.in_(some), brought)
+        consent.unsubscribe(connection, connection.execute(query).scalars().all(), scope="list", scope_id=target.id, now=now)
 
 
 def note_evidence(connection: Connection, source: str, words: str, people: Sequence[tuple[int, Record]], now: dt.datetime) -> None:
