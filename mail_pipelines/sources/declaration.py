@@ -147,7 +147,7 @@ class Contacts(_Resource):
         if self.consent.subscribe != "never" and not self.list:
             raise ValueError("list: is missing; or say consent: {subscribe: never}")
         if (self.consent.subscribe == "opted_in" or self.consent.agreed or self.consent.left) and not self.column_of(OPTED_IN):
-            raise ValueError("consent: subscribe: opted_in, agreed and left need a column that is mapped to `opted_in`")
+            raise ValueError("consent: opted_in, agreed or left needs a column that is mapped to `opted_in`")
         if self.says_who_left and not self.list:
             raise ValueError("list: is missing, which those leave whose column says that they left")
         if "newest" in {self.rule_of(key) for key in known} and not self.column_of(CHANGED_AT):

@@ -20,7 +20,7 @@ from mail_pipelines.contacts import fields, importing, lists, merging
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch
 from mail_pipelines.database.bulk import CHUNK_ROWS
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.sources import conflicts, outbox, records, subscribing
 from mail_pipelines.sources.declaration import EMAIL, TIME_ZONE, Contacts, Rule, Source
 from mail_pipelines.sources.links import Links
@@ -100,6 +100,9 @@ class Merge:
         noes = records.noes(self.resource, rows)
         # Two records may have one address: a no of one of them is the person's.
         subscribes = {digest for digest, record in by_hash.items() if record.subscribes and record.external_id not in refused} - noes.left - noes.withdrawn
+        if self.target.list:
+            with reading(self.engine) as connection:
+                subscribes -= subscribing.refused(connection, self.target.list, subscribes)
         taken = conflicts.taken(self.engine, self.source.name, self._rules, by_hash)
         erased: set[int] = set()
         for list_id, chosen in self._split(prepared.rows, subscribes):

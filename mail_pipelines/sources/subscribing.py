@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.contacts import changes, consent, merging
 from mail_pipelines.contacts.lists import MailingList
 from mail_pipelines.contacts.sets import slices
-from mail_pipelines.database.models import Contact, Subscription
+from mail_pipelines.database.models import Contact, Subscription, Suppression
 from mail_pipelines.database.types import LongText
 from mail_pipelines.sources.links import GONE_SOURCE
 from mail_pipelines.sources.records import Noes, Record
@@ -28,6 +28,24 @@ _EVIDENCE = sa.Table(
     mariadb_engine="InnoDB",
     mariadb_charset="utf8mb4",
 )
+
+
+# What a person has said; a bounce may end.
+_OWN_WORD = ("unsubscribe", "complaint", "erased")
+
+
+def refused(connection: Connection, target: MailingList, address_hashes: Iterable[bytes]) -> set[bytes]:
+    """Those of some addresses whose people do not want the list, or all that comes in its brand's or our name."""
+    in_scope = sa.or_(*(sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id) for scope in _scopes(target)))
+    found: set[bytes] = set()
+    for some in slices(address_hashes):
+        query = sa.select(Suppression.address_hash).where(Suppression.address_hash.in_(some), in_scope, Suppression.reason.in_(_OWN_WORD))
+        found.update(digest for digest in connection.execute(query).scalars() if digest is not None)
+    return found
+
+
+def _scopes(target: MailingList) -> list[consent.Scope]:
+    return consent.campaign_scopes(target.brand_id, target.id)
 
 
 def refuse(connection: Connection, source: str, target: MailingList, noes: Noes, now: dt.datetime) -> None:
@@ -67,7 +85,7 @@ def note_evidence(connection: Connection, source: str, words: str, people: Seque
 
 def begin_again(connection: Connection, source: str, target: MailingList, contact_ids: Sequence[int], now: dt.datetime) -> None:
     """Subscriptions that ended because the record was gone, and nobody has refused anything since."""
-    scopes = consent.campaign_scopes(target.brand_id, target.id)
+    scopes = _scopes(target)
     for ids in slices(contact_ids):
         query = (
             sa.select(Contact.id)

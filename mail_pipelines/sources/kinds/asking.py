@@ -64,8 +64,8 @@ def filled(tree: Any, given: Values) -> Any:
 def _text(place: str, given: Values) -> str:
     if place in ("columns", "selection"):
         names = list(given["columns"])
-        if wrong := next((name for name in names if not _COLUMN.fullmatch(name)), None):
-            raise SourceError(f"map: {wrong!r} cannot stand in the query of read: expected letters, digits and _, with dots between nested names")
+        if wrong := [name for name in names if not _COLUMN.fullmatch(name)]:
+            raise SourceError(f"map: {wrong[0]!r} cannot stand in the query of read: expected letters, digits and _, with dots between nested names")
         return ", ".join(names) if place == "columns" else _selection(names)
     found = given.get(place, "")
     assert isinstance(found, str)
