@@ -140,11 +140,17 @@ def _names(page: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _has(record: Mapping[str, Any], path: str) -> bool:
+    """Whether a record has a column, be it empty or within one that is."""
     if path in record:
         return True
-    outer, _, name = path.rpartition(".")
-    within = _nested(record, outer) if outer else None
-    return isinstance(within, Mapping) and name in within
+    value: Any = record
+    for name in path.split("."):
+        if value is None:
+            return True
+        if not isinstance(value, Mapping) or name not in value:
+            return False
+        value = value[name]
+    return True
 
 
 def _nested(record: Mapping[str, Any], path: str) -> Any:

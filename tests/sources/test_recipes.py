@@ -296,6 +296,13 @@ def test_shopifys_bucket_is_waited_for(engine: sa.Engine, service: Any, source: 
 
 
 @pytest.mark.parametrize("recipe", ["shopify"], indirect=True)
+def test_a_page_of_customers_without_any_address_is_no_broken_shop(engine: sa.Engine, service: Any, source: Source, sync: Sync) -> None:
+    service.customers[:0] = [shopify.customer(number, defaultEmailAddress=None) for number in range(1_001, 1_101)]
+    report = sync(source)
+    assert (report.standing.counts["inserted"], report.standing.rejected) == (PEOPLE, {"address: there is none": 100})
+
+
+@pytest.mark.parametrize("recipe", ["shopify"], indirect=True)
 def test_a_newer_word_in_the_shop_stands(engine: sa.Engine, home: Path, service: Any, source: Source, sync: Sync) -> None:
     sync(source)
     unsubscribe(engine, "p21@example.test")

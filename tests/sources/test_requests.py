@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import requests
+from requests.auth import HTTPBasicAuth
 
 from mail_pipelines.sources import kinds
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.kinds import answers, asking, rest_writing
 from mail_pipelines.sources.kinds.rest import Read
 from mail_pipelines.sources.kinds.rest_writing import Send
+from tests.sources import web
 
 COLUMNS = ("id", "properties.email", "properties.first", "changed")
 
@@ -115,7 +117,7 @@ THROTTLED = {"errors": [{"message": "Throttled", "extensions": {"code": "THROTTL
         (200, b"no json", True, (200, "as HTTP says")),
         (200, THROTTLED, True, (429, "THROTTLED")),
         (200, {"errors": [{"message": "no", "extensions": {"code": "ACCESS_DENIED"}}], "data": None}, True, (403, "ACCESS_DENIED")),
-        (200, {"errors": [{"message": "Ann <ann@example.test> is wrong"}]}, True, (400, "as HTTP says")),
+        (200, {"errors": [{"message": "Ann <ann@example.test> is wrong"}]}, True, (400, "errors")),
         (403, [{"message": "TotalRequests Limit exceeded.", "errorCode": "REQUEST_LIMIT_EXCEEDED"}], False, (429, "REQUEST_LIMIT_EXCEEDED")),
         (403, [{"message": "no", "errorCode": "INSUFFICIENT_ACCESS"}], False, (403, "INSUFFICIENT_ACCESS")),
         (400, {"error": "invalid_client", "error_description": "secret abc"}, False, (400, "invalid_client")),
@@ -134,6 +136,24 @@ def test_a_bucket_of_query_cost_says_how_long_to_wait() -> None:
     assert _answer(200, {**THROTTLED, "extensions": {"cost": cost}}, graphql=True).headers["retry-after"] == "2.5"
     assert "retry-after" not in _answer(200, {**THROTTLED, "extensions": {"cost": {}}}, graphql=True).headers
     assert _answer(429, THROTTLED, graphql=True, **{"Retry-After": "7"}).headers["retry-after"] == "7"
+
+
+def test_a_login_goes_to_no_other_host() -> None:
+    """What is not called `Authorization` would be sent there by `requests`."""
+    from mail_pipelines.sources.kinds.http import PatientSession
+
+    strangers: list[web.Asked] = []
+
+    def stranger(asked: web.Asked) -> web.Answer:
+        strangers.append(asked)
+        return web.says(200, {})
+
+    with web.serving(stranger) as elsewhere, web.serving(lambda asked: web.says(302, None, Location=f"{elsewhere}/x")) as url, PatientSession() as session:
+        assert session.get(url).status_code == 200
+        session.auth = HTTPBasicAuth("me", "secret")
+        with pytest.raises(SourceError, match="sends us to another host"):
+            session.get(url)
+    assert len(strangers) == 1
 
 
 def test_times_in_documents_have_their_zone() -> None:

@@ -39,7 +39,7 @@ def as_http(response: requests.Response, *, graphql: bool) -> None:
     if failed and response.status_code < 400:
         response.status_code = 400
     response.status_code = STATUSES.get(word, response.status_code)
-    response.reason = word or response.reason
+    response.reason = word or ("errors" if failed else response.reason)
     if response.status_code == 429 and "retry-after" not in response.headers and (seconds := _seconds_to_wait(document)) is not None:
         response.headers["retry-after"] = str(seconds)
 

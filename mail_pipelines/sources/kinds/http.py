@@ -62,6 +62,12 @@ class PatientSession(requests.Session):
             request.hooks = hooks
         return requests.hooks.dispatch_hook("response", hooks, response, **options) or response
 
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Before a redirect is followed: with a login only on the same host. `requests` itself keeps no more than `Authorization` back."""
+        if self.auth is not None and self.should_strip_auth(response.request.url, prepared_request.url):
+            raise SourceError("the source sends us to another host, where its login must not go: give that host's address in connection.url")
+        super().rebuild_auth(prepared_request, response)
+
     def _send_patiently(self, request: requests.PreparedRequest, options: dict[str, Any]) -> requests.Response:
         for attempt in range(1, ATTEMPTS + 1):
             wait = self.first_wait_seconds * 2 ** (attempt - 1)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urljoin
 
 import pydantic
-import requests
-from requests.auth import AuthBase
 
 from mail_pipelines.sources.declaration import EnvironmentName, Form
-from mail_pipelines.sources.errors import LoginError, SourceError
 
 if TYPE_CHECKING:
     from mail_pipelines.sources.kinds.http import PatientSession
-
-# A token is renewed so long before it ends.
-_MARGIN_SECONDS = 60.0
 
 
 class Auth(Form):
@@ -32,7 +25,7 @@ class Auth(Form):
     token_env: EnvironmentName
     user_env: EnvironmentName | None = None
     refresh_env: EnvironmentName | None = None
-    name: str | None = pydantic.Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    name: str | None = None
     place: Literal["header", "query"] = "header"
     token_url: str | None = None
 
@@ -55,56 +48,23 @@ class Connection(Form):
     first_wait_seconds: float = pydantic.Field(default=1.0, gt=0, description="wait before a request that failed is made again; doubled each time")
 
 
-class OAuth2(AuthBase):
-    """A token of RFC 6749, taken when the first request needs one and renewed before it ends, or when it is refused (`renew`).
-
-    Raises `LoginError` if it is not given.
-    """
-
-    def __init__(self, session: PatientSession, token_url: str, form: Mapping[str, str], header: str | None) -> None:
-        self.session, self.token_url, self.form, self.header = session, token_url, form, header
-        self._token: str | None = None
-        self._until: float | None = None
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._token is None or (self._until is not None and time.monotonic() >= self._until):
-            self._take()
-        request.headers[self.header or "Authorization"] = self._token if self.header else f"Bearer {self._token}"
-        return request
-
-    def renew(self, request: requests.PreparedRequest) -> None:
-        """Put a new token into a request whose token was refused. Raises as the first."""
-        self._token = None
-        self(request)
-
-    def _take(self) -> None:
-        response = self.session.post(self.token_url, data=self.form, allow_redirects=False)
-        status = f"status {response.status_code} {response.reason}"
-        if response.status_code >= 500 or response.status_code == 429:
-            raise SourceError(f"the source gives no token now ({status})")
-        try:
-            document = response.json()
-            self._token, seconds = str(document["access_token"]), document.get("expires_in")
-            self._until = None if seconds is None else time.monotonic() + max(0.0, float(seconds) - _MARGIN_SECONDS)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise LoginError(f"the source gives no token ({status}): check client id, client secret, and what the app may do") from None
-
-
 def open_session(connection: Connection, secret: Callable[[str], str]) -> PatientSession:
     """A session that is logged in, or will be with its first request. Raises `SourceError` for a secret that is not set."""
     from mail_pipelines.sources.kinds.http import PatientSession
 
     auth = _login(connection, secret)
-    renew = auth.renew if isinstance(auth, OAuth2) else None
+    renew = getattr(auth, "renew", None)
     session = PatientSession(first_wait_seconds=connection.first_wait_seconds, graphql=connection.graphql, renew=renew)
     session.auth = auth
     return session
 
 
-def _login(connection: Connection, secret: Callable[[str], str]) -> AuthBase | None:
+def _login(connection: Connection, secret: Callable[[str], str]) -> Any:
+    """An `AuthBase` of requests; None for none."""
     from dlt.sources.helpers.rest_client import auth as ways
 
     from mail_pipelines.sources.kinds.http import PatientSession
+    from mail_pipelines.sources.kinds.oauth import OAuth2
 
     auth = connection.auth
     if auth is None:
