@@ -15,7 +15,7 @@ KEY = "pat-eu1-that-no-log-shows"
 SEARCH = "/crm/objects/2026-03/contacts/search"
 _UNSUBSCRIBE = re.compile(r"/communication-preferences/2026-03/statuses/([^/]+)/unsubscribe-all")
 _PROPERTIES = ("email", "firstname", "lastname", "city", "newsletter", "hs_email_optout")
-# As if a second had passed after so many requests; the search has no headers of limits, and no Retry-After.
+# As if the next second had come after so many requests and one too many. The search has no headers of limits, and neither has Retry-After.
 PER_SECOND = 5
 
 
@@ -52,12 +52,21 @@ class HubSpot:
         if self._in_second > PER_SECOND:
             self._in_second = 0
             self.refused += 1
-            return _failed(429, "RATE_LIMITS", "You have reached your secondly limit.", errorType="RATE_LIMIT", policyName="SECONDLY")
+            return self._too_many(asked)
         if asked.method == "POST" and asked.path == SEARCH:
             return self._search(asked.json)
         if asked.method == "POST" and (who := _UNSUBSCRIBE.fullmatch(asked.path)):
             return self._unsubscribe(unquote(who[1]), asked.query.get("channel"))
         return _failed(404, "OBJECT_NOT_FOUND", "resource not found")
+
+    def _too_many(self, asked: Asked) -> Answer:
+        if asked.path == SEARCH:
+            return _failed(429, "RATE_LIMITS", "You have reached your secondly limit.", errorType="RATE_LIMIT", policyName="SECONDLY")
+        status, _, content = _failed(
+            429, "RATE_LIMITS", "You have reached your ten_secondly_rolling limit.", errorType="RATE_LIMIT", policyName="TEN_SECONDLY_ROLLING"
+        )
+        limits = {"Max": "190", "Remaining": "0", "Interval-Milliseconds": "10000", "Daily": "650000", "Daily-Remaining": "649000"}
+        return status, {f"X-HubSpot-RateLimit-{name}": value for name, value in limits.items()}, content
 
     def leave(self, number: int, when: str) -> None:
         self._change(number, when, "true")
