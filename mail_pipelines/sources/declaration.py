@@ -121,9 +121,9 @@ class Contacts(_Resource):
     deletions: Deletions = Deletions()
 
     @property
-    def says_who_left(self) -> list[str]:
+    def says_who_left(self) -> tuple[str, ...]:
         """The targets that say who left; a source without their columns must not be read."""
-        return [target for target in (OPTED_OUT, *([OPTED_IN] if self.consent.left else [])) if self.column_of(target)]
+        return tuple(target for target in (OPTED_OUT, *([OPTED_IN] if self.consent.left else [])) if self.column_of(target))
 
     @property
     def field_columns(self) -> dict[str, str]:

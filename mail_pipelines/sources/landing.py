@@ -116,7 +116,7 @@ def _picked(pages: Iterator[Any], resource: Contacts | Suppressions) -> Iterator
 
     position = 0
     wanted = {**{target: column for column, target in resource.map.items()}, **({CURSOR: resource.cursor} if resource.cursor else {})}
-    says_who_left = resource.says_who_left if isinstance(resource, Contacts) else []
+    says_who_left = resource.says_who_left if isinstance(resource, Contacts) else ()
     needed = {EMAIL: "has the addresses", **dict.fromkeys(says_who_left, "says who left")}
     for page in pages:
         count = page.num_rows if isinstance(page, pa.Table) else len(page)

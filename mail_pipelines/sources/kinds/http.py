@@ -64,7 +64,7 @@ class PatientSession(requests.Session):
 
     def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
         """Before a redirect is followed: with a login only on the same host. `requests` itself keeps no more than `Authorization` back."""
-        if self.auth is not None and self.should_strip_auth(response.request.url, prepared_request.url):
+        if self.auth is not None and self.should_strip_auth(response.request.url or "", prepared_request.url or ""):
             raise SourceError("the source sends us to another host, where its login must not go: give that host's address in connection.url")
         super().rebuild_auth(prepared_request, response)
 

@@ -29,7 +29,7 @@ class OAuth2(AuthBase):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._token is None or (self._until is not None and time.monotonic() >= self._until):
             self._take()
-        request.headers[self.header or "Authorization"] = self._token if self.header else f"Bearer {self._token}"
+        request.headers[self.header or "Authorization"] = f"{self._token}" if self.header else f"Bearer {self._token}"
         return request
 
     def renew(self, request: requests.PreparedRequest) -> None:
