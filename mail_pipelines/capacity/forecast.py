@@ -27,8 +27,8 @@ UNSIZED = "its size is known when its audience is made"
 class Forecast:
     """A campaign's course by the plan. Times are ISO 8601 in UTC; `finish_at` is None if it does not end within the horizon.
 
-    `late` messages come after `finish_by`; `unmet` ones not within the horizon, and then `earliest` says when they could be out at the speed of the last
-    day (None: never, as things are). `bottleneck` names the provider that ends last, and what holds it up.
+    `late` messages come after `finish_by`; `unmet` ones not within the horizon, and then `earliest` says when they could be out if days go on as the last
+    one (None: never, as things are). `bottleneck` names the provider that ends last, and what holds it up.
     """
 
     campaign: str
@@ -88,19 +88,22 @@ def _ending(part: ProviderPlan, number: int) -> float:
 
 
 def _earliest(part: ProviderPlan, number: int) -> float | None:
-    """When the messages that the horizon leaves would be out, after those of more urgent campaigns, at the speed that all servers have in its last day."""
-    end = part.rooms.horizon.end
-    mine = urgency(part.demands[number].job)
-    unmet = sum(int(count) for count, demand in zip(part.unmet, part.demands, strict=True) if urgency(demand.job) <= mine)
+    """When the messages that the horizon leaves would be out, after those of more urgent campaigns, if days go on as its last one: all servers send as much
+    as they may, while the campaign's window is open in any zone. Where it is not on that day, as on a Sunday, as the whole horizon.
+    """
+    horizon, job = part.rooms.horizon, part.demands[number].job
+    unmet = sum(int(count) for count, demand in zip(part.unmet, part.demands, strict=True) if urgency(demand.job) <= urgency(job))
     if not part.unmet[number]:
         return part.finish(number)
-    last_day = [slot for slot, times in enumerate(part.rooms.horizon.slots) if times.start >= end - DAY]
-    able = part.rooms.of_lines(part.able[number])
-    a_day = int(able.soonest[last_day].sum()) if len(part.able[number]) else 0
-    if not a_day:
-        caps = able.day[:, -1].sum() if len(part.able[number]) else 0
-        a_day = int(min(caps, able.slot[:, last_day].sum())) if caps else 0
-    return end + unmet / a_day * DAY if a_day else None
+    sent = part.rooms.of_lines(part.able[number]).opened(part.open_parts(job.id)).soonest
+    for since in (horizon.end - DAY, horizon.now):
+        first = horizon.first_from(since)
+        sums = np.cumsum(sent[first:])
+        if sums[-1]:
+            times, rest = divmod(unmet - 1, int(sums[-1]))
+            last = horizon.slots[first + int(np.searchsorted(sums, rest + 1))]
+            return last.end + (times + 1) * (horizon.end - since)
+    return None
 
 
 def bottleneck(part: ProviderPlan, number: int) -> str:

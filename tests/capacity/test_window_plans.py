@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
 
+from mail_pipelines.benchmarks.plan import lower_bound
 from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity import allotments, demand, in_force, planning
 from mail_pipelines.capacity.demand import Demand, Job
@@ -29,6 +30,10 @@ from tests.dispatch.world import World, make_world
 EXAMPLES = hypothesis.settings(max_examples=40, deadline=None)
 QUARTER = 900
 OFFICE = {"from": "09:00", "until": "18:00", "days": ["mon", "tue", "wed", "thu", "fri"], "zone": "Europe/Berlin"}
+
+
+def iso(second: int) -> str:
+    return dt.datetime.fromtimestamp(second, dt.UTC).isoformat()
 
 
 @st.composite
@@ -107,6 +112,29 @@ def test_the_window_is_the_bottleneck_where_it_is_and_the_end_lies_in_it() -> No
     assert slow.bottleneck == "google: the rate of 1 server"
     (never,) = forecasts(near_plan([job], [Demand(job, "google", 6, spans=())], fleet, NOW))
     assert (never.finish_at, never.unmet, never.bottleneck) == (None, 6, "google: the send window")
+
+
+def test_what_is_left_is_out_in_a_later_opening() -> None:
+    job, fleet, hour = Job(1, "spring", 1, 1), [Line(1, 1, "google", 1.0)], NOW // HOUR
+    # 3,600 messages in each of the two openings that are planned, 1,800 in the third.
+    daily = tuple(((hour + first) * HOUR, (hour + first + 1) * HOUR) for first in (20, 44))
+    (found,) = forecasts(near_plan([job], [Demand(job, "google", 9_000, spans=daily)], fleet, NOW))
+    assert (found.unmet, found.earliest) == (1_800, iso((hour + 69) * HOUR))
+    # No opening on the second day, nor on the next one then.
+    (found,) = forecasts(near_plan([job], [Demand(job, "google", 9_000, spans=daily[:1])], fleet, NOW))
+    assert found.unmet == 5_400
+    assert found.earliest is not None
+    assert (hour + 20 + 2 * 47) * HOUR < dt.datetime.fromisoformat(found.earliest).timestamp() <= (hour + 21 + 2 * 48) * HOUR
+    # Of two zones one opens when the other closes: 7,200 in each of the openings of both, 3,600 in the first of the third.
+    other = tuple((closes, closes + HOUR) for _, closes in daily)
+    (found,) = forecasts(near_plan([job], [Demand(job, "google", 9_000, spans=one) for one in (daily, other)], fleet, NOW))
+    assert (found.unmet, found.earliest) == (3_600, iso((hour + 69) * HOUR))
+
+
+def test_what_cannot_be_beaten_waits_for_the_opening_as_well() -> None:
+    job, opens = Job(1, "spring", 1, 1), (NOW // HOUR + 20) * HOUR
+    plan = near_plan([job], [Demand(job, "google", 600, spans=((opens, opens + HOUR),))], [Line(1, 1, "google", 1.0)], NOW)
+    assert lower_bound(plan) == opens + 600
 
 
 def test_servers_for_a_deadline_are_wanted_from_the_opening_of_its_window_on() -> None:
