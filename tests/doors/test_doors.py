@@ -31,6 +31,7 @@ from tests.production.test_units import INSTALLED
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("platform")]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+WORKSPACE, RUNTIME = "infra/dagster/production/workspace.yaml", "/run/mail-pipelines-code"
 NAME = "mail.example.com"
 OPERATOR, VIEWER = ("ann", "correct horse"), ("bob", "battery staple")
 AREAS = {"dagster": OPERATOR, "viewer": VIEWER}
@@ -39,6 +40,17 @@ LAUNCH = """
 mutation { launchRun(executionParams: {
   selector: {repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", jobName: "maintenance"}, mode: "default"
 }) { __typename } }
+"""
+RELOAD = """
+mutation { reloadRepositoryLocation(repositoryLocationName: "mail_pipelines") {
+  ... on WorkspaceLocationEntry { loadStatus locationOrLoadError { __typename } }
+} }
+"""
+# Only the code server knows.
+PLAN = """
+{ executionPlanOrError(
+  pipeline: {repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", pipelineName: "maintenance"}, mode: "default"
+) { __typename } }
 """
 SUBSCRIPTION = 'subscription { pipelineRunLogs(runId: "none") { __typename } }'
 # Listens at pairs of address and port, and hangs up on whoever connects.
@@ -55,7 +67,7 @@ while True:
 
 @dataclass
 class Centre:
-    """A host with the proxy and both web servers, and another host that asks it."""
+    """A host with the proxy, both web servers and the code server, and another host that asks it."""
 
     host: Host
     other: Host
@@ -105,8 +117,10 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     with ExitStack() as stack:
         host, other = stack.enter_context(two_hosts(f"{{address}} {NAME} elsewhere.example.com\n127.0.0.1 localhost\n"))
         running = Centre(host, other, folder, environ, stack.enter_context(Processes(stop_seconds=3)))
-        for unit in ("metrics", "web", "viewer"):
-            running.start(unit, command_of(unit))
+        shipped = (ROOT / WORKSPACE).read_text(encoding="utf-8")
+        (folder / "workspace.yaml").write_text(shipped.replace(RUNTIME, str(folder)), encoding="utf-8")
+        for unit in ("code", "metrics", "web", "viewer"):
+            running.start(unit, command_of(unit, folder))
         running.start("nginx", ["nginx", "-c", str(proxy(folder))])
         running.wait_for_ports(443, 3000, 3001, 9466)
         query = {"method": "POST", "body": {"query": LOADED}, "until": '"LOADED"'}
@@ -115,11 +129,14 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
         yield running
 
 
-def command_of(unit: str) -> list[str]:
-    """What a unit starts."""
+def command_of(unit: str, folder: Path) -> list[str]:
+    """What a unit starts; what is in /run on a real host is in `folder`."""
     text = (ROOT / f"infra/systemd/mail-pipelines-{unit}.service").read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if line.startswith("ExecStart="))
-    return shlex.split(line.removeprefix("ExecStart=").replace(INSTALLED, str(Path(sys.executable).parent)))
+    elsewhere = {INSTALLED: str(Path(sys.executable).parent), WORKSPACE: str(folder / "workspace.yaml"), RUNTIME: str(folder)}
+    for place, here in elsewhere.items():
+        line = line.replace(place, here)
+    return shlex.split(line.removeprefix("ExecStart="))
 
 
 def proxy(folder: Path) -> Path:
@@ -209,6 +226,20 @@ def test_prometheus_asks_as_a_viewer(centre: Centre) -> None:
 
 def test_a_viewers_login_is_no_operators(centre: Centre) -> None:
     assert [answer.status for answer in centre.ask(Question(NAME, path="/dagster/runs", login=VIEWER))] == [401]
+
+
+def test_web_servers_find_a_code_server_again_that_was_killed(centre: Centre) -> None:
+    """As systemd starts it again. The button loads the location anew from the one that there is."""
+    (code,) = (child.process for child in centre.processes._children if child.name == "code")
+    code.kill()
+    code.wait()
+    assert centre.graphql("viewer", PLAN)["executionPlanOrError"]["__typename"] != "ExecutionPlan"
+    centre.start("code", command_of("code", centre.folder))
+    for area in AREAS:
+        wait_for(lambda area=area: centre.graphql(area, PLAN)["executionPlanOrError"]["__typename"] == "ExecutionPlan", seconds=120, what=area)  # type: ignore[misc]
+    reloaded = centre.graphql("dagster", RELOAD)["reloadRepositoryLocation"]
+    assert reloaded == {"loadStatus": "LOADED", "locationOrLoadError": {"__typename": "RepositoryLocation"}}
+    assert centre.graphql("dagster", PLAN)["executionPlanOrError"]["__typename"] == "ExecutionPlan"
 
 
 def test_an_operator_starts_a_run_and_a_viewer_does_not(centre: Centre) -> None:
