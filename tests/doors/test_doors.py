@@ -9,12 +9,14 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -96,8 +98,14 @@ class Centre:
         pid = str(self.processes._children[-1].process.pid)
         wait_for(lambda: set(ports) <= {listener.port for listener in doors.listening(pid)}, seconds=120, what=f"ports {ports}")
 
-    def start(self, name: str, words: list[str]) -> None:
-        self.processes.start(name, [*self.host.run, *words], env=self.environ, log=self.folder / f"{name}.log")
+    def start(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
+        return self.processes.start(name, [*self.host.run, *words], env=self.environ, log=self.folder / f"{name}.log")
+
+    def newest_tick(self) -> float:
+        """When a sensor was evaluated last (epoch seconds); 0: never."""
+        with dg.DagsterInstance.from_config(self.environ["DAGSTER_HOME"]) as instance:
+            sensors = instance.all_instigator_state()
+            return max((tick.timestamp for one in sensors for tick in instance.get_ticks(one.instigator_origin_id, one.selector_id, limit=1)), default=0)
 
     def doctor(self) -> list[str]:
         """What `doctor` says of doors."""
@@ -228,15 +236,22 @@ def test_a_viewers_login_is_no_operators(centre: Centre) -> None:
     assert [answer.status for answer in centre.ask(Question(NAME, path="/dagster/runs", login=VIEWER))] == [401]
 
 
-def test_web_servers_find_a_code_server_again_that_was_killed(centre: Centre) -> None:
-    """As systemd starts it again. The button loads the location anew from the one that there is."""
+def test_a_killed_code_server_that_is_started_again_is_found_by_daemon_and_web_servers(centre: Centre) -> None:
+    """As systemd starts it again. The button in the UI then loads its definitions anew."""
+    daemon = centre.start("daemon", command_of("daemon", centre.folder))
+    wait_for(lambda: centre.newest_tick() > 0, seconds=120, what="a sensor")
     (code,) = (child.process for child in centre.processes._children if child.name == "code")
     code.kill()
     code.wait()
     assert centre.graphql("viewer", PLAN)["executionPlanOrError"]["__typename"] != "ExecutionPlan"
+    again = time.time()
     centre.start("code", command_of("code", centre.folder))
     for area in AREAS:
         wait_for(lambda area=area: centre.graphql(area, PLAN)["executionPlanOrError"]["__typename"] == "ExecutionPlan", seconds=120, what=area)  # type: ignore[misc]
+    wait_for(lambda: centre.newest_tick() > again, seconds=120, what="a sensor")
+    assert daemon.poll() is None
+    daemon.terminate()
+    daemon.wait(30)
     reloaded = centre.graphql("dagster", RELOAD)["reloadRepositoryLocation"]
     assert reloaded == {"loadStatus": "LOADED", "locationOrLoadError": {"__typename": "RepositoryLocation"}}
     assert centre.graphql("dagster", PLAN)["executionPlanOrError"]["__typename"] == "ExecutionPlan"
