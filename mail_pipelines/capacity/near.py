@@ -51,8 +51,8 @@ class ProviderPlan:
         """Of each slot the part in which any messages of a campaign may be sent: S."""
         horizon = self.rooms.horizon
         spans = [demand.spans for demand in self.demands if demand.job.id == job_id]
-        parts: NDArray[np.float64] = np.max([np.ones(len(horizon.slots)) if one is None else horizon.open_parts(one) for one in spans], axis=0)
-        return parts
+        parts = [[1.0] * len(horizon.slots) if one is None else horizon.open_parts(one) for one in spans]
+        return np.array(parts).max(axis=0)  # type: ignore[no-any-return]
 
     def finish(self, number: int) -> float | None:
         """When a demand is sent (epoch seconds); None if not within the horizon."""
