@@ -27,8 +27,8 @@ UNSIZED = "its size is known when its audience is made"
 class Forecast:
     """A campaign's course by the plan. Times are ISO 8601 in UTC; `finish_at` is None if it does not end within the horizon.
 
-    `late` messages come after `finish_by`; `unmet` ones not within the horizon, and then `earliest` says when they could be out if days go on as the last
-    one (None: never, as things are). `bottleneck` names the provider that ends last, and what holds it up.
+    `late` messages come after `finish_by`; `unmet` ones not within the horizon, and then `earliest` says when they could be out at the speed of the last
+    day (None: never, as things are). `bottleneck` names the provider that ends last, and what holds it up.
     """
 
     campaign: str
@@ -88,22 +88,28 @@ def _ending(part: ProviderPlan, number: int) -> float:
 
 
 def _earliest(part: ProviderPlan, number: int) -> float | None:
-    """When the messages that the horizon leaves would be out, after those of more urgent campaigns, if days go on as its last one: all servers send as much
-    as they may, while the campaign's window is open in any zone. Where it is not on that day, as on a Sunday, as the whole horizon.
+    """When the messages that the horizon leaves would be out, after those of more urgent campaigns, at the speed that all servers have in its last day on
+    which the campaign may be sent. A send window is taken to open on each day after that as it did last.
     """
     horizon, job = part.rooms.horizon, part.demands[number].job
     unmet = sum(int(count) for count, demand in zip(part.unmet, part.demands, strict=True) if urgency(demand.job) <= urgency(job))
     if not part.unmet[number]:
         return part.finish(number)
-    sent = part.rooms.of_lines(part.able[number]).opened(part.open_parts(job.id)).soonest
-    for since in (horizon.end - DAY, horizon.now):
-        first = horizon.first_from(since)
-        sums = np.cumsum(sent[first:])
-        if sums[-1]:
-            times, rest = divmod(unmet - 1, int(sums[-1]))
-            last = horizon.slots[first + int(np.searchsorted(sums, rest + 1))]
-            return last.end + (times + 1) * (horizon.end - since)
-    return None
+    opened = part.open_parts(job.id)
+    able = part.rooms.of_lines(part.able[number]).opened(opened).soonest
+    first = horizon.first_from(horizon.end - DAY) if able[horizon.first_from(horizon.end - DAY) :].any() else 0
+    if not able[first:].any():
+        return None
+    open_seconds = opened * np.array([horizon.usable(slot) for slot in horizon.slots])
+    seconds = unmet * open_seconds[first:].sum() / able[first:].sum()
+    last = [demand.spans[-1] for demand in part.demands if demand.job.id == job.id and demand.spans]
+    if not last:
+        return float(horizon.end + seconds)
+    opens, closes = min(span[0] for span in last), max(span[1] for span in last)
+    if seconds <= closes - horizon.end:
+        return float(horizon.end + seconds)
+    days, rest = divmod(seconds - max(0, closes - horizon.end) - 1, min(DAY, closes - opens))
+    return float(opens + (days + 1) * DAY + rest + 1)
 
 
 def bottleneck(part: ProviderPlan, number: int) -> str:

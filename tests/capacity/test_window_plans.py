@@ -32,10 +32,6 @@ QUARTER = 900
 OFFICE = {"from": "09:00", "until": "18:00", "days": ["mon", "tue", "wed", "thu", "fri"], "zone": "Europe/Berlin"}
 
 
-def iso(second: int) -> str:
-    return dt.datetime.fromtimestamp(second, dt.UTC).isoformat()
-
-
 @st.composite
 def spans(draw: st.DrawFn, most: int) -> tuple[tuple[int, int], ...]:
     """When a window is open within the horizon: on quarters of an hour of a zone, and on odd minutes."""
@@ -116,19 +112,23 @@ def test_the_window_is_the_bottleneck_where_it_is_and_the_end_lies_in_it() -> No
 
 def test_what_is_left_is_out_in_a_later_opening() -> None:
     job, fleet, hour = Job(1, "spring", 1, 1), [Line(1, 1, "google", 1.0)], NOW // HOUR
-    # 3,600 messages in each of the two openings that are planned, 1,800 in the third.
-    daily = tuple(((hour + first) * HOUR, (hour + first + 1) * HOUR) for first in (20, 44))
-    (found,) = forecasts(near_plan([job], [Demand(job, "google", 9_000, spans=daily)], fleet, NOW))
-    assert (found.unmet, found.earliest) == (1_800, iso((hour + 69) * HOUR))
-    # No opening on the second day, nor on the next one then.
-    (found,) = forecasts(near_plan([job], [Demand(job, "google", 9_000, spans=daily[:1])], fleet, NOW))
-    assert found.unmet == 5_400
-    assert found.earliest is not None
-    assert (hour + 20 + 2 * 47) * HOUR < dt.datetime.fromisoformat(found.earliest).timestamp() <= (hour + 21 + 2 * 48) * HOUR
-    # Of two zones one opens when the other closes: 7,200 in each of the openings of both, 3,600 in the first of the third.
-    other = tuple((closes, closes + HOUR) for _, closes in daily)
-    (found,) = forecasts(near_plan([job], [Demand(job, "google", 9_000, spans=one) for one in (daily, other)], fleet, NOW))
-    assert (found.unmet, found.earliest) == (3_600, iso((hour + 69) * HOUR))
+
+    def earliest(rows: int, *zones: tuple[tuple[int, int], ...]) -> tuple[int, float]:
+        """Hours are those from now on."""
+        spans = [tuple(((hour + opens) * HOUR, (hour + closes) * HOUR) for opens, closes in zone) for zone in zones]
+        (found,) = forecasts(near_plan([job], [Demand(job, "google", rows, spans=one) for one in spans], fleet, NOW))
+        assert found.earliest is not None
+        return found.unmet, dt.datetime.fromisoformat(found.earliest).timestamp() / HOUR - hour
+
+    # 3,600 messages in each of the two openings that are planned, half as many in the third; or all in the third.
+    assert earliest(9_000, ((20, 21), (44, 45))) == (1_800, 68.5)
+    assert earliest(10_800, ((20, 21), (44, 45))) == (3_600, 69)
+    # Of two zones one opens when the other closes.
+    assert earliest(9_000, ((20, 21), (44, 45)), ((21, 22), (45, 46))) == (3_600, 69)
+    # No opening on the second day.
+    assert earliest(9_000, ((20, 21),)) == (5_400, 68.5)
+    # One goes on after the horizon.
+    assert earliest(9_000, ((47, 57),)) == (5_400, 49.5)
 
 
 def test_what_cannot_be_beaten_waits_for_the_opening_as_well() -> None:
