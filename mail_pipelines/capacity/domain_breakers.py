@@ -14,6 +14,7 @@ closed ─a day at `open`→ open ─waited→ trial ─a day of it below `close
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -88,9 +89,12 @@ def judge(engine: Engine, now: dt.datetime | None = None, rules: DomainRules | N
         for told in readings.read(connection, first, source=rules.by):
             if told.spam_rate is not None:
                 rates[told.subject][told.day] = told.spam_rate
-    known = {breaker.domain: breaker.changed_at for breaker in breakers}
-    changed = decide(rates, breakers, rules, moment)
-    return [breaker for breaker in changed if transact(engine, lambda connection, breaker=breaker: _write(connection, breaker, known.get(breaker.domain)))]  # type: ignore[misc]
+    seen = {(breaker.domain, breaker.provider): breaker.changed_at for breaker in breakers}
+
+    def write(connection: Connection, after: DomainBreaker) -> bool:
+        return _write(connection, after, seen.get((after.domain, after.provider)))
+
+    return [after for after in decide(rates, breakers, rules, moment) if transact(engine, functools.partial(write, after=after))]
 
 
 def decide(rates: Mapping[str, Mapping[int, float]], breakers: Iterable[DomainBreaker], rules: DomainRules, now: dt.datetime) -> list[DomainBreaker]:

@@ -175,7 +175,9 @@ def _credentials(text: str) -> dict[str, str]:
     try:
         document = json.loads(text)
         needed = {"authorized_user": ("client_id", "client_secret", "refresh_token"), "service_account": ("client_email", "private_key")}[document["type"]]
-        return document | {name: document[name] for name in needed}
+        if all(isinstance(document[name], str) for name in needed):
+            return dict(document)
+        raise TypeError
     except (ValueError, KeyError, TypeError):
         raise SourceError(
             "reputation.google_credentials is no JSON of the type authorized_user (client_id, client_secret, refresh_token) or service_account "
@@ -205,7 +207,7 @@ def _assertion(credentials: Mapping[str, str], user: str, audience: str) -> str:
     """What a service account signs to get a token (RFC 7523)."""
     try:
         key = serialization.load_pem_private_key(credentials["private_key"].encode(), password=None)
-    except ValueError:
+    except (ValueError, TypeError):
         key = None
     if not isinstance(key, rsa.RSAPrivateKey):
         raise SourceError("private_key in reputation.google_credentials is no RSA key in PEM: take the file as Google made it")

@@ -46,7 +46,7 @@ def read(engine: Engine, source: str, now: dt.datetime) -> Report:
         problems = [*([stale] if stale else []), *standing.read(connection, source).problems]
         bad = [one.words("back") for one in told.bad(connection, now) if one.signal.by == source]
     newest = sorted({one.subject: one for one in sorted(found, key=lambda one: one.day)}.values(), key=lambda one: (-(one.spam_rate or 0.0), one.subject))
-    rows = [[readings.date_of(one.day) if name == "day" else _shown(getattr(one, name)) for name in _COLUMNS] for one in newest]
+    rows = [[str(readings.date_of(one.day)) if name == "day" else _shown(getattr(one, name)) for name in _COLUMNS] for one in newest]
     rates = [(pd.Timestamp(one.day, unit="s", tz="UTC"), one.subject, one.spam_rate) for one in found if one.spam_rate is not None]
     return Report(
         count=len(found),
