@@ -35,6 +35,8 @@ _METRICS: dict[str, tuple[str, str]] = {
     _DELIVERY_ERRORS: ("DELIVERY_ERROR_RATE", ""),
     **{f"{kind}_success": ("AUTH_SUCCESS_RATE", f'auth_type = "{kind}"') for kind in ("spf", "dkim", "dmarc")},
 }
+# What credentials of each type need to have.
+_NEEDED = {"authorized_user": ("client_id", "client_secret", "refresh_token"), "service_account": ("client_email", "private_key")}
 # Reasons of a 403 that tell of the credentials; any other one tells of the domain.
 _OF_THE_LOGIN = frozenset({"ACCESS_TOKEN_SCOPE_INSUFFICIENT", "SERVICE_DISABLED", "CONSUMER_INVALID", "USER_PROJECT_DENIED", "BILLING_DISABLED"})
 
@@ -173,16 +175,14 @@ def _error(content: bytes) -> tuple[str, set[str]]:
 def _credentials(text: str) -> dict[str, str]:
     """The JSON that Google's tools write. Raises `SourceError`, which does not repeat it."""
     try:
-        document = json.loads(text)
-        needed = {"authorized_user": ("client_id", "client_secret", "refresh_token"), "service_account": ("client_email", "private_key")}[document["type"]]
-        if all(isinstance(document[name], str) for name in needed):
-            return dict(document)
-        raise TypeError
+        document: dict[str, str] = json.loads(text)
+        understood = all(isinstance(document[name], str) for name in _NEEDED[document["type"]])
     except (ValueError, KeyError, TypeError):
-        raise SourceError(
-            "reputation.google_credentials is no JSON of the type authorized_user (client_id, client_secret, refresh_token) or service_account "
-            "(client_email, private_key): docs/reputation.md says how to get one"
-        ) from None
+        understood = False
+    if not understood:
+        kinds = " or ".join(f"{kind} ({', '.join(names)})" for kind, names in _NEEDED.items())
+        raise SourceError(f"reputation.google_credentials is no JSON of the type {kinds}: docs/reputation.md says how to get one")
+    return document
 
 
 def _token(credentials: Mapping[str, str], user: str, session: PatientSession) -> str:

@@ -19,6 +19,7 @@ from mail_pipelines.database.models import Allotment
 from mail_pipelines.delivery.breakers import domain_rules
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.dispatch.claims import NothingClaimed, OpenClaim
+from mail_pipelines.metrics.centre import CentreMetrics
 from mail_pipelines.reputation import readings
 from mail_pipelines.reputation.readings import GOOGLE, Reading
 from tests.dispatch.test_hold_commands import says
@@ -136,6 +137,9 @@ def test_a_stopped_domain_has_no_grants_there_a_few_on_trial_and_all_again(engin
     assert unspent(world, "yahoo", NOW) > 1000
     assert isinstance(world.claim(server, provider="google", limit=5), NothingClaimed)
     assert isinstance(world.claim(server, provider="yahoo", limit=5), OpenClaim)
+    told = {(sample.name, *sample.labels.values()): sample.value for family in CentreMetrics(engine).collect() for sample in family.samples}
+    assert told["mail_pipelines_domain_breaker", "shop.test", "google", "open"] == 1
+    assert told["mail_pipelines_reputation_spam_rate", "google_postmaster", "shop.test"] == 0.0041
     # Whoever had made out grants before does not write them.
     with reading(engine) as connection:
         fleet = Fleet.read(connection, NOW, 10.0)
