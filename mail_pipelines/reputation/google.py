@@ -61,7 +61,8 @@ def read(settings: ReputationSettings, domains: Collection[str], first: dt.date,
         except _DomainRefused as error:
             refused[domain] = str(error)
     if refused and len(refused) == len(domains):
-        raise SourceError(f"Google tells this login nothing of any sending domain ({', '.join(refused)}): add them in Postmaster Tools, as its user")
+        words = next(iter(refused.values()))
+        raise SourceError(f"Google tells this login nothing of any sending domain ({', '.join(refused)}: {words}): add them in Postmaster Tools, as its user")
     return Fetched(tuple(readings), refused, rejected)
 
 

@@ -106,7 +106,7 @@ def test_a_domain_that_google_does_not_know_keeps_none_of_the_others(postmaster:
     found = ask_google(postmaster.settings(), "a.test", "new.test")
     assert len(found.readings) == 1
     assert dict(found.refused) == {"new.test": "PERMISSION_DENIED The caller does not have permission"}
-    with pytest.raises(SourceError, match=r"nothing of any sending domain \(new.test\): add them in Postmaster Tools"):
+    with pytest.raises(SourceError, match=r"any sending domain \(new\.test: PERMISSION_DENIED .*\): add them in Postmaster Tools"):
         ask_google(postmaster.settings(), "new.test")
 
 
