@@ -228,7 +228,7 @@ class Course:
     recent: list[tuple[int, Counts, Verdict]]
     written: list[dict[str, object]] = field(default_factory=list)
 
-    def judge(self, day: int, counts: Counts, heard: Sequence[Told], volume: int, known: Rules) -> Judgement:
+    def judge(self, day: int, counts: Counts, volume: int, known: Rules, heard: Sequence[Told] = ()) -> Judgement:
         back = max((past for past, _, verdict in self.recent if verdict is Verdict.BACK), default=0)
         first = max(back, day - known.complaint_days * DAY) + DAY
         days = sum((found for past, found, _ in self.recent if past >= first), counts)
@@ -266,7 +266,7 @@ def _judge_server(connection: Connection, server_id: int, key: str, days: _Days,
             before, counts = course.at, found.get(provider, Counts())
             forgotten = before.last_used is not None and not counts.sent and day - before.last_used >= known.idle_days * DAY
             volume = _volume(connection, course) if forgotten else 0
-            judgement = course.judge(day, counts, heard[day].get(provider, ()), volume, known)
+            judgement = course.judge(day, counts, volume, known, heard[day].get(provider, ()))
             if judgement.step != before.step:
                 changes.append(Change(key, provider, _date(day), before.step, judgement))
     _put(connection, [course.at for course in courses.values()])

@@ -103,6 +103,6 @@ def campaign_rules() -> CampaignRules:
 @functools.cache
 def domain_rules() -> DomainRules:
     raw = tomllib.loads(RULES.read_text(encoding="utf-8"))["domain"]
-    names = ("first_wait", "last_wait", "quiet", "forget")
-    waits = {name: dt.timedelta(hours=raw[f"{name}_hours"]) for name in names}
-    return DomainRules(**{name: raw[name] for name in ("by", "provider", "open", "close", "told_days", "trial_messages")}, **waits)
+    first_wait, last_wait, quiet, forget = (dt.timedelta(hours=raw[f"{name}_hours"]) for name in ("first_wait", "last_wait", "quiet", "forget"))
+    limits = (raw["by"], raw["provider"], raw["open"], raw["close"], raw["told_days"])
+    return DomainRules(*limits, first_wait, last_wait, raw["trial_messages"], quiet, forget)

@@ -117,5 +117,5 @@ def _together(one: Reading, other: Reading) -> Reading:
     """Two rows of an address and day, of several periods of activity: the sums, and the worse of the rest."""
     worse = max(one, other, key=lambda reading: (reading.measure("filter_result") or 0, reading.spam_rate or 0.0))
     rates = [rate for rate in (one.spam_rate, other.spam_rate) if rate is not None]
-    sums = {name: (getattr(one, name) or 0) + (getattr(other, name) or 0) for name in ("messages", "trap_hits")}
-    return replace(worse, spam_rate=max(rates, default=None), **sums)
+    messages, trap_hits = (sum(getattr(reading, name) or 0 for reading in (one, other)) for name in ("messages", "trap_hits"))
+    return replace(worst, spam_rate=max(rates, default=None), messages=messages, trap_hits=trap_hits)

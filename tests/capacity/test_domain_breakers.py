@@ -14,6 +14,7 @@ from mail_pipelines.capacity.domain_breakers import CLOSED, OPEN, TRIAL, DomainB
 from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.grants import Grant
 from mail_pipelines.capacity.warm_up_days import DAY, day_of
+from mail_pipelines.commands import context
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Allotment
 from mail_pipelines.delivery.breakers import domain_rules
@@ -113,6 +114,7 @@ def test_a_stopped_domain_has_no_grants_there_a_few_on_trial_and_all_again(engin
     world.set_campaign(expire_at=None, started_at=NOW)
     clock = DatabaseClock(engine, NOW)
     server = world.server("s1")
+    context.settings.cache_clear()
 
     def fill(now: dt.datetime) -> list[DomainBreaker]:
         """What the centre does at this time."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tests.dispatch.test_hold_commands import says
 from tests.dispatch.world import settings_for
 from tests.reputation.providers import Google, Microsoft, serving
 
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 TODAY = dt.datetime.now(dt.UTC).date()
 
 
@@ -77,6 +79,7 @@ def test_what_was_told_is_kept_once_and_a_correction_wins(engine: sa.Engine, pos
     }
 
 
+@ON_SQLITE
 def test_a_run_that_is_killed_at_its_writing_is_completed_by_the_next(engine: sa.Engine, postmaster: Google, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes in portions, of which the third is never begun."""
     monkeypatch.setattr(syncing, "_ROWS", 6)
@@ -100,10 +103,9 @@ def test_a_run_that_is_killed_at_its_writing_is_completed_by_the_next(engine: sa
     assert len(kept(engine)) == 20
 
 
+@ON_SQLITE
 @pytest.mark.slow
 def test_a_process_that_is_killed_in_mid_question_has_written_nothing(engine: sa.Engine, postmaster: Google, tmp_path: Path) -> None:
-    import threading
-
     postmaster.waits["shop.test"] = threading.Event()
     path = tmp_path / "google.json"
     path.write_text(postmaster.settings().google_credentials or "")
@@ -119,6 +121,7 @@ def test_a_process_that_is_killed_in_mid_question_has_written_nothing(engine: sa
     assert len(kept(engine)) == 20
 
 
+@ON_SQLITE
 def test_a_failure_is_noted_and_what_is_known_stays(engine: sa.Engine, postmaster: Google) -> None:
     settings = postmaster.settings()
     sync(engine, settings)
@@ -160,6 +163,7 @@ def test_a_provider_without_credentials_is_no_asset() -> None:
     )
 
 
+@ON_SQLITE
 @pytest.mark.slow
 def test_the_assets_have_the_numbers_and_one_that_fails_keeps_not_the_other(engine: sa.Engine, postmaster: Google, monkeypatch: pytest.MonkeyPatch) -> None:
     postmaster.tell("shop.test", ago(2), 0.0044)
@@ -202,6 +206,7 @@ def test_the_assets_have_the_numbers_and_one_that_fails_keeps_not_the_other(engi
         assert checks[GOOGLE, "in_step"].passed
 
 
+@ON_SQLITE
 def test_the_command_shows_what_is_told_and_begins_a_trial(engine: sa.Engine, postmaster: Google, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, postmaster.settings())
     postmaster.tell("shop.test", ago(2), 0.0044)
@@ -218,6 +223,7 @@ def test_the_command_shows_what_is_told_and_begins_a_trial(engine: sa.Engine, po
         says("reputation", "sync", "microsoft_snds")
 
 
+@ON_SQLITE
 def test_a_reading_of_a_measure_that_is_missing_is_not_the_newest(engine: sa.Engine) -> None:
     found = [Reading(GOOGLE, "a.test", second_of(ago(3)), 0.004), Reading(GOOGLE, "a.test", second_of(ago(2)), None, 0.1)]
     transact(engine, lambda connection: readings.keep(connection, found, dt.datetime.now(dt.UTC)))
