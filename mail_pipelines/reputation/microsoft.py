@@ -118,4 +118,4 @@ def _together(one: Reading, other: Reading) -> Reading:
     worse = max(one, other, key=lambda reading: (reading.measure("filter_result") or 0, reading.spam_rate or 0.0))
     rates = [rate for rate in (one.spam_rate, other.spam_rate) if rate is not None]
     messages, trap_hits = (sum(getattr(reading, name) or 0 for reading in (one, other)) for name in ("messages", "trap_hits"))
-    return replace(worst, spam_rate=max(rates, default=None), messages=messages, trap_hits=trap_hits)
+    return replace(worse, spam_rate=max(rates, default=None), messages=messages, trap_hits=trap_hits)
