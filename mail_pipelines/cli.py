@@ -27,6 +27,7 @@ from mail_pipelines.commands import (
     plan,
     pool,
     recover,
+    reputation,
     segment,
     server,
     server_dns,
@@ -62,6 +63,7 @@ app.add_typer(server.app, name="server")
 app.add_typer(pool.app, name="pool")
 app.add_typer(alert.app, name="alert")
 app.add_typer(plan.app, name="plan")
+app.add_typer(reputation.app, name="reputation")
 app.command("simulate")(simulate.simulate)
 app.add_typer(catcher.app, name="catcher")
 app.add_typer(exim.app, name="exim")

@@ -216,6 +216,18 @@ class InboundSettings(Section):
     imap_done: str = pydantic.Field(default="Processed", min_length=1, description="folder of that mailbox that fetched messages are moved to")
 
 
+class ReputationSettings(Section):
+    """What mailbox providers tell of our domains and addresses (docs/reputation.md). A provider without credentials here is not asked."""
+
+    google_credentials: str | None = secret(
+        "Google's JSON with the credentials by which Postmaster Tools are asked, of the type authorized_user (with a refresh token) or service_account"
+    )
+    google_user: str = pydantic.Field(default="", description="user of Postmaster Tools for whom a service account asks (domain-wide delegation)")
+    google_url: str = pydantic.Field(default="https://gmailpostmastertools.googleapis.com/v2", description="where the API of Postmaster Tools is")
+    microsoft_link: str | None = secret("the link to our data, with its key, as the page Automated Data Access of Microsoft's SNDS has it")
+    cron: str = pydantic.Field(default="25 18 * * *", description="when both are asked; warm-ups judge a day after midnight UTC")
+
+
 class AlertSettings(Section):
     """Without a relay or a webhook nobody is told. The relay is outside the fleet: it has to work when the fleet does not."""
 
@@ -278,6 +290,7 @@ class Settings(Section):
     broker: BrokerSettings = BrokerSettings()
     metrics: MetricsSettings = MetricsSettings()
     inbound: InboundSettings = InboundSettings()
+    reputation: ReputationSettings = ReputationSettings()
     alerts: AlertSettings = AlertSettings()
     provisioning: ProvisioningSettings = ProvisioningSettings()
     operation: OperationSettings = OperationSettings()

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from mail_pipelines import config, jobs, schedules
-from mail_pipelines.assets import audience, capacity, delivery, reporting, sending, synced
+from mail_pipelines.assets import audience, capacity, delivery, reporting, reputation, sending, synced
 from mail_pipelines.ops import maintenance
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.provisioning import provision_server, retire_server
@@ -41,16 +41,25 @@ def _sensors(database: CentralDatabase, provisioning: Provisioning, interval_sec
 
 
 def build_defs(
-    *, resources: Mapping[str, Any] | None = None, settings: config.OperationSettings | None = None, sources: Sequence[Source] | None = None
+    *,
+    resources: Mapping[str, Any] | None = None,
+    settings: config.OperationSettings | None = None,
+    sources: Sequence[Source] | None = None,
+    told: config.ReputationSettings | None = None,
 ) -> dg.Definitions:
-    """All definitions; tests and commands give other `resources`, `settings` or `sources` instead of patching."""
+    """All definitions; tests and commands give other `resources`, `settings`, `sources` or `told` (by providers) instead of patching."""
     configured = config.load()
     operation = settings or configured.operation
     declared = synced.declared(configured.home) if sources is None else sources
-    sync = [jobs.sync_external()] if declared else []
+    told = told or configured.reputation
+    by_providers = reputation.reputation_assets(told)
+    sync = [jobs.sync_external()] if declared or by_providers else []
+    sync_schedules = [schedule for job in sync for schedule in schedules.sync_schedules(declared, job)]
+    if by_providers:
+        sync_schedules.append(schedules.reputation_schedule(told, operation.time_zone, sync[0]))
     given: dict[str, Any] = {"database": CentralDatabase(), "server": DispatchServer(), "provisioning": Provisioning(), **(resources or {})}
     return dg.Definitions(
-        assets=[*dg.load_assets_from_modules([audience, sending, delivery, capacity, reporting]), *synced.synced_assets(declared)],
+        assets=[*dg.load_assets_from_modules([audience, sending, delivery, capacity, reporting]), *synced.synced_assets(declared), *by_providers],
         jobs=[
             *jobs.ALL,
             *sync,
@@ -62,7 +71,7 @@ def build_defs(
             retire_server,
         ],
         sensors=_sensors(given["database"], given["provisioning"], operation.sensor_seconds),
-        schedules=[*schedules.all_schedules(operation), *(schedule for job in sync for schedule in schedules.sync_schedules(declared, job))],
+        schedules=[*schedules.all_schedules(operation), *sync_schedules],
         resources=given,
         # Runs execute in one process: a send session is one process by design, and workers of a queue may not fork again.
         executor=dg.in_process_executor,

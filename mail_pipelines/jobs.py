@@ -57,11 +57,11 @@ SYNC_EXTERNAL = "sync_external"
 
 
 def sync_external() -> dg.UnresolvedAssetJobDefinition:
-    """The job of all declared sources, which exists only if there is one."""
+    """The job of all declared sources and of what providers tell of us, which exists only if there is one."""
     return dg.define_asset_job(
         SYNC_EXTERNAL,
         selection=dg.AssetSelection.groups("synced"),
-        description="Bring the declared external sources up to date; one that fails keeps none of the others.",
+        description="Bring the declared external sources and what providers tell of us up to date; one that fails keeps none of the others.",
     )
 
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import dagster as dg
 
 from mail_pipelines import config, partitions
+from mail_pipelines.assets.reputation import asset_key
 from mail_pipelines.capacity import demand
-from mail_pipelines.config import OperationSettings
+from mail_pipelines.config import OperationSettings, ReputationSettings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import audit, servers
 from mail_pipelines.jobs import audit_delivery_logs, plan_capacity, refresh_snapshots_job
 from mail_pipelines.ops.maintenance import maintenance
+from mail_pipelines.reputation.readings import configured
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.sources import running
@@ -68,6 +70,23 @@ def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.S
         execution_timezone=source.time_zone,
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description=f"Bring the external source {source.name} up to date.",
+    )(due)
+
+
+def reputation_schedule(settings: ReputationSettings, time_zone: str, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    """One for all providers that are asked."""
+    keys = [asset_key(source) for source in configured(settings)]
+
+    def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+        return dg.RunRequest(run_key=f"reputation:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}", asset_selection=keys)
+
+    return dg.schedule(
+        job=job,
+        name="sync_reputation",
+        cron_schedule=settings.cron,
+        execution_timezone=time_zone,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Ask mailbox providers what they tell of our domains and addresses.",
     )(due)
 
 

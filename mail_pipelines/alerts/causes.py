@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.alerts.cause import Cause
 from mail_pipelines.campaigns import lifecycle, overdue
 from mail_pipelines.campaigns.campaign import Campaign
-from mail_pipelines.capacity import breakers, health, verdicts
+from mail_pipelines.capacity import breakers, domain_breakers, health, told, verdicts
 from mail_pipelines.capacity.health_rules import Standing, rules
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now
@@ -29,6 +29,8 @@ from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.provisioning import listing, proposals
 from mail_pipelines.provisioning import store as provisions
 from mail_pipelines.provisioning.states import State as Making
+from mail_pipelines.reputation import standing as reputation
+from mail_pipelines.reputation.readings import configured
 from mail_pipelines.runbook import Chapter
 
 # A beat may be late once.
@@ -143,6 +145,25 @@ def _breakers(look: Look) -> Iterator[Cause]:
             yield Cause("breaker", f"{key}:{breaker.provider}", text, f"mail-pipelines server retry {key} {breaker.provider}")
 
 
+def _stopped_domains(look: Look) -> Iterator[Cause]:
+    for breaker in domain_breakers.all_breakers(look.connection):
+        if breaker.state != domain_breakers.CLOSED:
+            text = f"{breaker}. Look at whom its campaigns are sent to"
+            yield Cause("domain-stopped", f"{breaker.domain}:{breaker.provider}", text, f"mail-pipelines reputation retry {breaker.domain}")
+
+
+def _reputation(look: Look) -> Iterator[Cause]:
+    """What a stopped domain is told for is not told twice."""
+    stopped = {one.domain for one in domain_breakers.all_breakers(look.connection) if one.state != domain_breakers.CLOSED}
+    asked = configured(look.settings.reputation)
+    for one in told.bad(look.connection, look.now):
+        if one.signal.by in asked and one.reading.subject not in stopped:
+            yield Cause("reputation", f"{one.reading.subject}:{one.signal.of}", one.words("back"), "mail-pipelines reputation show")
+    for source in asked:
+        if words := reputation.stale(look.connection, source, look.now):
+            yield Cause("reputation-stale", source, words, f"mail-pipelines reputation sync {source}")
+
+
 def _listed(look: Look) -> Iterator[Cause]:
     found = listing.listings(look.connection)
     for server in look.fleet:
@@ -229,6 +250,8 @@ CAUSES: tuple[Callable[[Look], Iterator[Cause]], ...] = (
     _suspect,
     _fleet_refused,
     _breakers,
+    _stopped_domains,
+    _reputation,
     _holds,
     _late,
     _unknown,

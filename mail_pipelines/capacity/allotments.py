@@ -26,13 +26,14 @@ from dataclasses import replace
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import breakers, grants, in_force
+from mail_pipelines.capacity import breakers, domain_breakers, grants, in_force
 from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.grants import Grant, Place
 from mail_pipelines.capacity.shares import Wants, lowered, open_to, shares, signature
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Campaign, CampaignCounter, State, SyncState
 from mail_pipelines.database.upsert import put
+from mail_pipelines.delivery.breakers import domain_rules
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 from mail_pipelines.dispatch import holds, windows
 
@@ -133,7 +134,9 @@ def take_back(connection: Connection, server_id: int) -> int:
 
 
 def _demand(connection: Connection, until: int) -> dict[str, list[Wants]]:
-    """Campaigns with rows waiting, by provider; not those of which all wait for a send window that opens no earlier than at `until`."""
+    """Campaigns with rows waiting, by provider; not those of which all wait for a send window that opens no earlier than at `until`, nor those whose domain is
+    stopped there.
+    """
     columns = (Campaign.id, CampaignCounter.provider, Campaign.priority, Campaign.pool_id, Campaign.overflow_pool_id)
     rows = sa.func.sum(CampaignCounter.count).label("rows")
     waiting = connection.execute(
@@ -145,8 +148,13 @@ def _demand(connection: Connection, until: int) -> dict[str, list[Wants]]:
         .order_by(CampaignCounter.provider, Campaign.id)
     ).all()
     later = windows.waiting(connection, {row.id for row in waiting if row.windowed}, until - 1)
+    stopped = domain_breakers.stopped(connection)
     demand: defaultdict[str, list[Wants]] = defaultdict(list)
     for row in waiting:
+        breaker = stopped.get((row.id, row.provider))
+        if breaker is not None and breaker.state == domain_breakers.OPEN:
+            continue
+        most = None if breaker is None else domain_rules().trial_messages
         if row.rows > sum(later.get((row.id, row.provider), {}).values()):
-            demand[row.provider].append(Wants(row.id, PRIORITY_WEIGHTS[row.priority], row.pool_id, row.overflow_pool_id))
+            demand[row.provider].append(Wants(row.id, PRIORITY_WEIGHTS[row.priority], row.pool_id, row.overflow_pool_id, most))
     return dict(demand)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.campaigns.campaign import EXPIRES_AFTER
 from mail_pipelines.campaigns.send_window import SendWindow
+from mail_pipelines.capacity import domain_breakers
 from mail_pipelines.capacity.horizon import HOURS
 from mail_pipelines.database.models import Campaign, CampaignCounter, State
 from mail_pipelines.dispatch import holds, windows
@@ -47,13 +48,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Demand:
-    """Messages of a campaign for a provider that may be sent from `release` (epoch seconds) on; if it has a send window, only within these spans."""
+    """Messages of a campaign for a provider that may be sent from `release` (epoch seconds) on; if it has a send window, only within these spans.
+
+    `stopped`: until then its domain is stopped there, or on trial (`domain_breakers`).
+    """
 
     job: Job
     provider: str
     rows: int
     release: int = 0
     spans: tuple[Span, ...] | None = None
+    stopped: bool = False
 
     def opens_at(self, now: int) -> float:
         """The first second from `now` on in which some of it may be sent; never is infinity."""
@@ -70,7 +75,9 @@ def needed(connection: Connection, now: dt.datetime) -> bool:
 
 
 def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_seconds: int) -> tuple[list[Job], list[Demand]]:
-    """What is sent, and what is scheduled to start within `horizon_seconds`. Campaigns that are held or paused do not count."""
+    """What is sent, and what is scheduled to start within `horizon_seconds`. Campaigns that are held or paused do not count; what goes to a provider at which
+    their domain is stopped does from then on, when that ends.
+    """
     second = int(now.timestamp())
     sending = _jobs(connection, Campaign.state == "sending")
     counts = _waiting(connection, list(sending))
@@ -96,7 +103,11 @@ def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_s
         coming = Job(job.id, job.key, job.priority, job.pool_id, job.overflow_pool_id, job.start_at, job.finish_by, expected=True, sized=size is not None)
         jobs.append(coming)
         demands += [Demand(coming, provider, rows, job.start_at, expected.get(job.id)) for provider, rows in sorted((size or {}).items())]
-    return jobs, demands
+    # A trial is no room to plan with: its few messages are granted by the rule of every tick.
+    again = {pair: _second(breaker.until) or 0 for pair, breaker in domain_breakers.stopped(connection).items()}
+    return jobs, [
+        replace(one, release=max(one.release, again[pair]), stopped=True) if (pair := (one.job.id, one.provider)) in again else one for one in demands
+    ]
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ def bottleneck(part: ProviderPlan, number: int) -> str:
     able = part.able[number]
     if not len(able):
         return f"{part.provider}: no server may send"
+    if part.demands[number].stopped:
+        return f"{part.provider}: its domain is stopped there"
     slots = np.flatnonzero(part.placed[number].sum(axis=1))
     last = len(part.rooms.horizon.slots) if part.unmet[number] or not len(slots) else int(slots[-1]) + 1
     first = part.rooms.horizon.first_from(part.demands[number].release)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import breakers, in_force
+from mail_pipelines.capacity import breakers, domain_breakers, in_force
 from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.database.engine import is_mysql, transact
 from mail_pipelines.database.models import Allotment
@@ -59,7 +59,7 @@ def write(engine: Engine, wanted: Mapping[Place, Grant], fleet: Fleet, epoch: in
 
     Also what the plan `epoch` means. Or these are shares `beside` it, made out when so many portions of plans were written: if there are more by now, nothing
     is written, or shares of a whole room would stand above a plan that has just taken its part of it. It ends early where another plan has come into force,
-    and leaves out lines whose breaker is not as in `fleet` any more.
+    and leaves out lines whose breaker is not as in `fleet` any more, and campaigns whose domain's breaker is open.
     """
     written = 0
     pairs: set[tuple[int, str]] = set()
@@ -70,8 +70,13 @@ def write(engine: Engine, wanted: Mapping[Place, Grant], fleet: Fleet, epoch: in
             break
         written += count
     if written:
-        transact(engine, lambda connection: breakers.keep_open(connection, pairs))
+        transact(engine, lambda connection: _keep_open(connection, pairs))
     return written
+
+
+def _keep_open(connection: Connection, pairs: Collection[tuple[int, str]]) -> None:
+    breakers.keep_open(connection, pairs)
+    domain_breakers.keep_open(connection)
 
 
 def _portions(places: Collection[Place]) -> Iterator[list[Place]]:
@@ -103,13 +108,14 @@ def _write(
     elif in_force.portions(connection) != beside:
         return None
     stopped = breakers.not_closed(connection)
+    domains = {pair for pair, breaker in domain_breakers.stopped(connection).items() if breaker.state == domain_breakers.OPEN}
     rows = [
         {
             "campaign_id": place[0], "server_id": place[1], "provider": place[2], "slot_start": place[3],
             "granted": wanted[place].granted, "used": 0, "planned": wanted[place].planned, "plan_epoch": epoch,
         }
         for place in sorted(places)
-        if stopped.get(place[1:3], breakers.CLOSED) == fleet.breaker(*place[1:3])
+        if stopped.get(place[1:3], breakers.CLOSED) == fleet.breaker(*place[1:3]) and (place[0], place[2]) not in domains
     ]  # fmt: skip
     if beside is not None:
         rows = [{name: value for name, value in row.items() if name not in _STAMPS} for row in rows]

@@ -22,12 +22,15 @@ _SLACK = 1.1
 
 @dataclass(frozen=True)
 class Wants:
-    """A campaign with rows waiting for a provider: its weight, and the pools that may send it."""
+    """A campaign with rows waiting for a provider: its weight, the pools that may send it, and while its domain is on trial there the `most` of a slot, of all
+    servers together (but at least one of each).
+    """
 
     campaign_id: int
     weight: int
     pool_id: int
     overflow_pool_id: int | None
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,19 @@ def shares(
                         if strangers and (one.campaign_id, provider) not in known:
                             share = max(share, line.room * one.weight // total)
                         wanted[place] = min(max(1, share), line.most) if line.room else 0
-    return wanted
+    return wanted | _on_trial(wanted, campaigns_of, lines_of)
+
+
+def _on_trial(wanted: Mapping[Place, int], campaigns_of: Mapping[str, Sequence[Wants]], lines_of: Mapping[str, Sequence[Open]]) -> dict[Place, int]:
+    """What is left of the grants of campaigns whose domain is on trial: an equal part of the messages of the trial for each server that is able."""
+    able = {provider: sum(line.able for line in lines) or 1 for provider, lines in lines_of.items()}
+    most = {
+        (one.campaign_id, provider): max(1, one.most // able[provider])
+        for provider, campaigns in campaigns_of.items()
+        for one in campaigns
+        if one.most is not None and provider in able
+    }
+    return {place: min(granted, most[place[0], place[2]]) for place, granted in wanted.items() if (place[0], place[2]) in most} if most else {}
 
 
 def _of_the_day(weights: Mapping[Place, int], left: int, planned: Mapping[Place, int], present: Mapping[Place, Grant]) -> dict[Place, int]:

@@ -1,7 +1,8 @@
 """Warm-up: how many messages a server may send to a provider on a day, for as long as its address has no name yet.
 
 What belongs here: where each server stands on its curve, and the judgement of each day that is over. What does not: curves and thresholds
-(`warm_up.toml`), what a day means (`warm_up_rules`), what it counted (`warm_up_days`), and keeping the cap, which every claim does: it reads `warm_ups`.
+(`warm_up.toml`), what a day means (`warm_up_rules`), what it counted (`warm_up_days`), what providers told (`told`), and keeping the cap, which every claim
+does: it reads `warm_ups`.
 
 A day is judged once, by whoever comes first, also when nobody came for days: then one after the other, against the cap of the step reached.
 """
@@ -9,15 +10,16 @@ A day is judged once, by whoever comes first, also when nobody came for days: th
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import warm_up_days
+from mail_pipelines.capacity import told, warm_up_days
 from mail_pipelines.capacity.warm_up_days import DAY, Pair, day_of
-from mail_pipelines.capacity.warm_up_rules import Counts, Judgement, Rules, Verdict, WarmUpError, rules
+from mail_pipelines.capacity.warm_up_rules import Counts, Judgement, Rules, Told, Verdict, WarmUpError, rules
 from mail_pipelines.capacity.warm_up_rules import judge as judge_day
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import ProviderUsage, Server, WarmUp, WarmUpDay
@@ -31,6 +33,10 @@ NONE = "none"
 # Of more days that nobody judged the first are forgotten.
 _MOST_DAYS = 60
 _WEEK = 7 * DAY
+# By day and provider.
+_Days: TypeAlias = Mapping[int, Mapping[str, Counts]]
+_Words: TypeAlias = Mapping[int, Mapping[str, Sequence[Told]]]
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -195,12 +201,23 @@ def judge(engine: Engine, now: dt.datetime | None = None) -> list[Change]:
             return []
         first = max(min(due.values()), yesterday - _MOST_DAYS * DAY) + DAY
         counted = {day: warm_up_days.read(connection, day, sorted(due), known.ignored) for day in range(first, yesterday + 1, DAY)}
+        heard = {day: told.about_servers(connection, day, sorted(due), known) for day in counted}
         keys = {server.id: server.key for server in servers.all_servers(connection)}
     changes: list[Change] = []
     for server_id in sorted(due):
-        days = {day: {pair[1]: counts for pair, counts in found.items() if pair[0] == server_id} for day, found in counted.items()}
-        changes += transact(engine, lambda connection, server_id=server_id, days=days: _judge_server(connection, server_id, keys[server_id], days, known))  # type: ignore[misc]
+        days = {day: _of(found, server_id) for day, found in counted.items()}
+        words = {day: _of(found, server_id) for day, found in heard.items()}
+
+        def work(connection: Connection, server_id: int = server_id, days: _Days = days, words: _Words = words) -> list[Change]:
+            return _judge_server(connection, server_id, keys[server_id], days, words, known)
+
+        changes += transact(engine, work)
     return changes
+
+
+def _of(found: Mapping[Pair, _Found], server_id: int) -> dict[str, _Found]:
+    """What was found of one server, by provider."""
+    return {provider: one for (server, provider), one in found.items() if server == server_id}
 
 
 @dataclass
@@ -211,7 +228,7 @@ class Course:
     recent: list[tuple[int, Counts, Verdict]]
     written: list[dict[str, object]] = field(default_factory=list)
 
-    def judge(self, day: int, counts: Counts, volume: int, known: Rules) -> Judgement:
+    def judge(self, day: int, counts: Counts, volume: int, known: Rules, heard: Sequence[Told] = ()) -> Judgement:
         back = max((past for past, _, verdict in self.recent if verdict is Verdict.BACK), default=0)
         first = max(back, day - known.complaint_days * DAY) + DAY
         days = sum((found for past, found, _ in self.recent if past >= first), counts)
@@ -220,7 +237,7 @@ class Course:
         if curve is None:
             judgement = Judgement(self.at.step, Verdict.HOLD, f"there is no curve {self.at.curve} any more")
         else:
-            judgement = judge_day(curve, self.at.step, counts, days, idle_days=idle_days, volume=volume, known=known)
+            judgement = judge_day(curve, self.at.step, counts, days, idle_days=idle_days, volume=volume, known=known, told=heard, told_since=back + DAY)
         self.recent.append((day, counts, judgement.verdict))
         if counts.sent or counts.complaints or judgement.step != self.at.step:
             place = {"server_id": self.at.server_id, "provider": self.at.provider, "day": day, "step": self.at.step, "per_day": self.at.per_day}
@@ -232,10 +249,10 @@ class Course:
         return judgement
 
 
-def _judge_server(connection: Connection, server_id: int, key: str, days: Mapping[int, Mapping[str, Counts]], known: Rules) -> list[Change]:
+def _judge_server(connection: Connection, server_id: int, key: str, days: _Days, heard: _Words, known: Rules) -> list[Change]:
     rows = connection.execute(sa.select(WarmUp.__table__).where(WarmUp.server_id == server_id).with_for_update()).mappings().all()
     courses = {row["provider"]: Course(Standing(**row), []) for row in rows}
-    for row in _past(connection, server_id, min(days) - known.complaint_days * DAY):
+    for row in _past(connection, server_id, min(days) - max(known.complaint_days, known.told_days) * DAY):
         if row.provider in courses:
             courses[row.provider].recent.append((row.day, _counts(row), Verdict(row.verdict)))
     changes = []
@@ -249,7 +266,7 @@ def _judge_server(connection: Connection, server_id: int, key: str, days: Mappin
             before, counts = course.at, found.get(provider, Counts())
             forgotten = before.last_used is not None and not counts.sent and day - before.last_used >= known.idle_days * DAY
             volume = _volume(connection, course) if forgotten else 0
-            judgement = course.judge(day, counts, volume, known)
+            judgement = course.judge(day, counts, volume, known, heard[day].get(provider, ()))
             if judgement.step != before.step:
                 changes.append(Change(key, provider, _date(day), before.step, judgement))
     _put(connection, [course.at for course in courses.values()])

@@ -43,7 +43,7 @@ def read(connection: Connection, day: int, server_ids: Collection[int], ignored:
     answers = (
         sa.select(*by, sa.func.sum(CampaignMinute.count).label("number"))
         .where(
-            CampaignMinute.campaign_id.in_(_campaigns(connection, day, since=day)),
+            CampaignMinute.campaign_id.in_(campaigns_of(connection, day, since=day)),
             CampaignMinute.minute >= day // 60,
             CampaignMinute.minute < (day + DAY) // 60,
             CampaignMinute.server_id.in_(server_ids),
@@ -66,7 +66,7 @@ def _complaints(connection: Connection, day: int, server_ids: Collection[int]) -
         sa.select(Delivery.server_id, Delivery.provider, sa.func.count(sa.distinct(EngagementEvent.contact_id)))
         .join_from(EngagementEvent, Delivery, sa.and_(Delivery.campaign_id == EngagementEvent.campaign_id, Delivery.contact_id == EngagementEvent.contact_id))
         .where(
-            EngagementEvent.campaign_id.in_(_campaigns(connection, day, since=day - _COMPLAINTS_AFTER)),
+            EngagementEvent.campaign_id.in_(campaigns_of(connection, day, since=day - _COMPLAINTS_AFTER)),
             EngagementEvent.kind == "complaint",
             EngagementEvent.recorded_at >= _moment(day),
             EngagementEvent.recorded_at < _moment(day + DAY),
@@ -77,7 +77,7 @@ def _complaints(connection: Connection, day: int, server_ids: Collection[int]) -
     return {(server_id or 0, provider): int(number) for server_id, provider, number in connection.execute(complained).tuples()}
 
 
-def _campaigns(connection: Connection, day: int, *, since: int) -> list[int]:
+def campaigns_of(connection: Connection, day: int, *, since: int) -> list[int]:
     """Campaigns that had begun by the end of the day, and were not over before `since`."""
     over = sa.func.coalesce(Campaign.finished_at, _moment(day))
     return list(connection.execute(sa.select(Campaign.id).where(Campaign.started_at < _moment(day + DAY), over >= _moment(since))).scalars())

@@ -8,11 +8,12 @@ from __future__ import annotations
 import enum
 import functools
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mail_pipelines.errors import MailPipelinesError, nearest
+from mail_pipelines.reputation.readings import FILTER_RESULTS, Reading, date_of
 
 RULES = Path(__file__).with_name("warm_up.toml")
 
@@ -93,13 +94,58 @@ class Signal:
         return bad / max(total, bad) if bad >= self.least else 0.0
 
 
+_MEASURES = {"spam_rate": "reported as spam", "filter_result": "as filter result", "trap_hits": "trap hits"}
+
+
+@dataclass(frozen=True)
+class ToldSignal:
+    """From which value of a measure of `reputation.readings` on no step is taken, and from which on one or two steps back (None: from none)."""
+
+    of: str
+    by: str
+    provider: str
+    hold: float
+    back: float
+    far_back: float | None
+
+    def number(self, value: float) -> str:
+        """A value of this measure, for people."""
+        if self.of == "filter_result":
+            return FILTER_RESULTS[int(value)]
+        return f"{value:.2%}" if self.of == "spam_rate" else f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a provider told of one of our domains or addresses, by the measure of one signal."""
+
+    signal: ToldSignal
+    reading: Reading
+
+    @property
+    def value(self) -> float:
+        return self.reading.measure(self.signal.of) or 0.0
+
+    def reaches(self, limit: str) -> bool:
+        """Whether the value is at one of the signal's limits: hold, back or far_back."""
+        given: float | None = getattr(self.signal, limit)
+        return given is not None and self.value >= given
+
+    def words(self, limit: str) -> str:
+        """The value and the limit, for people."""
+        what = f"{self.signal.number(self.value)} {_MEASURES[self.signal.of]} of {self.reading.subject} on {date_of(self.reading.day)}"
+        return f"{what} ({self.signal.by}), the limit is {self.signal.number(getattr(self.signal, limit))}"
+
+
 @dataclass(frozen=True)
 class Rules:
     curves: Mapping[str, Curve]
     signals: tuple[Signal, ...]
+    told: tuple[ToldSignal, ...]
     used_share: float
     idle_days: int
     complaint_days: int
+    told_days: int
 
     def curve(self, name: str) -> Curve:
         if name not in self.curves:
@@ -120,7 +166,8 @@ def rules() -> Rules:
         Signal(signal["of"], frozenset(signal.get("ignored", ())), signal["least"], signal["hold"], signal["back"], signal["far_back"])
         for signal in raw["signal"]
     )
-    return Rules(curves, signals, raw["used_share"], raw["idle_days"], raw["complaint_days"])
+    told = tuple(ToldSignal(one["of"], one["by"], one["provider"], one["hold"], one["back"], one.get("far_back")) for one in raw["told"])
+    return Rules(curves, signals, told, raw["used_share"], raw["idle_days"], raw["complaint_days"], raw["told_days"])
 
 
 @dataclass(frozen=True)
@@ -132,11 +179,13 @@ class Judgement:
     why: str
 
 
-def judge(curve: Curve, step: int, day: Counts, days: Counts, *, idle_days: int, volume: int, known: Rules) -> Judgement:
+def judge(
+    curve: Curve, step: int, day: Counts, days: Counts, *, idle_days: int, volume: int, known: Rules, told: Sequence[Told] = (), told_since: int = 0
+) -> Judgement:
     """What a day at `step` means.
 
     `days` are the last ones, this one among them, since the last step back. `idle_days` is how many days without mail end with this one, `volume` the most
-    messages of a day before them.
+    messages of a day before them. `told` is what the provider told last; of days before `told_since`, for which a step back was taken, it only holds.
     """
     if not day.sent:
         half = min(step, curve.step_of(volume / 2))
@@ -153,8 +202,10 @@ def judge(curve: Curve, step: int, day: Counts, days: Counts, *, idle_days: int,
     parts = [(signal, signal.part(day, days)) for signal in known.signals]
     for steps, limit in ((2, "far_back"), (1, "back"), (0, "hold")):
         bad = [(signal, part) for signal, part in parts if part and part >= getattr(signal, limit)]
-        if bad:
-            why = ", ".join(f"{part:.2%} {signal.of}, the limit is {getattr(signal, limit):.2%}" for signal, part in bad)
+        worse = [one for one in told if one.reaches(limit) and (not steps or one.reading.day >= told_since)]
+        if bad or worse:
+            answered = (f"{part:.2%} {signal.of}, the limit is {getattr(signal, limit):.2%}" for signal, part in bad)
+            why = ", ".join([*answered, *(one.words(limit) for one in worse)])
             return Judgement(max(0, step - steps), Verdict.BACK if steps and step else Verdict.HOLD, why)
     if used < known.used_share:
         return Judgement(step, Verdict.HOLD, f"{share}, fewer than {known.used_share:.0%}")

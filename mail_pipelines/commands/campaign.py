@@ -104,11 +104,13 @@ def list_() -> None:
 def show(key: Key) -> None:
     """What a campaign is and what became of it."""
     from mail_pipelines.campaigns import store, versions
+    from mail_pipelines.capacity import domain_breakers
     from mail_pipelines.database.engine import reading
 
     with reading(open_engine()) as connection:
         campaign = store.load(connection, key)
         version = versions.current(connection, campaign)
+        stopped = [breaker for (number, _), breaker in domain_breakers.stopped(connection).items() if number == campaign.id]
     definition, counts = campaign.definition, campaign.audience_counts or {}
     excluded = ", ".join(f"{number:,} {reason}" for reason, number in counts.get("excluded", {}).items())
     table = Table(show_header=False, box=None)
@@ -117,6 +119,7 @@ def show(key: Key) -> None:
         "name": definition.name,
         "state": campaign.state,
         "held": f"{campaign.hold} ({campaign.hold.by})" if campaign.hold else None,
+        "stopped": "; ".join(map(str, stopped)),
         "segments": ", ".join(definition.include) + (f" without {', '.join(definition.exclude)}" if definition.exclude else ""),
         "brand": definition.brand,
         "pool": definition.pool + (f", overflow {definition.overflow_pool}" if definition.overflow_pool else ""),

@@ -463,6 +463,46 @@ class WarmUpDay(Base):
     __table_args__ = (MYSQL,)
 
 
+class Reputation(Base):
+    """What a mailbox provider tells of a sending domain or an address of ours, day by day (`reputation.readings`). NULL: it does not tell.
+
+    `source` is google_postmaster or microsoft_snds; `day` is the first second of the day by the provider's calendar, as if that were UTC. `spam_rate` and
+    `delivery_errors` are parts of 1. `details` has what decides nothing. `changed_at` is when the reading came to be what it is.
+    """
+
+    __tablename__ = "reputation"
+    source: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    subject: Mapped[str] = mapped_column(ascii_string(253), primary_key=True)
+    day: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    spam_rate: Mapped[float | None] = mapped_column(sa.Double)
+    delivery_errors: Mapped[float | None] = mapped_column(sa.Double)
+    messages: Mapped[int | None] = mapped_column(sa.BigInteger)
+    # GREEN, YELLOW or RED.
+    filter_result: Mapped[str | None] = mapped_column(ascii_string(8))
+    trap_hits: Mapped[int | None] = mapped_column(sa.Integer)
+    details: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    __table_args__ = (sa.Index(None, "day"), MYSQL)
+
+
+class DomainBreaker(Base):
+    """Whether mail of a sending domain may go to a provider whose users report too much of it as spam: `capacity.domain_breakers` has the states.
+
+    No row: closed, and never was open. `day` is the newest day (as in `reputation`) that does not count any more.
+    """
+
+    __tablename__ = "domain_breakers"
+    domain: Mapped[str] = mapped_column(ascii_string(253), primary_key=True)
+    provider: Mapped[str] = mapped_column(ascii_string(32), primary_key=True)
+    state: Mapped[str] = mapped_column(ascii_string(8))
+    reason: Mapped[str] = mapped_column(sa.String(200))
+    trips: Mapped[int] = mapped_column(sa.Integer)
+    until: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
+    changed_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
+    day: Mapped[int] = mapped_column(sa.BigInteger)
+    __table_args__ = (MYSQL,)
+
+
 class DomainHealth(Base):
     """Recipient domains that do not answer: rows of a dead domain are deferred without an attempt until `dead_until` (`delivery.domain_health`).
 

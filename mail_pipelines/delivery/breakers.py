@@ -1,7 +1,7 @@
 """The thresholds at which sending stops by itself (`breakers.toml`), as plain values.
 
-What belongs here: reading them. What is done about them is in `capacity.breakers` (one server to one provider) and
-`campaigns.stopping` (one campaign).
+What belongs here: reading them. What is done about them is in `capacity.breakers` (one server to one provider), `capacity.domain_breakers` (one sending domain)
+and `campaigns.stopping` (one campaign).
 """
 
 from __future__ import annotations
@@ -66,6 +66,22 @@ class CampaignRules:
     window: dt.timedelta
 
 
+@dataclass(frozen=True)
+class DomainRules:
+    """`open` and `close` are parts of the mail that people reported as spam, as source `by` tells of a domain's mail to `provider`."""
+
+    by: str
+    provider: str
+    open: float
+    close: float
+    told_days: int
+    first_wait: dt.timedelta
+    last_wait: dt.timedelta
+    trial_messages: int
+    quiet: dt.timedelta
+    forget: dt.timedelta
+
+
 @functools.cache
 def provider_rules() -> ProviderRules:
     raw = tomllib.loads(RULES.read_text(encoding="utf-8"))["provider"]
@@ -82,3 +98,11 @@ def campaign_rules() -> CampaignRules:
     raw = tomllib.loads(RULES.read_text(encoding="utf-8"))["campaign"]
     rules = tuple(CampaignRule(rule["id"], Counts(rule["counts"]), rule["least"], rule["share"]) for rule in raw["rule"])
     return CampaignRules(rules, dt.timedelta(minutes=raw["window_minutes"]))
+
+
+@functools.cache
+def domain_rules() -> DomainRules:
+    raw = tomllib.loads(RULES.read_text(encoding="utf-8"))["domain"]
+    first_wait, last_wait, quiet, forget = (dt.timedelta(hours=raw[f"{name}_hours"]) for name in ("first_wait", "last_wait", "quiet", "forget"))
+    limits = (raw["by"], raw["provider"], raw["open"], raw["close"], raw["told_days"])
+    return DomainRules(*limits, first_wait, last_wait, raw["trial_messages"], quiet, forget)

@@ -1,6 +1,6 @@
 """Pictures of a campaign's results, as PNG bytes (transparent, under 60 kB), for Dagster's metadata.
 
-What belongs here: drawing frames of `statistics` and `engagement`. What does not: counting. The colours keep enough contrast on
+What belongs here: drawing frames of `statistics`, `engagement`, plans and reputation. What does not: counting. The colours keep enough contrast on
 white as on black, since the Dagster UI has both. Figures are objects of their own: no pyplot, so nothing is shared between threads.
 """
 
@@ -140,6 +140,23 @@ def plan_and_reality(hours: pd.DataFrame) -> bytes:
     axes.set_ylabel("messages an hour")
     _time_axis(axes, table.index, 60)
     _legend(axes)
+    return _png(figure)
+
+
+def spam_rates(rates: pd.DataFrame) -> bytes:
+    """Lines of the part of the mail that was reported as spam, day by day, of the subjects with the highest; `rates` is that of `reputation.report`."""
+    if rates.empty:
+        return _nothing("Nothing told yet")
+    table = rates.pivot_table(index="day", columns="subject", values="spam_rate")
+    worst = table.max().sort_values(ascending=False, kind="stable").index[: len(_SERVER_COLOURS)]
+    figure, axes = _canvas(2.4)
+    for subject, colour in zip(worst, _SERVER_COLOURS, strict=False):
+        days = table[subject].dropna()
+        axes.plot(days.index, days, color=colour, linewidth=1.8, marker=".", markersize=4, label=subject)
+    axes.yaxis.set_major_formatter("{x:.2%}")
+    axes.set_ylim(bottom=0)
+    _time_axis(axes, table.index, 1440)
+    _legend(axes, columns=4)
     return _png(figure)
 
 

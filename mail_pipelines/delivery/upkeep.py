@@ -1,4 +1,5 @@
-"""Dropping bookkeeping that nothing refers to any more: claims, allotments, usage windows, days of warm-ups, send windows."""
+"""Dropping bookkeeping that nothing refers to any more: claims, allotments, usage windows, days of warm-ups, readings of reputation,
+send windows."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage, WarmUpDay, WindowRows, WindowSpan
+from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage, Reputation, WarmUpDay, WindowRows, WindowSpan
 from mail_pipelines.delivery.recording import USAGE_WINDOWS
 
 KEEP_CLAIMS = dt.timedelta(days=14)
@@ -20,6 +21,8 @@ KEEP_WINDOWS = dt.timedelta(days=3)
 # Those of a day are judged by warm-ups (`capacity.warm_up`), also if the centre was away for a while; what they found is kept for longer.
 KEEP_DAYS = dt.timedelta(days=14)
 KEEP_WARM_UP_DAYS = dt.timedelta(days=120)
+# What providers told: a year can be compared with the one before.
+KEEP_REPUTATION = dt.timedelta(days=800)
 
 
 def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
@@ -43,6 +46,9 @@ def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
         ),
         "warm_up_days": _delete(
             engine, WarmUpDay, (WarmUpDay.server_id, WarmUpDay.provider, WarmUpDay.day), WarmUpDay.day < int((now - KEEP_WARM_UP_DAYS).timestamp())
+        ),
+        "reputation": _delete(
+            engine, Reputation, (Reputation.source, Reputation.subject, Reputation.day), Reputation.day < int((now - KEEP_REPUTATION).timestamp())
         ),
         "window_spans": _delete(engine, WindowSpan, (WindowSpan.campaign_id, WindowSpan.time_zone, WindowSpan.opens_at), WindowSpan.campaign_id.in_(over)),
         "window_rows": _delete(

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.capacity import breakers, warm_up
+from mail_pipelines.capacity import breakers, domain_breakers, warm_up
 from mail_pipelines.database.engine import DatabaseError, database_now, reading
 from mail_pipelines.database.models import Campaign, CampaignCounter, Claim, SyncState
 from mail_pipelines.dispatch import audit, holds, servers
@@ -19,6 +19,7 @@ from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.dispatch.registry import ServerState
 from mail_pipelines.dispatch.servers import ServerInfo
 from mail_pipelines.metrics.outcomes import Outcomes, name
+from mail_pipelines.reputation import readings
 
 _UNDER_WAY = ("building", "sending", "paused")
 
@@ -50,6 +51,7 @@ class CentreMetrics(Collector):
                     *_claims(connection, now),
                     *_breakers(connection),
                     *_warm_ups(connection, now),
+                    *_reputation(connection, now),
                     *_stopped(connection),
                 ]
         except DatabaseError:
@@ -187,6 +189,19 @@ def _warm_ups(connection: Connection, now: dt.datetime) -> Iterator[Metric]:
                 caps.add_metric(place, pair.per_day)
                 used.add_metric(place, pair.used)
     yield from (steps, caps, used)
+
+
+def _reputation(connection: Connection, now: dt.datetime) -> Iterator[Metric]:
+    rates = _family("reputation_spam_rate", "Newest part of our mail of the last week that a provider's users reported as spam.", "source", "subject")
+    week = readings.read(connection, int(now.timestamp()) - 7 * readings.DAY)
+    for place, newest in readings.newest(week, "spam_rate").items():
+        rates.add_metric(place, newest.spam_rate or 0.0)
+    yield rates
+    states = _family("domain_breaker", "1 for the state of a domain's breaker at a provider; absent where it was never open.", "domain", "provider", "state")
+    for breaker in domain_breakers.all_breakers(connection):
+        for state in (domain_breakers.CLOSED, domain_breakers.OPEN, domain_breakers.TRIAL):
+            states.add_metric((breaker.domain, breaker.provider, state), int(breaker.state == state))
+    yield states
 
 
 def _stopped(connection: Connection) -> Iterator[Metric]:

@@ -11,7 +11,7 @@ import dagster as dg
 from dagster._utils.concurrency import get_max_concurrency_limit_value
 
 from mail_pipelines import partitions
-from mail_pipelines.capacity import health, warm_up
+from mail_pipelines.capacity import domain_breakers, health, warm_up
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import clock, registry, servers
@@ -49,12 +49,14 @@ CENTRE_JOBS = tuple(
 
 
 def server_health(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
-    """Keep the send slots equal to what the servers that send offer, judge the days of warm-ups, drain servers that providers or block lists refuse, mark runs
-    failed whose process or server is gone, and give up servers that are lost.
+    """Keep the send slots equal to what the servers that send offer, judge the days of warm-ups and the breakers of domains, drain servers that providers or
+    block lists refuse, mark runs failed whose process or server is gone, and give up servers that are lost.
     """
     settings = database.settings
     for change in warm_up.judge(database.engine):
         context.log.info("%s", change)
+    for breaker in domain_breakers.judge(database.engine):
+        context.log.warning("%s", breaker)
     with reading(database.engine) as connection:
         fleet = servers.all_servers(connection)
         now = database_now(connection)

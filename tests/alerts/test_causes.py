@@ -19,7 +19,7 @@ from mail_pipelines.alerts import causes
 from mail_pipelines.alerts.cause import Cause
 from mail_pipelines.cli import app
 from mail_pipelines.commands import context as commands
-from mail_pipelines.config import DnsSettings
+from mail_pipelines.config import DnsSettings, ReputationSettings
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Server, State
@@ -30,6 +30,8 @@ from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.provisioning import block_lists, listing
 from mail_pipelines.provisioning import store as provisions
+from mail_pipelines.reputation import readings
+from mail_pipelines.reputation import standing as reputation
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sensors import alerts as sensor
 from mail_pipelines.sensors import servers as server_sensor
@@ -72,6 +74,21 @@ def found(world: World) -> dict[str, Cause]:
 def breaker(world: World, state: str, trips: int, age: dt.timedelta) -> None:
     row = {"server_id": 1, "provider": "google", "state": state, "rule": "refused", "reason": "20 of 40 refused", "trips": trips, "baseline": {}}
     put(world, models.Breaker, **row, changed_at=now_of(world) - age)
+
+
+def told(world: World, rate: float, *, day: int = 2, age: dt.timedelta | None = HOUR, sent: int = 0, stopped: bool = False) -> None:
+    """Google was asked so long ago (None: in vain) and told this rate of a day so many days ago; so much was sent six days ago."""
+    world.settings = world.settings.model_copy(update={"reputation": ReputationSettings(google_credentials="{}")})
+    now = now_of(world)
+    today = int(now.timestamp()) // readings.DAY * readings.DAY
+    found = [readings.Reading(readings.GOOGLE, "shop.test", today - day * readings.DAY, rate)]
+    transact(world.engine, lambda connection: readings.keep(connection, found, now))
+    known = reputation.Standing(None if age is None else (now - age).isoformat(), error="login")
+    reputation.keep(world.engine, readings.GOOGLE, known, now)
+    put(world, models.ProviderUsage, server_id=1, provider="google", window_seconds=86400, window_start=today - 6 * readings.DAY, used=sent)
+    if stopped:
+        row = {"domain": "shop.test", "provider": "google", "state": "open", "reason": "too much", "trips": 1, "changed_at": now, "day": 0}
+        put(world, models.DomainBreaker, **row)
 
 
 def hold(world: World, age: dt.timedelta) -> None:
@@ -136,6 +153,11 @@ THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
     "held": (lambda world: hold(world, 12 * HOUR), ["hold:everything:", "hold:provider:google", "hold:campaign:spring"], "is held since"),
     "late": (lambda world: world.set_campaign(finish_by=now_of(world) - HOUR), ["campaign-late:spring"], "has 10 recipients to go"),
     "unknown": (unknown, ["unknown:spring"], "3 recipients of whom nobody knows"),
+    "domain stopped": (lambda world: told(world, 0.004, stopped=True), ["domain-stopped:shop.test:google"], "mail of shop.test to google is stopped: too much"),
+    "reported": (lambda world: told(world, 0.002), ["reputation:shop.test:spam_rate"], "0.20% reported as spam of shop.test"),
+    "not read": (lambda world: told(world, 0.0, age=51 * HOUR), ["reputation-stale:google_postmaster"], "google_postmaster was read last at"),
+    "never read": (lambda world: told(world, 0.0, age=None), ["reputation-stale:google_postmaster"], "could not be read yet: login"),
+    "tells no more": (lambda world: told(world, 0.0, day=7, sent=5_000), ["reputation-stale:google_postmaster"], "5,000 messages or more went to google"),
 }
 NOT_THERE: dict[str, Callable[[World], object]] = {
     "being made": lambda world: made(world, "provisioning"),
@@ -148,6 +170,8 @@ NOT_THERE: dict[str, Callable[[World], object]] = {
     "not listed": listed,
     "held of late": lambda world: hold(world, 11 * HOUR),
     "in time": lambda world: world.set_campaign(finish_by=now_of(world) + HOUR),
+    "told well": lambda world: told(world, 0.0019, sent=5_000),
+    "told long ago": lambda world: told(world, 0.5, day=8, sent=4_999),
     "over": lambda world: world.set_campaign(finish_by=now_of(world) - HOUR, state="finished"),
 }
 

@@ -107,7 +107,15 @@ def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(
     waiting = [{"campaign_id": campaign.id, "provider": f"p{number}", "time_zone": "", "opens_at": 1, "count": 1} for number in range(30)]
     transact(engine, lambda connection: (connection.execute(sa.insert(WindowSpan), spans), connection.execute(sa.insert(WindowRows), waiting)))
     with sizes_of_transactions(engine, "DELETE") as sizes:
-        assert upkeep.prune(engine, NOW) == {"claims": 70, "allotments": 100, "provider_usage": 60, "warm_up_days": 0, "window_spans": 50, "window_rows": 30}
+        assert upkeep.prune(engine, NOW) == {
+            "claims": 70,
+            "allotments": 100,
+            "provider_usage": 60,
+            "warm_up_days": 0,
+            "reputation": 0,
+            "window_spans": 50,
+            "window_rows": 30,
+        }
     assert sum(sizes) == 310
     assert max(sizes) <= 20
 
@@ -116,4 +124,6 @@ def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(
             return connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
 
     assert (left(Claim), left(Allotment), left(ProviderUsage)) == (5, 50, 60)
-    assert upkeep.prune(engine, NOW) == dict.fromkeys(("claims", "allotments", "provider_usage", "warm_up_days", "window_spans", "window_rows"), 0)
+    assert upkeep.prune(engine, NOW) == dict.fromkeys(
+        ("claims", "allotments", "provider_usage", "warm_up_days", "reputation", "window_spans", "window_rows"), 0
+    )

@@ -1,0 +1,1 @@
+"""Reputation: asking Google and Microsoft, keeping what they tell, showing it."""

@@ -1,0 +1,203 @@
+"""Google's Postmaster Tools and Microsoft's SNDS as local HTTP servers: as strict as they are, with what they do wrong on demand."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlparse
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from mail_pipelines.config import ReputationSettings
+from mail_pipelines.reputation.google import SCOPE
+
+METRICS = {"SPAM_RATE", "DELIVERY_ERROR_RATE", "AUTH_SUCCESS_RATE", "TLS_ENCRYPTION_RATE", "FEEDBACK_LOOP_ID", "FEEDBACK_LOOP_SPAM_RATE"}
+REFRESH, SECRET, KEY = "refresh-that-no-log-shows", "secret-that-no-log-shows", "key-that-no-log-shows"
+Answer = tuple[int, dict[str, str], bytes]
+Provider = TypeVar("Provider", "Google", "Microsoft")
+
+
+def error(code: int, status: str, message: str, reason: str = "") -> Answer:
+    details = [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason}] if reason else []
+    return code, {}, json.dumps({"error": {"code": code, "message": message, "status": status, "details": details}}).encode()
+
+
+@dataclass
+class Google:
+    """`days`: domain → day → Google's name of a metric (with its filter, if it has one) → value. Days without anything are left out, as Google does.
+
+    A token is good for `token_uses` questions, a page has `page_most` values at most. `before` are answers that are given first, in their order. `gone` are
+    metrics that there are no more. A question about a domain of `waits` sets the event, and is not answered.
+    """
+
+    days: dict[str, dict[dt.date, dict[str, float]]] = field(default_factory=dict)
+    token_uses: int = 1000
+    page_most: int = 200
+    before: list[Answer] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    refresh: str = REFRESH
+    waits: dict[str, threading.Event] = field(default_factory=dict)
+    end: threading.Event = field(default_factory=threading.Event)
+    service_key: rsa.RSAPrivateKey | None = None
+    # Of the service account's claims.
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    url: str = ""
+
+    def tell(self, domain: str, day: dt.date, spam_rate: float | None = None, **more: float) -> None:
+        self.days.setdefault(domain, {})[day] = ({} if spam_rate is None else {"SPAM_RATE": spam_rate}) | more
+
+    def settings(self, **more: Any) -> ReputationSettings:
+        credentials = {"type": "authorized_user", "client_id": "c", "client_secret": SECRET, "refresh_token": REFRESH, "token_uri": f"{self.url}/token"}
+        return ReputationSettings(google_credentials=json.dumps(credentials), google_url=f"{self.url}/v2", **more)
+
+    def service_account(self) -> ReputationSettings:
+        self.service_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        form = serialization.PrivateFormat.PKCS8
+        pem = self.service_key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
+        account = {"type": "service_account", "client_email": "robot@p.iam", "private_key": pem, "private_key_id": "k1", "token_uri": f"{self.url}/token"}
+        return ReputationSettings(google_credentials=json.dumps(account), google_user="ann@shop.test", google_url=f"{self.url}/v2")
+
+    def post(self, path: str, content: bytes, login: str | None) -> Answer:
+        if path == "/token":
+            return self._token({name: values[0] for name, values in parse_qs(content.decode()).items()})
+        if self.before:
+            return self.before.pop(0)
+        number = int(login.removeprefix("Bearer token-")) if login and login.startswith("Bearer token-") else -1
+        if not 0 <= number < len(self.tokens) or self.tokens[number] >= self.token_uses:
+            return error(401, "UNAUTHENTICATED", "Request had invalid authentication credentials.")
+        self.tokens[number] += 1
+        parts = unquote(path).split("/")
+        if parts[:3] != ["", "v2", "domains"] or parts[4:] != ["domainStats:query"]:
+            return error(404, "NOT_FOUND", "Method not found.")
+        return self._query(parts[3], json.loads(content))
+
+    def _token(self, form: dict[str, str]) -> Answer:
+        if form.get("grant_type") == "refresh_token":
+            good = (form.get("refresh_token"), form.get("client_secret"), form.get("client_id")) == (self.refresh, SECRET, "c")
+        else:
+            good = form.get("grant_type") == "urn:ietf:params:oauth:grant-type:jwt-bearer" and self._signed(form["assertion"])
+        if not good:
+            return 400, {}, b'{"error": "invalid_grant", "error_description": "Token has been expired or revoked."}'
+        self.tokens.append(0)
+        return 200, {}, json.dumps({"access_token": f"token-{len(self.tokens) - 1}", "expires_in": 3599, "token_type": "Bearer"}).encode()
+
+    def _signed(self, assertion: str) -> bool:
+        assert self.service_key is not None
+        head, claims, signature = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in assertion.split("."))
+        self.service_key.public_key().verify(signature, assertion.rpartition(".")[0].encode(), padding.PKCS1v15(), hashes.SHA256())
+        self.claims.append(json.loads(claims))
+        return json.loads(head)["alg"] == "RS256" and self.claims[-1]["scope"] == SCOPE
+
+    def _query(self, domain: str, body: dict[str, Any]) -> Answer:
+        self.questions.append(body)
+        if domain in self.waits:
+            self.waits[domain].set()
+            self.end.wait(60)
+        if domain not in self.days:
+            return error(403, "PERMISSION_DENIED", "The caller does not have permission")
+        wanted = {}
+        for definition in body["metricDefinitions"]:
+            standard, chosen = definition["baseMetric"]["standardMetric"], definition.get("filter", "")
+            if standard not in METRICS - self.gone or (standard == "AUTH_SUCCESS_RATE") != chosen.startswith("auth_type = "):
+                return error(400, "INVALID_ARGUMENT", f"Invalid metric {standard}")
+            wanted[definition["name"]] = standard + chosen
+        (times,) = body["timeQuery"]["dateRanges"]["dateRanges"]
+        first, last = (dt.date(**times[end]) for end in ("start", "end"))
+        found = [
+            {"name": f"domains/{domain}/domainStats/-", "date": {"year": day.year, "month": day.month, "day": day.day}, "metric": name, "value": value}
+            for day, metrics in sorted(self.days[domain].items())
+            if first <= day <= last
+            for name, key in wanted.items()
+            if key in metrics
+            for value in [{"floatValue": metrics[key]}]
+        ]
+        size, start = min(body.get("pageSize", 10), self.page_most), int(body.get("pageToken", 0))
+        answer: dict[str, Any] = {"domainStats": found[start : start + size]}
+        if start + size < len(found):
+            answer["nextPageToken"] = str(start + size)
+        return 200, {}, json.dumps(answer).encode()
+
+    def get(self, path: str) -> Answer:
+        return error(404, "NOT_FOUND", path)
+
+
+@dataclass
+class Microsoft:
+    """`days`: day → the rows of its CSV. `status` is what a question gets in its place, if it is given."""
+
+    days: dict[dt.date, list[str]] = field(default_factory=dict)
+    before: list[Answer] = field(default_factory=list)
+    missing_is_404: bool = False
+    questions: list[dict[str, str]] = field(default_factory=list)
+    url: str = ""
+
+    def tell(self, day: dt.date, address: str, *, rate: str = "< 0.1%", result: str = "GREEN", traps: int = 0, recipients: int = 1000) -> None:
+        times = f"{day:%-m/%-d/%Y} 1:00 AM,{day:%-m/%-d/%Y} 11:00 PM"
+        trapped = f"{day:%-m/%-d/%Y} 2:00 AM,{day:%-m/%-d/%Y} 3:00 AM" if traps else ","
+        row = f"{address},{times},{recipients + 3},{recipients + 1},{recipients},{result},{rate},{trapped},{traps},mx1.shop.test,bounce@shop.test,"
+        self.days.setdefault(day, []).append(row)
+
+    def settings(self, **more: Any) -> ReputationSettings:
+        return ReputationSettings(microsoft_link=f"{self.url}/snds/data.aspx?key={KEY}", **more)
+
+    def get(self, path: str) -> Answer:
+        query = {name: values[0] for name, values in parse_qs(urlparse(path).query).items()}
+        self.questions.append(query)
+        if self.before:
+            return self.before.pop(0)
+        if urlparse(path).path != "/snds/data.aspx" or query.get("key") != KEY:
+            return 403, {}, b"Forbidden"
+        day = dt.datetime.strptime(query["date"], "%m%d%y").date()
+        if day not in self.days and self.missing_is_404:
+            return 404, {}, b""
+        return 200, {"Content-Type": "text/csv"}, "".join(f"{row}\r\n" for row in self.days.get(day, ())).encode()
+
+    def post(self, path: str, content: bytes, login: str | None) -> Answer:
+        return 405, {}, b""
+
+
+@contextmanager
+def serving(provider: Provider) -> Iterator[Provider]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.reply(*provider.get(self.path))
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply(*provider.post(self.path, content, self.headers.get("Authorization")))
+
+        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    provider.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield provider
+    finally:
+        if isinstance(provider, Google):
+            provider.end.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
