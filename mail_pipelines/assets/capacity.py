@@ -11,9 +11,6 @@ from mail_pipelines.delivery import plots
 from mail_pipelines.resources import provisioning
 from mail_pipelines.resources.database import CentralDatabase
 
-# So much of the past is shown beside the plan.
-_PAST = dt.timedelta(hours=12)
-
 
 @dg.asset(group_name="capacity", owners=["team:delivery"], kinds={"sql", "highs", "matplotlib"})
 def capacity_plan(context: dg.AssetExecutionContext, database: CentralDatabase) -> dg.MaterializeResult:
@@ -27,7 +24,7 @@ def capacity_plan(context: dg.AssetExecutionContext, database: CentralDatabase) 
     for failure in made.document["failures"]:
         context.log.warning("planned by the simple rule: %s", failure)
     with reading(database.engine) as connection:
-        sent = planning.sent_by_hour(connection, dt.datetime.fromtimestamp(made.plan.horizon.now, dt.UTC) - _PAST)
+        sent = planning.sent_by_hour(connection, dt.datetime.fromtimestamp(made.plan.horizon.now, dt.UTC))
     report = reports.of(made)
     return dg.MaterializeResult(
         metadata={

@@ -16,6 +16,8 @@ from mail_pipelines.capacity.near import NearPlan, near_plan
 # 2026-03-02 09:07 UTC.
 NOW = 1_772_442_420
 TARGET_SECONDS, TARGET_MAKESPAN = 10.0, 1.02
+# Servers, providers and campaigns.
+LARGE, SMALL = (100, 50, 20), (20, 10, 10)
 Case = tuple[list[Job], list[Demand], list[Line]]
 
 
@@ -67,14 +69,20 @@ def makespan(plan: NearPlan) -> float:
 
 
 def run(quick: bool) -> list[Result]:
-    """Processor seconds of one plan against the budget, and its makespan against the lower bound."""
-    jobs, demands, lines = case(1, *((20, 10, 10) if quick else (100, 50, 20)))
-    begin = time.process_time()
-    plan = near_plan(jobs, demands, lines, NOW)
-    seconds = time.process_time() - begin
-    took, bound = makespan(plan) - NOW, lower_bound(plan) - NOW
+    """Processor seconds of a plan against the budget, and its makespan against the lower bound: the worst of several random cases."""
+    worst_seconds, worst_took, worst_bound, by_solver, providers = 0.0, 0.0, 1.0, 0, 0
+    for seed in (1,) if quick else (1, 2, 3):
+        jobs, demands, lines = case(seed, *(SMALL if quick else LARGE))
+        begin = time.process_time()
+        plan = near_plan(jobs, demands, lines, NOW)
+        worst_seconds = max(worst_seconds, time.process_time() - begin)
+        took, bound = makespan(plan) - NOW, lower_bound(plan) - NOW
+        if took / bound > worst_took / worst_bound:
+            worst_took, worst_bound = took, bound
+        by_solver += sum(not part.failure for part in plan.providers)
+        providers += len(plan.providers)
     return [
-        judge("seconds of a plan", seconds, "s", TARGET_SECONDS, target=1.0, better="lower"),
-        judge("makespan", took, "s", bound, target=TARGET_MAKESPAN, better="lower"),
-        judge("providers planned by the solver", sum(not part.failure for part in plan.providers), "", len(plan.providers), target=1.0, better="higher"),
+        judge("seconds of a plan", worst_seconds, "s", TARGET_SECONDS, target=1.0, better="lower"),
+        judge("makespan", worst_took, "s", worst_bound, target=TARGET_MAKESPAN, better="lower"),
+        judge("providers planned by the solver", by_solver, "", providers, target=1.0, better="higher"),
     ]

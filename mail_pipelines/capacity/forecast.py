@@ -19,6 +19,8 @@ from mail_pipelines.capacity.near import NearPlan, ProviderPlan, near_plan, urge
 
 # No more warm servers than this are looked for to save a deadline.
 MOST_SERVERS = 64
+# The hours that are over and of which it is kept what was planned for them.
+PAST_HOURS = 12
 # Campaigns of which no audience has been made and none to the same segments either.
 UNSIZED = "its size is known when its audience is made"
 
@@ -213,6 +215,18 @@ def hourly(plan: NearPlan) -> list[tuple[int, int]]:
             totals[hour] = totals.get(hour, 0) + count
     last = max((hour for hour, count in totals.items() if count), default=0)
     return [(hour, count) for hour, count in sorted(totals.items()) if hour <= last]
+
+
+def planned_before(kept: Mapping[str, Any], now: int) -> list[tuple[int, int]]:
+    """What was planned for the hours that have begun by `now`, as `hourly` has it: by the last plan before an hour, or else by the first one within it.
+
+    `kept` is the document of the plan in force.
+    """
+    hours = dict(kept.get("planned_before", ()))
+    for hour, count in kept["hourly"]:
+        if hour <= now:
+            hours.setdefault(hour, count)
+    return [(hour, count) for hour, count in sorted(hours.items()) if hour >= now // HOUR * HOUR - PAST_HOURS * HOUR]
 
 
 def document(plan: NearPlan, found: Sequence[Forecast], wanted: Sequence[Order]) -> Mapping[str, Any]:

@@ -186,7 +186,7 @@ def _provider(
             amounts = aggregate.solve([items[number] for number in chosen], [rooms.of_lines(index) for index in pool_lines], previous, until)
         except PlanningFailed as error:
             failure = str(error)
-        placed[chosen] = place([items[number] for number in chosen], rooms, pool_lines, amounts)
+        placed[chosen] = place([items[number] for number in chosen], rooms, pool_lines, amounts, previous)
     return ProviderPlan(provider, demands, lines, rooms, tuple(able), placed, failure)
 
 

@@ -42,6 +42,11 @@ class NextSource:
     curve: str
     cost_per_hour: float
 
+    @property
+    def helps_at_once(self) -> bool:
+        """Whether its servers send enough in their first days to matter to the campaigns of the near plan."""
+        return not self.curve or rules().curve(self.curve).fast
+
 
 @functools.cache
 def new_server() -> NewServer:

@@ -11,17 +11,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mail_pipelines.capacity.aggregate import Amounts, Item
+from mail_pipelines.capacity.aggregate import FROZEN_SLOTS, Amounts, Item
 from mail_pipelines.capacity.lines import Counts, Rooms
 
 Grants = NDArray[np.int64]
 
 
-def place(items: Sequence[Item], rooms: Rooms, pool_lines: Sequence[Counts], amounts: Mapping[tuple[int, int], Amounts] | None = None) -> Grants:
+def place(
+    items: Sequence[Item],
+    rooms: Rooms,
+    pool_lines: Sequence[Counts],
+    amounts: Mapping[tuple[int, int], Amounts] | None = None,
+    previous: Mapping[tuple[int, int], int] | None = None,
+) -> Grants:
     """Messages by item, slot and line: I × S × V. `pool_lines` are the numbers of the lines of each pool; `amounts` is what `aggregate.solve` returns.
 
     No line gets more than its room in any slot, hour or day, no item more than its rows, and none before its first slot or in one in which its send window
-    is closed. What does not fit into its slot goes to the next.
+    is closed; no campaign more than `previous` of a slot that is frozen. What does not fit into its slot goes to the next.
     """
     slots = rooms.slot.shape[1]
     placed = np.zeros((len(items), slots, rooms.slot.shape[0]), dtype=np.int64)
@@ -31,6 +37,7 @@ def place(items: Sequence[Item], rooms: Rooms, pool_lines: Sequence[Counts], amo
     due = None if amounts is None else {key: _whole(amount) for key, amount in amounts.items()}
     parts = [item.opens(slots) for item in items]
     late: dict[tuple[int, int], int] = {}
+    frozen = {place: count for place, count in (previous or {}).items() if place[1] < FROZEN_SLOTS}
     for slot in range(slots):
         in_hour, in_day = rooms.hour_of[slot], rooms.day_of[slot]
         room = np.minimum(rooms.slot[:, slot], np.minimum(hour[:, in_hour], day[:, in_day]))
@@ -44,8 +51,12 @@ def place(items: Sequence[Item], rooms: Rooms, pool_lines: Sequence[Counts], amo
                 key = number, pool
                 wanted = int(left[number]) if due is None else min(int(left[number]), late.get(key, 0) + (int(due[key][slot]) if key in due else 0))
                 most = wanted if part == 1.0 else min(wanted, int(part * rooms.effective[lines, slot].sum()))
+                if (mine := (item.campaign_id, slot)) in frozen:
+                    most = min(most, frozen[mine])
                 shares = split(most, room[lines])
                 given = int(shares.sum())
+                if mine in frozen:
+                    frozen[mine] -= given
                 room[lines] -= shares
                 placed[number, slot, lines] += shares
                 left[number] -= given

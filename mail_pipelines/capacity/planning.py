@@ -50,6 +50,7 @@ class Situation:
     in_flight: list[InFlight]
     # Of the plan in force.
     ordered: list[FarOrder]
+    planned_before: list[tuple[int, int]]
     idleness: Idleness
     lead_seconds: float
 
@@ -72,6 +73,12 @@ class Situation:
             return supply.more_servers(self.fleet, count, pool_ids, providers, (*caps[:1] * max(0, idle_days), *caps), opens_at)
 
         return more
+
+    def new_servers_at(self, source: NextSource | None) -> dt.datetime:
+        """When servers that are ordered now send what matters: as soon as they are made where the next source's do so at once, or on their first whole day."""
+        if source is not None and source.helps_at_once:
+            return self.now + dt.timedelta(seconds=self.lead_seconds)
+        return dt.datetime.combine(new_server().first_day(self.now.date()), dt.time(), dt.UTC)
 
     def _previous(self) -> Mapping[tuple[int, str, int], int]:
         """What the plan in force has still to send: (campaign, provider, start of slot) → messages.
@@ -119,7 +126,8 @@ def read(connection: Connection, settings: Settings, now: dt.datetime | None = N
     ordered = [far.from_document(order) for order in kept.document["far"]] if kept else []
     flights, idleness, lead = outlook.in_flight(connection), idle.read(connection, settings, fleet), outlook.lead_seconds(connection)
     nearly_out = kept.nearly_out if kept else frozenset()
-    return Situation(moment, epoch, fleet, jobs, demands, lines, present, nearly_out, outlooks, flights, ordered, idleness, lead)
+    before = forecast.planned_before(kept.document, int(moment.timestamp())) if kept else []
+    return Situation(moment, epoch, fleet, jobs, demands, lines, present, nearly_out, outlooks, flights, ordered, before, idleness, lead)
 
 
 def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, source: NextSource | None = None) -> Made:
@@ -136,10 +144,11 @@ def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, sou
     left = idle.judge(situation.idleness, plan, situation.fleet, situation.outlooks, situation.in_flight, ahead, source, situation.now)
     document = {
         **forecast.document(plan, found, orders),
+        "planned_before": situation.planned_before,
         "far": [far.to_document(order) for order in ahead],
         "idle": [verdicts.to_document(verdict) for verdict in left],
     }
-    if source is not None and (not source.curve or rules().curve(source.curve).fast):
+    if source is not None and source.helps_at_once:
         helping = forecast.orders(plan, situation.ordered_servers(source.curve), situation.lines, found)
         document["offer"] = {"curve": source.curve, "orders": [asdict(order) for order in helping]}
     planned_for = {(wanted.job.id, wanted.provider) for wanted in situation.demands if not wanted.job.expected}
@@ -164,8 +173,11 @@ def _planned(situation: Situation, plan: NearPlan) -> dict[Place, int]:
     return planned
 
 
-def sent_by_hour(connection: Connection, since: dt.datetime) -> list[tuple[int, int]]:
-    """Messages that went out in each hour, delivered or refused for good: (its start in epoch seconds, messages). Of campaigns that are not long over."""
+def sent_by_hour(connection: Connection, now: dt.datetime) -> list[tuple[int, int]]:
+    """Messages that went out in this hour and each of the `forecast.PAST_HOURS` before it, delivered or refused for good: (its start in epoch seconds,
+    messages).
+    """
+    since = now.replace(minute=0, second=0, microsecond=0) - dt.timedelta(hours=forecast.PAST_HOURS)
     live = connection.execute(sa.select(Campaign.id).where(sa.func.coalesce(Campaign.finished_at, since) >= since, Campaign.started_at.is_not(None))).scalars()
     query = sa.select(CampaignMinute.minute, sa.func.sum(CampaignMinute.count)).where(
         CampaignMinute.campaign_id.in_(live.all()),

@@ -64,12 +64,13 @@ def of(made: Made) -> Report:
 
 
 def hours(sent: Sequence[tuple[int, int]], made: Made) -> pd.DataFrame:
-    """Messages by the hour in which they were sent or are planned: hour (UTC), sent, planned."""
+    """Messages by the hour: hour (UTC), sent, planned. Of hours that have begun it is what was planned before they did."""
     import pandas as pd
 
+    planned = {**dict(made.document["hourly"]), **dict(made.document["planned_before"])}
     frames = [
         pd.DataFrame(list(found), columns=["hour", name]).astype({"hour": "int64", name: "int64"}).set_index("hour")
-        for name, found in (("sent", sent), ("planned", made.document["hourly"]))
+        for name, found in (("sent", sent), ("planned", planned.items()))
     ]
     table = pd.concat(frames, axis=1).sort_index().fillna(0).astype("int64").reset_index()
     table["hour"] = pd.to_datetime(table["hour"], unit="s", utc=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mail_pipelines.capacity import forecast
 from mail_pipelines.capacity.demand import Job
 from mail_pipelines.capacity.near import NearPlan
-from mail_pipelines.capacity.new_servers import new_server
+from mail_pipelines.capacity.new_servers import NextSource
 from mail_pipelines.capacity.planning import Situation
 from mail_pipelines.errors import MailPipelinesError
 
@@ -23,7 +23,7 @@ class Answer:
     """One campaign with the servers there are, and with `servers` more warm ones in its pool. Times are ISO 8601; None: not within 48 hours.
 
     `needed` is how many warm servers it takes to end by `finish_by`: 0 if it does anyway, None if no number does or no time was named.
-    `new_servers_from` is the first day on which servers ordered today send; they help if the campaign is not over by then.
+    `new_servers_from` is the first day on which servers ordered now send; they help if the campaign is not over by then.
     """
 
     campaign: str
@@ -37,19 +37,24 @@ class Answer:
     new_servers_help: bool
 
 
-def ask(situation: Situation, servers: int, finish_by: dt.datetime | None = None, campaign: str | None = None) -> list[Answer]:
-    """The answers for all planned campaigns, or for one. Without `finish_by` each campaign's own counts. Raises `UnknownCampaign`."""
+def ask(
+    situation: Situation, servers: int, finish_by: dt.datetime | None = None, campaign: str | None = None, source: NextSource | None = None
+) -> list[Answer]:
+    """The answers for all planned campaigns, or for one. Without `finish_by` each campaign's own counts; `source` is where a new server would come from.
+
+    Raises `UnknownCampaign`.
+    """
     jobs = [job for job in situation.jobs if campaign in (None, job.key)]
     if campaign is not None and not jobs:
         known = ", ".join(job.key for job in situation.jobs) or "none"
         raise UnknownCampaign(f"campaign {campaign} has nothing to send within 48 hours; those that have: {known}")
-    return list(_answers(situation, jobs, servers, finish_by))
+    return list(_answers(situation, jobs, servers, finish_by, source))
 
 
-def _answers(situation: Situation, jobs: list[Job], servers: int, finish_by: dt.datetime | None) -> Iterator[Answer]:
+def _answers(situation: Situation, jobs: list[Job], servers: int, finish_by: dt.datetime | None, source: NextSource | None) -> Iterator[Answer]:
     now = situation.plan()
     found = {one.campaign: one for one in forecast.forecasts(now)}
-    first_day = new_server().first_day(situation.now.date())
+    new_servers_at = situation.new_servers_at(source)
     with_more: dict[tuple[int, int], NearPlan] = {}
 
     def planned(job: Job, count: int) -> NearPlan:
@@ -66,6 +71,7 @@ def _answers(situation: Situation, jobs: list[Job], servers: int, finish_by: dt.
             return ended is not None and deadline is not None and ended <= deadline
 
         ended = now.finish(job.id) if job.sized else None
+        over = ended if ended is not None else _moment(found[job.key].earliest)
         in_time = ended is not None and deadline is not None and ended <= deadline
         yield Answer(
             campaign=job.key,
@@ -75,8 +81,8 @@ def _answers(situation: Situation, jobs: list[Job], servers: int, finish_by: dt.
             finish_with=_iso(planned(job, servers).finish(job.id)) if servers and job.sized else None,
             finish_by=_iso(deadline),
             needed=0 if in_time else forecast.least(saves) if deadline is not None and job.sized else None,
-            new_servers_from=first_day.isoformat(),
-            new_servers_help=job.sized and (ended is None or ended > dt.datetime.combine(first_day, dt.time(), dt.UTC).timestamp()),
+            new_servers_from=new_servers_at.date().isoformat(),
+            new_servers_help=job.sized and (over is None or over > new_servers_at.timestamp()),
         )
 
 
@@ -104,6 +110,10 @@ def _when(moment: str | None) -> str:
     if moment is None:
         return "not within 48 hours"
     return f"{dt.datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"
+
+
+def _moment(iso: str | None) -> float | None:
+    return None if iso is None else dt.datetime.fromisoformat(iso).timestamp()
 
 
 def _iso(moment: float | None) -> str | None:

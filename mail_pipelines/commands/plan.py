@@ -78,11 +78,13 @@ def what_if(
     from mail_pipelines.capacity import planning
     from mail_pipelines.capacity import what_if as questions
     from mail_pipelines.database.engine import reading
+    from mail_pipelines.resources import provisioning
 
     deadline = None if finish_by is None else parse_time(finish_by, "--finish-by")
-    with reading(open_engine()) as connection:
+    engine = open_engine()
+    with reading(engine) as connection:
         situation = planning.read(connection, settings())
-    answers = questions.ask(situation, servers, deadline, campaign)
+    answers = questions.ask(situation, servers, deadline, campaign, provisioning.next_source(engine, settings()))
     if as_json:
         typer.echo(json.dumps([asdict(answer) for answer in answers]))
         return

@@ -129,14 +129,14 @@ def refusals(hourly: pd.DataFrame) -> bytes:
 
 
 def plan_and_reality(hours: pd.DataFrame) -> bytes:
-    """Messages by the hour: what was sent, and what the plan means to send; `hours` is that of `capacity.reports`."""
+    """Messages by the hour: what was planned, and in front of it what was sent; `hours` is that of `capacity.reports`."""
     if hours.empty:
         return _nothing("Nothing to send")
     table = hours.set_index("hour")
     figure, axes = _canvas(2.6)
-    width = 60 / 1440 * 0.92
-    axes.bar(table.index, table["sent"], width=width, color=_SERVER_COLOURS[0], label="sent", align="edge")
-    axes.bar(table.index, table["planned"], width=width, bottom=table["sent"], color=_INK, alpha=0.35, label="planned", align="edge")
+    width = 60 / 1440
+    axes.bar(table.index, table["planned"], width=width * 0.92, color=_INK, alpha=0.35, label="planned", align="edge")
+    axes.bar(table.index, table["sent"], width=width * 0.46, color=_SERVER_COLOURS[0], label="sent", align="edge")
     axes.set_ylabel("messages an hour")
     _time_axis(axes, table.index, 60)
     _legend(axes)

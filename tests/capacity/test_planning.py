@@ -6,6 +6,7 @@ import datetime as dt
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.assets.capacity import capacity_plan
-from mail_pipelines.capacity import allotments, demand, in_force, planning, warm_up, what_if
+from mail_pipelines.capacity import allotments, demand, forecast, in_force, planning, reports, warm_up, what_if
 from mail_pipelines.capacity import grants as rows_of_grants
+from mail_pipelines.capacity.new_servers import NextSource
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Breaker, Campaign, CampaignCounter, CampaignMinute, ProviderUsage, State, SyncState
@@ -504,8 +506,57 @@ def test_what_more_servers_would_change(world: World) -> None:
     assert words.startswith("finishes 2026-03-02 19:0")
     assert "; with 2 more warm servers 2026-03-02 14:0" in words
     assert "; to finish by 2026-03-02 15:07 it needs 2 more warm servers; new servers would send from 6 March, when it is over" in words
+    # Where new servers are made within minutes and send at once, they help today; where it takes a day, it is over.
+    warm = NextSource("", 0.1)
+    (soon,) = what_if.ask(situation, 0, None, "big", warm)
+    assert what_if.sentence(soon).endswith("; new servers would help from 2 March")
+    (late,) = what_if.ask(replace(situation, lead_seconds=86_400.0), 0, None, "big", warm)
+    assert what_if.sentence(late).endswith("; new servers would send from 3 March, when it is over")
     with pytest.raises(what_if.UnknownCampaign, match="campaign bug has nothing to send within 48 hours; those that have: spring, big"):
         what_if.ask(situation, 2, None, "bug")
+
+
+@pytest.mark.parametrize(("rows", "words"), [(500_000, "would send from 6 March, when it is over"), (900_000, "would help from 6 March")])
+def test_new_servers_help_a_campaign_that_is_not_over_when_they_send(world: World, rows: int, words: str) -> None:
+    """7,200 an hour: both are out after more than 48 hours, one on the 5th and one on the 7th."""
+    world.set_campaign(state="paused")
+    add_campaign(world, "huge", rows)
+    with reading(world.engine) as connection:
+        situation = planning.read(connection, world.settings, NOW)
+    (answer,) = what_if.ask(situation, 3)
+    assert answer.finish_at is None
+    assert what_if.sentence(answer).startswith("finishes not within 48 hours (google: the rate of 2 servers); with 3 more warm servers 2026-03-0")
+    assert what_if.sentence(answer).endswith(f"; new servers {words}")
+
+
+def test_what_was_sent_is_shown_beside_what_was_planned_before(world: World) -> None:
+    """Of an hour it counts what the last plan before it said, and not what is left to be planned while it lasts."""
+    big = add_campaign(world, "big", 72_000, started_at=NOW)
+    nine = slot_at(NOW)
+    first = planning.make(world.engine, world.settings, NOW)
+    assert first.document["planned_before"] == []
+
+    def sent(connection: sa.Connection) -> None:
+        place = {"campaign_id": big, "provider": "google", "server_id": 1, "reason": ""}
+        minutes = [(10, State.DELIVERED, 4_000), (10, State.DEFERRED, 300), (59, State.BOUNCED, 100), (61, State.DELIVERED, 50), (-1200, State.DELIVERED, 7)]
+        rows = [{"minute": nine // 60 + minute, "state": int(state), "count": count} for minute, state, count in minutes]
+        connection.execute(sa.insert(CampaignMinute), [place | row for row in rows])
+
+    transact(world.engine, sent)
+    # In the hour after it half of the fleet is away, and plans are made again.
+    world.set_server("s2", state="paused")
+    for minutes in (55, 60):
+        later = NOW + dt.timedelta(minutes=minutes)
+        world.set_server("s1", heartbeat_at=later)
+        made = planning.make(world.engine, world.settings, later)
+    before, now = dict(first.document["hourly"]), dict(made.document["hourly"])
+    assert 1.5 * now[nine + 3600] < before[nine + 3600]
+    with reading(world.engine) as connection:
+        table = reports.hours(planning.sent_by_hour(connection, later), made)
+    rows = {int(hour.timestamp()) - nine: (sent, planned) for hour, sent, planned in table.head(3).itertuples(index=False)}
+    assert rows == {0: (4_100, before[nine]), 3600: (50, before[nine + 3600]), 7200: (0, now[nine + 7200])}
+    much_later = NOW + dt.timedelta(hours=forecast.PAST_HOURS + 1)
+    assert next(hour for hour, _ in forecast.planned_before(made.document, int(much_later.timestamp()))) == nine + 3600
 
 
 def test_the_plan_as_an_operator_sees_it(world: World) -> None:
