@@ -54,6 +54,8 @@ def new_server() -> NewServer:
     return NewServer(data["lead_days"], rules().curve(data["curve"]).caps)
 
 
-def on_curve(curve: str) -> NewServer:
-    """What a server is worth whose addresses are warmed up by this curve; "" if they are warm already."""
-    return NewServer(new_server().lead_days, rules().curve(curve).caps if curve else ())
+def of_source(source: NextSource | None) -> NewServer:
+    """What a server of this source is worth. Of no source, and where an operator takes each step, nothing more is promised than `new_server.toml` has."""
+    if source is None or (source.curve and not rules().curve(source.curve).by_itself):
+        return new_server()
+    return NewServer(new_server().lead_days, rules().curve(source.curve).caps if source.curve else ())

@@ -24,7 +24,7 @@ from mail_pipelines.capacity.horizon import DAY, HOUR, HOURS
 from mail_pipelines.capacity.idle import Idleness
 from mail_pipelines.capacity.lines import Line
 from mail_pipelines.capacity.near import NearPlan, near_plan
-from mail_pipelines.capacity.new_servers import NextSource, new_server
+from mail_pipelines.capacity.new_servers import NextSource, new_server, of_source
 from mail_pipelines.capacity.warm_up_rules import rules
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
@@ -133,14 +133,15 @@ def read(connection: Connection, settings: Settings, now: dt.datetime | None = N
 def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, source: NextSource | None = None) -> Made:
     """Make a plan of the situation as it is and put it into force. Safe to run in several places at once: one plan comes into force.
 
-    `source` is where the next server would come from. If its servers are worth something within two days, the plan says how many of them help.
+    `source` is where the next server would come from: the order of the next weeks follows from its curve, and if its servers are worth something within two
+    days, the plan says how many of them help.
     """
     with reading(engine) as connection:
         situation = read(connection, settings, now)
     plan = situation.plan()
     found = forecast.forecasts(plan)
     orders = list(forecast.orders(plan, situation.more_servers, situation.lines, found))
-    ahead = far_plan(situation.outlooks, situation.now.date(), new_server(), situation.in_flight, situation.ordered)
+    ahead = far_plan(situation.outlooks, situation.now.date(), of_source(source), situation.in_flight, situation.ordered)
     left = idle.judge(situation.idleness, plan, situation.fleet, situation.outlooks, situation.in_flight, ahead, source, situation.now)
     document = {
         **forecast.document(plan, found, orders),

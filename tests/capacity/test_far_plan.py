@@ -18,7 +18,7 @@ from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity import outlook, planning
 from mail_pipelines.capacity.far import DAYS, FarOrder, InFlight, Outlook, Policy, far_plan, shortages
 from mail_pipelines.capacity.fleet import Fleet, Limits, Member
-from mail_pipelines.capacity.new_servers import NewServer, new_server
+from mail_pipelines.capacity.new_servers import NewServer, NextSource, new_server, of_source
 from mail_pipelines.capacity.outlook import Mailing
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, Provision, State
@@ -55,6 +55,21 @@ def test_a_new_server_is_worth_what_its_curve_allows() -> None:
     assert 185_000 < sum(NEW.per_day[:15]) < 186_000
     assert (NEW.cap(-1, 1e6), NEW.cap(0, 1e6), NEW.cap(400, 1e6), NEW.cap(20, 100.0)) == (0.0, 480, 1e6, 100.0)
     assert NEW.first_day(dt.date(2026, 11, 30)) == dt.date(2026, 12, 4)
+
+
+@pytest.mark.parametrize(("curve", "caps"), [("", ()), ("normal", (500, 1000, 2000)), ("manual", NEW.per_day[:3])])
+def test_a_new_server_is_worth_what_its_source_says(curve: str, caps: tuple[int, ...]) -> None:
+    """Of one whose steps an operator takes nobody knows when: no more than of a careful one."""
+    found = of_source(NextSource(curve, 0.1))
+    assert (found.lead_days, found.per_day[:3]) == (NEW.lead_days, caps)
+    assert of_source(None) == NEW
+
+
+def test_servers_that_are_warm_at_once_are_ordered_later_than_those_that_are_warmed_up() -> None:
+    found = pool({40: 60_000})
+    (careful,), (warm,) = (far_plan([found], TODAY, of_source(NextSource(curve, 0.1))) for curve in ("careful", ""))
+    assert careful.order_by < warm.order_by == day(40 - NEW.lead_days)
+    assert (careful.left, warm.left) == (0, 0)
 
 
 def test_nothing_is_ordered_where_all_can_be_sent() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mail_pipelines.capacity.far import DAYS, InFlight, Outlook
-from mail_pipelines.capacity.new_servers import NewServer, on_curve
+from mail_pipelines.capacity.new_servers import NewServer, NextSource, of_source
 from mail_pipelines.capacity.retiring import Candidate, Offer, Policy, choose, judge
 from mail_pipelines.capacity.verdicts import Verdict, from_document, to_document
 
@@ -90,7 +90,7 @@ def test_one_whose_shortest_lifetime_is_just_over_may_go() -> None:
 def test_a_pool_that_never_sent_needs_none_and_a_warm_source_makes_warmth_cheap() -> None:
     nothing = Outlook("default", {}, {}, {})
     assert not judge(nothing, server(), [], OFFER, NOW).keep
-    warm = judge(pool(None), server(), [], Offer(0.1, on_curve("")), NOW)
+    warm = judge(pool(None), server(), [], Offer(0.1, of_source(NextSource("", 0.1))), NOW)
     assert "warm up another one in 4 days" in warm.why
 
 
