@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,11 @@ from mail_pipelines.database import migrate, models
 from mail_pipelines.database.engine import create_engine, reading, transact
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import last_checks, servers
-from mail_pipelines.doctor import central, domains, examination
+from mail_pipelines.doctor import central, domains, examination, host
 from mail_pipelines.doctor.finding import Finding
 from mail_pipelines.domains import records, rotation, store
 from mail_pipelines.domains.domain import KeyState, Names
-from mail_pipelines.provisioning import last_verified, listing
+from mail_pipelines.provisioning import last_verified, listing, ssh_keys
 from mail_pipelines.provisioning.finding import Finding as Checked
 from tests.dispatch.world import World, make_world
 from tests.parts.dns import Zone, serving
@@ -196,6 +197,51 @@ def test_forty_servers_and_twenty_domains_do_not_wait_for_a_dns_that_is_silent(w
     first = "d0.test, d1.test, d10.test, d11.test, d12.test"
     said = f"the DNS does not answer about {first} and 15 more: no answer within 4 s; try again, or see the setting dns.servers"
     assert [finding.problem for finding in found] == [said]
+
+
+# --- making servers and telling of them -------------------------------------------------------------------------------
+
+SOURCES = """
+[[source]]
+name = "rack"
+kind = "inventory"
+hosts = [{address = "192.0.2.10", key_file = "{home}/ssh", host_key = "ssh-ed25519 AAAA"}]
+
+[[source]]
+name = "cloud"
+kind = "command"
+command = ["/nowhere/cloud", "hetzner"]
+key_file = "{home}/ssh"
+cost_per_hour = 0.01
+"""
+
+
+@ON_SQLITE
+def test_what_a_host_source_lacks_is_told_before_a_server_is_needed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = config.home_folder()
+    (home / "hosts.toml").write_text(SOURCES)
+
+    def lacking() -> list[str]:
+        return [finding.problem for finding in said(world) if finding.check == "provisioning"]
+
+    names, key = "its servers need names: set provisioning.domain", f"the SSH key {home}/ssh cannot be read: No such file or directory"
+    money, command = "a host costs 0.01 an hour, and provisioning.budget is 0", "its command /nowhere/cloud is not there, or may not be run"
+    assert lacking() == [f"host source {name}: {word}" for name, words in (("rack", (names, key)), ("cloud", (names, money, command, key))) for word in words]
+    monkeypatch.setenv("MAIL_PIPELINES_PROVISIONING__DOMAIN", "example.com")
+    monkeypatch.setenv("MAIL_PIPELINES_PROVISIONING__BUDGET", "50")
+    (home / "ssh").write_text(ssh_keys.generate())
+    (home / "hosts.toml").write_text(SOURCES.replace("/nowhere/cloud", sys.executable))
+    assert lacking() == []
+
+
+@ON_SQLITE
+def test_half_a_configuration_of_alerts_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def about_alerts() -> list[str]:
+        return [finding.problem for finding in host.check_alerts(config.load())]
+
+    assert about_alerts() == []
+    monkeypatch.setenv("MAIL_PIPELINES_ALERTS__RELAY_HOST", "smtp.example.com")
+    assert about_alerts() == ["alerts.relay_host is set: give alerts.from_address and alerts.to, too"]
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

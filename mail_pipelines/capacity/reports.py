@@ -1,10 +1,11 @@
-"""A plan as frames and numbers, for the asset that shows it."""
+"""A plan as frames, numbers and words, for whoever shows it. Every send run loads this: no solver, and no pandas unless it is asked for."""
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +38,8 @@ def of(made: Made) -> Report:
             found["campaign"],
             PRIORITIES[found["priority"]],
             found["messages"],
-            _when(found["finish_at"] or found["earliest"]),
-            _when(found["finish_by"]),
+            ending(found),
+            minute(found["finish_by"]),
             found["late"],
             found["unmet"],
             found["bottleneck"],
@@ -77,5 +78,13 @@ def hours(sent: Sequence[tuple[int, int]], made: Made) -> pd.DataFrame:
     return table
 
 
-def _when(moment: str | None) -> str:
-    return "" if moment is None else moment[:16].replace("T", " ")
+def ending(found: Mapping[str, Any]) -> str:
+    """When a campaign ends, in words: of a forecast as a plan's document has it. "" where its size is not known."""
+    if found["unmet"]:
+        return f"after {minute(found['earliest'])}" if found["earliest"] else "never, as things are"
+    return minute(found["finish_at"])
+
+
+def minute(moment: str | None) -> str:
+    """A moment in ISO 8601 as people read it; "" for none."""
+    return "" if moment is None else f"{dt.datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"

@@ -11,6 +11,7 @@ from mail_pipelines.capacity.demand import Job
 from mail_pipelines.capacity.near import NearPlan
 from mail_pipelines.capacity.new_servers import NextSource
 from mail_pipelines.capacity.planning import Situation
+from mail_pipelines.capacity.reports import minute
 from mail_pipelines.errors import MailPipelinesError
 
 
@@ -107,9 +108,7 @@ def _servers(count: int) -> str:
 
 
 def _when(moment: str | None) -> str:
-    if moment is None:
-        return "not within 48 hours"
-    return f"{dt.datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"
+    return "not within 48 hours" if moment is None else minute(moment)
 
 
 def _moment(iso: str | None) -> float | None:

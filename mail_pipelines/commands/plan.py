@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +21,7 @@ def show(as_json: Json = False) -> None:
     from rich.table import Table
 
     from mail_pipelines.capacity import in_force
+    from mail_pipelines.capacity.reports import minute
     from mail_pipelines.database.engine import reading
 
     with reading(open_engine()) as connection:
@@ -33,7 +33,7 @@ def show(as_json: Json = False) -> None:
         console.print("there is no plan yet: one is made within five minutes once a campaign is sending or scheduled")
         return
     plan = kept.document
-    console.print(f"plan {kept.epoch} of {_when(plan['made_at'])}, until {_when(plan['until'])}, made in {plan['seconds']:.1f} s")
+    console.print(f"plan {kept.epoch} of {minute(plan['made_at'])}, until {minute(plan['until'])}, made in {plan['seconds']:.1f} s")
     if plan["by_rule"]:
         console.print(f"for {plan['by_rule']} providers by the simple rule: {escape('; '.join(plan['failures']))}", style="yellow")
     table = Table("campaign", "priority", "messages", "finishes", "finish by", "late", "held up by")
@@ -52,13 +52,11 @@ def show(as_json: Json = False) -> None:
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
-    finish = _when(found["finish_at"])
-    if found["unmet"]:
-        finish = f"after {_when(found['earliest'])}" if found["earliest"] else "never, as things are"
+    from mail_pipelines.capacity.reports import ending, minute
+
     messages = f"{found['messages']:,}{' expected' if found['expected'] else ''}"
-    return [
-        escape(found["campaign"]), str(found["priority"]), messages, finish, _when(found["finish_by"]), f"{found['late']:,}", escape(found["bottleneck"]),
-    ]  # fmt: skip
+    texts = [found["campaign"], str(found["priority"]), messages, ending(found), minute(found["finish_by"]), f"{found['late']:,}", found["bottleneck"]]
+    return [escape(text) for text in texts]
 
 
 @app.command("what-if")
@@ -92,7 +90,3 @@ def what_if(
         console.print("nothing is sent or scheduled within 48 hours")
     for answer in answers:
         console.print(escape(f"{answer.campaign}: {questions.sentence(answer)}"))
-
-
-def _when(moment: str | None) -> str:
-    return "" if moment is None else f"{dt.datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"

@@ -14,7 +14,7 @@ from mail_pipelines.database.engine import DatabaseError, database_id, database_
 from mail_pipelines.database.models import Campaign, LedgerGeneration
 from mail_pipelines.delivery.ledger_archive import LedgerArchive, LedgerArchiveError
 from mail_pipelines.dispatch import clock, holds
-from mail_pipelines.doctor import fleet, waiting
+from mail_pipelines.doctor import fleet, making, waiting
 from mail_pipelines.doctor.finding import Finding, names
 from mail_pipelines.runbook import Chapter
 
@@ -34,7 +34,7 @@ def check_central_database(settings: config.Settings, *, is_centre: bool) -> Ite
             if is_centre:
                 yield from check_archive(connection, settings)
                 yield from fleet.check_server_keys(connection, settings)
-                yield from fleet.check_making(connection, settings)
+                yield from making.check_making(connection, settings)
         yield from fleet.check_servers(engine, settings.server.heartbeat_seconds, is_centre=is_centre)
         with reading(engine) as connection:
             yield from fleet.check_sending(connection, is_centre=is_centre)

@@ -40,6 +40,8 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         yield from host.check_disk(settings)
         yield from host.check_doors(settings, members)
         yield from host.check_addresses(members)
+        if is_centre:
+            yield from host.check_alerts(settings)
 
     # Not in parallel among themselves: they import Dagster and Celery, which does not bear that.
     def runs() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The servers: whether they speak, can sign and send, and how their making goes on; by what they told, and what `server verify` last found of them."""
+"""The servers: whether they speak, can sign and send; by what they told, and what `server verify` last found of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from mail_pipelines.dispatch.registry import ServerState
 from mail_pipelines.dispatch.token_keys import InUse
 from mail_pipelines.doctor.finding import SHOWN, Finding, names
 from mail_pipelines.domains import store
-from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.provisioning import last_verified, listing
-from mail_pipelines.provisioning import store as provisions
-from mail_pipelines.provisioning.dns import publishers
-from mail_pipelines.provisioning.sources import reading as hosts_file
 from mail_pipelines.runbook import Chapter
 
 
@@ -79,23 +75,6 @@ def check_server_keys(connection: sa.Connection, settings: config.Settings) -> I
             f"server {server.key} sends nothing from {names(lacking[server.id])}: it has no DKIM key of its own there",
             f"`mail-pipelines server dkim {server.key}`",
         )
-
-
-def check_making(connection: sa.Connection, settings: config.Settings) -> Iterator[Finding]:
-    """Servers that are being made here and do not come on by themselves, and what would keep others from being made."""
-    try:
-        hosts_file.read(settings)
-        publishers.publisher_of(settings.dns)
-    except MailPipelinesError as error:
-        yield Finding("provisioning", str(error), "correct it: no server can be made or removed until then (docs/provisioning.md)")
-    for one in provisions.making(connection)[:SHOWN]:
-        if one.records:
-            waits = f"server {one.key} waits for {len(one.records)} DNS records"
-            yield Finding("provisioning", waits, "publish what `mail-pipelines server provisions` prints")
-        elif one.reason:
-            yield Finding("provisioning", f"server {one.key} is {one.standing}", "it is tried again; see `mail-pipelines server provisions`")
-    for source, reason in provisions.set_aside(connection).items():
-        yield Finding("provisioning", f"host source {source} is set aside: {reason}", f"`mail-pipelines server sources --use-again {source}` when that is over")
 
 
 def check_sending(connection: sa.Connection, *, is_centre: bool) -> Iterator[Finding]:

@@ -42,6 +42,16 @@ def check_dagster_home(settings: config.Settings, environ: Mapping[str, str]) ->
         yield Finding("DAGSTER_HOME", f"DAGSTER_HOME is {given}, but this home's is {settings.dagster_home}", remedy)
 
 
+def check_alerts(settings: config.Settings) -> Iterator[Finding]:
+    """Half a configuration tells nobody, which nobody would be told."""
+    from mail_pipelines.alerts.channels import ChannelError, channels_of
+
+    try:
+        channels_of(settings.alerts)
+    except ChannelError as error:
+        yield Finding("alerts", str(error), "until then nobody is told of anything; `mail-pipelines alert test` tries it")
+
+
 def check_disk(settings: config.Settings) -> Iterator[Finding]:
     folders = {settings.home, settings.snapshot_folder, Path(settings.server.log_folder)}
     # Folders of one file system share one finding.

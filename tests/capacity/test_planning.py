@@ -523,6 +523,9 @@ def test_new_servers_help_a_campaign_that_is_not_over_when_they_send(world: Worl
     add_campaign(world, "huge", rows)
     with reading(world.engine) as connection:
         situation = planning.read(connection, world.settings, NOW)
+    (found,) = forecast.document(plan := situation.plan(), forecast.forecasts(plan), ())["campaigns"]
+    assert reports.ending(found).startswith("after 2026-03-0")
+    assert reports.ending(found | {"earliest": None}) == "never, as things are"
     (answer,) = what_if.ask(situation, 3)
     assert answer.finish_at is None
     assert what_if.sentence(answer).startswith("finishes not within 48 hours (google: the rate of 2 servers); with 3 more warm servers 2026-03-0")
