@@ -78,7 +78,7 @@ def provisions(every: Annotated[bool, typer.Option("--all", help="those that are
     from mail_pipelines.database.engine import database_now, reading
     from mail_pipelines.provisioning import budget, store
 
-    table = Table("server", "state", "step", "host source", "host", "cost/h", "asked for (UTC)", "why it is there, waits or has failed")
+    table = Table("server", "state", "step", "host source", "host", "cost/h", "asked for (UTC)", "why it is there, waits, has failed or left")
     with reading(open_engine()) as connection:
         now = database_now(connection)
         found = store.all_provisions(connection, since=dt.datetime.fromtimestamp(0, dt.UTC) if every else None)
@@ -101,7 +101,7 @@ def _row(one: Provision) -> list[str]:
         one.host.address if one.host else "",
         f"{one.cost_per_hour:g}" if one.cost_per_hour is not None else "",
         f"{one.requested_at:%Y-%m-%d %H:%M}",
-        escape(one.reason or one.why),
+        escape(one.reason or one.left_why or one.why),
     ]
 
 

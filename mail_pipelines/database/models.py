@@ -736,6 +736,8 @@ class Provision(Base):
     state_at: Mapped[dt.datetime] = mapped_column(UtcDateTime)
     due_at: Mapped[dt.datetime | None] = mapped_column(UtcDateTime)
     why: Mapped[str] = mapped_column(sa.String(500))
+    # Of one that was in service, why it was given back.
+    left_why: Mapped[str | None] = mapped_column(sa.String(500))
     proposal_id: Mapped[int | None] = mapped_column(sa.Integer)
     pool: Mapped[str | None] = mapped_column(ascii_string(KEY_LENGTH))
     source: Mapped[str | None] = mapped_column(ascii_string(KEY_LENGTH))

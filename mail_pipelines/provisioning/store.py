@@ -56,6 +56,7 @@ class Provision:
     created_at: dt.datetime | None
     ended_at: dt.datetime | None
     server_id: int | None = None
+    left_why: str | None = None
 
     @property
     def standing(self) -> str:
@@ -163,12 +164,12 @@ def _swap(connection: Connection, provision: Provision, values: Mapping[str, Any
 
 
 def give_back(connection: Connection, key: str, reason: str) -> Provision:
-    """Have a server removed: one in service is retired, one that is being made fails with the reason. Of one that goes already nothing changes."""
+    """Have a server removed, for this reason: one in service is retired, one that is being made fails. Of one that goes already nothing changes."""
     provision = find(connection, key)
     if provision.state in MAKING:
         fail(connection, provision, reason)
     elif provision.state in IN_SERVICE:
-        move(connection, provision, RETIRES)
+        move(connection, provision, RETIRES, left_why=reason[:_LONGEST_WHY])
     return find(connection, key)
 
 

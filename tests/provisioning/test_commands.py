@@ -56,7 +56,10 @@ def test_here_it_is_made_at_once_and_removed_with_its_host(world: World, command
     said(command("remove", "mx1", "--now", "--here"))
     assert world.provision("mx1").state is State.RETIRED
     assert "mx1" not in said(command("provisions"))
-    assert "retired" in said(command("provisions", "--all"))
+    (row,) = [line for line in said(command("provisions", "--all")).splitlines() if "mx1" in line]
+    assert "retired" in row
+    # Why it left is known after it is gone.
+    assert "given up by hand" in row
     world.nothing_is_left("mx1")
 
 

@@ -10,6 +10,8 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
+from mail_pipelines.capacity import in_force, verdicts
+from mail_pipelines.capacity.verdicts import Verdict
 from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.definitions import build_defs
@@ -181,6 +183,21 @@ def test_a_server_that_goes_is_taken_out_by_its_own_job(world: World, tick: Call
     assert asked(result) == [("retire_server", key)]
     assert run((result.run_requests or [])[0], instance).success
     assert world.provision(key).state is State.RETIRED
+    world.nothing_is_left(key)
+
+
+def test_a_server_that_is_not_needed_goes_by_itself_with_auto_alone(world: World, tick: Callable[..., dg.SensorResult], instance: dg.DagsterInstance) -> None:
+    """Why it is not, and for how long it has to be so, has tests of its own."""
+    key = world.request()
+    world.advance(key)
+    now = dt.datetime.now(dt.UTC)
+    idle = Verdict(key, "default", keep=False, why="needed not within eight weeks", saves_per_month=7.3, since=now.date(), due=True)
+    document = {"far": [], "orders": [], "idle": [verdicts.to_document(idle)]}
+    assert transact(world.engine, lambda connection: in_force.follow(connection, 0, document, now))
+    assert asked(tick("off")) == asked(tick("propose")) == []
+    (request,) = tick("auto").run_requests or []
+    assert (request.job_name, world.provision(key).left_why) == ("retire_server", "needed not within eight weeks")
+    assert run(request, instance).success
     world.nothing_is_left(key)
 
 
