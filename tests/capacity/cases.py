@@ -11,6 +11,7 @@ from mail_pipelines.capacity.demand import Demand, Job
 from mail_pipelines.capacity.horizon import DAY, HOUR
 from mail_pipelines.capacity.lines import Line
 from mail_pipelines.capacity.near import NearPlan
+from mail_pipelines.delivery.recording import SLOT_SECONDS
 
 # 2026-03-02 09:00 UTC.
 NOON = 1_772_442_000
@@ -71,6 +72,8 @@ def exceeded(plan: NearPlan, lines: Iterable[Line]) -> list[str]:
                     sent[line.server_id, line.provider, length, start // length * length] += count
                 if count > line.per_second * plan.horizon.usable(plan.horizon.slots[slot]) + 1e-6:
                     found.append(f"rate of {line} in slot {slot}: {count}")
+                if slot == 0 and count and count + line.used_slot > line.per_second * SLOT_SECONDS + 1e-6:
+                    found.append(f"rate of {line} in the current slot: {count} and what is used")
                 if count and plan.horizon.slots[slot].end <= line.opens_at:
                     found.append(f"closed {line} in slot {slot}: {count}")
     known = {(line.server_id, line.provider): line for line in lines}
