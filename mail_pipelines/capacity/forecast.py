@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mail_pipelines.capacity.demand import Demand, Job
+from mail_pipelines.capacity.demand import Job
 from mail_pipelines.capacity.horizon import DAY, HOUR
 from mail_pipelines.capacity.lines import Counts, Line
 from mail_pipelines.capacity.near import NearPlan, ProviderPlan, near_plan, urgency
@@ -47,11 +47,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Order:
-    """Servers that would let a campaign end in time, if they were there and warm."""
+    """Servers that would let a campaign end in time, if they were there and warm; when it ends without and with them (ISO 8601; None: not within 48 hours)."""
 
     campaign: str
     servers: int
     why: str
+    finish_at: str | None
+    finish_with: str | None
 
 
 def forecasts(plan: NearPlan) -> list[Forecast]:
@@ -170,26 +172,33 @@ def orders(
     """
     jobs = {job.key: job for job in plan.jobs}
     for forecast in found:
-        if not forecast.late:
-            continue
         job = jobs[forecast.campaign]
-        slow = {part.provider for part, number in plan.of_job(job.id) if job.finish_by is not None and _ending(part, number) > job.finish_by}
-        demands = [demand for part in plan.providers if part.provider in slow for demand in part.demands]
-        begin = min(demand.opens_at(plan.horizon.now) for demand in demands if demand.job.id == job.id)
-        if begin >= plan.horizon.end:
-            # No number of servers opens a window.
-            continue
-        here = [line for line in lines if line.provider in slow]
+        if forecast.late and job.finish_by is not None and (order := _order(plan, more, lines, forecast, job, job.finish_by)) is not None:
+            yield order
 
-        def saves(
-            count: int, job: Job = job, demands: Sequence[Demand] = demands, here: Sequence[Line] = here, slow: set[str] = slow, begin: int = int(begin)
-        ) -> bool:
-            tried = near_plan(plan.jobs, demands, [*here, *more(count, [job.pool_id], sorted(slow), begin)], plan.horizon.now)
-            ended = tried.finish(job.id)
-            return ended is not None and job.finish_by is not None and ended <= job.finish_by
 
-        if (count := least(saves)) is not None:
-            yield Order(job.key, count, f"{forecast.late:,} messages would be late; {forecast.bottleneck}")
+def _order(
+    plan: NearPlan, more: Callable[[int, Sequence[int], Sequence[str], int], list[Line]], lines: Sequence[Line], forecast: Forecast, job: Job, deadline: int
+) -> Order | None:
+    parts = list(plan.of_job(job.id))
+    slow = {part.provider for part, number in parts if _ending(part, number) > deadline}
+    demands = [demand for part in plan.providers if part.provider in slow for demand in part.demands]
+    begin = min(demand.opens_at(plan.horizon.now) for demand in demands if demand.job.id == job.id)
+    if begin >= plan.horizon.end:
+        # No number of servers opens a window.
+        return None
+    here = [line for line in lines if line.provider in slow]
+
+    def ending(count: int) -> float:
+        """When what is slow ends with so many more."""
+        tried = near_plan(plan.jobs, demands, [*here, *more(count, [job.pool_id], sorted(slow), int(begin))], plan.horizon.now).finish(job.id)
+        return float("inf") if tried is None else tried
+
+    count = least(lambda count: ending(count) <= deadline)
+    if count is None:
+        return None
+    with_them = max([ending(count), *(_ending(part, number) for part, number in parts if part.provider not in slow)])
+    return Order(job.key, count, f"{forecast.late:,} messages would be late; {forecast.bottleneck}", forecast.finish_at, _iso(with_them))
 
 
 def least(saves: Callable[[int], bool]) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -16,6 +17,7 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.capacity import demand, far, health, in_force
 from mail_pipelines.capacity.health_rules import Record
 from mail_pipelines.capacity.in_force import Kept
+from mail_pipelines.capacity.reports import minute
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign
 from mail_pipelines.dispatch import pools
 from mail_pipelines.provisioning import proposals, store
@@ -97,5 +99,12 @@ def _near(connection: Connection, kept: Kept, curve: str | None) -> dict[str, Wa
             for one in known
         )
         if (servers := order["servers"] - coming) > (found[pool].servers if pool in found else 0):
-            found[pool] = Wanted(servers, f"campaign {key}: {order['why']}", f"campaign {key} ends in time with {servers} more servers")
+            found[pool] = Wanted(servers, f"campaign {key}: {order['why']}", _effect(key, order, servers))
     return found
+
+
+def _effect(campaign: str, order: Mapping[str, Any], servers: int) -> str:
+    """What so many more servers do for a campaign: in time, and when, if the plan in force says it."""
+    without, with_them = (minute(order.get(name)) for name in ("finish_at", "finish_with"))
+    times = f", at {with_them} UTC instead of {without or 'after more than 48 hours'}" if with_them else ""
+    return f"campaign {campaign} ends in time with {servers} more servers{times}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from pathlib import Path
 
 import pytest
@@ -372,6 +373,23 @@ def test_a_plan_whose_campaign_is_over_asks_for_no_servers(world: World) -> None
 
     assert asked("sending") > 0
     assert [asked(state) for state in ("finished", "cancelled", "paused")] == [0, 0, 0]
+
+
+def test_a_shortage_tells_when_a_campaign_ends_with_servers_and_without(world: World) -> None:
+    """10,800 messages an hour; those ordered now are there at once, since none was made yet."""
+    now = now_of(world)
+    servers.set_limits(world.engine, None, "*", {"per_second": 1.0})
+    by = now + dt.timedelta(hours=4)
+    add_campaign(world, "big", 60_000, finish_by=by)
+    planning.make(world.engine, world.settings, now, NextSource("", 0.1))
+    with reading(world.engine) as connection:
+        (one,) = shortage.wanted(connection, curve="")
+    said = re.fullmatch(r"campaign big ends in time with (\d) more servers, at (.{16}) UTC instead of (.{16})", one.effect)
+    assert said is not None
+    with_them, without = (dt.datetime.fromisoformat(f"{moment}+00:00") for moment in said.groups()[1:])
+    assert int(said[1]) == one.servers == 2
+    assert by - dt.timedelta(hours=1) < with_them <= by < without
+    assert abs(without - now - dt.timedelta(hours=60_000 / 10_800)) < dt.timedelta(minutes=10)
 
 
 def test_servers_that_take_long_to_make_help_nobody_today(world: World) -> None:

@@ -447,6 +447,9 @@ def test_what_comes_too_late_is_named_with_the_servers_that_would_save_it(world:
     assert kept is not None
     (order,) = kept.document["orders"]
     assert (order["campaign"], order["servers"]) == ("late", 4)
+    # A message a second each: 20,000 and ten of another take six an hour less than those 60 minutes.
+    assert order["finish_at"] == found["finish_at"]
+    assert "2026-03-02T10:02" < order["finish_with"] <= "2026-03-02T10:07:00+00:00"
 
 
 def test_a_scheduled_campaign_is_expected_to_be_like_the_last_to_the_same_segments(world: World) -> None:
