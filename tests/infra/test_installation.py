@@ -171,6 +171,17 @@ def test_a_server_is_open_for_logins_and_to_the_centre_for_its_numbers(installed
     assert "127.0.0.1:2525" in installed.server.run("ss", "-Hltn").stdout
 
 
+def test_a_host_lets_nobody_in_by_password_keeps_the_time_and_updates_itself(installed: Installation) -> None:
+    logins = {"passwordauthentication no", "kbdinteractiveauthentication no", "permitrootlogin without-password"}
+    assert logins <= set(installed.server.run("/usr/sbin/sshd", "-T").stdout.splitlines())
+    updates = installed.server.run("apt-config", "dump").stdout
+    assert 'APT::Periodic::Unattended-Upgrade "1";' in updates
+    assert "label=Debian-Security" in updates
+    # They begin with the host, each time; that a clock is not set in a container is no matter here.
+    units = ["apt-daily-upgrade.timer", "nftables.service", "systemd-timesyncd.service"]
+    assert installed.server.run("systemctl", "is-enabled", *units).stdout.split() == ["enabled"] * 3
+
+
 def test_a_campaign_goes_out_by_the_server_signed_with_its_own_key(installed: Installation) -> None:
     """By daemon, broker and workers; from the server's own address and by its own name; encrypted, since the exchanger offers it."""
     said = installed.commands("domain add shop.test")
