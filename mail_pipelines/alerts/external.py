@@ -34,7 +34,7 @@ def causes(connection: Connection, home: Path, now: dt.datetime) -> Iterator[Cau
 
 def _of(connection: Connection, home: Path, source: Source, now: dt.datetime) -> Iterator[Cause]:
     standings = {part: status.of(connection, source.name, part) for part in source.parts}
-    wrong = {part: words for part, standing in standings.items() if (words := _wrong(home, source, standing))}
+    wrong = {part: words for part, standing in standings.items() if (words := running.wrong(home, source.name, standing))}
     # What follows upon a part that failed is old for that reason.
     for part, words in (wrong or _old(source, standings, now)).items():
         good = standings[part].good_at
@@ -44,14 +44,6 @@ def _of(connection: Connection, home: Path, source: Source, now: dt.datetime) ->
     if source.write_back and (dead := outbox.standing(connection, source.name).dead):
         text = f"external source {source.name} refused {dead:,} events, which are in its dead letters"
         yield Cause("dead-letters", source.name, text, f"mail-pipelines source dead-letters {source.name}")
-
-
-def _wrong(home: Path, source: Source, standing: Standing) -> str | None:
-    if standing.error:
-        return standing.error
-    if standing.begun_at and standing.ended_at is None and not running.is_running(home, source.name):
-        return "its last run was cut off: it was cancelled or killed, or took longer than Dagster lets a run take"
-    return None
 
 
 def _old(source: Source, standings: dict[Part, Standing], now: dt.datetime) -> dict[Part, str]:

@@ -60,6 +60,15 @@ def is_running(home: Path, source: str) -> bool:
     return is_locked(lock(home, source))
 
 
+def wrong(home: Path, source: str, standing: Standing) -> str | None:
+    """What was wrong with the last run of a part: its error, or that it had no end; None if nothing was."""
+    if standing.error:
+        return standing.error
+    if standing.begun_at and standing.ended_at is None and not is_running(home, source):
+        return "its last run was cut off: it was cancelled or killed, or took longer than Dagster lets a run take"
+    return None
+
+
 def run(
     engine: Engine,
     home: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import os
@@ -10,10 +11,14 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+from dagster._core.definitions.freshness_evaluator import FRESHNESS_EVALUATORS_BY_POLICY_TYPE
+from dagster._core.loader import LoadingContextForTest
+from dagster._core.test_utils import freeze_time
 
 from mail_pipelines.database.engine import transact
 from mail_pipelines.definitions import build_defs
@@ -55,6 +60,14 @@ def sources(declare: Declare, tmp_path: Path) -> list[Source]:
             fresh_hours=2,
         ),
     ]
+
+
+def fresh(instance: dg.DagsterInstance, node: Any, later: dt.timedelta) -> str:
+    """What Dagster's daemon says of an asset's freshness, so much later."""
+    evaluator = FRESHNESS_EVALUATORS_BY_POLICY_TYPE[type(node.freshness_policy)]()
+    with freeze_time(dt.datetime.now(dt.UTC) + later):
+        state: str = asyncio.run(evaluator.evaluate_freshness(LoadingContextForTest(instance), node)).value
+    return state
 
 
 def test_each_source_is_an_asset_with_its_schedule_and_freshness(sources: list[Source], home: Path) -> None:
@@ -110,6 +123,8 @@ def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(
     assert {name: check.passed for name, check in checks.items()} == {"away/contacts": False, "crm/contacts": True, "crm/suppressions": True}
     assert "no file fits" in (checks["away/contacts"].description or "")
     assert len(subscribed(engine)) == 10
+    node = build_defs(sources=sources).get_repository_def().asset_graph.get(dg.AssetKey(["crm", "contacts"]))
+    assert [fresh(instance, node, dt.timedelta(hours=hours)) for hours in (1, 3)] == ["PASS", "FAIL"]
     # The last good state stays, and the check says how old it is.
     (tmp_path / "drop" / "people.jsonl").unlink()
     failed = job.execute_in_process(instance=instance, raise_on_error=False, asset_selection=[dg.AssetKey(["crm", "contacts"])])
