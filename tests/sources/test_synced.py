@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 def instance(engine: sa.Engine, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("MAIL_PIPELINES_HOME", str(home))
-    with dg.DagsterInstance.ephemeral() as instance:
+    with dg.instance_for_test() as instance:
         yield instance
 
 
@@ -102,7 +102,7 @@ def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: lis
     with only_one(running.work_folder(home) / "crm.lock", "source crm"):
         assert not schedule.evaluate_tick(context).run_requests
     # Nor while one waits for a slot of the pool: they would only become more.
-    instance.add_run(dg.DagsterRun(job_name="sync_external", run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.QUEUED, tags=request.tags))
+    instance.add_run(dg.DagsterRun(job_name="sync_external", run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.STARTING, tags=request.tags))
     assert not schedule.evaluate_tick(context).run_requests
     assert repository.get_schedule_def("sync_away").evaluate_tick(context).run_requests
 
@@ -110,20 +110,21 @@ def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: lis
 def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(
     sources: list[Source], instance: dg.DagsterInstance, engine: sa.Engine, tmp_path: Path
 ) -> None:
-    job = build_defs(sources=sources).get_repository_def().get_job("sync_external")
+    repository = build_defs(sources=sources).get_repository_def()
+    job = repository.get_job("sync_external")
     result = job.execute_in_process(instance=instance, raise_on_error=False)
     assert not result.success
     done = {event.asset_key.to_user_string(): event for event in result.get_asset_materialization_events() if event.asset_key}
     assert set(done) == {"crm/contacts", "crm/suppressions"}
     values = {name: value.value for name, value in done["crm/contacts"].step_materialization_data.materialization.metadata.items()}
     assert (values["rows_in"], values["merged"], values["rejected"]) == (11, 10, 1)
-    assert [record.data for record in values["rejected_by_reason"]] == [{"reason": "address: there is none", "rows": 1}]
+    assert [record.data for record in values["rejected_by_reason"].records] == [{"reason": "address: there is none", "rows": 1}]
     assert values["lag_seconds"] >= 0
     checks = {check.asset_key.to_user_string(): check for check in result.get_asset_check_evaluations()}
     assert {name: check.passed for name, check in checks.items()} == {"away/contacts": False, "crm/contacts": True, "crm/suppressions": True}
     assert "no file fits" in (checks["away/contacts"].description or "")
     assert len(subscribed(engine)) == 10
-    node = build_defs(sources=sources).get_repository_def().asset_graph.get(dg.AssetKey(["crm", "contacts"]))
+    node = repository.asset_graph.get(dg.AssetKey(["crm", "contacts"]))
     assert [fresh(instance, node, dt.timedelta(hours=hours)) for hours in (1, 3)] == ["PASS", "FAIL"]
     # The last good state stays, and the check says how old it is.
     (tmp_path / "drop" / "people.jsonl").unlink()
