@@ -17,6 +17,7 @@ from mail_pipelines.ops.maintenance import maintenance
 from mail_pipelines.reputation.readings import configured
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
+from mail_pipelines.resources.run_tags import SOURCE
 from mail_pipelines.sources import running
 from mail_pipelines.sources.declaration import Source
 
@@ -25,6 +26,8 @@ _AUDIT_CRON = "20 * * * *"
 # Between two plans the rule of every tick serves what is new (`capacity.allotments`).
 _PLAN_CRON = "*/5 * * * *"
 _FAR_PLAN_AT = (4, 0)
+# A run that began has the lock of its source instead.
+_NOT_BEGUN = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
 
 
 def due_audits(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -> list[dg.RunRequest] | dg.SkipReason:
@@ -53,15 +56,24 @@ def due_plan(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -
 
 def sync_schedules(sources: Sequence[Source], job: dg.UnresolvedAssetJobDefinition) -> list[dg.ScheduleDefinition]:
     """One for each source that declares when it is read."""
-    return [_sync_schedule(source, job) for source in sources if source.schedule]
+    found = []
+    for source in sources:
+        if source.schedule:
+            try:
+                found.append(_sync_schedule(source, job))
+            except dg.DagsterInvalidDefinitionError:
+                # A time that never comes, as 31 February: nothing else may fail to load for it, and an alert says that the source grows old.
+                continue
+    return found
 
 
 def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
     def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        if running.is_running(config.load().home, source.name):
-            return dg.SkipReason("the run before is still under way")
+        tags = {SOURCE: source.name}
+        if running.is_running(config.load().home, source.name) or context.instance.get_runs(dg.RunsFilter(statuses=list(_NOT_BEGUN), tags=tags), limit=1):
+            return dg.SkipReason("the run before is still under way, or waits for its turn")
         keys = [dg.AssetKey([source.name, section]) for section in source.parts]
-        return dg.RunRequest(run_key=f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}", asset_selection=keys)
+        return dg.RunRequest(run_key=f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}", asset_selection=keys, tags=tags)
 
     return dg.schedule(
         job=job,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from mail_pipelines.alerts import external
 from mail_pipelines.alerts.cause import Cause
 from mail_pipelines.campaigns import lifecycle, overdue
 from mail_pipelines.campaigns.campaign import Campaign
@@ -229,6 +230,10 @@ def _unknown(look: Look) -> Iterator[Cause]:
             yield Cause("unknown", campaign.key, text, f"mail-pipelines unknown list --campaign {campaign.key}", UNKNOWN_FOR)
 
 
+def _external(look: Look) -> Iterator[Cause]:
+    yield from external.causes(look.connection, look.settings.home, look.now)
+
+
 def _with_rows(connection: Connection, campaigns: list[Campaign]) -> Iterator[tuple[Campaign, overdue.OpenRows]]:
     rows = overdue.open_rows(connection, campaigns)
     yield from ((campaign, rows[campaign.id]) for campaign in campaigns)
@@ -255,4 +260,5 @@ CAUSES: tuple[Callable[[Look], Iterator[Cause]], ...] = (
     _holds,
     _late,
     _unknown,
+    _external,
 )

@@ -126,6 +126,7 @@ def status(
     """When each source was read last, how old that is, and what went wrong."""
     import dataclasses
 
+    from mail_pipelines.sources import running
     from mail_pipelines.sources import status as standings
     from mail_pipelines.sources.declaration import ENGAGEMENT
 
@@ -144,7 +145,7 @@ def status(
             if section == ENGAGEMENT:
                 counts = standing.counts
                 numbers = (counts.get("taken_up", 0), counts.get("pushed", 0), counts.get("dead", 0))
-            wrong = standing.error or standing.note or ""
+            wrong = running.wrong(settings().home, source.name, standing) or standing.note or ""
             table.add_row(source.name, section, standing.good_at or "never", age, *(f"{number:,}" for number in numbers), standing.cursor or "", escape(wrong))
     if not as_json:
         console.print(table)

@@ -27,8 +27,9 @@ def run(control: Annotated[bool, typer.Option("--control", help="what the server
     servers = config.servers_of_this_host()
     if control and not servers:
         raise config.ConfigError("--control is for a dispatch server: set MAIL_PIPELINES_SERVER to its name")
-    # At the centre servers are made beside everything else: a run for minutes, and plans cannot wait for it.
-    slots = sum(own.server.slots for own in config.members().values()) or settings().server.slots + settings().provisioning.at_once
+    # At the centre servers are made and external sources are read beside everything else: runs for minutes and more, and plans cannot wait for them.
+    centre = settings().server.slots + settings().provisioning.at_once + queues.SOURCES_AT_ONCE
+    slots = sum(own.server.slots for own in config.members().values()) or centre
     names: tuple[str, ...] = (queues.CENTRE,)
     if servers:
         names = tuple(map(queues.control_queue, servers)) if control else queues.sending_queues(*servers)

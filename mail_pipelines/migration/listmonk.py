@@ -1,4 +1,4 @@
-"""listmonk 2.3 to 5 (PostgreSQL): what its tables mean. A subscriber is one row, with a row for each list; custom fields are the keys of a JSON object."""
+"""listmonk 2.5 to 6 (PostgreSQL): what its tables mean. A subscriber is one row, with a row for each list; custom fields are the keys of a JSON object."""
 
 from __future__ import annotations
 

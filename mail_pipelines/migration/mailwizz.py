@@ -19,6 +19,9 @@ _TYPES: Mapping[str, FieldType] = {"date": "date", "datetime": "datetime", "rati
 # Not a field of its own: the address.
 _ADDRESS_TAG = "EMAIL"
 _STATES = {"confirmed": "active", "unconfirmed": "unconfirmed", "unapproved": "unconfirmed", "unsubscribed": "left", "blacklisted": "blocked"}
+_BLACKLISTS = ("email_blacklist", "customer_email_blacklist")
+# Addresses of lists that a campaign may choose not to mail.
+_SUPPRESSED = "customer_suppression_list_email"
 # What the reason of a blacklisted address says, the first that is found: it is written by programs and by people.
 _REASONS = (
     ("complaint", re.compile(r"complain|abuse|spam report|feedback loop|\bfbl\b", re.IGNORECASE)),
@@ -76,12 +79,17 @@ class MailWizz(DatabaseSource):
 
     def bans(self) -> Iterator[Sequence[Ban]]:
         # A customer's own blacklist counts everywhere, too: whose a list was is not known here.
-        for name in ("email_blacklist", "customer_email_blacklist"):
+        for name in _BLACKLISTS:
             if name in self.tables:
                 banned = self.table(name, "email_id", "email", "reason", "date_added")
                 query = sa.select(banned.c.email_id.label("id"), banned.c.email, banned.c.reason, banned.c.date_added)
                 for page in self.keyset(query, banned.c.email_id):
                     yield [Ban(cleaning.text(row.email), reason_of(row.reason or ""), cleaning.time(row.date_added)) for row in page]
+        # Which campaigns it was for, campaigns here cannot say: rather for all than for none.
+        if _SUPPRESSED in self.tables:
+            banned = self.table(_SUPPRESSED, "email_id", "email")
+            for page in self.keyset(sa.select(banned.c.email_id.label("id"), banned.c.email), banned.c.email_id):
+                yield [Ban(cleaning.text(row.email), "manual", None) for row in page]
 
     def bounces(self) -> Iterator[Sequence[Bounce]]:
         for page in self._logged("campaign_bounce_log", "bounce_type"):
@@ -108,7 +116,7 @@ class MailWizz(DatabaseSource):
         log = self.table("campaign_bounce_log", "subscriber_id", "bounce_type")
         hard = sa.exists().where(log.c.subscriber_id == rows.c.subscriber_id, log.c.bounce_type == "hard").correlate(rows)
         conditions: list[tuple[sa.ColumnElement[bool], Any]] = [(rows.c.status != "blacklisted", sa.null())]
-        for name in ("email_blacklist", "customer_email_blacklist"):
+        for name in _BLACKLISTS:
             if name in self.tables:
                 banned = self.table(name, "email")
                 conditions.append((sa.exists().where(banned.c.email == rows.c.email).correlate(rows), sa.null()))

@@ -1,5 +1,5 @@
-"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, ledgers of old campaigns, old events, old pieces of the log archive, old runs and
-partitions of Dagster, the import of dropped files."""
+"""Upkeep as op jobs: rows whose time is over, partitions ahead of time, ledgers of old campaigns, old events, old pieces of the log archive, leftovers
+of external sources, old runs and partitions of Dagster, the import of dropped files."""
 
 import datetime as dt
 from pathlib import Path
@@ -15,6 +15,7 @@ from mail_pipelines.delivery import retention, suppression, upkeep
 from mail_pipelines.dispatch.archive import Archive, ArchiveError
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.segments import snapshots
+from mail_pipelines.sources import leftovers
 
 KEEP_RUNS_DAYS = 30
 # Twice as many as a day has at most, so that an installation that was off for a while catches up.
@@ -139,9 +140,16 @@ def prune_log_archive(context: dg.OpExecutionContext, database: CentralDatabase)
         context.log.info("%d pieces of the log archive deleted", count)
 
 
+@dg.op(out=dg.Out(dg.Nothing))
+def clear_sources(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
+    """Delete what failed runs of external sources left of people, and what is left of sources that are declared no more."""
+    gone = leftovers.remove(database.engine, database.settings.home, dt.datetime.now(dt.UTC))
+    context.log.info("%d leftovers of external sources deleted%s", len(gone), f": {', '.join(gone)}" if gone else "")
+
+
 @dg.job(
     description="Nightly upkeep: open rows whose time is over, database partitions, bookkeeping, addresses refused again and again, ledgers of old campaigns, "
-    "old events, logs, runs and partitions."
+    "old events, logs, leftovers of external sources, runs and partitions."
 )
 def maintenance() -> None:
     close_rows()
@@ -151,6 +159,7 @@ def maintenance() -> None:
     archive_campaigns()
     retire_events()
     prune_log_archive()
+    clear_sources()
     prune_runs()
     prune_partitions()
 

@@ -28,6 +28,10 @@ CENTRE = "centre"
 DISPATCH = "dispatch"
 PARTITION_TAG = "dagster/partition"
 CAMPAIGN_TAG = "dagster/partition/campaign"
+# The pool of runs that read or tell external sources, and how many there are at once unless an operator says otherwise (in the UI: Deployment, Concurrency).
+# They wait for others most of the time, and may wait long: the centre's worker has slots for them beside those for plans, freezes and servers in the making.
+SOURCES_POOL = "sources"
+SOURCES_AT_ONCE = 2
 # What dispatch servers execute: the job, and the asset that it consists of. A materialisation from the UI has a job without a name of its own.
 SENDING = ("send_campaign", "send_batches")
 AUDIT = ("audit_delivery_logs", "delivery_logs")

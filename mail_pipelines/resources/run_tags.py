@@ -5,6 +5,7 @@
 | `mail_pipelines/campaign` | of one campaign: its audience, its sending, its report |
 | `mail_pipelines/server` | of one dispatch server: sending, audits, making and removing it |
 | `mail_pipelines/attempt` | that send: how many-th of this campaign on this server it is |
+| `mail_pipelines/source` | that read or tell one external source, by its schedule |
 | `mail_pipelines/making` | that make or remove a server: the run queue limits how many at once |
 
 But for the last they decide nothing: where a run goes is said by its queue (`queues`), and what is open by the ledger. What follows from a partition the
@@ -28,6 +29,7 @@ from mail_pipelines.resources import queues
 CAMPAIGN = "mail_pipelines/campaign"
 SERVER = "mail_pipelines/server"
 ATTEMPT = "mail_pipelines/attempt"
+SOURCE = "mail_pipelines/source"
 MAKING = "mail_pipelines/making"
 # Keys of a campaign and of a server on which it is sent.
 Pair = tuple[str, str]

@@ -11,11 +11,13 @@ from mail_pipelines.alerts import causes, telling
 from mail_pipelines.alerts.cause import Cause
 from mail_pipelines.alerts.channels import ChannelError, channels_of
 from mail_pipelines.database.engine import database_now, reading
-from mail_pipelines.jobs import send_campaign
+from mail_pipelines.jobs import SYNC_EXTERNAL, send_campaign
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sensors.ticks import instance_of
 
 FAILED_WITHIN = dt.timedelta(hours=1)
+# Of these others tell what is to be told: the ledger decides what is open, and others go on with it; each source has its own cause (`alerts.external`).
+_TOLD_OTHERWISE = (send_campaign.name, SYNC_EXTERNAL)
 _RUNS_A_LOOK = 100
 
 
@@ -40,9 +42,9 @@ def alerts(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg
 
 
 def failed_runs(instance: dg.DagsterInstance, now: dt.datetime) -> list[Cause]:
-    """Jobs with failed runs in the last hour. Send runs need nobody: the ledger decides what is open, and others go on with it."""
+    """Jobs with failed runs in the last hour."""
     filters = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=now - FAILED_WITHIN)
-    failed = [run for run in instance.get_runs(filters, limit=_RUNS_A_LOOK) if run.job_name != send_campaign.name]
+    failed = [run for run in instance.get_runs(filters, limit=_RUNS_A_LOOK) if run.job_name not in _TOLD_OTHERWISE]
     # The newest first: its id is the one to look at.
     last = {run.job_name: run.run_id for run in reversed(failed)}
     counts = sorted(Counter(run.job_name for run in failed).items())

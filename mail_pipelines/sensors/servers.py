@@ -17,13 +17,13 @@ from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import clock, registry, servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.domains.resolver import ResolverError
-from mail_pipelines.jobs import audit_delivery_logs, build_audience, plan_capacity, refresh_snapshots_job, report_campaign, send_campaign
+from mail_pipelines.jobs import SYNC_EXTERNAL, audit_delivery_logs, build_audience, plan_capacity, refresh_snapshots_job, report_campaign, send_campaign
 from mail_pipelines.ops.inbound import read_inbound_mail
 from mail_pipelines.ops.maintenance import close_open_rows, import_contacts, maintenance
 from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import listing
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.queues import PARTITION_TAG, QUEUE_TAG, control_queue
+from mail_pipelines.resources.queues import PARTITION_TAG, QUEUE_TAG, SOURCES_AT_ONCE, SOURCES_POOL, control_queue
 from mail_pipelines.sensors.campaigns import missing_keys
 from mail_pipelines.sensors.runs import gone, report_gone, started
 from mail_pipelines.sensors.ticks import instance_of
@@ -31,20 +31,23 @@ from mail_pipelines.sensors.ticks import instance_of
 SEND_POOL = "dispatch"
 # Read by every process that uses Dagster's instance.
 MORE_SLOTS = "set DAGSTER_MAX_GLOBAL_OP_CONCURRENCY_LIMIT to more in the environment of the centre's units, or server.slots to less"
-CENTRE_JOBS = tuple(
-    job.name
-    for job in (
-        build_audience,
-        report_campaign,
-        refresh_snapshots_job,
-        plan_capacity,
-        maintenance,
-        close_open_rows,
-        import_contacts,
-        read_inbound_mail,
-        provision_server,
-        retire_server,
-    )
+CENTRE_JOBS = (
+    *(
+        job.name
+        for job in (
+            build_audience,
+            report_campaign,
+            refresh_snapshots_job,
+            plan_capacity,
+            maintenance,
+            close_open_rows,
+            import_contacts,
+            read_inbound_mail,
+            provision_server,
+            retire_server,
+        )
+    ),
+    SYNC_EXTERNAL,
 )
 
 
@@ -125,6 +128,9 @@ def _set_slots(instance: dg.DagsterInstance, wanted: int) -> int:
     current = {limit.name: limit.limit for limit in storage.get_pool_limits()}
     if current.get(SEND_POOL) != slots:
         storage.set_concurrency_slots(SEND_POOL, slots)
+    # How many sources are read at once an operator may say.
+    if SOURCES_POOL not in current:
+        storage.set_concurrency_slots(SOURCES_POOL, SOURCES_AT_ONCE)
     return slots
 
 

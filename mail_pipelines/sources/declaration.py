@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import zoneinfo
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,7 +49,10 @@ EMAIL, EXTERNAL_ID, CHANGED_AT, DELETED, OPTED_IN, OPTED_OUT, CONSENT_AT, TIME_Z
 CONTACT_TARGETS = frozenset({EMAIL, EXTERNAL_ID, CHANGED_AT, DELETED, OPTED_IN, OPTED_OUT, CONSENT_AT, TIME_ZONE})
 SUPPRESSION_TARGETS = frozenset({EMAIL, REASON})
 _ENVIRONMENT = re.compile(r"(?!MAIL_PIPELINES_)[A-Z][A-Z0-9_]{0,99}")
-_CRON = re.compile(r"\S+( \S+){4}")
+# Minute, hour, day, month, day of the week. What Dagster does not take for a schedule would keep all its definitions from being loaded.
+_CRON_NUMBERS = (r"[0-5]?\d", r"(?:[01]?\d|2[0-3])", r"(?:[12]\d|3[01]|0?[1-9])", r"(?:1[0-2]|0?[1-9])", r"[0-7]")
+_CRON_ITEMS = (rf"(?:\*|{number}(?:-{number})?)(?:/[1-9]\d*)?" for number in _CRON_NUMBERS)
+_CRON = re.compile(" ".join(rf"{item}(?:,{item})*" for item in _CRON_ITEMS))
 
 
 class Form(pydantic.BaseModel):
@@ -64,6 +68,16 @@ def _environment_name(value: str) -> str:
 
 
 EnvironmentName = Annotated[str, pydantic.AfterValidator(_environment_name)]
+
+
+def _zone_name(value: str) -> str:
+    try:
+        return zoneinfo.ZoneInfo(value).key
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"{value!r} is no time zone, as Europe/Berlin is one") from None
+
+
+ZoneName = Annotated[str, pydantic.AfterValidator(_zone_name)]
 
 
 class Consent(Form):
@@ -191,7 +205,7 @@ class Source(Form):
     kind: str
     connection: dict[str, Any] = {}
     schedule: str | None = None
-    time_zone: str = "UTC"
+    time_zone: ZoneName = "UTC"
     # A copy older than this is not fresh.
     fresh_hours: float = pydantic.Field(default=24, gt=0)
     contacts: Contacts | None = None
@@ -224,7 +238,7 @@ class Source(Form):
         if self.write_back and self.write_back.lists == "own" and not (self.contacts and self.contacts.list):
             raise ValueError("write_back.lists: own is the list of contacts, and none is named there")
         if self.schedule is not None and not _CRON.fullmatch(self.schedule):
-            raise ValueError("schedule: expected five fields of cron, as in '*/15 * * * *'")
+            raise ValueError("schedule: expected five fields of cron, in numbers, as in '*/15 * * * *'")
         return self
 
 

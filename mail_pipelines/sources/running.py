@@ -20,7 +20,6 @@ from mail_pipelines.contacts.portions import portions
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import transact
 from mail_pipelines.dispatch.files import is_locked, only_one
-from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.sources import cursor, deleting, landing, merging, status, suppressing
 from mail_pipelines.sources.declaration import FOLDER, Contacts, Section, Source, Suppressions
 from mail_pipelines.sources.merging import Tally
@@ -28,15 +27,18 @@ from mail_pipelines.sources.staging import Landing, Staging, open_staging
 from mail_pipelines.sources.status import Standing
 
 _WORK = ".work"
+# Folder of dlt's packages, within the work folder.
+PACKAGES = "dlt"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a good run did. `reject_file` has id and reason of each row left out, or is None."""
+    """What a good run did. `reject_file` has id and reason of each row left out, or is None. `lag_seconds` is how old the copy had become before it."""
 
     standing: Standing
     ended: int
     reject_file: Path | None
+    lag_seconds: float
 
 
 def work_folder(home: Path) -> Path:
@@ -58,6 +60,15 @@ def is_running(home: Path, source: str) -> bool:
     return is_locked(lock(home, source))
 
 
+def wrong(home: Path, source: str, standing: Standing) -> str | None:
+    """What was wrong with the last run of a part: its error, or that it had no end; None if nothing was."""
+    if standing.error:
+        return standing.error
+    if standing.begun_at and standing.ended_at is None and not is_running(home, source):
+        return "its last run was cut off: it was cancelled or killed, or took longer than Dagster lets a run take"
+    return None
+
+
 def run(
     engine: Engine,
     home: Path,
@@ -70,28 +81,28 @@ def run(
 ) -> Report:
     """Bring one section up to date. `whole` reads everything even if there is a cursor; `progress` is called with the rows merged.
 
-    Raises `SourceError` (recorded as the standing's error; the last good state stays) or `AlreadyRunning`.
+    Raises `SourceError` or another error, recorded as the standing's (the last good state stays), or `AlreadyRunning`.
     """
     resource = source.sections[section]
     folder = work_folder(home)
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(lock(home, source.name), f"source {source.name}"):
         now = dt.datetime.now(dt.UTC)
-        before = status.read(engine, source.name, section)
-        status.change(engine, source.name, section, now, run=before.run + 1, begun_at=now.isoformat())
+        before = status.begin(engine, source.name, section, now)
         begin = time.monotonic()
         try:
             since = None if whole or accept_deletions else _since(resource, before, now)
             with open_staging(engine, folder, source.name, section) as staging:
-                landed = landing.land(source, resource, staging, folder / "dlt", since=since, run=before.run + 1, now=now)
+                landed = landing.land(source, resource, staging, folder / PACKAGES, since=since, run=before.run + 1, now=now)
                 landed = _merge_all(engine, home, source, section, resource, staging, landed, progress)
                 ended = _finish(engine, source, section, resource, staging, landed, before, accept_deletions, time.monotonic() - begin)
-        except MailPipelinesError as error:
+        except Exception as error:
             missing = deleting.standing(engine, source.name)[0] if section == "contacts" else 0
-            status.change(engine, source.name, section, now, error=str(error), missing=missing)
+            status.fail(engine, source.name, section, error, missing=missing)
             raise
     path = reject_path(home, source.name, section)
-    return Report(status.read(engine, source.name, section), ended, path if path.exists() else None)
+    lag = before.lag_seconds(dt.datetime.now(dt.UTC)) or 0.0
+    return Report(status.read(engine, source.name, section), ended, path if path.exists() else None, round(lag, 3))
 
 
 def _since(resource: Contacts | Suppressions, before: Standing, now: dt.datetime) -> str | None:
@@ -187,7 +198,11 @@ def _finish(
         status.change(engine, source.name, section, now, cursor=moved, whole_at=whole_at, counts=landed.counts or {}, rejected=landed.rejected or {}, note=note)
         staging.clear()
         ended = deleting.carry_out(engine, source, resource, target, accept=accept, now=now)
-    good = {"good_at": landed.begun_at, "seconds": round(seconds, 3), "missing": 0, "error": None, "note": note}
+    good = {"good_at": landed.begun_at, "ended_at": _now(), "seconds": round(seconds, 3), "missing": 0, "error": None, "note": note}
     status.change(engine, source.name, section, now, cursor=moved, whole_at=whole_at, counts=landed.counts or {}, rejected=landed.rejected or {}, **good)
     staging.clear()
     return ended
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat()

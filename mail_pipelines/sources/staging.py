@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 POSITION = "position"
 SUFFIX = "_staging"
+FILE_SUFFIX = ".staging.sqlite3"
 _DENIED = {1044, 1045, 1142, 1227}
 _OPTIONS: dict[str, Any] = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mariadb_engine": "InnoDB", "mariadb_charset": "utf8mb4"}
 _LANDINGS = sa.Table(
@@ -68,10 +69,7 @@ class Staging:
     def landing(self) -> Landing | None:
         with reading(self.engine) as connection:
             value = connection.execute(sa.select(_LANDINGS.c.value).where(_LANDINGS.c.name == self.name)).scalar_one_or_none()
-        if value is None:
-            return None
-        document = json.loads(value)
-        return Landing(**document | {"columns": tuple(document["columns"])})
+        return None if value is None else _landing(value)
 
     def begin(self, landing: Landing) -> None:
         """An empty table for a new landing."""
@@ -118,19 +116,35 @@ class Staging:
         transact(self.engine, lambda connection: connection.execute(sa.delete(_LANDINGS).where(_LANDINGS.c.name == self.name)))
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") if is_mysql(self.engine) else self.engine.begin() as connection:
             sa.Table(self.name, sa.MetaData()).drop(connection, checkfirst=True)
+        if not is_mysql(self.engine):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """What was dropped stays in the pages of an SQLite file, which never becomes smaller by itself."""
+        raw = self.engine.raw_connection()
+        try:
+            for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                raw.cursor().execute(statement)
+        finally:
+            raw.close()
 
     def _table(self, columns: Any) -> sa.Table:
         texts: list[sa.Column[Any]] = [sa.Column(name, LongText) for name in columns]
         return sa.Table(self.name, sa.MetaData(), sa.Column(POSITION, sa.BigInteger, primary_key=True, autoincrement=False), *texts, **_OPTIONS)
 
 
+def area_name(source: str, section: str) -> str:
+    """The name of a section's table, and of its folder of packages."""
+    return f"{source}_{section}".replace("-", "_")
+
+
 def open_staging(central: Engine, folder: Path, source: str, section: str) -> Staging:
     """The staging area of a section. Raises `SourceError` if it cannot be made, with the statement that permits it."""
-    name = f"{source}_{section}".replace("-", "_")
+    name = area_name(source, section)
     if not is_mysql(central):
-        engine = create_engine(f"sqlite:///{folder / source}.staging.sqlite3")
+        engine = create_engine(f"sqlite:///{folder / source}{FILE_SUFFIX}")
     else:
-        schema = f"{central.url.database}{SUFFIX}"
+        schema = schema_of(central)
         quoted = central.dialect.identifier_preparer.quote(schema)
         try:
             with central.connect() as connection:
@@ -140,7 +154,28 @@ def open_staging(central: Engine, folder: Path, source: str, section: str) -> St
                 user = central.url.username
                 raise SourceError(f"no staging schema: as an administrator of the database run GRANT ALL ON {quoted}.* TO {user!r}@'…'") from error
             raise
-        engine = create_engine(central.url.set(database=schema).render_as_string(hide_password=False))
+        engine = engine_of(central)
     with engine.begin() as connection:
         _LANDINGS.create(connection, checkfirst=True)
     return Staging(engine, name)
+
+
+def landings(engine: Engine) -> dict[str, Landing]:
+    """What stands in a staging area, by table."""
+    with reading(engine) as connection:
+        return {name: _landing(value) for name, value in connection.execute(sa.select(_LANDINGS.c.name, _LANDINGS.c.value)).tuples()}
+
+
+def _landing(value: str) -> Landing:
+    document = json.loads(value)
+    return Landing(**document | {"columns": tuple(document["columns"])})
+
+
+def schema_of(central: Engine) -> str:
+    """The schema of all staging tables, beside a central database on MariaDB."""
+    return f"{central.url.database}{SUFFIX}"
+
+
+def engine_of(central: Engine) -> Engine:
+    """An engine for that schema; the caller disposes of it."""
+    return create_engine(central.url.set(database=schema_of(central)).render_as_string(hide_password=False))

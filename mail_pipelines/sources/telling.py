@@ -19,7 +19,6 @@ from sqlalchemy.engine import Connection, Engine, Row
 from mail_pipelines.contacts import lists
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.dispatch.files import only_one
-from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.sources import feeds, kinds, outbox, status
 from mail_pipelines.sources.declaration import ENGAGEMENT, Source, Told, WriteBack
 from mail_pipelines.sources.errors import SourceError
@@ -45,15 +44,14 @@ class Report:
 
 
 def run(engine: Engine, home: Path, source: Source) -> Report:
-    """Tell the source what is new. Raises `SourceError` (recorded as the standing's error) if not all that is due could be told, or `AlreadyRunning`."""
+    """Tell the source what is new. Raises `AlreadyRunning`, or `SourceError` or another error (recorded as the standing's) if not all that is due was told."""
     wanted = source.write_back
     if wanted is None:
         raise SourceError(f"{source.name}: there is no section write_back in its declaration")
     work_folder(home).mkdir(parents=True, exist_ok=True)
     with only_one(lock(home, source.name), f"source {source.name}"):
         now = dt.datetime.now(dt.UTC)
-        before = status.read(engine, source.name, ENGAGEMENT)
-        status.change(engine, source.name, ENGAGEMENT, now, run=before.run + 1, begun_at=now.isoformat())
+        status.begin(engine, source.name, ENGAGEMENT, now)
         begin, counts = time.monotonic(), Counter[str]()
         try:
             own = _own_list(engine, source)
@@ -62,11 +60,12 @@ def run(engine: Engine, home: Path, source: Source) -> Report:
             _forget(engine, source.name, wanted)
             with kinds.writer(source.kind, source.connection, wanted.send) as write:
                 _Telling(engine, source.name, wanted, kinds.check_send(source.kind, wanted.send).batch, write, counts).all()
-        except MailPipelinesError as error:
-            status.change(engine, source.name, ENGAGEMENT, now, counts=dict(counts), error=str(error))
+        except Exception as error:
+            status.fail(engine, source.name, ENGAGEMENT, error, counts=dict(counts))
             raise
-        seconds = round(time.monotonic() - begin, 3)
-        status.change(engine, source.name, ENGAGEMENT, now, counts=dict(counts), good_at=now.isoformat(), seconds=seconds, error=None)
+        seconds, ended = round(time.monotonic() - begin, 3), dt.datetime.now(dt.UTC)
+        good = {"good_at": now.isoformat(), "ended_at": ended.isoformat(), "seconds": seconds, "error": None}
+        status.change(engine, source.name, ENGAGEMENT, ended, counts=dict(counts), **good)
     with reading(engine) as connection:
         standing = outbox.standing(connection, source.name)
         lag = (database_now(connection) - standing.oldest).total_seconds() if standing.oldest else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import shlex
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -26,6 +28,7 @@ from mail_pipelines.database.models import Server, State
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.delivery import counters
 from mail_pipelines.dispatch import holds, servers
+from mail_pipelines.dispatch.files import only_one
 from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.recovery import standing
 from mail_pipelines.provisioning import block_lists, listing
@@ -35,6 +38,7 @@ from mail_pipelines.reputation import standing as reputation
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.sensors import alerts as sensor
 from mail_pipelines.sensors import servers as server_sensor
+from mail_pipelines.sources import running, status
 from tests.alerts.receivers import Hook, Relay, hooking, relaying
 from tests.dispatch.world import World, make_world
 from tests.parts.dns import Zone, serving
@@ -135,12 +139,45 @@ def recover(world: World) -> None:
         assert standing.newest(connection) is not None
 
 
+def external(world: World, text: str = "", *, told: bool = False, **standing: Any) -> None:
+    """A source `crm` that is read every night, as its last run left it; durations are how long ago."""
+    folder = world.settings.home / "sources"
+    folder.mkdir(parents=True, exist_ok=True)
+    contacts: dict[str, Any] = {"read": {"glob": "*"}, "map": {"mail": "email"}, "consent": {"subscribe": "never"}}
+    declared: dict[str, Any] = {"name": "crm", "kind": "files", "connection": {"url": "drop"}, "schedule": "0 3 * * *", "fresh_hours": 24, "contacts": contacts}
+    if told:
+        connection, sent = {"url_env": "CRM"}, {"what": ["opens"], "send": {"table": "t", "columns": {"k": "key"}}}
+        declared |= {"kind": "sql", "connection": connection, "contacts": contacts | {"read": {"table": "t"}}, "write_back": sent}
+    (folder / "crm.yaml").write_text(text or yaml.safe_dump(declared))
+    if standing:
+        times = {name: (now_of(world) - age).isoformat() for name, age in standing.items() if isinstance(age, dt.timedelta)}
+        status.change(world.engine, "crm", "contacts", now_of(world), **standing | times)
+
+
+def dead_letter(world: World) -> None:
+    external(world, told=True)
+    put(world, models.SyncDeadLetter, source="crm", kind="open", event_id=1, contact_id=1, reason="no", attempts=24, at=now_of(world))
+
+
 THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
     "silent": (lambda world: change(world, heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
     "silent while warming": (lambda world: change(world, state="warming", heartbeat_at=now_of(world) - HOUR), ["server-silent:s1"], "is silent since"),
     "lost": (lambda world: change(world, state="lost"), ["server-lost:s1"], "was declared lost"),
     "failed": (lambda world: made(world, "failed", reason="create: no room"), ["server-failed:mx1"], "could not be made: create: no room"),
     "waits for the DNS": (lambda world: made(world, "waiting_dns", records=["mx1 IN A 192.0.2.1"]), ["server-dns:mx1"], "waits for 1 DNS records"),
+    "source is no source": (lambda world: external(world, "name: crm\n"), ["external-source:crm"], "external source crm is not read: "),
+    "source failed": (
+        lambda world: external(world, error="the token has expired", begun_at=HOUR, ended_at=HOUR, good_at=2 * HOUR),
+        ["external-source:crm:contacts"],
+        "external source crm, contacts: the token has expired; in step at ",
+    ),
+    "source was cut off": (lambda world: external(world, begun_at=HOUR), ["external-source:crm:contacts"], "was cut off"),
+    "source is old": (
+        lambda world: external(world, begun_at=25 * HOUR, ended_at=25 * HOUR, good_at=25 * HOUR),
+        ["external-source:crm:contacts"],
+        "25 hours old, and was to be 24 at most",
+    ),
+    "source refused": (dead_letter, ["dead-letters:crm"], "refused 1 events"),
     "proposed": (propose, ["proposal:1"], "proposal 1: 2 more servers for 14.40 a month: spring is late (it ends at noon)"),
     "set aside": (aside, ["source:north"], "host source north is set aside: port 25 is shut"),
     "clock": (lambda world: change(world, health={"clock_ahead": -240.0}), ["clock:s1"], "240 s behind"),
@@ -162,6 +199,8 @@ THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
 NOT_THERE: dict[str, Callable[[World], object]] = {
     "being made": lambda world: made(world, "provisioning"),
     "failed long ago": lambda world: made(world, "failed", ended_at=now_of(world) - 48 * HOUR),
+    "source in step": lambda world: external(world, begun_at=HOUR, ended_at=HOUR, good_at=HOUR),
+    "source never read": external,
     "never spoke": lambda world: change(world, heartbeat_at=None),
     "paused": lambda world: change(world, state="paused", heartbeat_at=now_of(world) - HOUR, health={"free_mb": 1, "clock_ahead": 99.0}),
     "retired": lambda world: change(world, state="retired", heartbeat_at=now_of(world) - HOUR),
@@ -207,7 +246,15 @@ def takes(line: str) -> bool:
 def test_what_needs_time_is_told_later(world: World) -> None:
     unknown(world)
     recover(world)
-    assert {cause.kind: cause.after for cause in found(world).values()} == {"unknown": 6 * HOUR, "recovery": HOUR / 2}
+    external(world, error="it is away")
+    assert {cause.kind: cause.after for cause in found(world).values()} == {"unknown": 6 * HOUR, "recovery": HOUR / 2, "external-source": HOUR / 2}
+
+
+def test_a_source_that_is_being_read_was_not_cut_off(world: World) -> None:
+    external(world, begun_at=HOUR)
+    with only_one(running.lock(world.settings.home, "crm"), "source crm"):
+        assert found(world) == {}
+    assert list(found(world)) == ["external-source:crm:contacts"]
 
 
 # --- the sensor -----------------------------------------------------------------------------------------------------
@@ -235,12 +282,15 @@ def test_a_tick_tells_what_the_database_and_dagster_know(world: World, repositor
         for job in ("build_audience", "build_audience", "send_campaign"):
             run = instance.create_run_for_job(repository.get_job(job), tags={"dagster/partition": "x"})
             instance.report_run_failed(run)
+        # Each source has its own cause.
+        instance.add_run(dg.DagsterRun(job_name="sync_external", run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.FAILURE))
         tick(repository, instance)
         tick(repository, instance)
     [text] = hook.texts
     assert "mail-pipelines server retire s1 --lost" in text
     assert "2 runs of build_audience failed within an hour" in text
     assert "send_campaign" not in text
+    assert "sync_external" not in text
 
 
 def test_a_relay_that_is_away_is_named_once_and_tried_at_each_tick(

@@ -43,6 +43,7 @@ CREATE TABLE mw_list_field_value (value_id INT PRIMARY KEY AUTO_INCREMENT, field
   DEFAULT CHARSET=utf8mb4;
 CREATE TABLE mw_email_blacklist (email_id BIGINT PRIMARY KEY AUTO_INCREMENT, subscriber_id INT, email VARCHAR(150) NOT NULL, reason TEXT NOT NULL,
   date_added DATETIME NOT NULL, KEY (email));
+CREATE TABLE mw_customer_suppression_list_email (email_id INT PRIMARY KEY AUTO_INCREMENT, list_id INT NOT NULL, email VARCHAR(150), email_md5 CHAR(32));
 CREATE TABLE mw_campaign_bounce_log (log_id BIGINT PRIMARY KEY AUTO_INCREMENT, campaign_id INT, subscriber_id INT, message TEXT,
   bounce_type ENUM('hard','soft'), date_added DATETIME NOT NULL, KEY (subscriber_id));
 CREATE TABLE mw_campaign_complain_log (log_id BIGINT PRIMARY KEY AUTO_INCREMENT, campaign_id INT, subscriber_id INT, message TEXT,
@@ -186,6 +187,10 @@ def mailwizz(engine: sa.Engine) -> None:
             {"subscriber_id": black, "email": "black@example.test", "reason": "550 5.1.1 No such user", "date_added": dt.datetime(2020, 3, 3)},
             {"subscriber_id": None, "email": "spam@example.test", "reason": "Abuse complaint", "date_added": dt.datetime(2020, 3, 3)},
             {"subscriber_id": None, "email": "d41d8cd98f00b204e9800998ecf8427e", "reason": "", "date_added": dt.datetime(2020, 3, 3)},
+        ],
+        "mw_customer_suppression_list_email": [
+            {"list_id": 1, "email": "user8@example.test", "email_md5": None},
+            {"list_id": 1, "email": None, "email_md5": "d41d8cd98f00b204e9800998ecf8427e"},
         ],
         "mw_campaign_bounce_log": [
             {"subscriber_id": hard, "message": "550 5.1.1 hard@example.test unknown", "bounce_type": "hard", "date_added": dt.datetime(2020, 3, 4)},

@@ -182,6 +182,7 @@ def test_mailwizz_comes_as_it_is(engine: sa.Engine, opened: Open) -> None:
     assert suppressed(engine, "hard@example.test") == {("all", "bounce")}
     assert suppressed(engine, "spam@example.test") == {("all", "complaint")}
     assert suppressed(engine, "angry@example.test") == {("all", "complaint")}
+    assert suppressed(engine, "user8@example.test") == {("all", "manual")}
     assert consent_of(engine, "user0@example.test")["kunden-freunde"] == {
         "system": "mailwizz",
         "requested_at": "2020-01-01T00:00:00Z",
@@ -191,8 +192,8 @@ def test_mailwizz_comes_as_it_is(engine: sa.Engine, opened: Open) -> None:
         "form": "web",
     }
     assert state_of(engine, "user0@example.test")["kunden-freunde"] == (True, "import", at(2020, 1, 2))
-    # One entry of the blacklist is the hash of an address.
-    assert (report.bans, report.bounces) == ((3, 2), (3, 3))
+    # One entry of the blacklist is the hash of an address, and one of the suppression list.
+    assert (report.bans, report.bounces) == ((5, 3), (3, 3))
 
 
 def test_listmonk_comes_as_it_is(engine: sa.Engine, opened: Open) -> None:

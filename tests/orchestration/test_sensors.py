@@ -34,7 +34,7 @@ from mail_pipelines.dispatch.holds import Kind
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.resources import run_tags
 from mail_pipelines.resources.database import CentralDatabase, run_lock
-from mail_pipelines.resources.queues import QUEUE_TAG
+from mail_pipelines.resources.queues import QUEUE_TAG, SOURCES_AT_ONCE, SOURCES_POOL
 from mail_pipelines.sensors import campaigns, failures, files, servers, shards
 from mail_pipelines.sensors import runs as runs_of_dagster
 from tests.dispatch.world import World
@@ -204,8 +204,11 @@ def test_more_slots_than_dagster_takes_are_no_error(
     assert limits["dispatch"] == 1000
     assert said.startswith("the servers have 1002 send slots, of which Dagster takes 1000 at most: set DAGSTER_MAX_GLOBAL_OP_CONCURRENCY_LIMIT to more")
     monkeypatch.setenv("DAGSTER_MAX_GLOBAL_OP_CONCURRENCY_LIMIT", "1002")
+    # External sources have a few, unless an operator says how many.
+    assert limits["sources"] == SOURCES_AT_ONCE
+    instance.event_log_storage.set_concurrency_slots(SOURCES_POOL, 5)
     limits, errors = look()
-    assert (limits["dispatch"], errors) == (1002, [])
+    assert (limits["dispatch"], limits["sources"], errors) == (1002, 5, [])
 
 
 def test_a_few_deferred_rows_have_one_run_for_all_their_shards(world: World) -> None:

@@ -130,15 +130,15 @@ def test_a_worker_executes_only_its_own_queues_and_a_server_nothing_of_the_centr
     assert "is not of mail_pipelines.definitions" in (tasks.refusal(run_of("maintenance"), "centre", None) or "")
 
 
-def test_the_centre_has_run_slots_beside_those_in_which_servers_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan, a freeze or an import does not wait until servers are made; and no more runs make or remove servers than there are slots beside."""
+def test_the_centre_has_run_slots_beside_those_for_servers_in_the_making_and_for_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan, a freeze or an import waits for neither; and no more runs make or remove servers than there are slots beside."""
     began: list[list[str]] = []
     monkeypatch.setattr(os, "execve", lambda _program, words, _environ: began.append(words))
     monkeypatch.setenv("MAIL_PIPELINES_PROVISIONING__AT_ONCE", "3")
     context.settings.cache_clear()
     worker.run()
     ((slots,),) = [[words[words.index("-c") + 1]] for words in began]
-    assert slots == str(config.ServerSettings().slots + 3)
+    assert slots == str(config.ServerSettings().slots + 3 + queues.SOURCES_AT_ONCE)
     shipped = yaml.safe_load((home.checkout() / "infra/dagster/production/dagster.yaml").read_text(encoding="utf-8"))
     limits = {limit["key"]: limit["limit"] for limit in shipped["concurrency"]["runs"]["tag_concurrency_limits"]}
     assert limits[run_tags.MAKING] == config.ProvisioningSettings().at_once

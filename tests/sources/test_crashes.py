@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import sqlalchemy as sa
 
 from mail_pipelines.database.engine import create_engine, reading
 from mail_pipelines.database.models import Contact, ContactChange, SourceContact, Subscription
-from mail_pipelines.sources import running, staging, status
+from mail_pipelines.sources import leftovers, running, staging, status
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.running import Report
 from tests.parts.kills import COMMITS, killed_at
@@ -77,9 +78,7 @@ def test_killed_at_one_commit_after_the_other_it_gets_there(
     assert status.read(engine, "crm", "contacts").error is None
 
 
-def test_killed_while_it_lands_it_goes_on_with_what_was_extracted(engine: sa.Engine, home: Path, source: Source, sync: Sync, tmp_path: Path) -> None:
-    write(tmp_path / "drop", 25_000)
-
+def kill_while_it_lands(engine: sa.Engine, home: Path, source: Source) -> None:
     def work(own: sa.Engine, one_more: Callable[..., None]) -> None:
         write_rows = staging.Staging.write
 
@@ -91,6 +90,11 @@ def test_killed_while_it_lands_it_goes_on_with_what_was_extracted(engine: sa.Eng
         running.run(own, home, source, "contacts")
 
     assert killed_at(2, engine.url.render_as_string(hide_password=False), work, ())
+
+
+def test_killed_while_it_lands_it_goes_on_with_what_was_extracted(engine: sa.Engine, home: Path, source: Source, sync: Sync, tmp_path: Path) -> None:
+    write(tmp_path / "drop", 25_000)
+    kill_while_it_lands(engine, home, source)
     assert counts(engine)["contacts"] == 0
     # The source is away, and is not needed: everything was extracted.
     (tmp_path / "drop" / "people.jsonl").unlink()
@@ -99,13 +103,43 @@ def test_killed_while_it_lands_it_goes_on_with_what_was_extracted(engine: sa.Eng
     assert len(subscribed(engine)) == 22_500
 
 
-def test_nothing_of_anybody_stays_in_staging_or_packages(engine: sa.Engine, home: Path, source: Source, sync: Sync) -> None:
+def named(home: Path) -> list[str]:
+    """Files of the work folder with people in them; a package is compressed."""
+    files = [path for path in running.work_folder(home).rglob("*") if path.is_file()]
+    return sorted(path.name for path in files if path.suffix == ".parquet" or b"p1@example.test" in path.read_bytes())
+
+
+def test_nothing_of_anybody_stays_in_staging_or_packages_and_nothing_grows(engine: sa.Engine, home: Path, source: Source, sync: Sync, tmp_path: Path) -> None:
+    def size() -> int:
+        return sum(path.stat().st_size for path in running.work_folder(home).rglob("*") if path.is_file())
+
+    write(tmp_path / "drop", 3_000)
     sync(source)
-    left = [path for path in running.work_folder(home).rglob("*") if path.is_file() and b"p1@example.test" in path.read_bytes()]
-    assert [path.name for path in left if not path.name.endswith((".sqlite3", ".sqlite3-wal"))] == []
+    first = size()
+    sync(source)
+    sync(source)
+    assert size() < first + 10_000 < 1_000_000
+    assert named(home) == []
     with staging.open_staging(engine, running.work_folder(home), "crm", "contacts") as area:
         assert area.landing() is None
         assert sa.inspect(area.engine).get_table_names() == ["landings"]
+
+
+@pytest.mark.parametrize("reason", ["old", "declared no more"])
+def test_what_a_killed_run_left_of_people_is_deleted_at_night(engine: sa.Engine, home: Path, source: Source, tmp_path: Path, reason: str) -> None:
+    write(tmp_path / "drop", 25_000)
+    kill_while_it_lands(engine, home, source)
+    now = dt.datetime.now(dt.UTC)
+    assert leftovers.remove(engine, home, now) == []
+    assert named(home) != []
+    if reason == "declared no more":
+        (home / "sources" / "crm.yaml").unlink()
+    assert leftovers.remove(engine, home, now + (leftovers.KEPT if reason == "old" else dt.timedelta(0)) + dt.timedelta(minutes=1)) != []
+    assert named(home) == []
+    with staging.open_staging(engine, running.work_folder(home), "crm", "contacts") as area:
+        assert sa.inspect(area.engine).get_table_names() == ["landings"]
+    if reason == "old":
+        assert running.run(engine, home, source, "contacts").standing.counts["inserted"] == 22_500
 
 
 def test_two_runs_of_one_source_do_not_mix(engine: sa.Engine, database_url: str, home: Path, source: Source) -> None:

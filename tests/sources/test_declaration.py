@@ -38,6 +38,7 @@ def test_the_good_one_is_read() -> None:
     assert list(source.sections) == ["contacts"]
     assert source.contacts is not None
     assert source.contacts.rule_of("anything") == "theirs"
+    assert declaration.parse(yaml.safe_dump(GOOD | {"schedule": "0,30 8-18/2 1,15 */3 1-5", "time_zone": "Europe/Berlin"}), "crm.yaml").schedule
 
 
 TOLD = {"what": ["opens"]}
@@ -52,6 +53,11 @@ GONE = {"map": {"mail": "email", "out": "opted_out"}}
         ("name", "A B", "source name"),
         ("name", "x" * 40, "more than 32"),
         ("schedule", "daily", "schedule: expected five fields of cron"),
+        ("schedule", "61 * * * *", "schedule: expected five fields of cron"),
+        ("schedule", "0 3 * * 1-9", "schedule: expected five fields of cron"),
+        ("time_zone", "Mars/Base", "time_zone: 'Mars/Base' is no time zone"),
+        ("connection.url", "https://ann:hush@crm.example/", "connection.url: a password stands in it"),
+        ("connection.headers", {"X-Api-Key": "hush"}, "connection.headers: X-Api-Key: give it by `auth`"),
         ("connection.url", None, "connection.url: Field required"),
         ("connection.auth", {"type": "bearer", "token_env": "eyJhbGciOi.abc"}, "expected the name of an environment variable"),
         ("connection.auth", {"type": "bearer", "token_env": "MAIL_PIPELINES_X"}, "expected the name of an environment variable"),

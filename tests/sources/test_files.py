@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +254,23 @@ def test_a_source_that_deletes_everything_stops_and_asks(engine: sa.Engine, fold
     assert report.ended == 28
     assert subscribed(engine) == {"p0@example.test", "p1@example.test"}
     assert report.standing.error is None
+
+
+def test_files_in_a_store_of_objects(engine: sa.Engine, declare: Declare, sync: Sync) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe("/exports/2026/a.csv", b"id;mail\n1;ann@example.test\n2;bob@example.test\n")
+    store.pipe("/exports/2026/b.csv.gz", gzip.compress(b"id;mail\n3;cid@example.test\n"))
+    try:
+        contacts_ = {"read": {"glob": "*/*.csv*"}, "map": {"id": "external_id", "mail": "email"}}
+        report = sync(declare(kind="files", connection={"url": "memory://exports"}, contacts=contacts_))
+    finally:
+        store.rm("/exports", recursive=True)
+    assert report.standing.counts["inserted"] == 3
+    assert subscribed(engine) == {"ann@example.test", "bob@example.test", "cid@example.test"}
+    with pytest.raises(SourceError, match="nowhere:// cannot be read here: Protocol not known"):
+        sync(declare(kind="files", connection={"url": "nowhere://exports"}, contacts=contacts_))
 
 
 def test_no_file_at_all_is_an_error_and_no_deletion(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:

@@ -13,7 +13,7 @@ from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact
 from mail_pipelines.sources import status
 from mail_pipelines.sources.declaration import Source
-from mail_pipelines.sources.errors import SourceError
+from mail_pipelines.sources.errors import GuardStopped, SourceError
 from mail_pipelines.sources.running import Report
 from tests.sources.conftest import Declare, contacts, subscribed
 from tests.sources.crm import TOKEN, Crm, body, person, serving
@@ -115,19 +115,32 @@ def test_a_token_that_is_not_set_is_named(engine: sa.Engine, crm: Crm, source: S
         sync(source)
 
 
-@pytest.mark.parametrize("way", ["same page", "numbers", "one answer"])
+@pytest.mark.parametrize("way", ["same page", "circle", "nothing", "numbers", "one answer"])
 def test_what_never_ends_is_ended(engine: sa.Engine, crm: Crm, source: Source, sync: Sync, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     from mail_pipelines.sources.kinds import http
 
     sync(source)
     if way == "same page":
         crm.before = lambda number, query: (200, {}, body(crm.contacts[:3], "0"))
+    elif way == "circle":
+        # With the time in it, no answer is ever the same.
+        crm.before = lambda number, query: (200, {}, body(crm.contacts[number % 3 :: 3], str(number)))
+    elif way == "nothing":
+        crm.before = lambda number, query: (200, {}, body([], "0"))
     elif way == "numbers":
         crm.before = lambda number, query: (200, {}, body([person(number)], str(number)))
     else:
         monkeypatch.setattr(http.PatientSession.__init__, "__kwdefaults__", http.PatientSession.__init__.__kwdefaults__ | {"most_bytes": 1000})
-    words = {"same page": "the same as the one before", "numbers": "more than 200 pages", "one answer": "does not end"}
-    with pytest.raises(SourceError, match=words[way]):
+    words = {"numbers": "more than 200 pages", "one answer": "does not end"}
+    with pytest.raises(SourceError, match=words.get(way, "goes round in a circle")):
+        sync(source, whole=True)
+    assert len(subscribed(engine)) == 120
+
+
+def test_an_answer_without_anybody_deletes_nobody(engine: sa.Engine, crm: Crm, source: Source, sync: Sync) -> None:
+    sync(source)
+    crm.contacts = []
+    with pytest.raises(GuardStopped, match="120 of 120 records are gone"):
         sync(source, whole=True)
     assert len(subscribed(engine)) == 120
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.running import Report
+from tests.parts.postgresql import PostgreSQL
 from tests.sources.conftest import Declare, contacts, subscribed
 
 pytestmark = pytest.mark.slow
@@ -74,6 +76,32 @@ def test_a_table_is_read_whole_and_then_by_its_cursor(shop: tuple[sa.Engine, sa.
     # The two rows of the last minute are asked for again.
     assert (second.standing.counts["read"], second.standing.counts["updated"]) == (3, 1)
     assert contacts(engine)["p3@example.test"]["first_name"] == "New"
+
+
+@pytest.mark.server
+def test_a_database_of_another_kind_is_read(engine: sa.Engine, declare: Declare, sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL, with types that only it has."""
+    server = PostgreSQL()
+    try:
+        there = server.engine()
+        with there.begin() as connection:
+            connection.exec_driver_sql("CREATE SCHEMA shop")
+            connection.exec_driver_sql("CREATE TABLE shop.people (id UUID, mail TEXT, tags TEXT[], profile JSONB, changed TIMESTAMPTZ)")
+            row = "('0d9f1c2e-0000-4000-8000-00000000000%s', 'p%s@example.test', '{a,b}', '{\"x\": 1}', '2026-01-0%s 12:00:00+02')"
+            connection.exec_driver_sql("INSERT INTO shop.people VALUES " + ", ".join(row % (number, number, number) for number in range(1, 4)))
+        there.dispose()
+        monkeypatch.setenv("PEOPLE", server.url.replace("postgresql:", "postgresql+pg8000:"))
+        columns = {"id": "external_id", "mail": "email", "tags": "tags", "profile": "profile", "changed": "changed_at"}
+        read = {"table": "people", "schema_name": "shop"}
+        source = declare("people", kind="sql", connection={"url_env": "PEOPLE"}, contacts={"read": read, "map": columns, "cursor": "changed", "overlap": 60})
+        first = sync(source)
+        again = sync(source)
+    finally:
+        server.stop()
+    assert (first.standing.counts["inserted"], first.standing.rejected) == (3, {})
+    found = {key: json.loads(value) for key, value in contacts(engine)["p2@example.test"].items()}
+    assert found == {"tags": ["a", "b"], "profile": {"x": 1}}
+    assert (again.standing.counts["read"], again.standing.counts["unchanged"]) == (1, 1)
 
 
 def test_a_table_or_column_that_is_gone_is_named(shop: tuple[sa.Engine, sa.Table], engine: sa.Engine, source: Source, sync: Sync) -> None:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+from dagster._core.definitions.freshness_evaluator import FRESHNESS_EVALUATORS_BY_POLICY_TYPE
+from dagster._core.loader import LoadingContextForTest
+from dagster._core.test_utils import freeze_time
 
+from mail_pipelines.database.engine import transact
 from mail_pipelines.definitions import build_defs
+from mail_pipelines.resources.queues import SOURCES_POOL
+from mail_pipelines.sources import status
 from mail_pipelines.sources.declaration import Source
 from tests.sources.conftest import Declare, engaged, subscribed
+from tests.sources.crm import Crm, serving
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +35,7 @@ pytestmark = pytest.mark.slow
 def instance(engine: sa.Engine, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("MAIL_PIPELINES_HOME", str(home))
-    with dg.DagsterInstance.ephemeral() as instance:
+    with dg.instance_for_test() as instance:
         yield instance
 
 
@@ -52,6 +62,14 @@ def sources(declare: Declare, tmp_path: Path) -> list[Source]:
     ]
 
 
+def fresh(instance: dg.DagsterInstance, node: Any, later: dt.timedelta) -> str:
+    """What Dagster's daemon says of an asset's freshness, so much later."""
+    evaluator = FRESHNESS_EVALUATORS_BY_POLICY_TYPE[type(node.freshness_policy)]()
+    with freeze_time(dt.datetime.now(dt.UTC) + later):
+        state: str = asyncio.run(evaluator.evaluate_freshness(LoadingContextForTest(instance), node)).value
+    return state
+
+
 def test_each_source_is_an_asset_with_its_schedule_and_freshness(sources: list[Source], home: Path) -> None:
     repository = build_defs(sources=sources).get_repository_def()
     graph = repository.asset_graph
@@ -60,6 +78,9 @@ def test_each_source_is_an_asset_with_its_schedule_and_freshness(sources: list[S
     node = graph.get(dg.AssetKey(["crm", "contacts"]))
     assert {key.to_user_string() for key in node.parent_keys} == {"crm/suppressions"}
     assert node.freshness_policy == dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=2))
+    assert {repository.assets_defs_by_key[dg.AssetKey(key.split("/"))].op.pool for key in keys} == {SOURCES_POOL}
+    columns = node.metadata["dagster/column_schema"].columns
+    assert [(column.name, column.description) for column in columns] == [("external_id", "id at the source"), ("email", "mail at the source")]
     schedules = {schedule.name: schedule for schedule in repository.schedule_defs if schedule.name.startswith("sync_")}
     assert {name: (schedule.cron_schedule, schedule.execution_timezone) for name, schedule in schedules.items()} == {
         "sync_away": ("0 3 * * *", "UTC"),
@@ -80,22 +101,100 @@ def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: lis
     assert {key.to_user_string() for key in request.asset_selection or []} == {"crm/contacts", "crm/suppressions"}
     with only_one(running.work_folder(home) / "crm.lock", "source crm"):
         assert not schedule.evaluate_tick(context).run_requests
+    # Nor while one waits for a slot of the pool: they would only become more.
+    instance.add_run(dg.DagsterRun(job_name="sync_external", run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.STARTING, tags=request.tags))
+    assert not schedule.evaluate_tick(context).run_requests
+    assert repository.get_schedule_def("sync_away").evaluate_tick(context).run_requests
 
 
-def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(sources: list[Source], instance: dg.DagsterInstance, engine: sa.Engine) -> None:
-    job = build_defs(sources=sources).get_repository_def().get_job("sync_external")
+def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(
+    sources: list[Source], instance: dg.DagsterInstance, engine: sa.Engine, tmp_path: Path
+) -> None:
+    repository = build_defs(sources=sources).get_repository_def()
+    job = repository.get_job("sync_external")
     result = job.execute_in_process(instance=instance, raise_on_error=False)
     assert not result.success
     done = {event.asset_key.to_user_string(): event for event in result.get_asset_materialization_events() if event.asset_key}
     assert set(done) == {"crm/contacts", "crm/suppressions"}
     values = {name: value.value for name, value in done["crm/contacts"].step_materialization_data.materialization.metadata.items()}
     assert (values["rows_in"], values["merged"], values["rejected"]) == (11, 10, 1)
-    assert values["rejected_by_reason"] == {"address: there is none": 1}
+    assert [record.data for record in values["rejected_by_reason"].records] == [{"reason": "address: there is none", "rows": 1}]
     assert values["lag_seconds"] >= 0
     checks = {check.asset_key.to_user_string(): check for check in result.get_asset_check_evaluations()}
     assert {name: check.passed for name, check in checks.items()} == {"away/contacts": False, "crm/contacts": True, "crm/suppressions": True}
     assert "no file fits" in (checks["away/contacts"].description or "")
     assert len(subscribed(engine)) == 10
+    node = repository.asset_graph.get(dg.AssetKey(["crm", "contacts"]))
+    assert [fresh(instance, node, dt.timedelta(hours=hours)) for hours in (1, 3)] == ["PASS", "FAIL"]
+    # The last good state stays, and the check says how old it is.
+    (tmp_path / "drop" / "people.jsonl").unlink()
+    failed = job.execute_in_process(instance=instance, raise_on_error=False, asset_selection=[dg.AssetKey(["crm", "contacts"])])
+    (check,) = failed.get_asset_check_evaluations()
+    assert set(check.metadata) == {"last_good", "lag_seconds"}
+    assert len(subscribed(engine)) == 10
+
+
+@pytest.mark.parametrize("way", ["a field of another type", "a fault"])
+def test_whatever_ends_a_run_is_said_by_its_check(
+    sources: list[Source], instance: dg.DagsterInstance, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    from mail_pipelines.contacts import fields
+    from mail_pipelines.sources import merging
+
+    def fault(*_: object) -> None:
+        raise TypeError("p1@example.test")
+
+    if way == "a fault":
+        monkeypatch.setattr(merging, "declare", fault)
+    else:
+        now = dt.datetime.now(dt.UTC)
+        transact(engine, lambda connection: fields.declare(connection, "age", "text", label="age", now=now))
+    crm = sources[1].model_copy(update={"contacts": sources[1].contacts.model_copy(update={"map": {"mail": "email", "id": "age"}, "types": {"age": "number"}})})
+    text = crm.model_dump_json(exclude_none=True)
+    (Path(os.environ["MAIL_PIPELINES_HOME"]) / "sources" / "crm.yaml").write_text(text)
+    job = build_defs(sources=[crm]).get_repository_def().get_job("sync_external")
+    result = job.execute_in_process(instance=instance, raise_on_error=False)
+    checks = {check.asset_key.to_user_string(): check for check in result.get_asset_check_evaluations()}
+    said = checks["crm/contacts"].description or ""
+    assert not checks["crm/contacts"].passed
+    assert ("TypeError" if way == "a fault" else "age") in said
+    assert "example.test" not in said
+    standing = status.read(engine, "crm", "contacts")
+    assert standing.error == said
+    assert standing.ended_at is not None
+
+
+def test_no_secret_comes_into_dagster_or_onto_the_screen(
+    declare: Declare, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A key in the address of a request, a password in the URL of a database, a link that is itself the secret."""
+    secret = "hush-hush-47"
+    mapping = {"id": "external_id", "mail": "email"}
+    with serving(Crm([])) as crm:
+        for name, value in {"API_KEY": secret, "SHOP_URL": f"mysql+pymysql://shop:{secret}@127.0.0.1:1/shop", "LINK": f"{crm.url}/{secret}"}.items():
+            monkeypatch.setenv(name, value)
+        auth = {"type": "api_key", "token_env": "API_KEY", "name": "key", "place": "query"}
+        closed = {"url": "http://127.0.0.1:1/", "auth": auth, "first_wait_seconds": 0.001}
+        declared = [
+            declare("rest", kind="rest", connection={**closed, "url": crm.url}, contacts={"read": {"path": "contacts"}, "map": mapping}),
+            declare("gone", kind="rest", connection=closed, contacts={"read": {"path": "contacts"}, "map": mapping}),
+            declare("shop", kind="sql", connection={"url_env": "SHOP_URL"}, contacts={"read": {"table": "t"}, "map": mapping}),
+            declare("sheet", kind="sheet", connection={"url_env": "LINK"}, contacts={"map": mapping}),
+        ]
+        job = build_defs(sources=declared).get_repository_def().get_job("sync_external")
+        result = job.execute_in_process(instance=instance, raise_on_error=False)
+    assert [check.passed for check in result.get_asset_check_evaluations()] == [False] * 4
+    assert crm.requests
+    events = "".join(entry.to_json() for entry in instance.all_logs(result.run_id))
+    assert secret not in events
+    assert secret not in "".join(capfd.readouterr())
+
+
+def test_a_schedule_that_never_comes_keeps_none_of_the_others(sources: list[Source], home: Path) -> None:
+    never = sources[1].model_copy(update={"schedule": "0 0 31 2 *"})
+    schedules = {schedule.name for schedule in build_defs(sources=[sources[0], never]).get_repository_def().schedule_defs}
+    assert "sync_away" in schedules
+    assert "sync_crm" not in schedules
 
 
 def test_a_broken_declaration_keeps_none_of_the_others_and_dlt_is_not_loaded(sources: list[Source], home: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
@@ -19,6 +21,7 @@ import pydantic
 from mail_pipelines.errors import nearest
 from mail_pipelines.sources.declaration import Form, first_problem
 from mail_pipelines.sources.errors import DeclarationError, SourceError
+from mail_pipelines.sources.kinds import patience
 
 KINDS = {"files": "files", "rest": "rest", "sheet": "sheet", "sql": "sql"}
 WRITERS = {"rest": "rest_writing", "sql": "sql_writing"}
@@ -45,6 +48,8 @@ class Verdict:
 
 
 TAKEN = Verdict("taken")
+# Names of headers that carry a login.
+_SECRETIVE = re.compile(r"authori[sz]ation|cookie|token|secret|passw|api[-_]?key", re.IGNORECASE)
 # Sends events and says of each, in their order, what became of it. Raises `Unavailable` or `Refused` if that holds for all of them.
 Writer = Callable[[Sequence[Event]], list[Verdict]]
 
@@ -85,6 +90,7 @@ def module(kind: str) -> Kind:
 def check_form(kind: str, connection: Mapping[str, Any], read: Mapping[str, Any]) -> tuple[Form, Form]:
     """Both parts in the kind's forms. Raises `DeclarationError`, naming the place."""
     found = module(kind)
+    _refuse_secrets(connection)
     forms = []
     for place, form, given in (("connection", found.Connection, connection), ("read", found.Read, read)):
         try:
@@ -92,6 +98,16 @@ def check_form(kind: str, connection: Mapping[str, Any], read: Mapping[str, Any]
         except pydantic.ValidationError as error:
             raise DeclarationError(f"{place}.{first_problem(error)}") from None
     return forms[0], forms[1]
+
+
+def _refuse_secrets(connection: Mapping[str, Any]) -> None:
+    """A declaration is shown and copied."""
+    for name, value in connection.items():
+        if isinstance(value, str) and "://" in value and urllib.parse.urlsplit(value).password:
+            raise DeclarationError(f"connection.{name}: a password stands in it; put it into an environment variable, and only the name of that here")
+    headers = connection.get("headers")
+    if isinstance(headers, Mapping) and (wrong := next((str(name) for name in headers if _SECRETIVE.search(str(name))), None)):
+        raise DeclarationError(f"connection.headers: {wrong}: give it by `auth`, with the secret in an environment variable")
 
 
 def _writing(kind: str) -> WritingKind:
@@ -115,15 +131,23 @@ def check_send(kind: str, send: Mapping[str, Any], what: Sequence[str] = ()) -> 
     return form
 
 
-def writer(kind: str, connection: Mapping[str, Any], send: Mapping[str, Any]) -> AbstractContextManager[Writer]:
+@contextmanager
+def writer(kind: str, connection: Mapping[str, Any], send: Mapping[str, Any]) -> Iterator[Writer]:
     """What events are sent by, for as long as the block runs."""
-    return _writing(kind).writer(module(kind).Connection.model_validate(connection), check_send(kind, send), secret)
+    hangs = Unavailable(f"the service has not answered for {patience.MOST_SECONDS:.0f} s")
+    with _writing(kind).writer(module(kind).Connection.model_validate(connection), check_send(kind, send), secret) as write:
+
+        def tell(events: Sequence[Event]) -> list[Verdict]:
+            with patience.within(patience.MOST_SECONDS, hangs):
+                return write(events)
+
+        yield tell
 
 
 def rows(kind: str, connection: Mapping[str, Any], read: Mapping[str, Any], wanted: Wanted) -> Iterator[Any]:
-    """The pages of a source: lists of mappings, or Arrow tables."""
+    """The pages of a source: lists of mappings, or Arrow tables. Raises `SourceError`, also if none comes for long."""
     forms = check_form(kind, connection, read)
-    return module(kind).rows(*forms, wanted)
+    return patience.each(module(kind).rows(*forms, wanted))
 
 
 def secret(name: str, environ: Mapping[str, str] = os.environ) -> str:

@@ -1,4 +1,4 @@
-"""Files: CSV, Parquet or JSON lines, on this host or in object storage (any URL of fsspec).
+"""Files: CSV, Parquet or JSON lines, on this host or in object storage (any URL of fsspec whose package is installed: s3fs, gcsfs, adlfs …).
 
 A file is read again in every run; deletions are noticed when a record stands in none of them any more.
 """
@@ -54,7 +54,12 @@ def _file_system(connection: Connection, wanted: Wanted) -> Any:
     import fsspec
 
     protocol = connection.url.partition("://")[0] if "://" in connection.url else "file"
-    return fsspec.filesystem(protocol, **connection.options, **{key: wanted.secret(name) for key, name in connection.secrets.items()})
+    secrets = {key: wanted.secret(name) for key, name in connection.secrets.items()}
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise SourceError(f"connection.url: {protocol}:// cannot be read here: {error}") from None
+    return kind(**connection.options, **secrets)
 
 
 def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None) -> Iterator[Any]:
