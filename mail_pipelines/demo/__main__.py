@@ -1,4 +1,4 @@
-"""The main job on this machine: contacts, segments, one campaign, two dispatch servers, Dagster in between. Run by `script/demo`."""
+"""The main job on this machine: contacts, a CRM, segments, one campaign, two dispatch servers, Dagster in between. Run by `script/demo`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
 from mail_pipelines.database.engine import open_engine, reading, transact
-from mail_pipelines.demo import campaign, data, own_home, shortage
+from mail_pipelines.demo import campaign, data, own_home, reactions, shortage, source
 from mail_pipelines.demo.reporting import reported
-from mail_pipelines.demo.summary import Summary, summarise
+from mail_pipelines.demo.summary import summarise
 from mail_pipelines.dispatch import servers
 from mail_pipelines.domains import store as domains
 from mail_pipelines.domains.domain import Names
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.inbound.reading import files_wait
 from mail_pipelines.segments import saved, snapshots
 from mail_pipelines.supervision import Processes, Stopped
 
@@ -43,15 +44,19 @@ LIMITS = {"connections": 24, "per_second": 80.0, "messages_per_connection": 500}
 console = Console(stderr=True)
 
 
-def prepare(folder: Path, contacts: int, check: Callable[[], None]) -> tuple[Settings, Engine]:
-    """A fresh home with contacts, two lists, earlier engagement and three segments. `check` is called between the steps and may raise."""
+def make_home(folder: Path) -> tuple[Settings, Engine]:
+    """A fresh home."""
     own_home.empty(folder)
     home.make()
     settings = config.load()
-    engine = open_engine(settings.database)
+    return settings, open_engine(settings.database)
+
+
+def fill(engine: Engine, settings: Settings, contacts: int, segments: Sequence[str], check: Callable[[], None]) -> None:
+    """Contacts, two lists, earlier engagement, segments, snapshots. `check` is called between the steps and may raise."""
     now = dt.datetime.now(dt.UTC)
     with console.status(f"writing {contacts:,} contacts"):
-        files = data.write(folder / "files", contacts=contacts)
+        files = data.write(settings.home / "files", contacts=contacts)
     check()
     for path, list_name in files.imports:
         columns = (SpinnerColumn(), TextColumn("import {task.description}", markup=False), BarColumn(), TimeElapsedColumn())
@@ -68,20 +73,20 @@ def prepare(folder: Path, contacts: int, check: Callable[[], None]) -> tuple[Set
     with console.status("earlier campaigns and what became of them"):
         data.engagement(engine, now)
     check()
-    for text in campaign.SEGMENTS:
+    for text in segments:
         saved.save(engine, saved.from_yaml(text), now=now)
     with console.status("snapshots"):
-        snapshots.refresh_contacts(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
-        snapshots.refresh_engagement(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
+        # Dagster may be at it as well: its schedule comes every quarter of an hour.
+        snapshots.in_turn(lambda: snapshots.refresh_contacts(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC)))
+        snapshots.in_turn(lambda: snapshots.refresh_engagement(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC)))
     check()
-    return settings, engine
 
 
-def schedule(engine: Engine, settings: Settings, finish_by: dt.datetime | None = None) -> None:
-    """Put the campaign in as a marketer does, to start now. From here on Dagster's sensors do everything."""
+def schedule(engine: Engine, settings: Settings, include: Sequence[str] = (), finish_by: dt.datetime | None = None) -> None:
+    """Put the campaign in as a marketer does, to start now, with the segments `include` besides. From here on Dagster's sensors do everything."""
     now = dt.datetime.now(dt.UTC)
     document = yaml_form.parse(campaign.CAMPAIGN)
-    definition = replace(document.definition, finish_by=finish_by)
+    definition = replace(document.definition, include=(*document.definition.include, *include), finish_by=finish_by)
     transact(engine, lambda connection: store.create(connection, definition, now))
     assert document.content is not None
     versions.set_content(engine, campaign.KEY, document.content, now)
@@ -118,6 +123,9 @@ def show(result: Mapping[str, Any], address: str) -> None:
         if name == "servers":
             for server, messages in sorted(value.items()):
                 table.add_row(f"messages by {server}", f"{messages:,}")
+        elif name == "crm":
+            for part, here in value["ours"].items():
+                table.add_row(f"CRM: {part}", f"{_number(here)} here, {_number(value['theirs'][part])} there")
         elif name == "shortage":
             for part, words in value.items():
                 table.add_row(f"shortage: {part.replace('_', ' ')}", escape(str(words)))
@@ -127,11 +135,20 @@ def show(result: Mapping[str, Any], address: str) -> None:
     console.print(f"Dagster: [bold]{address}[/bold]")
 
 
-def play(options: argparse.Namespace, folder: Path, processes: Processes) -> Summary:
-    """The whole demo, up to its summary, and until Ctrl-C if it is not to end there."""
-    settings, engine = prepare(folder, options.contacts or (shortage.CONTACTS if options.shortage else CONTACTS), processes.check)
+def _number(value: int | Mapping[str, int]) -> str:
+    return f"{value:,}" if isinstance(value, int) else " + ".join(f"{count:,} {kind}" for kind, count in value.items()) or "0"
+
+
+def play(options: argparse.Namespace, folder: Path, processes: Processes) -> bool:
+    """The whole demo, up to its summary, and until Ctrl-C if it is not to end there; whether what was counted is as promised."""
+    contacts = options.contacts or (shortage.CONTACTS if options.shortage else CONTACTS)
+    settings, engine = make_home(folder)
+    crm = None
     if options.shortage:
         Path(settings.provisioning.hosts).write_text(shortage.HOSTS, encoding="utf-8")
+    else:
+        crm = source.start(engine, settings, processes, contacts)
+        console.print(f"the CRM is at [bold]{crm.address}[/bold]")
     for name in up.catchers(engine, settings):
         up.start_catcher(processes, engine, settings, name)
         if not options.shortage:
@@ -139,29 +156,46 @@ def play(options: argparse.Namespace, folder: Path, processes: Processes) -> Sum
     begun = time.monotonic()
     with console.status("starting Dagster"):
         address = up.start_dagster(processes, settings)
+    started = time.monotonic()
     console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
-    story = None
-    if options.shortage:
-        story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
+    if crm:
+        fill(engine, settings, contacts - source.people_of(contacts), (*campaign.SEGMENTS, campaign.CRM_SEGMENT), processes.check)
+        with console.status("waiting for the CRM's people: Dagster reads them at the full minute"):
+            crm.wait_until_read()
+    else:
+        fill(engine, settings, contacts, campaign.SEGMENTS, processes.check)
+    story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(started - begun)) if options.shortage else None
     finish_by = story.finish_by if story else None
-    schedule(engine, settings, finish_by)
+    schedule(engine, settings, (campaign.CRM_KEY,) if crm else (), finish_by)
     if story:
         story.tell()
     follow(engine, processes, finish_by)
     if story:
         story.retire()
+    if crm:
+        with console.status("some recipients open and click, some leave by mail"):
+            reactions.react(engine, settings, campaign.KEY)
+            processes.wait_until_ready(lambda: not files_wait(settings), seconds=REPORT_SECONDS, what="reading the mail")
     with console.status("waiting for the results in Dagster"):
         processes.wait_until_ready(lambda: reported(settings, campaign.KEY), seconds=REPORT_SECONDS, what="the result run")
     summary = summarise(engine, settings, campaign.KEY)
     result = summary.to_document() | ({"shortage": story.judge(summary)} if story else {})
+    right = summary.is_right
+    if crm:
+        crm.hold(True)
+        with console.status("telling the CRM what is new"):
+            result["crm"] = crm.compare(address)
+        right = right and result["crm"]["ours"] == result["crm"]["theirs"]
     show(result, address)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
     if not options.exit:
+        if crm:
+            crm.hold(False)
         console.print("Ctrl-C ends it.")
         processes.wait()
-    return summary
+    return right
 
 
 def main() -> int:
@@ -180,7 +214,7 @@ def main() -> int:
         own_home.claim(folder)
         with Processes(up.lock(folder)) as processes:
             try:
-                summary = play(options, folder, processes)
+                right = play(options, folder, processes)
             finally:
                 # Servers that were made go on when those who made them have ended.
                 processes.stop_all()
@@ -190,7 +224,7 @@ def main() -> int:
     except MailPipelinesError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 1
-    return 0 if summary.is_right else 2
+    return 0 if right else 2
 
 
 if __name__ == "__main__":
