@@ -27,7 +27,7 @@ from mail_pipelines.contacts import importing
 from mail_pipelines.database.engine import open_engine, reading, transact
 from mail_pipelines.demo import campaign, data, own_home, reactions, shortage, source
 from mail_pipelines.demo.reporting import reported
-from mail_pipelines.demo.summary import summarise
+from mail_pipelines.demo.summary import Summary, summarise
 from mail_pipelines.dispatch import servers
 from mail_pipelines.domains import store as domains
 from mail_pipelines.domains.domain import Names
@@ -139,60 +139,74 @@ def _number(value: int | Mapping[str, int]) -> str:
     return f"{value:,}" if isinstance(value, int) else " + ".join(f"{count:,} {kind}" for kind, count in value.items()) or "0"
 
 
-def play(options: argparse.Namespace, folder: Path, processes: Processes) -> bool:
-    """The whole demo, up to its summary, and until Ctrl-C if it is not to end there; whether what was counted is as promised."""
-    contacts = options.contacts or (shortage.CONTACTS if options.shortage else CONTACTS)
-    settings, engine = make_home(folder)
-    crm = None
-    if options.shortage:
-        Path(settings.provisioning.hosts).write_text(shortage.HOSTS, encoding="utf-8")
-    else:
-        crm = source.start(engine, settings, processes, contacts)
-        console.print(f"the CRM is at [bold]{crm.address}[/bold]")
+def start_platform(engine: Engine, settings: Settings, processes: Processes, limits: Mapping[str, float] | None = None) -> str:
+    """Start catchers and Dagster; returns the address of the UI."""
     for name in up.catchers(engine, settings):
         up.start_catcher(processes, engine, settings, name)
-        if not options.shortage:
-            servers.set_limits(engine, name, "*", LIMITS)
-    begun = time.monotonic()
+        if limits:
+            servers.set_limits(engine, name, "*", limits)
     with console.status("starting Dagster"):
         address = up.start_dagster(processes, settings)
-    started = time.monotonic()
     console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
-    if crm:
-        fill(engine, settings, contacts - source.people_of(contacts), (*campaign.SEGMENTS, campaign.CRM_SEGMENT), processes.check)
-        with console.status("waiting for the CRM's people: Dagster reads them at the full minute"):
-            crm.wait_until_read()
-    else:
-        fill(engine, settings, contacts, campaign.SEGMENTS, processes.check)
-    story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(started - begun)) if options.shortage else None
-    finish_by = story.finish_by if story else None
-    schedule(engine, settings, (campaign.CRM_KEY,) if crm else (), finish_by)
-    if story:
-        story.tell()
-    follow(engine, processes, finish_by)
-    if story:
-        story.retire()
-    if crm:
-        with console.status("some recipients open and click, some leave by mail"):
-            reactions.react(engine, settings, campaign.KEY)
-            processes.wait_until_ready(lambda: not files_wait(settings), seconds=REPORT_SECONDS, what="reading the mail")
+    return address
+
+
+def results(engine: Engine, settings: Settings, processes: Processes) -> Summary:
     with console.status("waiting for the results in Dagster"):
         processes.wait_until_ready(lambda: reported(settings, campaign.KEY), seconds=REPORT_SECONDS, what="the result run")
-    summary = summarise(engine, settings, campaign.KEY)
-    result = summary.to_document() | ({"shortage": story.judge(summary)} if story else {})
-    right = summary.is_right
-    if crm:
-        crm.hold(True)
-        with console.status("telling the CRM what is new"):
-            result["crm"] = crm.compare(address)
-        right = right and result["crm"]["ours"] == result["crm"]["theirs"]
+    return summarise(engine, settings, campaign.KEY)
+
+
+def with_crm(engine: Engine, settings: Settings, processes: Processes, contacts: int) -> tuple[str, dict[str, Any], bool]:
+    """The campaign, with a CRM in step: the address of the UI, the result, and whether all is right."""
+    crm = source.start(engine, settings, processes, contacts)
+    console.print(f"a CRM is at [bold]{crm.address}[/bold]")
+    # Before the contacts are there, so that the minute in which the CRM is read is not waited for.
+    address = start_platform(engine, settings, processes, LIMITS)
+    fill(engine, settings, contacts - source.people_of(contacts), (*campaign.SEGMENTS, campaign.CRM_SEGMENT), processes.check)
+    with console.status("waiting for the CRM's people, whom Dagster reads at the full minute"):
+        crm.wait_until_read()
+    schedule(engine, settings, include=[campaign.CRM_KEY])
+    follow(engine, processes)
+    with console.status("recipients open, click, and leave by mail"):
+        reactions.react(engine, settings, campaign.KEY)
+        processes.wait_until_ready(lambda: not files_wait(settings), seconds=REPORT_SECONDS, what="reading the mail of those who leave")
+    summary = results(engine, settings, processes)
+    with console.status("telling the CRM what is new"):
+        counted = crm.compare(address)
+    agree = counted["ours"] == counted["theirs"]
+    if not agree:
+        console.print("error: the CRM counts otherwise than we do", style="red")
+    return address, summary.to_document() | {"crm": counted}, summary.is_right and agree
+
+
+def with_shortage(engine: Engine, settings: Settings, processes: Processes, contacts: int) -> tuple[str, dict[str, Any], bool]:
+    """The campaign, with two servers that would be late and a third one that is made: as `with_crm`."""
+    Path(settings.provisioning.hosts).write_text(shortage.HOSTS, encoding="utf-8")
+    fill(engine, settings, contacts, campaign.SEGMENTS, processes.check)
+    begun = time.monotonic()
+    address = start_platform(engine, settings, processes)
+    story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
+    schedule(engine, settings, finish_by=story.finish_by)
+    story.tell()
+    follow(engine, processes, story.finish_by)
+    story.retire()
+    summary = results(engine, settings, processes)
+    return address, summary.to_document() | {"shortage": story.judge(summary)}, summary.is_right
+
+
+def play(options: argparse.Namespace, folder: Path, processes: Processes) -> bool:
+    """The whole demo, up to its summary, and until Ctrl-C if it is not to end there; whether all is right."""
+    settings, engine = make_home(folder)
+    if options.shortage:
+        address, result, right = with_shortage(engine, settings, processes, options.contacts or shortage.CONTACTS)
+    else:
+        address, result, right = with_crm(engine, settings, processes, options.contacts or CONTACTS)
     show(result, address)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
     if not options.exit:
-        if crm:
-            crm.hold(False)
         console.print("Ctrl-C ends it.")
         processes.wait()
     return right

@@ -67,15 +67,12 @@ class CrmSource:
         """Wait for the first run of its schedule, which comes at a full minute. Raises `MailPipelinesError` with the reason if it failed."""
         self.processes.wait_until_ready(lambda: self._in_step(dt.datetime.min.replace(tzinfo=dt.UTC)), seconds=_READ_SECONDS, what="the CRM's first reading")
 
-    def hold(self, still: bool) -> None:
-        """Let nothing change at the CRM by itself, so that it can be counted; or everything again."""
-        self._ask("changing", {"changing": not still})
-
     def compare(self, dagster: str) -> dict[str, Any]:
-        """What both sides count when all is read and told. The CRM has to hold still; `dagster` is the address of the web server.
+        """What both sides count when all is read and told; nothing changes at the CRM meanwhile. `dagster` is the address of the web server.
 
         `ours` and `theirs` have `people`, `subscribed`, `unsubscribed` and `events` by kind, and are equal if nothing was lost or counted twice.
         """
+        self._ask("changing", {"changing": False})
         since, asked = dt.datetime.now(dt.UTC), False
 
         def told() -> bool:
@@ -89,6 +86,7 @@ class CrmSource:
         with reading(self.engine) as connection:
             ours = count(connection)
         counted = self._ask("counts")
+        self._ask("changing", {"changing": True})
         return {"address": self.address, "ours": ours, "theirs": {name: counted[name] for name in ours}, "changes": counted["changes"]}
 
     def _may_be_asked(self) -> bool:
