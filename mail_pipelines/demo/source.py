@@ -131,12 +131,17 @@ def start(engine: Engine, settings: Settings, processes: Processes, contacts: in
     processes.start("crm", command, log=settings.home / "log" / "crm.log")
     processes.wait_until_ready(address_file.exists, seconds=_START_SECONDS, what="the CRM")
     address = address_file.read_text(encoding="utf-8")
-    folder = settings.home / declaration.FOLDER
-    folder.mkdir()
-    (folder / f"{NAME}.yaml").write_text(_DECLARATION.read_text(encoding="utf-8").replace("http://127.0.0.1:PORT", address), encoding="utf-8")
+    declare(settings.home, address)
     # The segment of its people speaks of the list, which the first reading would make later.
     transact(engine, lambda connection: lists.ensure(connection, _LIST_NAME, now=dt.datetime.now(dt.UTC)))
     return CrmSource(engine, settings, processes, declaration.load(settings.home, NAME), address, token_file.read_text(encoding="utf-8"))
+
+
+def declare(home: Path, address: str) -> None:
+    """Write the declaration of the CRM at an address."""
+    folder = home / declaration.FOLDER
+    folder.mkdir()
+    (folder / f"{NAME}.yaml").write_text(_DECLARATION.read_text(encoding="utf-8").replace("http://127.0.0.1:PORT", address), encoding="utf-8")
 
 
 def count(connection: Connection) -> dict[str, Any]:
