@@ -12,11 +12,12 @@ from mail_pipelines.capacity import demand
 from mail_pipelines.config import OperationSettings, ReputationSettings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import audit, servers
-from mail_pipelines.jobs import audit_delivery_logs, plan_capacity, refresh_snapshots_job
+from mail_pipelines.jobs import SYNC_EXTERNAL, audit_delivery_logs, plan_capacity, refresh_snapshots_job
 from mail_pipelines.ops.maintenance import maintenance
 from mail_pipelines.reputation.readings import configured
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
+from mail_pipelines.sensors.runs import unfinished
 from mail_pipelines.sources import running
 from mail_pipelines.sources.declaration import Source
 
@@ -58,9 +59,11 @@ def sync_schedules(sources: Sequence[Source], job: dg.UnresolvedAssetJobDefiniti
 
 def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
     def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        if running.is_running(config.load().home, source.name):
-            return dg.SkipReason("the run before is still under way")
         keys = [dg.AssetKey([source.name, section]) for section in source.parts]
+        # One that waits for its turn, or is starting, holds no lock yet.
+        asked_for = (run.asset_selection for run in unfinished(context.instance, SYNC_EXTERNAL))
+        if running.is_running(config.load().home, source.name) or any(selection is None or selection & set(keys) for selection in asked_for):
+            return dg.SkipReason("the run before is still under way")
         return dg.RunRequest(run_key=f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}", asset_selection=keys)
 
     return dg.schedule(

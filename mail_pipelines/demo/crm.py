@@ -140,13 +140,13 @@ class Crm:
 
     # --- what happens there by itself --------------------------------------------------------------------------------
 
-    def hold(self, changing: bool) -> None:
-        """Let nothing change by itself any more from now on, or everything again."""
+    def let_change(self, changing: bool) -> None:
+        """Whether anything changes by itself from now on."""
         with self._lock:
             self.changing = changing
 
     def change(self) -> None:
-        """One thing happens, unless nothing is to change. What is drawn does not depend on what the CRM was told."""
+        """One thing happens, if anything is to change. What is drawn does not depend on what the CRM was told."""
         with self._lock:
             if not self.changing:
                 return

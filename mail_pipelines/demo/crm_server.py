@@ -5,7 +5,7 @@
     GET  /v1/unsubscribed   likewise: who wants no more mail
     POST /v1/events/batch   {"events": [{"id", "type", "contact", "list", "reason", ...}, ...]}, with an Idempotency-Key
     GET  /v1/counts         the numbers of the page
-    PUT  /v1/changing       {"changing": false}: nothing changes by itself until it is true again
+    PUT  /v1/changing       {"changing": true}: from now on people come, change, leave and are deleted by themselves; false: no more
 
 All but the page want the token. What belongs here: HTTP and the process. What does not: what the CRM knows and does (`crm`).
 """
@@ -46,7 +46,7 @@ def page(counts: Mapping[str, Any], *, changing: bool) -> str:
         f"<h2>{title}</h2><table>{''.join(f'<tr><td>{name}</td><td>{number:,}</td></tr>' for name, number in rows.items())}</table>"
         for title, rows in parts.items()
     )
-    return _PAGE.format(state="changes all the time" if changing else "holds still", tables=tables)
+    return _PAGE.format(state="changes twice a second" if changing else "holds still", tables=tables)
 
 
 def make_server(crm: Crm, token: str) -> ThreadingHTTPServer:
@@ -74,7 +74,7 @@ def make_server(crm: Crm, token: str) -> ThreadingHTTPServer:
 
         def do_PUT(self) -> None:
             body = self.body()
-            self.answer((lambda: crm.hold(bool(json.loads(body)["changing"]))) if self.path == "/v1/changing" else None)
+            self.answer((lambda: crm.let_change(bool(json.loads(body)["changing"]))) if self.path == "/v1/changing" else None)
 
         def body(self) -> bytes:
             # Read in any case: what is left of it would be taken for the next request.
@@ -118,6 +118,7 @@ def main() -> None:
     first, others = random.Random(SEED + 2), random.Random(SEED)
     known = range(options.strangers, options.strangers + options.people)
     crm = Crm([make_person(first, number) for number in known], (make_person(others, number) for number in range(options.strangers)))
+    crm.let_change(False)
     server = make_server(crm, options.token_file.read_text(encoding="utf-8").strip())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     draft = options.address_file.with_suffix(".draft")

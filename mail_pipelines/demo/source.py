@@ -47,9 +47,9 @@ _START_SECONDS = 30
 # The next full minute, and a run on a machine that is busy.
 _READ_SECONDS = 180
 _ANSWER_SECONDS = 10
-# What is still to be told at the end is asked for at once, unless the schedule has just done so or will do so within these seconds: one run at a time
-# reads a source.
-_AFTER_THE_MINUTE, _BEFORE_THE_MINUTE = 5, 20
+# What is still to be told at the end is asked for at once, unless the schedule is about to: one run at a time reads a source. It comes within seconds
+# after the full minute.
+_OF_THE_SCHEDULE = (*range(57, 60), *range(5))
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,12 @@ class CrmSource:
     token: str
 
     def wait_until_read(self) -> None:
-        """Wait for the first run of its schedule, which comes at a full minute. Raises `MailPipelinesError` with the reason if it failed."""
+        """Wait for the first run of its schedule, which comes at a full minute. Raises `MailPipelinesError` with the reason if it failed.
+
+        From then on the CRM changes: whoever was deleted before it would be none of the contacts.
+        """
         self.processes.wait_until_ready(lambda: self._in_step(dt.datetime.min.replace(tzinfo=dt.UTC)), seconds=_READ_SECONDS, what="the CRM's first reading")
+        self._ask("changing", {"changing": True})
 
     def compare(self, dagster: str) -> dict[str, Any]:
         """What both sides count when all is read and told; nothing changes at the CRM meanwhile. `dagster` is the address of the web server.
@@ -90,8 +94,7 @@ class CrmSource:
         return {"address": self.address, "ours": ours, "theirs": {name: counted[name] for name in ours}, "changes": counted["changes"]}
 
     def _may_be_asked(self) -> bool:
-        second = dt.datetime.now(dt.UTC).second
-        if not _AFTER_THE_MINUTE <= second < 60 - _BEFORE_THE_MINUTE:
+        if dt.datetime.now(dt.UTC).second in _OF_THE_SCHEDULE:
             return False
         with dg.DagsterInstance.from_config(str(self.settings.dagster_home)) as instance:
             return not unfinished(instance, SYNC_EXTERNAL)

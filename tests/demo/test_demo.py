@@ -38,7 +38,7 @@ def test_the_demo_mails_everybody_once_is_in_step_with_its_crm_and_names_nobody(
             assert line, told.read_text()[-4000:]
             wait_for(lambda: "Ctrl-C ends it" in told.read_text(), what="the last words")
             with urllib.request.urlopen(json.loads(line)["crm"]["address"], timeout=10) as page:
-                assert "changes all the time" in page.read().decode()
+                assert "changes twice a second" in page.read().decode()
             demo.send_signal(signal.SIGINT)
             assert demo.wait(60) == 0, told.read_text()[-4000:]
         finally:

@@ -80,6 +80,12 @@ def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: lis
     assert {key.to_user_string() for key in request.asset_selection or []} == {"crm/contacts", "crm/suppressions"}
     with only_one(running.work_folder(home) / "crm.lock", "source crm"):
         assert not schedule.evaluate_tick(context).run_requests
+    # Runs that wait for their turn hold no lock: of another source, then of everything.
+    job = repository.get_job("sync_external")
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED, asset_selection=frozenset([dg.AssetKey(["away", "contacts"])]))
+    assert schedule.evaluate_tick(context).run_requests
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED)
+    assert not schedule.evaluate_tick(context).run_requests
 
 
 def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(sources: list[Source], instance: dg.DagsterInstance, engine: sa.Engine) -> None:
