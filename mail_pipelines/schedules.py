@@ -60,7 +60,7 @@ def sync_schedules(sources: Sequence[Source], job: dg.UnresolvedAssetJobDefiniti
 def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
     def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         keys = [dg.AssetKey([source.name, section]) for section in source.parts]
-        # One that waits for its turn, or is starting, holds no lock yet.
+        # One that waits for its turn or is starting holds no lock yet.
         asked_for = (run.asset_selection for run in unfinished(context.instance, SYNC_EXTERNAL))
         if running.is_running(config.load().home, source.name) or any(selection is None or selection & set(keys) for selection in asked_for):
             return dg.SkipReason("the run before is still under way")

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.slow
 def instance(engine: sa.Engine, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("MAIL_PIPELINES_HOME", str(home))
-    with dg.DagsterInstance.ephemeral() as instance:
+    # On disk: a schedule's context takes no other.
+    with dg.instance_for_test() as instance:
         yield instance
 
 
@@ -80,11 +81,11 @@ def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: lis
     assert {key.to_user_string() for key in request.asset_selection or []} == {"crm/contacts", "crm/suppressions"}
     with only_one(running.work_folder(home) / "crm.lock", "source crm"):
         assert not schedule.evaluate_tick(context).run_requests
-    # Runs that wait for their turn hold no lock: of another source, then of everything.
+    # Runs that are starting hold no lock: of another source, then of everything.
     job = repository.get_job("sync_external")
-    instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED, asset_selection=frozenset([dg.AssetKey(["away", "contacts"])]))
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, asset_selection=frozenset([dg.AssetKey(["away", "contacts"])]))
     assert schedule.evaluate_tick(context).run_requests
-    instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED)
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING)
     assert not schedule.evaluate_tick(context).run_requests
 
 
