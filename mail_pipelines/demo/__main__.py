@@ -140,15 +140,19 @@ def _number(value: int | Mapping[str, int]) -> str:
 
 
 def start_platform(engine: Engine, settings: Settings, processes: Processes, limits: Mapping[str, float] | None = None) -> str:
-    """Start catchers and Dagster; returns the address of the UI."""
+    """Start catchers and Dagster; returns the address at which the UI will answer."""
     for name in up.catchers(engine, settings):
         up.start_catcher(processes, engine, settings, name)
         if limits:
             servers.set_limits(engine, name, "*", limits)
     with console.status("starting Dagster"):
-        address = up.start_dagster(processes, settings)
+        return up.begin_dagster(processes, settings)
+
+
+def show_ui(processes: Processes, address: str) -> None:
+    with console.status("waiting for Dagster"):
+        up.wait_for_ui(processes, address)
     console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
-    return address
 
 
 def results(engine: Engine, settings: Settings, processes: Processes) -> Summary:
@@ -164,6 +168,7 @@ def with_crm(engine: Engine, settings: Settings, processes: Processes, contacts:
     # Before the contacts are there, so that the minute in which the CRM is read is not waited for.
     address = start_platform(engine, settings, processes, LIMITS)
     fill(engine, settings, contacts - source.people_of(contacts), (*campaign.SEGMENTS, campaign.CRM_SEGMENT), processes.check)
+    show_ui(processes, address)
     with console.status("waiting for the CRM's people, whom Dagster reads at the full minute"):
         crm.wait_until_read()
     schedule(engine, settings, include=[campaign.CRM_KEY])
@@ -186,6 +191,7 @@ def with_shortage(engine: Engine, settings: Settings, processes: Processes, cont
     fill(engine, settings, contacts, campaign.SEGMENTS, processes.check)
     begun = time.monotonic()
     address = start_platform(engine, settings, processes)
+    show_ui(processes, address)
     story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
     schedule(engine, settings, finish_by=story.finish_by)
     story.tell()

@@ -163,11 +163,12 @@ def opens_and_clicks(engine: Engine, campaign_id: int, now: dt.datetime, seed: i
     """Let people open what a campaign has just brought them, and click; returns how many opened."""
     draw = random.Random(seed + 3)
     with reading(engine) as connection:
-        (start,) = connection.execute(sa.select(Campaign.started_at).where(Campaign.id == campaign_id)).scalars()
+        start = connection.execute(sa.select(Campaign.started_at).where(Campaign.id == campaign_id)).scalar_one()
         links = connection.execute(sa.select(Link.id).where(Link.campaign_id == campaign_id).order_by(Link.id)).scalars().all()
         delivered = sa.and_(Delivery.campaign_id == campaign_id, Delivery.state == int(State.DELIVERED))
         people = connection.execute(sa.select(Contact.id).join(Delivery, Delivery.contact_id == Contact.id).where(delivered).order_by(Contact.address))
         receivers = people.scalars().all()
+    assert start is not None
     opened = draw.sample(receivers, int(len(receivers) * OPENERS))
     _write_events(engine, list(_events(draw, campaign_id, links[0], opened, start, now)))
     return len(opened)
