@@ -130,8 +130,8 @@ def start(engine: Engine, settings: Settings, processes: Processes, contacts: in
     token_file.write_text(secrets.token_urlsafe(24), encoding="utf-8")
     os.environ[_TOKEN] = str(token_file)
     known = people_of(contacts)
-    command = [sys.executable, "-m", crm_server.__name__, token_file, address_file, "--people", str(known), "--strangers", str(contacts - known)]
-    processes.start("crm", command, log=settings.home / "log" / "crm.log")
+    people = ["--people", str(known), "--strangers", str(contacts - known)]
+    processes.start("crm", [sys.executable, "-m", crm_server.__name__, str(token_file), str(address_file), *people], log=settings.home / "log" / "crm.log")
     processes.wait_until_ready(address_file.exists, seconds=_START_SECONDS, what="the CRM")
     address = address_file.read_text(encoding="utf-8")
     declare(settings.home, address)
