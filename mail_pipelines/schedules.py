@@ -12,7 +12,7 @@ from mail_pipelines.capacity import demand
 from mail_pipelines.config import OperationSettings, ReputationSettings
 from mail_pipelines.database.engine import database_now, reading
 from mail_pipelines.dispatch import audit, servers
-from mail_pipelines.jobs import audit_delivery_logs, plan_capacity, refresh_snapshots_job
+from mail_pipelines.jobs import SYNC_EXTERNAL, audit_delivery_logs, plan_capacity, refresh_snapshots_job
 from mail_pipelines.ops.maintenance import maintenance
 from mail_pipelines.reputation.readings import configured
 from mail_pipelines.resources.database import CentralDatabase
@@ -69,11 +69,13 @@ def sync_schedules(sources: Sequence[Source], job: dg.UnresolvedAssetJobDefiniti
 
 def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
     def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        tags = {SOURCE: source.name}
-        if running.is_running(config.load().home, source.name) or context.instance.get_runs(dg.RunsFilter(statuses=list(_NOT_BEGUN), tags=tags), limit=1):
-            return dg.SkipReason("the run before is still under way, or waits for its turn")
         keys = [dg.AssetKey([source.name, section]) for section in source.parts]
-        return dg.RunRequest(run_key=f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}", asset_selection=keys, tags=tags)
+        # One that waits for its turn or is starting, also by hand, holds no lock yet.
+        asked_for = (run.asset_selection for run in context.instance.get_runs(dg.RunsFilter(job_name=SYNC_EXTERNAL, statuses=list(_NOT_BEGUN))))
+        if running.is_running(config.load().home, source.name) or any(selection is None or selection & set(keys) for selection in asked_for):
+            return dg.SkipReason("the run before is still under way, or waits for its turn")
+        run_key = f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}"
+        return dg.RunRequest(run_key=run_key, asset_selection=keys, tags={SOURCE: source.name})
 
     return dg.schedule(
         job=job,

@@ -51,13 +51,23 @@ def lock(home: Path) -> Path:
 
 def start_dagster(processes: Processes, settings: Settings) -> str:
     """Start the code server, the daemon and the web server, wait until the UI answers, and return its address."""
+    address = begin_dagster(processes, settings)
+    wait_for_ui(processes, address)
+    return address
+
+
+def begin_dagster(processes: Processes, settings: Settings) -> str:
+    """Start them, and return the address at which the UI will answer."""
     host, port = settings.operation.ui_host, _ui_port(settings)
     _start_code(processes, settings)
     start_daemon(processes, settings)
     _start(processes, settings, "web", ["dagster_webserver", "-w", str(_workspace(settings)), "-h", host, "-p", str(port)])
-    address = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
+    return f"http://{'[' + host + ']' if ':' in host else host}:{port}"
+
+
+def wait_for_ui(processes: Processes, address: str) -> None:
+    """Wait until the UI answers. Raises `UpError` if the definitions cannot be loaded."""
     processes.wait_until_ready(lambda: _loaded(address), seconds=START_SECONDS, what="the Dagster UI")
-    return address
 
 
 def _start_code(processes: Processes, settings: Settings) -> None:

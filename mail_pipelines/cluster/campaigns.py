@@ -12,7 +12,7 @@ from mail_pipelines.campaigns import scheduling, store, versions, yaml_form
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.demo import data
+from mail_pipelines.demo import data, people
 from mail_pipelines.dispatch import servers
 from mail_pipelines.domains import rotation
 from mail_pipelines.domains import store as domains
@@ -89,7 +89,7 @@ def segment(engine: Engine, settings: Settings) -> None:
 
 def limit(engine: Engine, fleet: list[str], recipients: int) -> None:
     """What each server may send to each provider."""
-    largest = recipients * max(data.DOMAINS.values())
+    largest = recipients * max(people.DOMAINS.values())
     per_second = min(_MOST_PER_SECOND, largest / len(fleet) / _LEAST_SECONDS)
     for name in fleet:
         servers.set_limits(engine, name, "*", {"connections": 24, "per_second": per_second, "messages_per_connection": 500})

@@ -1,4 +1,4 @@
-"""The main job on this machine: contacts, segments, one campaign, two dispatch servers, Dagster in between. Run by `script/demo`."""
+"""The main job on this machine: contacts, a CRM, segments, one campaign, two dispatch servers, Dagster in between. Run by `script/demo`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from mail_pipelines.campaigns.states import CampaignState
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import importing
 from mail_pipelines.database.engine import open_engine, reading, transact
-from mail_pipelines.demo import campaign, data, own_home, shortage
+from mail_pipelines.demo import campaign, data, own_home, reactions, shortage, source
 from mail_pipelines.demo.reporting import reported
 from mail_pipelines.demo.summary import Summary, summarise
 from mail_pipelines.dispatch import servers
 from mail_pipelines.domains import store as domains
 from mail_pipelines.domains.domain import Names
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.inbound.reading import files_wait
 from mail_pipelines.segments import saved, snapshots
 from mail_pipelines.supervision import Processes, Stopped
 
@@ -43,15 +44,19 @@ LIMITS = {"connections": 24, "per_second": 80.0, "messages_per_connection": 500}
 console = Console(stderr=True)
 
 
-def prepare(folder: Path, contacts: int, check: Callable[[], None]) -> tuple[Settings, Engine]:
-    """A fresh home with contacts, two lists, earlier engagement and three segments. `check` is called between the steps and may raise."""
+def make_home(folder: Path) -> tuple[Settings, Engine]:
+    """A fresh home."""
     own_home.empty(folder)
     home.make()
     settings = config.load()
-    engine = open_engine(settings.database)
+    return settings, open_engine(settings.database)
+
+
+def fill(engine: Engine, settings: Settings, contacts: int, segments: Sequence[str], check: Callable[[], None]) -> None:
+    """Contacts, two lists, earlier engagement, segments, snapshots. `check` is called between the steps and may raise."""
     now = dt.datetime.now(dt.UTC)
     with console.status(f"writing {contacts:,} contacts"):
-        files = data.write(folder / "files", contacts=contacts)
+        files = data.write(settings.home / "files", contacts=contacts)
     check()
     for path, list_name in files.imports:
         columns = (SpinnerColumn(), TextColumn("import {task.description}", markup=False), BarColumn(), TimeElapsedColumn())
@@ -68,20 +73,20 @@ def prepare(folder: Path, contacts: int, check: Callable[[], None]) -> tuple[Set
     with console.status("earlier campaigns and what became of them"):
         data.engagement(engine, now)
     check()
-    for text in campaign.SEGMENTS:
+    for text in segments:
         saved.save(engine, saved.from_yaml(text), now=now)
     with console.status("snapshots"):
-        snapshots.refresh_contacts(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
-        snapshots.refresh_engagement(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC))
+        # Dagster may be at it as well: its schedule comes every quarter of an hour.
+        snapshots.in_turn(lambda: snapshots.refresh_contacts(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC)))
+        snapshots.in_turn(lambda: snapshots.refresh_engagement(engine, settings.snapshot_folder, now=dt.datetime.now(dt.UTC)))
     check()
-    return settings, engine
 
 
-def schedule(engine: Engine, settings: Settings, finish_by: dt.datetime | None = None) -> None:
-    """Put the campaign in as a marketer does, to start now. From here on Dagster's sensors do everything."""
+def schedule(engine: Engine, settings: Settings, include: Sequence[str] = (), finish_by: dt.datetime | None = None) -> None:
+    """Put the campaign in as a marketer does, to start now, with the segments `include` besides. From here on Dagster's sensors do everything."""
     now = dt.datetime.now(dt.UTC)
     document = yaml_form.parse(campaign.CAMPAIGN)
-    definition = replace(document.definition, finish_by=finish_by)
+    definition = replace(document.definition, include=(*document.definition.include, *include), finish_by=finish_by)
     transact(engine, lambda connection: store.create(connection, definition, now))
     assert document.content is not None
     versions.set_content(engine, campaign.KEY, document.content, now)
@@ -118,6 +123,9 @@ def show(result: Mapping[str, Any], address: str) -> None:
         if name == "servers":
             for server, messages in sorted(value.items()):
                 table.add_row(f"messages by {server}", f"{messages:,}")
+        elif name == "crm":
+            for part, here in value["ours"].items():
+                table.add_row(f"CRM: {part}", f"{_number(here)} here, {_number(value['theirs'][part])} there")
         elif name == "shortage":
             for part, words in value.items():
                 table.add_row(f"shortage: {part.replace('_', ' ')}", escape(str(words)))
@@ -127,33 +135,79 @@ def show(result: Mapping[str, Any], address: str) -> None:
     console.print(f"Dagster: [bold]{address}[/bold]")
 
 
-def play(options: argparse.Namespace, folder: Path, processes: Processes) -> Summary:
-    """The whole demo, up to its summary, and until Ctrl-C if it is not to end there."""
-    settings, engine = prepare(folder, options.contacts or (shortage.CONTACTS if options.shortage else CONTACTS), processes.check)
-    if options.shortage:
-        Path(settings.provisioning.hosts).write_text(shortage.HOSTS, encoding="utf-8")
+def _number(value: int | Mapping[str, int]) -> str:
+    return f"{value:,}" if isinstance(value, int) else " + ".join(f"{count:,} {kind}" for kind, count in value.items()) or "0"
+
+
+def start_platform(engine: Engine, settings: Settings, processes: Processes, limits: Mapping[str, float] | None = None) -> str:
+    """Start catchers and Dagster; returns the address at which the UI will answer."""
     for name in up.catchers(engine, settings):
         up.start_catcher(processes, engine, settings, name)
-        if not options.shortage:
-            servers.set_limits(engine, name, "*", LIMITS)
-    begun = time.monotonic()
+        if limits:
+            servers.set_limits(engine, name, "*", limits)
     with console.status("starting Dagster"):
-        address = up.start_dagster(processes, settings)
+        return up.begin_dagster(processes, settings)
+
+
+def show_ui(processes: Processes, address: str) -> None:
+    with console.status("waiting for Dagster"):
+        up.wait_for_ui(processes, address)
     console.print(f"Dagster is at [bold]{address}[/bold]; watch the campaign there")
-    story = None
-    if options.shortage:
-        story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
-    finish_by = story.finish_by if story else None
-    schedule(engine, settings, finish_by)
-    if story:
-        story.tell()
-    follow(engine, processes, finish_by)
-    if story:
-        story.retire()
+
+
+def results(engine: Engine, settings: Settings, processes: Processes) -> Summary:
     with console.status("waiting for the results in Dagster"):
         processes.wait_until_ready(lambda: reported(settings, campaign.KEY), seconds=REPORT_SECONDS, what="the result run")
-    summary = summarise(engine, settings, campaign.KEY)
-    result = summary.to_document() | ({"shortage": story.judge(summary)} if story else {})
+    return summarise(engine, settings, campaign.KEY)
+
+
+def with_crm(engine: Engine, settings: Settings, processes: Processes, contacts: int) -> tuple[str, dict[str, Any], bool]:
+    """The campaign, with a CRM in step: the address of the UI, the result, and whether all is right."""
+    crm = source.start(engine, settings, processes, contacts)
+    console.print(f"a CRM is at [bold]{crm.address}[/bold]")
+    # Before the contacts are there, so that the minute in which the CRM is read is not waited for.
+    address = start_platform(engine, settings, processes, LIMITS)
+    fill(engine, settings, contacts - source.people_of(contacts), (*campaign.SEGMENTS, campaign.CRM_SEGMENT), processes.check)
+    show_ui(processes, address)
+    with console.status("waiting for the CRM's people, whom Dagster reads at the full minute"):
+        crm.wait_until_read()
+    schedule(engine, settings, include=[campaign.CRM_KEY])
+    follow(engine, processes)
+    with console.status("recipients open, click, and leave by mail"):
+        reactions.react(engine, settings, campaign.KEY)
+        processes.wait_until_ready(lambda: not files_wait(settings), seconds=REPORT_SECONDS, what="reading the mail of those who leave")
+    summary = results(engine, settings, processes)
+    with console.status("telling the CRM what is new"):
+        counted = crm.compare(address)
+    agree = counted["ours"] == counted["theirs"]
+    if not agree:
+        console.print("error: the CRM counts otherwise than we do", style="red")
+    return address, summary.to_document() | {"crm": counted}, summary.is_right and agree
+
+
+def with_shortage(engine: Engine, settings: Settings, processes: Processes, contacts: int) -> tuple[str, dict[str, Any], bool]:
+    """The campaign, with two servers that would be late and a third one that is made: as `with_crm`."""
+    Path(settings.provisioning.hosts).write_text(shortage.HOSTS, encoding="utf-8")
+    fill(engine, settings, contacts, campaign.SEGMENTS, processes.check)
+    begun = time.monotonic()
+    address = start_platform(engine, settings, processes)
+    show_ui(processes, address)
+    story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
+    schedule(engine, settings, finish_by=story.finish_by)
+    story.tell()
+    follow(engine, processes, story.finish_by)
+    story.retire()
+    summary = results(engine, settings, processes)
+    return address, summary.to_document() | {"shortage": story.judge(summary)}, summary.is_right
+
+
+def play(options: argparse.Namespace, folder: Path, processes: Processes) -> bool:
+    """The whole demo, up to its summary, and until Ctrl-C if it is not to end there; whether all is right."""
+    settings, engine = make_home(folder)
+    if options.shortage:
+        address, result, right = with_shortage(engine, settings, processes, options.contacts or shortage.CONTACTS)
+    else:
+        address, result, right = with_crm(engine, settings, processes, options.contacts or CONTACTS)
     show(result, address)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
@@ -161,7 +215,7 @@ def play(options: argparse.Namespace, folder: Path, processes: Processes) -> Sum
     if not options.exit:
         console.print("Ctrl-C ends it.")
         processes.wait()
-    return summary
+    return right
 
 
 def main() -> int:
@@ -180,7 +234,7 @@ def main() -> int:
         own_home.claim(folder)
         with Processes(up.lock(folder)) as processes:
             try:
-                summary = play(options, folder, processes)
+                right = play(options, folder, processes)
             finally:
                 # Servers that were made go on when those who made them have ended.
                 processes.stop_all()
@@ -190,7 +244,7 @@ def main() -> int:
     except MailPipelinesError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 1
-    return 0 if summary.is_right else 2
+    return 0 if right else 2
 
 
 if __name__ == "__main__":

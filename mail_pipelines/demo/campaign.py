@@ -1,4 +1,4 @@
-"""What the demo sends: three segments and one campaign, as a marketer would write them."""
+"""What the demo sends: segments and one campaign, as a marketer would write them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ name: VIP customers, who hear of it elsewhere
 criteria: {field: vip, op: "=", value: true}
 """,
 )
+
+# Of the people of the CRM, where there is one.
+CRM_SEGMENT = """
+key: crm-buyers
+name: Bought at least twice, as the CRM says
+criteria:
+  all:
+    - {in_list: crm}
+    - {field: orders, op: ">=", value: 2}
+"""
+CRM_KEY = "crm-buyers"
 
 CAMPAIGN = """
 name: Spring sale

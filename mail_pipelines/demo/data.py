@@ -1,6 +1,6 @@
-"""The demo's people and their past, the same on every machine: two contact files, and two earlier campaigns with what became of them.
+"""What the demo begins with, the same on every machine: two contact files, and two earlier campaigns with what became of them.
 
-What belongs here: made-up data. What does not: the demo's own segments and campaign (`campaign`), running it (`__main__`).
+What belongs here: made-up data. What does not: who the people are (`people`), the demo's own segments and campaign (`campaign`), running it (`__main__`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import datetime as dt
 import functools
 import hashlib
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,41 +23,16 @@ from mail_pipelines.campaigns.shards import shard_of, shards_for
 from mail_pipelines.contacts import consent, lists
 from mail_pipelines.database import bulk
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Campaign, Contact, Delivery, EngagementEvent, Link, State
+from mail_pipelines.database.models import Campaign, Contact, ContactList, Delivery, EngagementEvent, Link, State, Subscription
 from mail_pipelines.database.types import enhanced_number
 from mail_pipelines.delivery import counters
+from mail_pipelines.demo.people import COLUMNS, OTHER_DOMAINS, PLACES, SEED, make_person
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SEED = 20261124
 _LEDGER = Delivery.metadata.tables[Delivery.__tablename__]
 _EVENTS = EngagementEvent.metadata.tables[EngagementEvent.__tablename__]
-COLUMNS = ("email", "first_name", "last_name", "country", "city", "birthday", "orders", "vip", "signup")
-# Names that occur nowhere else, so that a search of logs and run storage for them proves that nobody's name got there.
-FIRST_NAMES = (
-    *("Quillana", "Zorvald", "Ysmaree", "Thörvina", "Œlindra", "Brânduxa", "Ñadrien", "Żywomira", "Kjærulf", "Ihsâneb", "Xanthippos", "Wolfrunde"),
-    *("Přemyslava", "Gwynnora", "Åsbjörk", "Ljubomirka", "Ðurađa", "Fionnghal", "Ólavine", "Mézaline", "Tündérka", "Ülkümen", "Çağrınur", "Søgni"),
-)
-SURNAMES = (
-    *("Quillfeather", "Zimtwöhler", "Brzozdębski", "Ó Vaelcháin", "d'Ambrelune", "Kvistgårdsen", "Thistlewrack", "Ñuflórez", "Wolkenstöckl"),
-    *("Ünverdağlı", "Mezőkövári", "Vlkodlaková", "Hjarnsvik", "Œuvrardin", "Pennyquicke", "Łaszczykowa", "Grafvenitz", "Sæmundrún", "Tarantelli-Voss"),
-    *("Dragomirești", "Ćosanović", "van der Nachtegaele", "Ysterhuizen", "Zakhartseva", "Morgenthaler-Ück", "Ekwuruibe", "Şimşekoğlu", "Bláthnaid"),
-)
-PLACES = {
-    "DE": ("Köln", "München", "Berlin", "Lübeck"),
-    "FR": ("Orléans", "Besançon", "Lyon", "Nîmes"),
-    "GB": ("Leeds", "York", "Bath"),
-    "PL": ("Łódź", "Kraków", "Gdańsk"),
-    "ES": ("Málaga", "Gijón", "Cádiz"),
-    "SE": ("Malmö", "Umeå"),
-    "CZ": ("Plzeň", "Brno"),
-}
-DOMAINS = {"google.test": 0.34, "microsoft.test": 0.20, "yahoo.test": 0.12, "apple.test": 0.06, "gmx.test": 0.05}
-OTHER_DOMAINS = tuple(
-    f"{word}{number}.test" for number in range(1, 21) for word in ("post", "mail", "firma", "club", "town", "lake", "garden", "studio", "net", "büro")
-)
-TODAY = dt.date(2026, 11, 1)
 FIRST_LIST, SECOND_LIST = "news", "shop"
 FIRST_SHARE = 0.6
 REPEATED_SHARE = 0.02
@@ -98,7 +72,7 @@ def write(folder: Path, contacts: int = 100_000, seed: int = SEED) -> DemoFiles:
     """Write a CSV file of about 60 % and a Parquet file of about 40 % of `contacts` different people, some in both, some rows unusable."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
-    people = [_person(draw, number) for number in range(contacts)]
+    people = [make_person(draw, number) for number in range(contacts)]
     first = people[: int(contacts * FIRST_SHARE)]
     repeated = int(len(first) * REPEATED_SHARE)
     second = people[len(first) :] + [_moved(draw, person) for person in draw.sample(first, repeated)]
@@ -107,23 +81,6 @@ def write(folder: Path, contacts: int = 100_000, seed: int = SEED) -> DemoFiles:
     _write_csv(paths[0], first, draw)
     _write_parquet(paths[1], second)
     return DemoFiles(((paths[0], FIRST_LIST), (paths[1], SECOND_LIST)), contacts + repeated + BAD_ROWS, contacts, BAD_ROWS, repeated)
-
-
-def _person(draw: random.Random, number: int) -> tuple[Any, ...]:
-    first, last = draw.choice(FIRST_NAMES), draw.choice(SURNAMES)
-    country = draw.choice(tuple(PLACES))
-    domain = draw.choices((*DOMAINS, ""), (*DOMAINS.values(), 1 - sum(DOMAINS.values())))[0] or draw.choice(OTHER_DOMAINS)
-    birthday = dt.date(1940, 1, 1) + dt.timedelta(days=draw.randrange(65 * 365)) if draw.random() < 0.8 else None
-    # Most buy nothing, some once, few often.
-    orders = min(int(draw.expovariate(1.2)), 40)
-    vip = orders >= 4 or draw.random() < 0.005
-    signup = TODAY - dt.timedelta(days=int(draw.expovariate(1 / 500)))
-    return f"{_plain(first)}.{_plain(last)}{number}@{domain}", first, last, country, draw.choice(PLACES[country]), birthday, orders, vip, signup
-
-
-def _plain(name: str) -> str:
-    """A name as it stands in an address."""
-    return "".join(letter for letter in unicodedata.normalize("NFKD", name) if letter.isascii() and letter.isalpha()).lower()
 
 
 def _moved(draw: random.Random, person: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -166,7 +123,11 @@ def engagement(engine: Engine, now: dt.datetime, seed: int = SEED) -> Past:
     """Two finished campaigns to a part of the contacts, their opens and clicks, and people who left since. For a database just imported into."""
     draw = random.Random(seed + 1)
     with reading(engine) as connection:
-        people = connection.execute(sa.select(Contact.id, Contact.address_hash, Contact.provider).order_by(Contact.address)).all()
+        # Not those whom an external source has brought meanwhile: nobody knew them.
+        imported = sa.select(Subscription.contact_id).join(ContactList, ContactList.id == Subscription.list_id)
+        imported = imported.where(ContactList.key.in_((FIRST_LIST, SECOND_LIST)))
+        query = sa.select(Contact.id, Contact.address_hash, Contact.provider).where(Contact.id.in_(imported))
+        people = connection.execute(query.order_by(Contact.address)).all()
     deliveries = openers = reactions = 0
     bounced: list[bytes] = []
     for key, name, days in EARLIER:
@@ -196,6 +157,21 @@ def engagement(engine: Engine, now: dt.datetime, seed: int = SEED) -> Past:
 
     suppressed = transact(engine, leave)
     return Past(deliveries, openers, reactions, suppressed, len(leaving))
+
+
+def opens_and_clicks(engine: Engine, campaign_id: int, now: dt.datetime, seed: int = SEED) -> int:
+    """Let people open what a campaign has just brought them, and click; returns how many opened."""
+    draw = random.Random(seed + 3)
+    with reading(engine) as connection:
+        start = connection.execute(sa.select(Campaign.started_at).where(Campaign.id == campaign_id)).scalar_one()
+        links = connection.execute(sa.select(Link.id).where(Link.campaign_id == campaign_id).order_by(Link.id)).scalars().all()
+        delivered = sa.and_(Delivery.campaign_id == campaign_id, Delivery.state == int(State.DELIVERED))
+        people = connection.execute(sa.select(Contact.id).join(Delivery, Delivery.contact_id == Contact.id).where(delivered).order_by(Contact.address))
+        receivers = people.scalars().all()
+    assert start is not None
+    opened = draw.sample(receivers, int(len(receivers) * OPENERS))
+    _write_events(engine, list(_events(draw, campaign_id, links[0], opened, start, now)))
+    return len(opened)
 
 
 def _campaign(engine: Engine, key: str, name: str, start: dt.datetime, size: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from mail_pipelines.contacts import consent
 from mail_pipelines.contacts.importing import import_file
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Contact, Delivery, EngagementEvent, Subscription
-from mail_pipelines.demo import data
+from mail_pipelines.demo import data, people
 
 NOW = dt.datetime(2026, 11, 24, 9, 30, tzinfo=dt.UTC)
 
@@ -29,14 +29,14 @@ def test_the_same_seed_writes_the_same_files(tmp_path: Path) -> None:
 def test_people_are_spread_over_providers_and_have_typed_fields(tmp_path: Path) -> None:
     files = data.write(tmp_path, contacts=20_000)
     table = pq.read_table(files.imports[1][0])
-    assert table.schema.names == list(data.COLUMNS)
+    assert table.schema.names == list(people.COLUMNS)
     assert [str(table.schema.field(name).type) for name in ("birthday", "orders", "vip", "signup")] == ["date32[day]", "int32", "bool", "date32[day]"]
     assert len(table) == 8_000 + files.repeated
     domains = pc.utf8_lower(pc.replace_substring_regex(table["email"], ".*@", ""))
-    for domain, share in data.DOMAINS.items():
+    for domain, share in people.DOMAINS.items():
         assert abs(pc.sum(pc.equal(domains, domain)).as_py() / len(table) - share) < 0.02
-    assert len(set(domains.to_pylist()) - set(data.DOMAINS)) == 200
-    assert pc.all(pc.is_in(table["last_name"], pa.array(data.SURNAMES))).as_py()
+    assert len(set(domains.to_pylist()) - set(people.DOMAINS)) == 200
+    assert pc.all(pc.is_in(table["last_name"], pa.array(people.SURNAMES))).as_py()
 
 
 def test_imported_people_get_a_past_that_adds_up(engine: sa.Engine, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Contact
-from mail_pipelines.demo.data import SURNAMES
+from mail_pipelines.demo.people import SURNAMES
 
 _ADDRESS = re.compile(rb"[A-Za-z0-9._+-]+@[A-Za-z0-9.-]+")
 

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ pytestmark = pytest.mark.slow
 def instance(engine: sa.Engine, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("MAIL_PIPELINES_HOME", str(home))
+    # On disk: a schedule's context takes no other.
     with dg.instance_for_test() as instance:
         yield instance
 
@@ -101,10 +101,13 @@ def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: lis
     assert {key.to_user_string() for key in request.asset_selection or []} == {"crm/contacts", "crm/suppressions"}
     with only_one(running.work_folder(home) / "crm.lock", "source crm"):
         assert not schedule.evaluate_tick(context).run_requests
-    # Nor while one waits for a slot of the pool: they would only become more.
-    instance.add_run(dg.DagsterRun(job_name="sync_external", run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.STARTING, tags=request.tags))
+    # Runs that wait for a slot of the pool, or are starting, hold no lock: of another source, then of everything.
+    job = repository.get_job("sync_external")
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, asset_selection=frozenset([dg.AssetKey(["away", "contacts"])]))
+    assert schedule.evaluate_tick(context).run_requests
+    assert not repository.get_schedule_def("sync_away").evaluate_tick(context).run_requests
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED)
     assert not schedule.evaluate_tick(context).run_requests
-    assert repository.get_schedule_def("sync_away").evaluate_tick(context).run_requests
 
 
 def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(
