@@ -8,7 +8,7 @@ field is decided, and said, row by row in the merge. A table lives from a landin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.database import bulk
+from mail_pipelines.database import bulk, lines
 from mail_pipelines.database.engine import create_engine, is_mysql, reading, transact
 from mail_pipelines.database.types import LongText, ascii_string
 from mail_pipelines.sources.errors import SourceError
@@ -96,22 +96,24 @@ class Staging:
 
     def rows(self, landing: Landing, size: int) -> Iterator[pa.Table]:
         """What is not merged yet, in order, at most `size` rows at once."""
+        after = landing.merged_to
+        while (found := self._rows_after(self._table(landing.columns), after, size)).num_rows:
+            yield found
+            after = found[POSITION][-1].as_py()
+
+    def _rows_after(self, table: sa.Table, after: int, size: int) -> pa.Table:
         import pyarrow as pa
 
-        table = self._table(landing.columns)
-        names = [POSITION, *landing.columns]
-        after = landing.merged_to
-        while True:
-            with reading(self.engine) as connection:
-                query = sa.select(*(table.c[name] for name in names)).where(table.c[POSITION] > after).order_by(table.c[POSITION]).limit(size)
-                found = connection.execute(query).all()
-            if not found:
-                return
-            columns = zip(*found, strict=True)
-            yield pa.table(
-                [pa.array(column, pa.int64() if name == POSITION else pa.string()) for name, column in zip(names, columns, strict=True)], names=names
-            )
-            after = found[-1][0]
+        position, columns = table.c[POSITION], [column for column in table.c if column.name != POSITION]
+        with reading(self.engine) as connection:
+            if is_mysql(self.engine):
+                chosen = sa.select().where(position > after, position <= after + size)
+                if (packed := lines.at_once(connection, chosen, columns, position)) is not None:
+                    return packed
+            found = connection.execute(sa.select(table).where(position > after).order_by(position).limit(size)).all()
+        values = list(zip(*found, strict=True)) or [[] for _ in table.c]
+        types = [pa.int64() if column.name == POSITION else pa.string() for column in table.c]
+        return pa.table([pa.array(column, type_) for column, type_ in zip(values, types, strict=True)], names=[column.name for column in table.c])
 
     def clear(self) -> None:
         """Forget the landing and its rows."""
@@ -119,9 +121,9 @@ class Staging:
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") if is_mysql(self.engine) else self.engine.begin() as connection:
             sa.Table(self.name, sa.MetaData()).drop(connection, checkfirst=True)
 
-    def _table(self, columns: Any) -> sa.Table:
-        texts: list[sa.Column[Any]] = [sa.Column(name, LongText) for name in columns]
-        return sa.Table(self.name, sa.MetaData(), sa.Column(POSITION, sa.BigInteger, primary_key=True, autoincrement=False), *texts, **_OPTIONS)
+    def _table(self, columns: Iterable[str]) -> sa.Table:
+        columns_of_text: list[sa.Column[Any]] = [sa.Column(name, LongText) for name in columns]
+        return sa.Table(self.name, sa.MetaData(), sa.Column(POSITION, sa.BigInteger, primary_key=True, autoincrement=False), *columns_of_text, **_OPTIONS)
 
 
 def open_staging(central: Engine, folder: Path, source: str, section: str) -> Staging:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.contacts import changes, consent, merging
+from mail_pipelines.contacts import attributes, changes, consent, merging
 from mail_pipelines.contacts.lists import MailingList
 from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.models import Contact, Subscription
-from mail_pipelines.database.types import LongText
-from mail_pipelines.sources.links import GONE_SOURCE
-from mail_pipelines.sources.records import Record
+from mail_pipelines.database.types import Hash16, LongText
+from mail_pipelines.sources import links
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _EVIDENCE = sa.Table(
     "staged_evidence",
     sa.MetaData(),
-    sa.Column("contact_id", sa.BigInteger, nullable=False),
+    sa.Column("address_hash", Hash16, nullable=False),
     sa.Column("consent", LongText, nullable=False),
     prefixes=["TEMPORARY"],
     mysql_engine="InnoDB",
@@ -30,41 +32,48 @@ _EVIDENCE = sa.Table(
 )
 
 
-def note_evidence(connection: Connection, source: str, words: str, people: Sequence[tuple[int, Record]], now: dt.datetime) -> None:
-    """Keep with each contact that has no evidence yet on which one it is subscribed; `words` are the declaration's."""
-    common = {"source": source, "recorded_at": now.isoformat()} | ({"evidence": words} if words else {})
-    # Most say the same.
-    written = {at: json.dumps(common | ({"at": at[:64]} if at else {})) for at in {record.evidence for _, record in people}}
-    without: set[int] = set()
-    for ids in slices(contact_id for contact_id, _ in people):
-        without.update(connection.execute(sa.select(Contact.id).where(Contact.id.in_(ids), Contact.consent.is_(None))).scalars())
-    rows = [(contact_id, written[record.evidence]) for contact_id, record in people if contact_id in without]
-    if rows:
-        import pyarrow as pa
+def evidence(source: str, words: str, consent_at: pa.Array, now: dt.datetime) -> pa.Array:
+    """JSON of the evidence by which each is subscribed: `words` are the declaration's, `consent_at` is what the source says of the time."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-        ids, texts = [row[0] for row in rows], [row[1] for row in rows]
-        merging.stage(connection, _EVIDENCE, pa.table({"contact_id": pa.array(ids, pa.int64()), "consent": pa.array(texts, pa.string())}))
-        said = sa.update(Contact).where(Contact.id == _EVIDENCE.c.contact_id).values(consent=sa.type_coerce(_EVIDENCE.c.consent, sa.JSON))
+    common = json.dumps({"source": source, "recorded_at": now.isoformat()} | ({"evidence": words} if words else {}))
+    at, _ = attributes.encode(pc.utf8_slice_codeunits(consent_at, 0, 64), "text")
+    said = pc.binary_join_element_wise(', "at": ', at, "")
+    return pc.binary_join_element_wise(common[:-1], pc.coalesce(said, pa.scalar("")), "}", "")
+
+
+def note_evidence(connection: Connection, people: pa.Table) -> None:
+    """Keep with each contact of a staged record that subscribes, and that has no evidence yet, the one in `people` (`address_hash`, `consent`)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    query = links.select(Contact.address_hash).join(Contact, links.same_address())
+    without = connection.execute(query.where(links.STAGED.c.subscribes, Contact.consent.is_(None))).scalars().all()
+    if without:
+        chosen = people.filter(pc.is_in(people["address_hash"], value_set=pa.array(without, pa.binary(16))))
+        merging.stage(connection, _EVIDENCE, chosen.select(["address_hash", "consent"]))
+        said = sa.update(Contact).where(Contact.address_hash == _EVIDENCE.c.address_hash).values(consent=sa.type_coerce(_EVIDENCE.c.consent, sa.JSON))
         connection.execute(said)
 
 
-def begin_again(connection: Connection, source: str, target: MailingList, contact_ids: Sequence[int], now: dt.datetime) -> None:
-    """Subscriptions that ended because the record was gone, and nobody has refused anything since."""
+def begin_again(connection: Connection, source: str, target: MailingList, now: dt.datetime) -> None:
+    """Of staged records that subscribe: the subscriptions that ended because the record was gone, where nobody has refused anything since."""
     scopes = consent.campaign_scopes(target.brand_id, target.id)
-    for ids in slices(contact_ids):
-        query = (
-            sa.select(Contact.id)
-            .join(Subscription, Subscription.contact_id == Contact.id)
-            .where(
-                Contact.id.in_(ids),
-                Subscription.list_id == target.id,
-                Subscription.source == GONE_SOURCE,
-                sa.not_(Subscription.subscribed),
-                sa.not_(consent.suppressed_clause(Contact.address_hash, Contact.domain, scopes)),
-            )
+    query = (
+        links.select(Contact.id)
+        .join(Contact, links.same_address())
+        .join(Subscription, Subscription.contact_id == Contact.id)
+        .where(
+            links.STAGED.c.subscribes,
+            Subscription.list_id == target.id,
+            Subscription.source == links.GONE_SOURCE,
+            sa.not_(Subscription.subscribed),
+            sa.not_(consent.suppressed_clause(Contact.address_hash, Contact.domain, scopes)),
         )
-        back = connection.execute(query).scalars().all()
-        if back:
-            again = sa.update(Subscription).where(Subscription.contact_id.in_(back), Subscription.list_id == target.id)
-            connection.execute(again.values(subscribed=True, source=source, changed_at=now))
-            changes.record(connection, back, "upsert", now=now)
+    )
+    back = connection.execute(query).scalars().all()
+    for ids in slices(back):
+        again = sa.update(Subscription).where(Subscription.contact_id.in_(ids), Subscription.list_id == target.id)
+        connection.execute(again.values(subscribed=True, source=source, changed_at=now))
+    changes.record(connection, back, "upsert", now=now)
