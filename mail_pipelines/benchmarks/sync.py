@@ -64,7 +64,7 @@ def run(people: int, engine: Engine, report: Callable[[str], None], database: Ca
     reference = people / seconds
     report(f"copied plainly in {seconds:.1f} s")
     usable = people - len(range(0, people, UNUSABLE_EACH))
-    results = []
+    results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="mail-pipelines-bench-") as home:
         for name in ("all new", "one in twenty changed"):
             if results:

@@ -104,16 +104,18 @@ class Staging:
     def _rows_after(self, table: sa.Table, after: int, size: int) -> pa.Table:
         import pyarrow as pa
 
-        position, columns = table.c[POSITION], [column for column in table.c if column.name != POSITION]
+        position, names = table.c[POSITION], [column.name for column in table.c]
+        schema = pa.schema([(name, pa.int64() if name == POSITION else pa.string()) for name in names])
+
+        def chosen(*columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
+            return sa.select(*columns).where(position > after).order_by(position).limit(size)
+
         with reading(self.engine) as connection:
-            if is_mysql(self.engine):
-                chosen = sa.select().where(position > after, position <= after + size)
-                if (packed := lines.at_once(connection, chosen, columns, position)) is not None:
-                    return packed
-            found = connection.execute(sa.select(table).where(position > after).order_by(position).limit(size)).all()
-        values = list(zip(*found, strict=True)) or [[] for _ in table.c]
-        types = [pa.int64() if column.name == POSITION else pa.string() for column in table.c]
-        return pa.table([pa.array(column, type_) for column, type_ in zip(values, types, strict=True)], names=[column.name for column in table.c])
+            if is_mysql(connection):
+                page = next(lines.pages(connection, chosen(lines.line(list(table.c))), names, size), None)
+                return schema.empty_table() if page is None else page.cast(schema)
+            found = connection.execute(chosen(*table.c)).all()
+        return pa.table(list(zip(*found, strict=True)), schema=schema) if found else schema.empty_table()
 
     def clear(self) -> None:
         """Forget the landing and its rows."""

@@ -108,4 +108,4 @@ def _written(engine: Engine, query: sa.Select[Any]) -> Iterator[Any]:
                     page = page.set_column(number, names[number], pc.binary_join_element_wise(written, "Z", ""))
                 yield page
         except lines.RowTooLong as error:
-            raise SourceError(f"table {columns[0].table.name!r} of the source: {error}") from error
+            raise SourceError(f"the source's table: {error}") from error
