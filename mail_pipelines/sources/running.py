@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Rows of one transaction: those of new contacts take about a sixth of a second.
 CHUNK_ROWS = 5_000
+# What was merged since is merged again after a kill, and changes nothing then; a note costs a write to the disk, as a chunk does.
+_NOTE_SECONDS = 1.0
 _WORK = ".work"
 
 
@@ -132,15 +134,23 @@ def _merge_all(
         return landed
     prepare, merge = _steps(engine, source, resource, landed.run, first, now)
     ready = ((portion, prepare(portion)) for rows in itertools.chain([first], chunks) for portion in portions(engine, rows))
+    rejects: list[tuple[str, str]] = []
+    noted = time.monotonic()
     with closing(ahead(engine, ready)) as prepared:
         for rows, chunk in prepared:
-            _write_rejects(path, merge(chunk, tally))
+            rejects += merge(chunk, tally)
             highest = cursor.highest(rows[landing.CURSOR].combine_chunks(), landed.highest, now) if resource.cursor else None
             merged_to = rows[POSITION][-1].as_py()
             landed = dataclasses.replace(landed, merged_to=merged_to, counts=dict(tally.counts), rejected=dict(tally.rejected), highest=highest)
-            staging.note(landed)
+            if time.monotonic() - noted >= _NOTE_SECONDS:
+                _write_rejects(path, rejects)
+                staging.note(landed)
+                rejects.clear()
+                noted = time.monotonic()
             if progress:
                 progress(tally.counts["read"])
+    _write_rejects(path, rejects)
+    staging.note(landed)
     return landed
 
 
