@@ -33,7 +33,7 @@ def _quoted(column: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
 
 
 def parse(lines: str, names: Sequence[str]) -> pa.Table:
-    """Lines of CSV as `line` writes them, as text columns of these names."""
+    """Lines of CSV as `line` writes them, as text columns of these names; what is empty is null."""
     import pyarrow as pa
     import pyarrow.csv
 
@@ -42,9 +42,7 @@ def parse(lines: str, names: Sequence[str]) -> pa.Table:
         pa.BufferReader(data),
         pyarrow.csv.ReadOptions(column_names=list(names), use_threads=False, block_size=len(data) + 1),
         pyarrow.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
-        pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, quoted_strings_can_be_null=False, null_values=[""], check_utf8=False
-        ),
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""], check_utf8=False),
     )
 
 

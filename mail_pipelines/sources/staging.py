@@ -91,7 +91,12 @@ class Staging:
 
     def write(self, rows: pa.Table) -> None:
         """Add rows with `position` and texts; those that are in already stay."""
-        table = self._table([name for name in rows.column_names if name != POSITION])
+        import pyarrow.compute as pc
+
+        names = [name for name in rows.column_names if name != POSITION]
+        table = self._table(names)
+        for name in names:
+            rows = rows.set_column(rows.column_names.index(name), name, pc.fill_null(rows[name], ""))
         transact(self.engine, lambda connection: bulk.load(connection, table, rows, ignore_duplicates=True))
 
     def rows(self, landing: Landing, size: int) -> Iterator[pa.Table]:
@@ -114,7 +119,7 @@ class Staging:
             if is_mysql(connection):
                 page = next(lines.pages(connection, chosen(lines.line(list(table.c))), names, size), None)
                 return schema.empty_table() if page is None else page.cast(schema)
-            found = connection.execute(chosen(*table.c)).all()
+            found = connection.execute(chosen(position, *(sa.func.nullif(table.c[name], "") for name in names[1:]))).all()
         return pa.table(list(zip(*found, strict=True)), schema=schema) if found else schema.empty_table()
 
     def clear(self) -> None:
@@ -124,7 +129,8 @@ class Staging:
             sa.Table(self.name, sa.MetaData()).drop(connection, checkfirst=True)
 
     def _table(self, columns: Iterable[str]) -> sa.Table:
-        columns_of_text: list[sa.Column[Any]] = [sa.Column(name, LongText) for name in columns]
+        # Nothing is an empty text: a NULL costs the database more to load.
+        columns_of_text: list[sa.Column[Any]] = [sa.Column(name, LongText, nullable=False) for name in columns]
         return sa.Table(self.name, sa.MetaData(), sa.Column(POSITION, sa.BigInteger, primary_key=True, autoincrement=False), *columns_of_text, **_OPTIONS)
 
 

@@ -78,11 +78,11 @@ def test_mariadb_is_read_as_lines_as_it_is_read_by_dlt(mariadb: MariaDB) -> None
     engine = sa.create_engine(url)
     table = sa.Table("people", sa.MetaData(), autoload_with=engine)
     found = [
-        {name: _texts(page, name, name).to_pylist() for name in columns}
+        {name: [text or None for text in _texts(page, name, name).to_pylist()] for name in columns}
         for page in (next(sql._written(engine, sql._chosen(table, wanted))), next(sql._arrow(engine, sql.Read(table="people"), wanted)))
     ]
     assert found[0] == found[1]
-    assert found[0]["latin"] == ["Müller", "", None]
+    assert found[0]["latin"] == ["Müller", None, None]
     # One column, and nothing in its last row.
     with engine.connect() as reading:
         (page,) = lines.pages(reading, sa.select(lines.line([table.c.tier])).order_by(table.c.id), ["tier"], 10)
