@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+# Of a value that `group_concat` makes; what the server's max_allowed_packet permits may be less.
+_MOST_BYTES = 2**30
+
+
 class RowTooLong(DatabaseError):
     """A row that the server cannot send in one piece."""
 
@@ -56,3 +60,22 @@ def pages(connection: Connection, query: sa.Select[Any], names: Sequence[str], s
             raise RowTooLong("a row is longer than max_allowed_packet permits: raise it in the configuration of the database")
         # A line that ends: a last one without anything would be none.
         yield parse("\n".join(lines) + "\n", names)
+
+
+def at_once(connection: Connection, query: sa.Select[Any], columns: Sequence[sa.ColumnElement[Any]], key: sa.ColumnElement[int]) -> pa.Table | None:
+    """The rows that `query` chooses (it selects nothing) as a single value: `key`, a number, in its order, and `columns`; None if they are none or too long."""
+    import pyarrow as pa
+
+    connection.exec_driver_sql(f"SET SESSION group_concat_max_len = {_MOST_BYTES}")
+    # The key stands last, so that of what was cut off it is missing or wrong.
+    packed = sa.func.group_concat(line([*columns, key]).op("SEPARATOR")(sa.literal_column("'\\n'")))
+    count, last, lines = connection.execute(query.add_columns(sa.func.count(), sa.func.max(key), packed)).one()
+    if lines is None:
+        return None
+    try:
+        rows = parse(lines, [*(column.name for column in columns), key.name])
+        keys = rows[key.name].cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+    rows = rows.drop_columns([key.name]).add_column(0, key.name, keys).sort_by(key.name)
+    return rows if (rows.num_rows, rows[key.name][-1].as_py()) == (count, last) else None

@@ -131,9 +131,12 @@ class Links:
         if changed.rowcount:
             changes.record(connection, [contact_id], "upsert", now=self.now)
 
-    def record(self, connection: Connection, unlinked: Sequence[str], gone: Sequence[str]) -> None:
-        """Note which contact each staged record is, with the version now in; that `unlinked` ids were seen; and which are marked as deleted."""
-        self._end_left_behind(connection)
+    def record(self, connection: Connection, unlinked: Sequence[str], gone: Sequence[str]) -> bool:
+        """Note which contact each staged record is, with the version now in; that `unlinked` ids were seen; and which are marked as deleted.
+
+        Returns whether a subscription ended, because no record stands for it any more.
+        """
+        ended = self._end_left_behind(connection)
         links = select(
             sa.literal(self.source),
             STAGED.c.external_id,
@@ -147,6 +150,7 @@ class Links:
         upsert.put_selected(connection, SourceContact, links.join(Contact, same_address()).where(STAGED.c.address_hash.is_not(None)))
         self._mark(connection, unlinked, PRESENT)
         self._mark(connection, gone, MISSING)
+        return ended
 
     def _mark(self, connection: Connection, ids: Sequence[str], state: int) -> None:
         for some in slices(ids):
@@ -155,13 +159,14 @@ class Links:
             where = mine if state == PRESENT else sa.and_(mine, SourceContact.state != GONE)
             connection.execute(sa.update(SourceContact).where(where).values(state=state, run=self.run))
 
-    def _end_left_behind(self, connection: Connection) -> None:
+    def _end_left_behind(self, connection: Connection) -> bool:
         """The subscription that the source made for a contact which its record no longer is."""
         query = select(SourceContact.contact_id).join(SourceContact, self._mine).join(Contact, same_address())
         left = connection.execute(query.where(SourceContact.contact_id != Contact.id)).scalars().all()
-        if left:
-            now_are = set(connection.execute(sa.select(STAGED.c.external_id)).scalars())
-            end_subscriptions(connection, self.source, left, self.target, now=self.now, besides=now_are)
+        if not left:
+            return False
+        now_are = set(connection.execute(sa.select(STAGED.c.external_id)).scalars())
+        return end_subscriptions(connection, self.source, left, self.target, now=self.now, besides=now_are) > 0
 
 
 def end_subscriptions(

@@ -20,7 +20,7 @@ from mail_pipelines.contacts import fields, importing, lists, merging
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch
 from mail_pipelines.database.bulk import CHUNK_ROWS
-from mail_pipelines.database.engine import transact
+from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.sources import conflicts, records, subscribing
 from mail_pipelines.sources.declaration import CONSENT_AT, EMAIL, TIME_ZONE, Contacts, Rule, Source
 from mail_pipelines.sources.links import Links
@@ -94,6 +94,8 @@ class Merge:
         # How an address is spelled is the source's word.
         self._rules: dict[str, Rule] = {EMAIL: "theirs", **{key: resource.rule_of(key) for key in self._keys}}
         self._links = Links(source.name, target.list, run, now)
+        with reading(engine) as connection:
+            self._some_are_gone = bool(target.list and subscribing.some_are_gone(connection, target.list))
 
     def prepare(self, rows: pa.Table) -> Chunk:
         """The rows checked and encoded; asks no database."""
@@ -152,11 +154,11 @@ class Merge:
             outcome = merging.merge_within(connection, people, list_id=list_id, now=self.now, mostly_new=self._mostly_new, source=self.source.name, taken=taken)
             inserted, updated, unchanged = inserted + outcome.inserted, updated + outcome.updated, unchanged + outcome.unchanged
             erased |= outcome.erased
-        self._links.record(connection, [*chunk.unlinked, *self._ids_at(chunk, erased).values()], chunk.gone)
+        self._some_are_gone |= self._links.record(connection, [*chunk.unlinked, *self._ids_at(chunk, erased).values()], chunk.gone)
         if inserted < chunk.people.num_rows:
             # Whoever is new has the evidence, and was never subscribed before.
             subscribing.note_evidence(connection, chunk.people)
-            if self.target.list:
+            if self.target.list and self._some_are_gone:
                 subscribing.begin_again(connection, self.source.name, self.target.list, self.now)
         return merging.Outcome(inserted, updated, unchanged, erased)
 

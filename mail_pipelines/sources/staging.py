@@ -117,6 +117,9 @@ class Staging:
 
         with reading(self.engine) as connection:
             if is_mysql(connection):
+                columns = [table.c[name] for name in names[1:]]
+                if (rows := lines.at_once(connection, sa.select().where(position > after, position <= after + size), columns, position)) is not None:
+                    return rows
                 page = next(lines.pages(connection, chosen(lines.line(list(table.c))), names, size), None)
                 return schema.empty_table() if page is None else page.cast(schema)
             found = connection.execute(chosen(position, *(sa.func.nullif(table.c[name], "") for name in names[1:]))).all()

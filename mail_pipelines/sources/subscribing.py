@@ -57,6 +57,12 @@ def note_evidence(connection: Connection, people: pa.Table) -> None:
         connection.execute(said)
 
 
+def some_are_gone(connection: Connection, target: MailingList) -> bool:
+    """Whether any subscription to the list ended because a record was gone."""
+    gone = sa.exists().where(Subscription.list_id == target.id, sa.not_(Subscription.subscribed), Subscription.source == links.GONE_SOURCE)
+    return bool(connection.execute(sa.select(gone)).scalar_one())
+
+
 def begin_again(connection: Connection, source: str, target: MailingList, now: dt.datetime) -> None:
     """Of staged records that subscribe: the subscriptions that ended because the record was gone, where nobody has refused anything since."""
     scopes = consent.campaign_scopes(target.brand_id, target.id)

@@ -104,8 +104,8 @@ def _written(engine: Engine, query: sa.Select[Any]) -> Iterator[Any]:
             for page in lines.pages(connection, query.with_only_columns(lines.line(columns)), names, _ROWS):
                 for number in times:
                     # As `contacts.files.as_text` writes a time.
-                    written = pc.replace_substring(pc.replace_substring_regex(page[number], r"\.0+$", ""), " ", "T", max_replacements=1)
-                    page = page.set_column(number, names[number], pc.binary_join_element_wise(written, "Z", ""))
+                    text = pc.binary_join_element_wise(pc.replace_substring_regex(page[number], r"\.0+$", ""), "Z", "")
+                    page = page.set_column(number, names[number], text)
                 yield page
         except lines.RowTooLong as error:
             raise SourceError(f"the source's table: {error}") from error
