@@ -29,8 +29,9 @@ from mail_pipelines.sources.declaration import Source
 START = dt.datetime(2026, 3, 1, 9)
 # One in so many has no usable address; has not opted in; has changed before the second sync.
 UNUSABLE_EACH, SILENT_EACH, CHANGED_EACH = 100, 10, 20
-# 20,000 rows/s where the plain copy does 26,000: two hyperthreads and an SSD.
-TARGET = 0.77
+# The first for 20,000 rows/s where the plain copy does 30,000. It takes 37 µs of the processor a row, so that is what two hyperthreads with nothing else to
+# do should reach; measured beside a load of 20: a ratio of 0.68. The second has no budget: it is there so that a fall is noticed (measured: 0.40).
+TARGETS = {"all new": 0.65, "one in twenty changed": 0.35}
 _COPIED_AT_ONCE = 5_000
 _CUSTOMERS = sa.Table(
     "bench_customers",
@@ -66,14 +67,14 @@ def run(people: int, engine: Engine, report: Callable[[str], None], database: Ca
     usable = people - len(range(0, people, UNUSABLE_EACH))
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="mail-pipelines-bench-") as home:
-        for name in ("all new", "one in twenty changed"):
+        for name, target in TARGETS.items():
             if results:
                 _change(engine)
             seconds, counts = _sync(engine, Path(home), name, people, report, database)
             assert counts["read"] == people
             assert (counts["inserted"], counts["updated"]) == ((0, len(range(1, people, CHANGED_EACH))) if results else (usable, 0))
             label = f"synced ({people:,} customers, {name}, {engine.dialect.name})"
-            results.append(judge(label, people / seconds, "rows/s", reference, target=TARGET, better="higher"))
+            results.append(judge(label, people / seconds, "rows/s", reference, target=target, better="higher"))
     return results
 
 
