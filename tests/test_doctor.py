@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines import config
-from mail_pipelines.database import models
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database import migrate, models
+from mail_pipelines.database.engine import create_engine, reading, transact
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch import last_checks, servers
 from mail_pipelines.doctor import central, domains, examination
@@ -199,6 +199,26 @@ def test_forty_servers_and_twenty_domains_do_not_wait_for_a_dns_that_is_silent(w
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@ON_SQLITE
+def test_each_server_of_a_host_is_asked_for_by_its_own_account(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An account shows no server but its own; SQLite has none, so each has a database."""
+    home = config.home_folder()
+    (home / "servers").mkdir()
+    for key in ("s1", "s2"):
+        own = world.engine if key == "s1" else create_engine(f"sqlite:///{tmp_path / 'other.sqlite3'}")
+        migrate.upgrade(own)
+        servers.register(own, key, kind="catcher", host="127.0.0.1", port=25, now=NOW)
+        token_key = 'token_key = "one"' if key == "s1" else ""
+        text = f'[server]\nexim = "s1"\naddress = "127.0.0.1{key[1]}"\n[database]\nurl = "{own.url}"\n[sending]\n{token_key}\n'
+        (home / "servers" / f"{key}.toml").write_text(text)
+    monkeypatch.delenv("MAIL_PIPELINES_DATABASE__URL")
+    monkeypatch.delenv("MAIL_PIPELINES_SENDING__TOKEN_KEY")
+    monkeypatch.setenv(config.SERVER_VARIABLE, "s1,s2")
+    said = {finding.check: finding.problem for finding in examination.examine()}
+    assert said["servers"] == "1 of 1 active servers are silent: s2"
+    assert "sending.token_key is not set" in said["token key"]
 
 
 @ON_SQLITE

@@ -222,6 +222,32 @@ def test_doctor_names_a_daemon_long_before_dagster_does(made: config.Settings) -
     assert said == f"Dagster's daemon is silent: no sensor, schedule or queued run starts start it: {Chapter.DAEMON_DEAD.place}"
 
 
+def test_doctor_names_a_code_server_that_is_gone_by_sensors_that_do_not_run(made: config.Settings) -> None:
+    import dagster as dg
+    from dagster._core.definitions.run_request import InstigatorType
+    from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteInstigatorOrigin, RemoteRepositoryOrigin
+    from dagster._core.scheduler.instigation import InstigatorState, InstigatorStatus, TickData, TickStatus
+
+    place = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("mail_pipelines"), "__repository__")
+    with dg.DagsterInstance.from_config(str(made.dagster_home)) as instance:
+
+        def tick(sensor: str, status: InstigatorStatus, seconds_ago: float) -> list[str]:
+            state = InstigatorState(RemoteInstigatorOrigin(place, sensor), InstigatorType.SENSOR, status)
+            if instance.get_instigator_state(state.instigator_origin_id, state.selector_id) is None:
+                instance.add_instigator_state(state)
+            data = TickData(
+                state.instigator_origin_id, sensor, InstigatorType.SENSOR, TickStatus.SKIPPED, time.time() - seconds_ago, selector_id=state.selector_id
+            )
+            instance.create_tick(data)
+            return [f"{finding.problem}; {finding.remedy}" for finding in daemon.check_ticks(instance)]
+
+        # One that somebody has stopped says nothing.
+        assert tick("alerts", InstigatorStatus.STOPPED, 5) == []
+        (said,) = tick("open_shards", InstigatorStatus.DECLARED_IN_CODE, daemon.SILENT_SECONDS + 120)
+        assert said.startswith("no sensor has run for 7 minutes, though the daemon beats: Dagster's code server does not answer; start it: docs/runbook.md")
+        assert tick("server_health", InstigatorStatus.RUNNING, 5) == []
+
+
 def test_doctor_names_dagster_settings_it_cannot_use(made: config.Settings) -> None:
     (made.dagster_home / "dagster.yaml").write_text("run_launcher: nonsense\n")
     (problem,) = _findings("Dagster")

@@ -41,7 +41,7 @@ def send_batches(context: dg.AssetExecutionContext, database: CentralDatabase, s
     speaks_for = server.of_run(engine, settings, plan.campaign_id, context.run)
     if this_server() is None and context.run.tags.get(QUEUE_TAG) != speaks_for.key:
         # Who has taken it, where it named none. On a dispatch server the launcher has said so; there nobody may write tags, or see those it wrote.
-        tags = {QUEUE_TAG: speaks_for.key, **run_tags.of_sending(context.instance, campaign, speaks_for.key)}
+        tags = {QUEUE_TAG: speaks_for.key, **run_tags.of_next_sending(context.instance, (campaign, speaks_for.key))}
         context.instance.add_run_tags(context.run.run_id, tags)
     context.log.info("sending shard %02d of %s through %s", shard, campaign, speaks_for.key)
 

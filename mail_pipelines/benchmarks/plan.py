@@ -42,17 +42,21 @@ def case(seed: int, servers: int, providers: int, campaigns: int) -> Case:
 
 
 def lower_bound(plan: NearPlan) -> float:
-    """The makespan of the relaxation (epoch seconds): all servers send to each provider all the time as much as they may, parts of messages too."""
+    """The makespan of the relaxation (epoch seconds): while any send window is open all servers send to each provider as much as they may, parts of messages
+    too.
+    """
     latest = float(plan.horizon.now)
     for part in plan.providers:
         rows = sum(demand.rows for demand in part.demands)
-        soonest = part.rooms.soonest
+        opened = np.max([part.open_parts(demand.job.id) for demand in part.demands], axis=0)
+        soonest = part.rooms.opened(opened).soonest
         before = np.concatenate([[0], np.cumsum(soonest)])
         if rows > before[-1]:
             return float("inf")
         number = int(np.searchsorted(before, rows, side="left")) - 1
         slot = plan.horizon.slots[number]
-        latest = max(latest, slot.end - plan.horizon.usable(slot) * (1 - float((rows - before[number]) / soonest[number])))
+        # As if what is open of a slot were its beginning.
+        latest = max(latest, slot.end - plan.horizon.usable(slot) * (1 - float(opened[number] * (rows - before[number]) / soonest[number])))
     return latest
 
 

@@ -88,19 +88,28 @@ def _ending(part: ProviderPlan, number: int) -> float:
 
 
 def _earliest(part: ProviderPlan, number: int) -> float | None:
-    """When the messages that the horizon leaves would be out, after those of more urgent campaigns, at the speed that all servers have in its last day."""
-    end = part.rooms.horizon.end
-    mine = urgency(part.demands[number].job)
-    unmet = sum(int(count) for count, demand in zip(part.unmet, part.demands, strict=True) if urgency(demand.job) <= mine)
+    """When the messages that the horizon leaves would be out, after those of more urgent campaigns, at the speed that all servers have in its last day on
+    which the campaign may be sent. A send window is taken to open on each day after that as it did last.
+    """
+    horizon, job = part.rooms.horizon, part.demands[number].job
+    unmet = sum(int(count) for count, demand in zip(part.unmet, part.demands, strict=True) if urgency(demand.job) <= urgency(job))
     if not part.unmet[number]:
         return part.finish(number)
-    last_day = [slot for slot, times in enumerate(part.rooms.horizon.slots) if times.start >= end - DAY]
-    able = part.rooms.of_lines(part.able[number])
-    a_day = int(able.soonest[last_day].sum()) if len(part.able[number]) else 0
-    if not a_day:
-        caps = able.day[:, -1].sum() if len(part.able[number]) else 0
-        a_day = int(min(caps, able.slot[:, last_day].sum())) if caps else 0
-    return end + unmet / a_day * DAY if a_day else None
+    opened = part.open_parts(job.id)
+    able = part.rooms.of_lines(part.able[number]).opened(opened).soonest
+    first = horizon.first_from(horizon.end - DAY) if able[horizon.first_from(horizon.end - DAY) :].any() else 0
+    if not able[first:].any():
+        return None
+    open_seconds = opened * np.array([horizon.usable(slot) for slot in horizon.slots])
+    seconds = unmet * open_seconds[first:].sum() / able[first:].sum()
+    last = [demand.spans[-1] for demand in part.demands if demand.job.id == job.id and demand.spans]
+    if not last:
+        return float(horizon.end + seconds)
+    opens, closes = min(span[0] for span in last), max(span[1] for span in last)
+    if seconds <= closes - horizon.end:
+        return float(horizon.end + seconds)
+    days, rest = divmod(seconds - max(0, closes - horizon.end) - 1, min(DAY, closes - opens))
+    return float(opens + (days + 1) * DAY + rest + 1)
 
 
 def bottleneck(part: ProviderPlan, number: int) -> str:

@@ -6,7 +6,7 @@ What belongs here: arithmetic of limits. What does not: where the numbers come f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -77,6 +77,10 @@ class Rooms:
     def of_lines(self, chosen: Counts) -> Rooms:
         """The same for some of the lines, by their numbers."""
         return Rooms(self.horizon, self.slot[chosen], self.hour[chosen], self.day[chosen], self.hour_of, self.day_of)
+
+    def opened(self, parts: NDArray[np.float64]) -> Rooms:
+        """The same if only these parts of the slots, from 0 to 1 (S), may be used."""
+        return replace(self, slot=np.floor(self.slot * parts + 1e-9).astype(np.int64))
 
     @cached_property
     def effective(self) -> Counts:

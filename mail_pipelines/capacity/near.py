@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mail_pipelines.capacity import aggregate
 from mail_pipelines.capacity.aggregate import Item, PlanningFailed
@@ -45,6 +46,13 @@ class ProviderPlan:
         rows = np.array([demand.rows for demand in self.demands], dtype=np.int64)
         unmet: Counts = rows - self.placed.sum(axis=(1, 2))
         return unmet
+
+    def open_parts(self, job_id: int) -> NDArray[np.float64]:
+        """Of each slot the part in which any messages of a campaign may be sent: S."""
+        horizon = self.rooms.horizon
+        spans = [demand.spans for demand in self.demands if demand.job.id == job_id]
+        parts = [[1.0] * len(horizon.slots) if one is None else horizon.open_parts(one) for one in spans]
+        return np.array(parts).max(axis=0)  # type: ignore[no-any-return]
 
     def finish(self, number: int) -> float | None:
         """When a demand is sent (epoch seconds); None if not within the horizon."""

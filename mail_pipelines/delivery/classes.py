@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RULES = Path(__file__).with_name("replies.toml")
+# The class whose rows wait for the server that was told so (`dispatch.greylisting`).
+GREYLISTED = "greylisted"
 
 
 class Action(enum.StrEnum):

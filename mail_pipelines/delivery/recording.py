@@ -22,6 +22,7 @@ from mail_pipelines.database.models import Allotment, Campaign, Claim, Delivery,
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.database.types import utc_now
 from mail_pipelines.delivery import counters
+from mail_pipelines.delivery.classes import GREYLISTED
 from mail_pipelines.delivery.events import BOUNCED, DEFERRED, event_id, mask_addresses, resent_among
 from mail_pipelines.delivery.transitions import may_move
 from mail_pipelines.errors import MailPipelinesError
@@ -33,14 +34,18 @@ SLOT_SECONDS = 900
 # The statements are built once: building one costs more than running it.
 _CLOSE = sa.update(Claim).where(Claim.id == sa.bindparam("claim"), Claim.state == sa.bindparam("before")).values(state="closed", closed_at=sa.bindparam("now"))
 _CAMPAIGN_STATE = sa.select(Campaign.state, utc_now().label("now")).where(Campaign.id == sa.bindparam("campaign")).with_for_update(read=True)
-_OUR_ROWS = sa.update(Delivery).where(
+_OURS = (
     Delivery.campaign_id == sa.bindparam("campaign"),
     Delivery.contact_id.in_(sa.bindparam("contacts", expanding=True)),
     Delivery.claim_id == sa.bindparam("claim"),
     Delivery.state == int(State.CLAIMED),
 )
-# A released row that was deferred before is due at once; its sort key was left alone by the claim.
-_RELEASE = _OUR_ROWS.values(claim_id=None, state=sa.case((Delivery.attempt > 0, int(State.DEFERRED)), else_=int(State.PENDING)))
+_OUR_ROWS = sa.update(Delivery).where(*_OURS)
+# A released row that was deferred before is due at once; its sort key was left alone by the claim. A greylisting is no attempt, but its row goes on waiting
+# for its server, which only a deferred one does.
+_WAS_DEFERRED = sa.or_(Delivery.attempt > 0, Delivery.reason == GREYLISTED)
+_RELEASE = _OUR_ROWS.values(claim_id=None, state=sa.case((_WAS_DEFERRED, int(State.DEFERRED)), else_=int(State.PENDING)))
+_ONLY_GREYLISTED = sa.select(sa.func.count()).where(*_OURS, Delivery.attempt == 0, Delivery.reason == GREYLISTED)
 _END = _OUR_ROWS.values(
     claim_id=sa.bindparam("kept_claim"),
     state=sa.bindparam("to"),
@@ -113,7 +118,8 @@ def record(connection: Connection, claim: ClaimRef, results: Sequence[Result], *
         ends[end.state] += len(contact_ids)
         moves[claim.shard, claim.provider, end.state, end.reason] += len(contact_ids)
     if ends[State.PENDING]:
-        # Those deferred before go back to being that. A release is no outcome: without a reason it does not count in the minute as a deferral does.
+        # Those deferred before go back to being that (`_release` has counted those that were only greylisted). A release is no outcome: without a reason it
+        # does not count in the minute as a deferral does.
         deferred = sum(result.attempt > 0 for result in released)
         moves[claim.shard, claim.provider, State.PENDING, ""] -= deferred
         moves[claim.shard, claim.provider, State.DEFERRED, ""] += deferred
@@ -191,7 +197,11 @@ def _release(connection: Connection, claim: ClaimRef, contact_ids: list[int], no
     if is_mysql(connection):
         [[[released]]] = call(connection, "release_rows", (claim.id, claim.server_id, json.dumps(contact_ids)))
         return int(released)
-    released = connection.execute(_RELEASE, {"campaign": claim.campaign_id, "contacts": contact_ids, "claim": claim.id}).rowcount
+    rows = {"campaign": claim.campaign_id, "contacts": contact_ids, "claim": claim.id}
+    greylisted = connection.execute(_ONLY_GREYLISTED, rows).scalar_one()
+    released = connection.execute(_RELEASE, rows).rowcount
+    moves = {(claim.shard, claim.provider, State.PENDING, ""): -greylisted, (claim.shard, claim.provider, State.DEFERRED, ""): greylisted}
+    counters.add(connection, claim.campaign_id, claim.server_id, moves, now)
     _refund(connection, claim, released, now)
     return released
 

@@ -157,9 +157,12 @@ def _administration(engine: Engine) -> Iterator[Connection]:
             raise AccountError(f"somebody else has been at the accounts of servers for {_LOCK_SECONDS} s: repeat this later")
         try:
             yield connection
-        finally:
-            # The connection itself is kept for others.
-            connection.exec_driver_sql("SELECT RELEASE_LOCK(%s)", (name,))
+        except BaseException:
+            # It may be the connection that broke, and another error at it would hide the first. Closed, it has no lock.
+            connection.invalidate()
+            raise
+        # The connection itself is kept for others.
+        connection.exec_driver_sql("SELECT RELEASE_LOCK(%s)", (name,))
 
 
 def _account(connection: Connection, server_id: int) -> str | None:

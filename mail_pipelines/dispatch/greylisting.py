@@ -1,7 +1,7 @@
 """Greylisted rows are offered again by the server that was greylisted: to the destination another one is a stranger, and the wait starts over.
 
 Such a row waits for the server of its last claim, as long as that server is active or warming, until `WAIT_SECONDS` after it fell due. From then on any
-server may offer it. The stored procedure `claim_rows` states the same rule.
+server may offer it. The stored procedure `claim_rows` states the same rule, and `release_rows` that who is given back unoffered waits on.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sqlalchemy as sa
 
 from mail_pipelines.database.models import Delivery
 from mail_pipelines.database.views import active_servers
+from mail_pipelines.delivery.classes import GREYLISTED
 
-# The class of `delivery/replies.toml`.
-REASON = "greylisted"
+REASON = GREYLISTED
 WAIT_SECONDS = 4 * 3600
 # Of no server: every row that waits for one waits for another.
 NO_SERVER = 0

@@ -58,7 +58,7 @@ def _look_at_dagster(settings: config.Settings, is_centre: bool) -> Iterator[Fin
     try:
         with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance:
             if is_centre:
-                yield from check_daemon(instance)
+                yield from list(check_daemon(instance)) or check_ticks(instance)
                 yield from check_instigators(instance)
                 yield from check_slots(instance, settings)
     except (dg.DagsterError, sa.exc.SQLAlchemyError) as error:
@@ -73,6 +73,19 @@ def check_daemon(instance: DagsterInstance) -> Iterator[Finding]:
     if silent:
         parts = "" if len(silent) == len(required) else f" in part ({names(silent)})"
         yield Finding("daemon", f"Dagster's daemon is silent{parts}: no sensor, schedule or queued run starts", f"start it: {Chapter.DAEMON_DEAD.place}")
+
+
+def check_ticks(instance: DagsterInstance) -> Iterator[Finding]:
+    """A daemon without a code server beats, and evaluates nothing."""
+    from dagster._core.definitions.run_request import InstigatorType
+
+    running = [state for state in instance.all_instigator_state(instigator_type=InstigatorType.SENSOR) if state.is_running]
+    ticks = [tick for state in running for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=1)]
+    newest = max((tick.timestamp for tick in ticks), default=None)
+    if newest is not None and newest < time.time() - SILENT_SECONDS:
+        minutes = (time.time() - newest) / 60
+        words = f"no sensor has run for {minutes:,.0f} minutes, though the daemon beats: Dagster's code server does not answer"
+        yield Finding("code server", words, f"start it: {Chapter.DAEMON_DEAD.place}")
 
 
 def check_instigators(instance: DagsterInstance) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from mail_pipelines import config
 from mail_pipelines.doctor import broker, central, daemon, domains, host, waiting
@@ -28,9 +29,13 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         return [_of_configuration(error)]
     is_centre = not config.servers_of_this_host(environ)
 
+    # Each server of a host has an account of the database, which shows no server but that one, and a token key.
+    each = {f"database of {server}": own for server, own in members.items()} if members else {"database": settings}
+
     def this_host() -> Iterator[Finding]:
         yield from host.check_home(settings)
-        yield from host.check_token_key(settings)
+        for own in each.values():
+            yield from host.check_token_key(own)
         yield from host.check_dagster_home(settings, environ)
         yield from host.check_disk(settings)
         yield from host.check_doors(settings, members)
@@ -44,7 +49,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
 
     looks: dict[str, Callable[[], Iterator[Finding]]] = {
         "host": this_host,
-        "database": lambda: central.check_central_database(settings, is_centre=is_centre),
+        **{name: partial(central.check_central_database, own, is_centre=is_centre) for name, own in each.items()},
         **({"domains": lambda: domains.check_domains(settings)} if is_centre else {}),
         "runs": runs,
     }
@@ -55,7 +60,8 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
             found += findings.result(max(0.0, end - time.monotonic()))
         except TimeoutError:
             found.append(Finding(name, f"not looked at within {LONGEST_SECONDS:g} s", "something that it asks hangs: see the other lines"))
-    return found
+    # What is true of the whole database each of them has found.
+    return list(dict.fromkeys(found))
 
 
 def _configuration(environ: Mapping[str, str]) -> tuple[config.Settings, dict[str, config.Settings], list[Finding]]:

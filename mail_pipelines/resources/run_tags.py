@@ -13,10 +13,14 @@ job itself says (`jobs`), however its run is started; the rest is said by whoeve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import dagster as dg
+import sqlalchemy as sa
+from dagster._core.storage.runs import SqlRunStorage
+from dagster._core.storage.runs.schema import RunTagsTable
 
 from mail_pipelines.partitions import split_batch_key
 from mail_pipelines.resources import queues
@@ -25,6 +29,8 @@ CAMPAIGN = "mail_pipelines/campaign"
 SERVER = "mail_pipelines/server"
 ATTEMPT = "mail_pipelines/attempt"
 MAKING = "mail_pipelines/making"
+# Keys of a campaign and of a server on which it is sent.
+Pair = tuple[str, str]
 # Assets of which each partition is a campaign. A materialisation from the UI is a run of no job of ours that could say so.
 CAMPAIGN_ASSETS = frozenset(dg.AssetKey(name) for name in ("campaign_audiences", "delivery_results", "campaign_statistics"))
 
@@ -43,16 +49,37 @@ def from_partition(definition: dg.PartitionsDefinition, tags: Callable[[str], Ma
     return dg.PartitionedConfig(definition, run_config_for_partition_key_fn=lambda _key: {}, tags_for_partition_key_fn=tags)
 
 
-def of_sending(instance: dg.DagsterInstance, campaign_key: str, server_key: str, before: int | None = None) -> dict[str, str]:
-    """The tags of the next send run of a campaign on a server; `before` is the attempt that was asked for last, if the caller knows it.
+def attempts(instance: dg.DagsterInstance, pairs: Collection[Pair]) -> Counter[Pair]:
+    """The last attempt of each of these pairs, by the runs that Dagster keeps: when all of them are deleted it begins with 1 again.
 
-    The newest run that Dagster keeps of the two tells it (one look by the index of tags). When all of them are deleted it begins with 1 again.
+    One look by the index of tags, however many pairs. Dagster itself can only be asked for the runs of one pair after the other, a connection each.
     """
-    if before is None:
-        newest = instance.get_runs(dg.RunsFilter(tags={CAMPAIGN: campaign_key, SERVER: server_key}), limit=1)
-        given = newest[0].tags.get(ATTEMPT, "") if newest else ""
-        before = int(given) if given.isdecimal() else 0
-    return {**campaign(campaign_key), **server(server_key), ATTEMPT: str(before + 1)}
+    found: Counter[Pair] = Counter()
+    if pairs:
+        of_campaign, of_server, attempt = (sa.alias(RunTagsTable) for _ in range(3))
+        query = (
+            sa.select(of_campaign.c.value, of_server.c.value, sa.func.max(sa.cast(attempt.c.value, sa.Integer)))
+            .join_from(of_campaign, of_server, of_server.c.run_id == of_campaign.c.run_id)
+            .join(attempt, attempt.c.run_id == of_campaign.c.run_id)
+            .where(of_campaign.c.key == CAMPAIGN, of_campaign.c.value.in_({campaign for campaign, _ in pairs}))
+            .where(of_server.c.key == SERVER, of_server.c.value.in_({server for _, server in pairs}), attempt.c.key == ATTEMPT)
+            .group_by(of_campaign.c.value, of_server.c.value)
+        )
+        storage = instance.run_storage
+        assert isinstance(storage, SqlRunStorage)
+        with storage.connect() as connection:
+            found.update({(campaign, server): last for campaign, server, last in connection.execute(query)})
+    return found
+
+
+def of_sending(pair: Pair, attempt: int) -> dict[str, str]:
+    """The tags of a send run of a campaign on a server."""
+    return {**campaign(pair[0]), **server(pair[1]), ATTEMPT: str(attempt)}
+
+
+def of_next_sending(instance: dg.DagsterInstance, pair: Pair) -> dict[str, str]:
+    """The tags of a send run that is the next of its pair."""
+    return of_sending(pair, attempts(instance, [pair])[pair] + 1)
 
 
 def missing(instance: dg.DagsterInstance, run: dg.DagsterRun, queue: str) -> dict[str, str]:
@@ -67,5 +94,5 @@ def missing(instance: dg.DagsterInstance, run: dg.DagsterRun, queue: str) -> dic
             # Nobody knows yet who takes it.
             return campaign(key)
         # One that is executed again has the tags of the run that it repeats.
-        return {} if ATTEMPT in run.tags and run.parent_run_id is None else of_sending(instance, split_batch_key(key)[0], queue)
+        return {} if ATTEMPT in run.tags and run.parent_run_id is None else of_next_sending(instance, (split_batch_key(key)[0], queue))
     return campaign(key) if run.asset_selection and run.asset_selection <= CAMPAIGN_ASSETS else {}

@@ -42,14 +42,13 @@ def open_shards(context: dg.SensorEvaluationContext, database: CentralDatabase) 
             heartbeat_seconds=settings.server.heartbeat_seconds,
             in_flight=send_runs(instance),
         )
+    found = [opening for opening in found if opening.campaign in known]
+    attempts = run_tags.attempts(instance, {(opening.campaign, opening.server) for opening in found})
     runs: list[dg.RunRequest] = []
-    attempts: dict[tuple[str, str], int] = {}
     for opening in found:
-        if opening.campaign not in known:
-            continue
-        of_both = (opening.campaign, opening.server)
-        tags = {QUEUE_TAG: opening.server, **run_tags.of_sending(instance, *of_both, attempts.get(of_both))}
-        attempts[of_both] = int(tags[run_tags.ATTEMPT])
+        pair = (opening.campaign, opening.server)
+        attempts[pair] += 1
+        tags = {QUEUE_TAG: opening.server, **run_tags.of_sending(pair, attempts[pair])}
         runs.append(dg.RunRequest(job_name=send_campaign.name, partition_key=partitions.batch_key(opening.campaign, opening.shard), tags=tags))
     return dg.SensorResult(run_requests=runs) if runs else dg.SkipReason("no shard has due rows, an unspent grant and a free slot")
 

@@ -12,7 +12,8 @@
       consent: {subscribe: opted_in, evidence: double opt-in in the shop}
       conflict: {default: newest, first_name: ours}
 
-What belongs here: names, types and rules of the document. What does not: what `connection` and `read` mean, which is the kind's (`kinds`).
+What belongs here: names, types and rules of the document. What does not: what `connection` and `read` mean, which is the kind's (`kinds`), and what a
+`recipe` completes a document with (`recipes`).
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ Section = Literal["contacts", "suppressions"]
 ENGAGEMENT: Literal["engagement"] = "engagement"
 Part = Section | Literal["engagement"]
 Told = Literal["opens", "clicks", "bounces", "unsubscribes", "suppressions"]
-EMAIL, EXTERNAL_ID, CHANGED_AT, DELETED, OPTED_IN, CONSENT_AT, TIME_ZONE, REASON = (
-    *("email", "external_id", "changed_at", "deleted", "opted_in", "consent_at", "time_zone", "reason"),
+EMAIL, EXTERNAL_ID, CHANGED_AT, DELETED, OPTED_IN, OPTED_OUT, CONSENT_AT, TIME_ZONE, REASON = (
+    *("email", "external_id", "changed_at", "deleted", "opted_in", "opted_out", "consent_at", "time_zone", "reason"),
 )
 # Targets of a mapping that are no fields of a contact.
-CONTACT_TARGETS = frozenset({EMAIL, EXTERNAL_ID, CHANGED_AT, DELETED, OPTED_IN, CONSENT_AT, TIME_ZONE})
+CONTACT_TARGETS = frozenset({EMAIL, EXTERNAL_ID, CHANGED_AT, DELETED, OPTED_IN, OPTED_OUT, CONSENT_AT, TIME_ZONE})
 SUPPRESSION_TARGETS = frozenset({EMAIL, REASON})
 _ENVIRONMENT = re.compile(r"(?!MAIL_PIPELINES_)[A-Z][A-Z0-9_]{0,99}")
 _CRON = re.compile(r"\S+( \S+){4}")
@@ -66,10 +67,15 @@ EnvironmentName = Annotated[str, pydantic.AfterValidator(_environment_name)]
 
 
 class Consent(Form):
-    """Who is subscribed: `always`, `never`, or whose column mapped to `opted_in` is true. `evidence` is kept with whoever is subscribed by it."""
+    """Who is subscribed: `always`, `never`, or whose column mapped to `opted_in` is true. `evidence` is kept with whoever is subscribed by it.
+
+    Where that column has words instead: `agreed` are those that say yes, `left` those of somebody who was subscribed there and left.
+    """
 
     subscribe: Literal["always", "opted_in", "never"]
     evidence: str = pydantic.Field(default="", max_length=500)
+    agreed: list[str] = []
+    left: list[str] = []
 
 
 class Deletions(Form):
@@ -115,6 +121,11 @@ class Contacts(_Resource):
     deletions: Deletions = Deletions()
 
     @property
+    def says_who_left(self) -> tuple[str, ...]:
+        """The targets that say who left; a source without their columns must not be read."""
+        return tuple(target for target in (OPTED_OUT, *([OPTED_IN] if self.consent.left else [])) if self.column_of(target))
+
+    @property
     def field_columns(self) -> dict[str, str]:
         """Column → field key of what becomes a field."""
         return {column: target for column, target in self.map.items() if target not in CONTACT_TARGETS}
@@ -135,8 +146,10 @@ class Contacts(_Resource):
                 raise ValueError(f"{place}.{unknown[0]}: no column becomes this field")
         if self.consent.subscribe != "never" and not self.list:
             raise ValueError("list: is missing; or say consent: {subscribe: never}")
-        if self.consent.subscribe == "opted_in" and not self.column_of(OPTED_IN):
-            raise ValueError("consent.subscribe: opted_in needs a column that is mapped to `opted_in`")
+        if (self.consent.subscribe == "opted_in" or self.consent.agreed or self.consent.left) and not self.column_of(OPTED_IN):
+            raise ValueError("consent: opted_in, agreed or left needs a column that is mapped to `opted_in`")
+        if self.says_who_left and not self.list:
+            raise ValueError("list: is missing, which those leave whose column says that they left")
         if "newest" in {self.rule_of(key) for key in known} and not self.column_of(CHANGED_AT):
             raise ValueError("conflict: `newest` needs a column that is mapped to `changed_at`")
         if self.cursor and self.cursor not in self.map and not self.column_of(EXTERNAL_ID):
@@ -160,12 +173,14 @@ class Suppressions(_Resource):
 class WriteBack(Form):
     """What the source is told. `send` says how, and is checked by the kind; it maps fields of an event (`kinds.EVENT_FIELDS`).
 
-    Whoever the source does not know is left out, or, with `unknown: create`, sent without `external_id`. `since` leaves out what is older.
+    Whoever the source does not know is left out, or, with `unknown: create`, sent without `external_id`. `since` leaves out what is older. With `lists: own`
+    only the ends of subscriptions to the list of `contacts` are told: for a service that knows one subscription and no lists.
     """
 
     what: Annotated[list[Told], pydantic.Field(min_length=1)]
     send: dict[str, Any]
     unknown: Literal["skip", "create"] = "skip"
+    lists: Literal["all", "own"] = "all"
     since: dt.date | None = None
 
 
@@ -206,6 +221,8 @@ class Source(Form):
             raise ValueError("contacts or suppressions: one of them is needed")
         if self.write_back and self.write_back.unknown == "skip" and not self.contacts:
             raise ValueError("write_back: nobody is known where no contacts are read; say unknown: create, or declare contacts")
+        if self.write_back and self.write_back.lists == "own" and not (self.contacts and self.contacts.list):
+            raise ValueError("write_back.lists: own is the list of contacts, and none is named there")
         if self.schedule is not None and not _CRON.fullmatch(self.schedule):
             raise ValueError("schedule: expected five fields of cron, as in '*/15 * * * *'")
         return self
@@ -213,17 +230,17 @@ class Source(Form):
 
 def parse(text: str, where: str) -> Source:
     """The source that a YAML text declares. Raises `DeclarationError`, naming `where` and the place."""
-    from mail_pipelines.sources import kinds
+    from mail_pipelines.sources import kinds, recipes
 
     try:
         tree = yaml.safe_load(text)
         if not isinstance(tree, Mapping):
             raise DeclarationError("expected a mapping with name, kind, connection and contacts or suppressions")
-        source = Source.model_validate(tree)
+        source = Source.model_validate(recipes.complete(tree))
         for resource in source.sections.values():
             kinds.check_form(source.kind, source.connection, resource.read)
         if source.write_back:
-            kinds.check_send(source.kind, source.write_back.send)
+            kinds.check_send(source.kind, source.write_back.send, source.write_back.what)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise DeclarationError(f"{where}: {f'line {mark.line + 1}: ' if mark else ''}no valid YAML") from error

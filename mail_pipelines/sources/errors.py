@@ -15,3 +15,7 @@ class DeclarationError(SourceError):
 
 class GuardStopped(SourceError):
     """More records vanished at once than the declaration permits: somebody has to say that they are meant to be gone."""
+
+
+class LoginError(SourceError):
+    """A source that refuses what it is logged in with; waiting changes nothing."""

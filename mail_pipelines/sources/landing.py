@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mail_pipelines.sources import kinds
-from mail_pipelines.sources.declaration import Contacts, Source, Suppressions
+from mail_pipelines.sources.declaration import EMAIL, Contacts, Source, Suppressions
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.staging import POSITION, Landing, Staging
 
@@ -111,11 +111,13 @@ def _run(pipeline: Any, staging: Staging, pages: Iterator[pa.Table]) -> None:
 
 
 def _picked(pages: Iterator[Any], resource: Contacts | Suppressions) -> Iterator[pa.Table]:
-    """The mapped columns of the pages as texts, each row with its position. Raises `SourceError` for a page without the column of the addresses."""
+    """The mapped columns of the pages as texts, each row with its position. Raises `SourceError` for a page without a needed column."""
     import pyarrow as pa
 
     position = 0
     wanted = {**{target: column for column, target in resource.map.items()}, **({CURSOR: resource.cursor} if resource.cursor else {})}
+    says_who_left = resource.says_who_left if isinstance(resource, Contacts) else ()
+    needed = {EMAIL: "has the addresses", **dict.fromkeys(says_who_left, "says who left")}
     for page in pages:
         count = page.num_rows if isinstance(page, pa.Table) else len(page)
         if not count:
@@ -126,8 +128,9 @@ def _picked(pages: Iterator[Any], resource: Contacts | Suppressions) -> Iterator
             columns = {target: _texts(page, column, str(column)) for target, column in wanted.items()}
         else:
             columns = {target: pa.array([_text(_nested(record, column)) for record in page], pa.string()) for target, column in wanted.items()}
-            if not any(_has(record, wanted["email"]) for record in page):
-                raise SourceError(f"the source gives no column {wanted['email']!r} any more, which has the addresses; its columns: {_names(page)}")
+            for target, what in needed.items():
+                if not any(_has(record, wanted[target]) for record in page):
+                    raise SourceError(f"the source gives no column {wanted[target]!r} any more, which {what}; its columns: {_names(page)}")
         yield pa.table({POSITION: pa.array(range(position, position + count), pa.int64()), **columns})
         position += count
 
@@ -137,11 +140,17 @@ def _names(page: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _has(record: Mapping[str, Any], path: str) -> bool:
+    """Whether a record has a column, be it empty or within one that is."""
     if path in record:
         return True
-    outer, _, name = path.rpartition(".")
-    within = _nested(record, outer) if outer else None
-    return isinstance(within, Mapping) and name in within
+    value: Any = record
+    for name in path.split("."):
+        if value is None:
+            return True
+        if not isinstance(value, Mapping) or name not in value:
+            return False
+        value = value[name]
+    return True
 
 
 def _nested(record: Mapping[str, Any], path: str) -> Any:

@@ -21,7 +21,7 @@ from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.sources import conflicts, records, subscribing
+from mail_pipelines.sources import conflicts, outbox, records, subscribing
 from mail_pipelines.sources.declaration import CONSENT_AT, EMAIL, TIME_ZONE, Contacts, Rule, Source
 from mail_pipelines.sources.links import Links
 from mail_pipelines.sources.staging import POSITION
@@ -76,6 +76,7 @@ class Chunk:
     records: pa.Table
     unlinked: list[str]
     gone: list[str]
+    noes: records.Noes
     rejects: dict[int, str]
     repeated: frozenset[int]
     counts: Counter[str]
@@ -126,6 +127,7 @@ class Merge:
             usable,
             found.ids.filter(unlinked).to_pylist(),
             found.ids.filter(gone).to_pylist(),
+            found.noes,
             rejects,
             prepared.repeated,
             counts,
@@ -147,22 +149,28 @@ class Merge:
 
     def _merge(self, connection: Connection, chunk: Chunk) -> merging.Outcome:
         refused = self._links.follow(connection, chunk.records)
+        unwanted = subscribing.refused(connection, self.target.list) if self.target.list else set()
         taken = conflicts.taken(self.source.name, self._rules, chunk.records)
         inserted = updated = unchanged = 0
         erased: frozenset[int] = frozenset()
-        for list_id, people in self._split(chunk, refused):
+        for list_id, people in self._split(chunk, refused, unwanted):
             outcome = merging.merge_within(connection, people, list_id=list_id, now=self.now, mostly_new=self._mostly_new, source=self.source.name, taken=taken)
             inserted, updated, unchanged = inserted + outcome.inserted, updated + outcome.updated, unchanged + outcome.unchanged
             erased |= outcome.erased
         self._some_are_gone |= self._links.record(connection, [*chunk.unlinked, *self._ids_at(chunk, erased).values()], chunk.gone)
-        if inserted < chunk.people.num_rows:
-            # Whoever is new has the evidence, and was never subscribed before.
+        # Whoever is new has the evidence, and was never subscribed before.
+        some_are_known = inserted < chunk.people.num_rows
+        if some_are_known:
             subscribing.note_evidence(connection, chunk.people)
-            if self.target.list and self._some_are_gone:
+        if self.target.list:
+            subscribing.refuse(connection, self.source.name, self.target.list, chunk.noes, self.now)
+            if self.source.write_back:
+                outbox.learned(connection, self.source.name, chunk.noes.left | chunk.noes.withdrawn, self.now)
+            if some_are_known and self._some_are_gone:
                 subscribing.begin_again(connection, self.source.name, self.target.list, self.now)
         return merging.Outcome(inserted, updated, unchanged, erased)
 
-    def _split(self, chunk: Chunk, refused: Collection[str]) -> Iterator[tuple[int | None, pa.Table]]:
+    def _split(self, chunk: Chunk, refused: Collection[str], unwanted: Collection[bytes]) -> Iterator[tuple[int | None, pa.Table]]:
         """The rows of contacts that may be subscribed with the list, and the others without, and without evidence."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -171,6 +179,8 @@ class Merge:
         if refused:
             theirs = chunk.records.filter(pc.is_in(chunk.records["external_id"], value_set=pa.array(list(refused), pa.string())))
             subscribes = pc.and_(subscribes, pc.invert(pc.is_in(people["line"], value_set=theirs[POSITION])))
+        if unwanted:
+            subscribes = pc.and_(subscribes, pc.invert(pc.is_in(people["address_hash"], value_set=pa.array(list(unwanted), pa.binary(16)))))
         list_id = self.target.list.id if self.target.list else None
         for id_, part in ((list_id, people.filter(subscribes)), (None, people.filter(pc.invert(subscribes)).drop_columns(["consent"]))):
             if part.num_rows:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mail_pipelines.contacts import address_columns
 from mail_pipelines.sources import texts
-from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, Contacts
+from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, OPTED_OUT, Consent, Contacts
 from mail_pipelines.sources.staging import POSITION
 
 if TYPE_CHECKING:
@@ -19,17 +19,27 @@ NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
 
 
 @dataclass(frozen=True)
+class Noes:
+    """Addresses (by hash) whose rows say no: who `left`, and who no longer says yes (`withdrawn`), which counts only for what the source itself subscribed."""
+
+    left: set[bytes]
+    withdrawn: set[bytes]
+
+
+@dataclass(frozen=True)
 class Records:
     """What a chunk of staged rows says, in their order.
 
     `ids` has the id of each row at the source, null where there is no usable one; `deleted` whether it is marked as that. `usable` has a row for each
     record: `position`, `external_id`, the columns of `address_columns`, `changed_at` (UTC without zone), `subscribes`, and `consent_at` as the source
-    writes it. `rejects` are positions and reasons of the rows that are none; `older` counts those that a newer version of the same record took the place of.
+    writes it. `noes` are also of rows that are no records: whatever else is wrong with one, nobody is mailed against it. `rejects` are positions and reasons
+    of the rows that are none; `older` counts those that a newer version of the same record took the place of.
     """
 
     ids: pa.Array
     deleted: pa.Array
     usable: pa.Table
+    noes: Noes
     rejects: dict[int, str]
     older: int
 
@@ -51,9 +61,11 @@ def read(resource: Contacts, rows: pa.Table) -> Records:
     ids = _usable_ids(column(EXTERNAL_ID)) if resource.column_of(EXTERNAL_ID) else _hexadecimal(addresses["address_hash"])
     deleted = texts.that(texts.is_marked, column(DELETED))
     changed_at, undated = texts.moments(column(CHANGED_AT))
-    subscribes = pa.repeat(True, rows.num_rows)
-    if resource.consent.subscribe != "always":
-        subscribes = texts.that(texts.is_true, column(OPTED_IN)) if resource.consent.subscribe == "opted_in" else pc.invert(subscribes)
+    left, withdrawn = _noes(resource.consent, column(OPTED_IN), column(OPTED_OUT))
+    noes = Noes(*(set(addresses["address_hash"].filter(saying).drop_null().to_pylist()) for saying in (left, withdrawn)))
+    # Two records may have one address: a no of one of them is the person's.
+    no = pc.is_in(addresses["address_hash"], value_set=pa.array([*noes.left, *noes.withdrawn], pa.binary(16)))
+    subscribes = pc.and_(_yeses(resource.consent, column(OPTED_IN)), pc.invert(no))
     # Of several reasons that of the address, then that of the id.
     reasons = {row: f"column {name_of(resource, CHANGED_AT)!r}: {reason}" for row, reason in undated.items()}
     without_id = f"column {name_of(resource, EXTERNAL_ID)!r}: there is no id, or it is longer than {ID_LENGTH} characters"
@@ -74,7 +86,24 @@ def read(resource: Contacts, rows: pa.Table) -> Records:
     usable = given.take(pa.array([row for row in range(rows.num_rows) if row not in reasons and row not in gone], pa.int64()))
     latest = _latest(usable)
     rejects = {positions[row].as_py(): reason for row, reason in reasons.items() if row not in gone}
-    return Records(ids, deleted, latest, rejects, usable.num_rows - latest.num_rows)
+    return Records(ids, deleted, latest, noes, rejects, usable.num_rows - latest.num_rows)
+
+
+def _yeses(consent: Consent, opted_in: pa.Array) -> pa.Array:
+    """Of each row whether it may be subscribed."""
+    import pyarrow as pa
+
+    if consent.subscribe != "opted_in":
+        return pa.repeat(consent.subscribe == "always", len(opted_in))
+    return texts.that(lambda text: texts.is_one_of(text, consent.agreed) if consent.agreed else texts.is_true(text), opted_in)
+
+
+def _noes(consent: Consent, opted_in: pa.Array, opted_out: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Of each row whether its person left, and whether it takes back a yes."""
+    import pyarrow.compute as pc
+
+    left = pc.or_(texts.that(texts.is_marked, opted_out), texts.that(lambda text: texts.is_one_of(text, consent.left), opted_in))
+    return left, pc.and_(texts.that(texts.is_false, opted_in), pc.invert(left))
 
 
 def _usable_ids(ids: pa.Array) -> pa.Array:

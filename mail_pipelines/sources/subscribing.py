@@ -1,4 +1,4 @@
-"""Whom a source may subscribe, and on what evidence. Nobody who left is subscribed again: only what a source itself had ended begins again."""
+"""Whom a source may subscribe, on what evidence, and whose no it brings. Nobody who left is subscribed again: only what the source had ended begins again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sqlalchemy.engine import Connection
 from mail_pipelines.contacts import attributes, changes, consent, merging
 from mail_pipelines.contacts.lists import MailingList
 from mail_pipelines.contacts.sets import slices
-from mail_pipelines.database.models import Contact, Subscription
+from mail_pipelines.database.models import Contact, Subscription, Suppression
 from mail_pipelines.database.types import Hash16, LongText
 from mail_pipelines.sources import links
+from mail_pipelines.sources.records import Noes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,6 +31,44 @@ _EVIDENCE = sa.Table(
     mariadb_engine="InnoDB",
     mariadb_charset="utf8mb4",
 )
+
+
+# What a person has said; a bounce may end.
+_OWN_WORD = ("unsubscribe", "complaint", "erased")
+
+
+def refused(connection: Connection, target: MailingList) -> set[bytes]:
+    """Of the staged records take the subscribing from those whose people do not want the list, or what comes in its brand's or our name.
+
+    Returns their addresses.
+    """
+    in_scope = sa.or_(*(sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id) for scope in _scopes(target)))
+    query = links.select(links.STAGED.c.address_hash).join(Suppression, Suppression.address_hash == links.STAGED.c.address_hash)
+    found = set(connection.execute(query.where(links.STAGED.c.subscribes, in_scope, Suppression.reason.in_(_OWN_WORD))).scalars())
+    for some in slices(found):
+        connection.execute(sa.update(links.STAGED).where(links.STAGED.c.address_hash.in_(some)).values(subscribes=False))
+    return found
+
+
+def _scopes(target: MailingList) -> list[consent.Scope]:
+    return consent.campaign_scopes(target.brand_id, target.id)
+
+
+def refuse(connection: Connection, source: str, target: MailingList, noes: Noes, now: dt.datetime) -> None:
+    """End, for good, the subscriptions to the list of all who left, and of those whose yes the source itself had brought and takes back.
+
+    Who is not subscribed, or not known yet, cannot be subscribed by another source either.
+    """
+    for some in slices(noes.left):
+        own = sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == target.id)
+        query = sa.select(Contact.id).outerjoin(Subscription, own).where(Contact.address_hash.in_(some))
+        open_ = connection.execute(query.where(sa.or_(Subscription.contact_id.is_(None), Subscription.subscribed))).scalars().all()
+        consent.unsubscribe(connection, open_, scope="list", scope_id=target.id, now=now)
+    consent.suppress(connection, sorted(noes.left), reason="unsubscribe", scope_kind="list", scope_id=target.id, now=now)
+    for some in slices(noes.withdrawn):
+        brought = sa.and_(Subscription.list_id == target.id, Subscription.subscribed, Subscription.source == source)
+        query = sa.select(Contact.id).join(Subscription, Subscription.contact_id == Contact.id).where(Contact.address_hash.in_(some), brought)
+        consent.unsubscribe(connection, connection.execute(query).scalars().all(), scope="list", scope_id=target.id, now=now)
 
 
 def evidence(source: str, words: str, consent_at: pa.Array, now: dt.datetime) -> pa.Array:
@@ -65,7 +104,7 @@ def some_are_gone(connection: Connection, target: MailingList) -> bool:
 
 def begin_again(connection: Connection, source: str, target: MailingList, now: dt.datetime) -> None:
     """Of staged records that subscribe: the subscriptions that ended because the record was gone, where nobody has refused anything since."""
-    scopes = consent.campaign_scopes(target.brand_id, target.id)
+    scopes = _scopes(target)
     query = (
         links.select(Contact.id)
         .join(Contact, links.same_address())

@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Engine, Row
 
+from mail_pipelines.contacts import lists
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.dispatch.files import only_one
 from mail_pipelines.errors import MailPipelinesError
@@ -55,8 +56,9 @@ def run(engine: Engine, home: Path, source: Source) -> Report:
         status.change(engine, source.name, ENGAGEMENT, now, run=before.run + 1, begun_at=now.isoformat())
         begin, counts = time.monotonic(), Counter[str]()
         try:
+            own = _own_list(engine, source)
             for told in wanted.what:
-                _take(engine, source.name, wanted, told, counts)
+                _take(engine, source.name, wanted, told, own, counts)
             _forget(engine, source.name, wanted)
             with kinds.writer(source.kind, source.connection, wanted.send) as write:
                 _Telling(engine, source.name, wanted, kinds.check_send(source.kind, wanted.send).batch, write, counts).all()
@@ -74,14 +76,22 @@ def run(engine: Engine, home: Path, source: Source) -> Report:
 # --- from the feeds into the outbox -----------------------------------------------------------------------------
 
 
-def _take(engine: Engine, source: str, wanted: WriteBack, told: Told, counts: Counter[str]) -> None:
+def _own_list(engine: Engine, source: Source) -> str | None:
+    """The key of the list whose ends alone are told; None for all."""
+    if source.write_back is None or source.write_back.lists == "all" or source.contacts is None or source.contacts.list is None:
+        return None
+    name, now = source.contacts.list, dt.datetime.now(dt.UTC)
+    return transact(engine, lambda connection: lists.ensure(connection, name, now=now).key)
+
+
+def _take(engine: Engine, source: str, wanted: WriteBack, told: Told, own: str | None, counts: Counter[str]) -> None:
     position = status.position(engine, source, told)
     since = dt.datetime.combine(wanted.since or dt.date(1970, 1, 1), dt.time(), dt.UTC)
     with reading(engine) as connection:
         after = feeds.here(connection)
     with reading(engine) as connection:
         for items in feeds.FEEDS[told](connection, position, since):
-            _add(engine, source, wanted, items, counts)
+            _add(engine, source, wanted, [item for item in items if own is None or item.facts.get("list") in (None, own)], counts)
     status.move(engine, source, told, after)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from mail_pipelines.contacts import fields
@@ -27,6 +27,19 @@ def is_true(text: str | None) -> bool:
         return bool(text) and fields.parse_value((text or "").strip(), "boolean") is True
     except ValueError:
         return False
+
+
+def is_false(text: str | None) -> bool:
+    """Whether a text says no; anything else, and nothing, does not."""
+    try:
+        return bool(text) and fields.parse_value((text or "").strip(), "boolean") is False
+    except ValueError:
+        return False
+
+
+def is_one_of(text: str | None, words: Collection[str]) -> bool:
+    """Whether a text is one of some words, in whatever case."""
+    return bool(text) and (text or "").strip().casefold() in {word.strip().casefold() for word in words}
 
 
 def is_marked(text: str | None) -> bool:

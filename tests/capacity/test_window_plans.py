@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
 
+from mail_pipelines.benchmarks.plan import lower_bound
 from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity import allotments, demand, in_force, planning
 from mail_pipelines.capacity.demand import Demand, Job
@@ -107,6 +108,33 @@ def test_the_window_is_the_bottleneck_where_it_is_and_the_end_lies_in_it() -> No
     assert slow.bottleneck == "google: the rate of 1 server"
     (never,) = forecasts(near_plan([job], [Demand(job, "google", 6, spans=())], fleet, NOW))
     assert (never.finish_at, never.unmet, never.bottleneck) == (None, 6, "google: the send window")
+
+
+def test_what_is_left_is_out_in_a_later_opening() -> None:
+    job, fleet, hour = Job(1, "spring", 1, 1), [Line(1, 1, "google", 1.0)], NOW // HOUR
+
+    def earliest(rows: int, *zones: tuple[tuple[int, int], ...]) -> tuple[int, float]:
+        """Hours are those from now on."""
+        spans = [tuple(((hour + opens) * HOUR, (hour + closes) * HOUR) for opens, closes in zone) for zone in zones]
+        (found,) = forecasts(near_plan([job], [Demand(job, "google", rows, spans=one) for one in spans], fleet, NOW))
+        assert found.earliest is not None
+        return found.unmet, dt.datetime.fromisoformat(found.earliest).timestamp() / HOUR - hour
+
+    # 3,600 messages in each of the two openings that are planned, half as many in the third; or all in the third.
+    assert earliest(9_000, ((20, 21), (44, 45))) == (1_800, 68.5)
+    assert earliest(10_800, ((20, 21), (44, 45))) == (3_600, 69)
+    # Of two zones one opens when the other closes.
+    assert earliest(9_000, ((20, 21), (44, 45)), ((21, 22), (45, 46))) == (3_600, 69)
+    # No opening on the second day.
+    assert earliest(9_000, ((20, 21),)) == (5_400, 68.5)
+    # One goes on after the horizon.
+    assert earliest(9_000, ((47, 57),)) == (5_400, 49.5)
+
+
+def test_what_cannot_be_beaten_waits_for_the_opening_as_well() -> None:
+    job, opens = Job(1, "spring", 1, 1), (NOW // HOUR + 20) * HOUR
+    plan = near_plan([job], [Demand(job, "google", 600, spans=((opens, opens + HOUR),))], [Line(1, 1, "google", 1.0)], NOW)
+    assert lower_bound(plan) == opens + 600
 
 
 def test_servers_for_a_deadline_are_wanted_from_the_opening_of_its_window_on() -> None:

@@ -29,6 +29,7 @@ from mail_pipelines.database.procedures import installation as procedures
 from mail_pipelines.database.procedures.calling import call
 from mail_pipelines.delivery.recording import Result, record
 from mail_pipelines.dispatch import accounts, audit, claims, giving_way, servers, settlement, token_keys, windows
+from mail_pipelines.dispatch.accounts import KeyHeld
 from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import OpenClaim
 from mail_pipelines.dispatch.giving_way import errand_for, waits_for_a_slot
@@ -533,6 +534,27 @@ def test_an_account_that_was_revoked_is_nobody_on_an_open_connection(theft: Thef
         arguments = (claims.new_id(), 1, 0, "google", 9, sender.server_id, sender.incarnation, "b", "r", "g", None, None, 1, 0, 1)
         assert call(connection, "claim_rows", arguments)[0][0][0] == "unregistered"
         connection.rollback()
+
+
+def test_a_connection_that_breaks_over_accounts_is_named_and_holds_nobody_up(fleet: Accounts) -> None:
+    engine = fleet.world.engine
+    fleet.world.server()
+    fleet.give("s1")
+
+    lock = (f"{engine.url.database} accounts",)
+
+    def breaks() -> None:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("KILL %s", (connection.exec_driver_sql("SELECT IS_USED_LOCK(%s)", lock).scalar_one(),))
+
+    with pytest.raises(DatabaseUnreachable, match="no connection to"):
+        accounts.give(engine, "s1", breaks)
+    # Nor does an error that leaves the connection whole.
+    with pytest.raises(KeyHeld):
+        accounts.give(engine, "s1", mock.Mock(side_effect=KeyHeld("not now")))
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT GET_LOCK(%s, 10)", lock).scalar_one() == 1
+        connection.exec_driver_sql("SELECT RELEASE_LOCK(%s)", lock)
 
 
 def test_the_command_keeps_the_password_in_a_file_and_shows_it_nowhere(fleet: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -665,5 +665,6 @@ def test_the_procedure_uses_the_numbers_and_words_of_the_program() -> None:
     assert re.findall(r"reason <> '(\w+)'", text) == [greylisting.REASON] * 2
     assert (numbers["speaks"], numbers["most_left"]) == (best_ranks.SPEAKS_SECONDS, best_ranks.MOST_LEFT)
     assert set(re.findall(r"IN \('active', 'warming'\)", text)) == {f"IN {SENDING_STATES}"}
+    assert set(re.findall(r"reason (?:=|<=>) '(\w+)'", installation.text("release_rows"))) == {greylisting.REASON}
     # States are never written as bare numbers.
     assert re.findall(r"state\s*(?:=|<>|IN)\s*\(?\d", text) == []

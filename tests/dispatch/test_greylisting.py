@@ -57,7 +57,17 @@ def end(world: World, claim: OpenClaim | NothingClaimed, state: State, reason: s
     assert isinstance(claim, OpenClaim)
     second = int(time.time())
     results = [
-        Result(row.contact_id, row.attempt, state, 451 if reason else None, None, reason, due=second if state is State.DEFERRED else None)
+        # A greylisting is no attempt (`settlement.result_of`).
+        Result(
+            row.contact_id,
+            row.attempt,
+            state,
+            451 if reason else None,
+            None,
+            reason,
+            due=second if state is State.DEFERRED else None,
+            asked=reason != REASON,
+        )
         if row.contact_id in contacts
         else Result(row.contact_id, row.attempt, State.DELIVERED, 250)
         for row in claim.rows
@@ -153,12 +163,20 @@ def test_other_deferrals_come_from_any_server(world: World, two: Two) -> None:
     assert taken(world.claim(other)) == 5
 
 
-def test_a_released_row_stays_with_its_server(world: World, two: Two) -> None:
+@pytest.mark.parametrize("settling", [False, True])
+def test_a_row_that_is_given_back_unoffered_stays_with_its_server(world: World, two: Two, settling: bool) -> None:
     one, other = two
-    by_its_sender(world, one)
-    end(world, world.claim(one), State.PENDING)
-    assert world.claim(other) == NOTHING
-    assert taken(world.claim(one)) == 5
+    end(world, world.claim(one, limit=3), State.DEFERRED, REASON)
+    end(world, world.claim(one, limit=4), State.PENDING, settling=settling)
+    # That it had never been offered, it may be by anybody.
+    assert world.states() == {State.DEFERRED: 3, State.PENDING: 2}
+    world.check_counters()
+    assert world.usage(one, "google") == dict.fromkeys((900, 3600, 86400), 3)
+    assert senders(world) == {PLACE: None}
+    assert taken(world.claim(other)) == 2
+    assert senders(world) == {PLACE: {one.id}}
+    assert taken(world.claim(one)) == 3
+    world.check_counters()
 
 
 def test_rows_that_wait_for_another_server_hold_nobody_up(world: World, two: Two) -> None:

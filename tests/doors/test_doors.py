@@ -9,12 +9,14 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,6 +33,7 @@ from tests.production.test_units import INSTALLED
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("platform")]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+WORKSPACE, RUNTIME = "infra/dagster/production/workspace.yaml", "/run/mail-pipelines-code"
 NAME = "mail.example.com"
 OPERATOR, VIEWER = ("ann", "correct horse"), ("bob", "battery staple")
 AREAS = {"dagster": OPERATOR, "viewer": VIEWER}
@@ -39,6 +42,16 @@ LAUNCH = """
 mutation { launchRun(executionParams: {
   selector: {repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", jobName: "maintenance"}, mode: "default"
 }) { __typename } }
+"""
+RELOAD = """
+mutation { reloadRepositoryLocation(repositoryLocationName: "mail_pipelines") {
+  ... on WorkspaceLocationEntry { loadStatus locationOrLoadError { __typename } }
+} }
+"""
+PLAN = """
+{ executionPlanOrError(
+  pipeline: {repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", pipelineName: "maintenance"}, mode: "default"
+) { __typename } }
 """
 SUBSCRIPTION = 'subscription { pipelineRunLogs(runId: "none") { __typename } }'
 # Listens at pairs of address and port, and hangs up on whoever connects.
@@ -55,7 +68,7 @@ while True:
 
 @dataclass
 class Centre:
-    """A host with the proxy and both web servers, and another host that asks it."""
+    """A host with the proxy, both web servers and the code server, and another host that asks it."""
 
     host: Host
     other: Host
@@ -75,6 +88,11 @@ class Centre:
         assert answer.status == 200, answer
         return json.loads(answer.body)["data"]
 
+    def plans(self, area: str) -> bool:
+        """Whether a web server can say how a job would be executed, which the code server knows. An error of its has the status 500."""
+        (answer,) = self.ask(Question(NAME, path=f"/{area}/graphql", method="POST", body={"query": PLAN}, login=AREAS[area]))
+        return '"ExecutionPlan"' in answer.body
+
     def ports(self) -> list[int]:
         """Everything that is listened on, for whomever."""
         listed = subprocess.run([*self.host.run, "ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
@@ -84,8 +102,14 @@ class Centre:
         pid = str(self.processes._children[-1].process.pid)
         wait_for(lambda: set(ports) <= {listener.port for listener in doors.listening(pid)}, seconds=120, what=f"ports {ports}")
 
-    def start(self, name: str, words: list[str]) -> None:
-        self.processes.start(name, [*self.host.run, *words], env=self.environ, log=self.folder / f"{name}.log")
+    def start(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
+        return self.processes.start(name, [*self.host.run, *words], env=self.environ, log=self.folder / f"{name}.log")
+
+    def newest_tick(self) -> float:
+        """When a sensor was evaluated last (epoch seconds); 0: never."""
+        with dg.DagsterInstance.from_config(self.environ["DAGSTER_HOME"]) as instance:
+            sensors = instance.all_instigator_state()
+            return max((tick.timestamp for one in sensors for tick in instance.get_ticks(one.instigator_origin_id, one.selector_id, limit=1)), default=0)
 
     def doctor(self) -> list[str]:
         """What `doctor` says of doors."""
@@ -105,8 +129,10 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     with ExitStack() as stack:
         host, other = stack.enter_context(two_hosts(f"{{address}} {NAME} elsewhere.example.com\n127.0.0.1 localhost\n"))
         running = Centre(host, other, folder, environ, stack.enter_context(Processes(stop_seconds=3)))
-        for unit in ("metrics", "web", "viewer"):
-            running.start(unit, command_of(unit))
+        shipped = (ROOT / WORKSPACE).read_text(encoding="utf-8")
+        (folder / "workspace.yaml").write_text(shipped.replace(RUNTIME, str(folder)), encoding="utf-8")
+        for unit in ("code", "metrics", "web", "viewer"):
+            running.start(unit, command_of(unit, folder))
         running.start("nginx", ["nginx", "-c", str(proxy(folder))])
         running.wait_for_ports(443, 3000, 3001, 9466)
         query = {"method": "POST", "body": {"query": LOADED}, "until": '"LOADED"'}
@@ -115,11 +141,14 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
         yield running
 
 
-def command_of(unit: str) -> list[str]:
-    """What a unit starts."""
+def command_of(unit: str, folder: Path) -> list[str]:
+    """What a unit starts; what is in /run on a real host is in `folder`."""
     text = (ROOT / f"infra/systemd/mail-pipelines-{unit}.service").read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if line.startswith("ExecStart="))
-    return shlex.split(line.removeprefix("ExecStart=").replace(INSTALLED, str(Path(sys.executable).parent)))
+    elsewhere = {INSTALLED: str(Path(sys.executable).parent), WORKSPACE: str(folder / "workspace.yaml"), RUNTIME: str(folder)}
+    for place, here in elsewhere.items():
+        line = line.replace(place, here)
+    return shlex.split(line.removeprefix("ExecStart="))
 
 
 def proxy(folder: Path) -> Path:
@@ -209,6 +238,27 @@ def test_prometheus_asks_as_a_viewer(centre: Centre) -> None:
 
 def test_a_viewers_login_is_no_operators(centre: Centre) -> None:
     assert [answer.status for answer in centre.ask(Question(NAME, path="/dagster/runs", login=VIEWER))] == [401]
+
+
+def test_a_killed_code_server_that_is_started_again_is_found_by_daemon_and_web_servers(centre: Centre) -> None:
+    """As systemd starts it again. The button in the UI then loads its definitions anew."""
+    daemon = centre.start("daemon", command_of("daemon", centre.folder))
+    wait_for(lambda: centre.newest_tick() > 0, seconds=120, what="a sensor")
+    (code,) = (child.process for child in centre.processes._children if child.name == "code")
+    code.kill()
+    code.wait()
+    assert not centre.plans("viewer")
+    again = time.time()
+    centre.start("code", command_of("code", centre.folder))
+    for area in AREAS:
+        wait_for(lambda area=area: centre.plans(area), seconds=120, what=area)  # type: ignore[misc]
+    wait_for(lambda: centre.newest_tick() > again, seconds=120, what="a sensor")
+    assert daemon.poll() is None
+    daemon.terminate()
+    daemon.wait(30)
+    reloaded = centre.graphql("dagster", RELOAD)["reloadRepositoryLocation"]
+    assert reloaded == {"loadStatus": "LOADED", "locationOrLoadError": {"__typename": "RepositoryLocation"}}
+    assert centre.plans("dagster")
 
 
 def test_an_operator_starts_a_run_and_a_viewer_does_not(centre: Centre) -> None:

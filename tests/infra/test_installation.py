@@ -224,7 +224,7 @@ def test_the_play_fails_for_a_server_that_cannot_send(installed: Installation) -
 def newer(installed: Installation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another version of the checkout, without Git, as it is where it was installed."""
     # What the centre does by itself would take half of the processor meanwhile.
-    installed.centre.run("systemctl", "stop", *(f"mail-pipelines-{unit}" for unit in ("daemon", "web", "viewer", "centre-worker", "metrics")))
+    installed.centre.run("systemctl", "stop", *(f"mail-pipelines-{unit}" for unit in ("daemon", "web", "viewer", "code", "centre-worker", "metrics")))
     folder = tmp_path_factory.mktemp("newer")
     for name in subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
         if name:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 
 from mail_pipelines import config
+from mail_pipelines.resources.broker_accounts import rights
 from tests.infra.installing import ROOT
 
 FOLDER = ROOT / "infra/ansible"
@@ -66,6 +70,25 @@ def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> Non
     assert settings.broker.management_url == "http://centre-accounts:of broker.accounts@127.0.0.1:15672"
     assert (settings.sending.public_url, settings.sending.bounce_host) == ("https://mail.example.com", "mx.example.com")
     assert environ["DAGSTER_MYSQL_URL"] == "mysql+pymysql://dagster:of dagster@db.example.com/dagster?ssl_ca=/etc/mail-pipelines/tls/ca.pem"
+
+
+def test_it_gives_a_server_the_rights_at_the_broker_that_the_program_gives() -> None:
+    """Only the playbook knows which servers share a host, and the program makes the account of one server."""
+    template = jinja2.Environment(trim_blocks=True).from_string((FOLDER / "roles/accounts/templates/broker.j2").read_text(encoding="utf-8"))
+
+    def right(*names: str) -> str:
+        given = {"accounts_hosts": [names[0]], "groups": {"servers": ["host"]}, "hostvars": {"host": {"servers": [{"name": name} for name in names]}}}
+        script = template.render(given)
+        (permission,) = json.loads(script[script.index("<<JSON") + 6 : script.rindex("JSON")])["permissions"]
+        assert (permission["user"], permission["configure"], permission["write"]) == (names[0], permission["read"], permission["read"])
+        return str(permission["read"])
+
+    def of(expression: str, names: Sequence[str]) -> set[str]:
+        return {name for name in names if re.search(expression, name)}
+
+    own = [f"{name}{rest}" for name in ("mx.1", "mx-1", "mx.12", "mx2", "dispatch", "centre") for rest in ("", "-ctl", ".pidbox", "@mx.1", "-ctl@a.b", "-x")]
+    assert of(right("mx.1"), own) == of(rights("mx.1"), own) == {"dispatch", "mx.1", "mx.1-ctl", "mx.1.pidbox", "mx.1@mx.1", "mx.1-ctl@a.b"}
+    assert of(right("mx.1", "mx2"), own) == of(rights("mx.1"), own) | {"mx2", "mx2-ctl"}
 
 
 def test_the_program_takes_what_it_writes_for_a_host_with_two_servers(tmp_path: Path) -> None:

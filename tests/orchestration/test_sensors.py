@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import fcntl
 import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,6 +59,22 @@ def alive(world: World, *keys: str) -> None:
         transact(world.engine, lambda c, key=key: c.execute(sa.update(Server).where(Server.key == key).values(heartbeat_at=now)))
 
 
+@contextlib.contextmanager
+def asked(table: str) -> Iterator[list[str]]:
+    """The statements about a table that any database is asked meanwhile."""
+    found: list[str] = []
+
+    def hear(_connection: sa.Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        if table in statement:
+            found.append(statement)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", hear)
+    try:
+        yield found
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", hear)
+
+
 def end_rows(world: World, shard: int, state: State = State.DELIVERED) -> None:
     """Every row of a shard reaches a state, with its counters."""
 
@@ -91,11 +109,15 @@ def test_send_runs_are_found_by_campaign_server_and_attempt(world: World, instan
     alive(world, "s1", "s2")
     instance.add_dynamic_partitions("campaigns", ["spring"])
     job = build_defs().resolve_job_def("send_campaign")
-    before = run_tags.of_sending(instance, "spring", "s2", before=6)
-    assert before == {"mail_pipelines/campaign": "spring", "mail_pipelines/server": "s2", "mail_pipelines/attempt": "7"}
-    instance.create_run_for_job(job, tags=before, status=dg.DagsterRunStatus.SUCCESS)
-    result = shards.open_shards(context(instance, repository), DATABASE)
+    assert run_tags.of_sending(("spring", "s2"), 7) == {"mail_pipelines/campaign": "spring", "mail_pipelines/server": "s2", "mail_pipelines/attempt": "7"}
+    # Not by the alphabet, and not by which is the newest.
+    for attempt in (10, 9):
+        instance.create_run_for_job(job, tags=run_tags.of_sending(("spring", "s2"), attempt), status=dg.DagsterRunStatus.SUCCESS)
+    instance.create_run_for_job(job, tags=run_tags.of_sending(("autumn", "s1"), 30), status=dg.DagsterRunStatus.SUCCESS)
+    with asked("run_tags") as questions:
+        result = shards.open_shards(context(instance, repository), DATABASE)
     assert isinstance(result, dg.SensorResult)
+    assert len(questions) == 1
     for request in result.run_requests or ():
         resolved = request.with_resolved_tags_and_config(job, (), instance)
         instance.create_run_for_job(job, tags=resolved.tags)
@@ -104,7 +126,7 @@ def test_send_runs_are_found_by_campaign_server_and_attempt(world: World, instan
         runs = instance.get_runs(dg.RunsFilter(tags={run_tags.CAMPAIGN: "spring", run_tags.SERVER: server}))
         return sorted(run.tags[run_tags.ATTEMPT] for run in runs)
 
-    assert [found("s1"), found("s2")] == [["1", "2"], ["7", "8", "9"]]
+    assert [found("s1"), found("s2")] == [["1", "2"], ["10", "11", "12", "9"]]
 
 
 def test_shards_that_run_or_wait_are_not_asked_for_again(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mail_pipelines import code_server
 from mail_pipelines.config import SendingSettings
+from mail_pipelines.resources import tasks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 UNITS = sorted((ROOT / "infra/systemd").glob("*.service"))
+WORKSPACE = ROOT / "infra/dagster/production/workspace.yaml"
 INSTALLED = "/opt/mail-pipelines/.venv/bin"
 
 
@@ -45,13 +49,31 @@ def test_a_unit_starts_what_there_is_and_is_restarted(unit: Path) -> None:
     program, *words = service["ExecStart"].split()
     assert program.startswith(INSTALLED)
     options = [word for word in words if word.startswith("-")]
-    depth = 0 if "webserver" in program else 1 if "dagster" in program else 2
+    depth = {"dagster-webserver": 0, "dagster-daemon": 1}.get(Path(program).name, 2)
     command = [word for word in words if not word.startswith(("-", "$"))][:depth]
     described = help_of(Path(program).name, *command)
     assert all(re.search(rf"(?<![\w-]){re.escape(option)}\b", described) for option in options), described
     assert service["Restart"] == "always"
     assert service["MemoryMax"]
     assert service["EnvironmentFile"] == "/etc/mail-pipelines/environment"
+
+
+def test_the_centres_processes_share_the_code_server_of_its_unit() -> None:
+    started = {unit.stem.removeprefix("mail-pipelines-"): _words_after(unit, "ExecStart=") for unit in UNITS}
+    code = dict(itertools.pairwise(started["code"]))
+    (location,) = yaml.safe_load(WORKSPACE.read_text(encoding="utf-8"))["load_from"]
+    assert location["grpc_server"] == {"socket": code["--socket"], "location_name": code["--location-name"]}
+    assert Path(code["--socket"]).parent == Path("/run", *_words_after(ROOT / "infra/systemd/mail-pipelines-code.service", "RuntimeDirectory="))
+    # Workers execute runs of no other.
+    assert code["--module-name"] == tasks._DEFINITIONS
+    assert code["--location-name"] == code_server.LOCATION
+    told = {name: ROOT / words[words.index("-w") + 1] for name, words in started.items() if "-w" in words}
+    assert told == dict.fromkeys(("daemon", "viewer", "web"), WORKSPACE)
+
+
+def _words_after(unit: Path, key: str) -> list[str]:
+    (line,) = (line for line in unit.read_text(encoding="utf-8").splitlines() if line.startswith(key))
+    return line.removeprefix(key).split()
 
 
 def test_a_session_that_is_told_to_end_has_the_time_to() -> None:

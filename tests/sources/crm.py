@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlparse
+
+from tests.sources import web
+from tests.sources.web import Answer, Asked
 
 TOKEN = "crm-token-that-no-log-shows"
-Answer = tuple[int, dict[str, str], bytes]
 
 
 @dataclass
@@ -70,40 +69,13 @@ def body(page: list[dict[str, Any]], following: str | None) -> bytes:
 
 @contextmanager
 def serving(crm: Crm) -> Iterator[Crm]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(asked: Asked) -> Answer:
+        login = asked.headers.get("Authorization")
+        return crm.answer(asked.query, login) if asked.method == "GET" else crm.take(asked.content, login, asked.headers)
 
-        def do_GET(self) -> None:
-            query = {name: values[0] for name, values in parse_qs(urlparse(self.path).query).items()}
-            self.reply(*crm.answer(query, self.headers.get("Authorization")))
-
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            self.reply(*crm.take(content, self.headers.get("Authorization"), dict(self.headers.items())))
-
-        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None:
-            return
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    crm.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with web.serving(answer) as url:
+        crm.url = f"{url}/v1"
         yield crm
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def person(number: int, changed: str = "2026-01-01T00:00:00Z", **more: Any) -> dict[str, Any]:

@@ -22,16 +22,22 @@ pytestmark = pytest.mark.slow
 Sync = Callable[..., Report]
 
 
-def write(folder: Path, count: int, **more: Any) -> None:
+def write(folder: Path, count: int, *, left: int = 0, **more: Any) -> None:
+    """Every `left`th has left there."""
     folder.mkdir(exist_ok=True)
-    rows = [{"id": number, "mail": f"p{number}@example.test" if number % 10 else "nobody", "name": f"P{number}", **more} for number in range(count)]
+
+    def row(number: int) -> dict[str, Any]:
+        out = "true" if left and number % left == 0 else None
+        return {"id": number, "mail": f"p{number}@example.test" if number % 10 else "nobody", "name": f"P{number}", "out": out, **more}
+
+    rows = [row(number) for number in range(count)]
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def source(declare: Declare, tmp_path: Path) -> Source:
     write(tmp_path / "drop", 40)
-    mapping = {"id": "external_id", "mail": "email", "name": "first_name", "city": "city"}
+    mapping = {"id": "external_id", "mail": "email", "name": "first_name", "city": "city", "out": "opted_out"}
     return declare(kind="files", connection={"url": str(tmp_path / "drop")}, contacts={"read": {"glob": "*"}, "map": mapping, "deletions": {"share": 0.5}})
 
 
@@ -59,13 +65,13 @@ def test_killed_at_one_commit_after_the_other_it_gets_there(
     assert report.standing.counts["unchanged"] == 36
     assert report.standing.rejected == {"address: it has no '@'": 4}
     assert counts(engine) == {"contacts": 36, "subscriptions": 36, "source_contacts": 36, "contact_changes": 36}
-    # Once more with records that are gone, and half of the rest changed.
-    write(tmp_path / "drop", 30, city="Bonn")
+    # Once more with records that are gone, the rest changed, and four people who left.
+    write(tmp_path / "drop", 30, left=7, city="Bonn")
     for step in range(2, 30):
         if not killed_at(step, url, lambda own, _: running.run(own, home, source, "contacts"), COMMITS):
             break
     sync(source)
-    assert len(subscribed(engine)) == 27
+    assert subscribed(engine) == {f"p{number}@example.test" for number in range(30) if number % 10 and number % 7}
     with reading(engine) as connection:
         cities = [row["city"] for row in connection.execute(sa.select(Contact.attributes)).scalars() if "city" in row]
     assert cities == ["Bonn"] * 27

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from mail_pipelines.sources import cursor, declaration
+from mail_pipelines.sources import cursor, declaration, recipes
 from mail_pipelines.sources.errors import DeclarationError, SourceError
 from mail_pipelines.sources.texts import is_marked, moment, moments
 
@@ -43,6 +43,8 @@ def test_the_good_one_is_read() -> None:
 
 
 TOLD = {"what": ["opens"]}
+ONLY = {"path": "x/{email}", "batch": 1, "idempotent": True, "says": ["unsubscribes"]}
+GONE = {"map": {"mail": "email", "out": "opted_out"}}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,8 @@ TOLD = {"what": ["opens"]}
         ("contacts.map", {"a": "email", "b": "First Name"}, "is no field key"),
         ("contacts.map", {"a": "email", "b": "address"}, "built-in"),
         ("contacts.list", None, "list: is missing"),
+        ("contacts", GONE | {"consent": {"subscribe": "never"}}, "list: is missing, which those leave whose column says that they left"),
+        ("contacts.consent", {"subscribe": "always", "left": ["GONE"]}, "agreed or left needs a column that is mapped to `opted_in`"),
         ("contacts.consent", {"subscribe": "opted_in"}, "needs a column that is mapped to `opted_in`"),
         ("contacts.consent", None, "contacts.consent: Field required"),
         ("contacts.conflict", {"default": "newest", "city": "ours"}, "conflict.city: no column becomes this field"),
@@ -72,6 +76,15 @@ TOLD = {"what": ["opens"]}
         ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "key"}}}, "write_back.send.body: neither `email` nor `external_id`"),
         ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "secret"}}}, "write_back.send.body.id: Input should be 'key'"),
         ("write_back", TOLD | {"send": {"path": "x", "body": {"id": "key"}, "key_header": "A: b"}}, "write_back.send.key_header: String should match"),
+        (
+            "write_back",
+            TOLD | {"send": {"path": "x/{external_id}", "idempotent": True}},
+            "write_back.send.path: it has a field of an event, so each is sent alone",
+        ),
+        ("write_back", TOLD | {"send": {"path": "x/{id}/{email}", "batch": 1}}, "write_back.send.path: {id} is no field of an event"),
+        ("write_back", TOLD | {"send": {"path": "x/{email}", "batch": 1}}, "write_back.send.body: `key` is missing"),
+        ("write_back", TOLD | {"send": ONLY}, "write_back.what: opens cannot be told by this request, which says only unsubscribes"),
+        ("recipe", "hubspit", "recipe: 'hubspit' is not known; did you mean 'hubspot'?"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(path: str, value: Any, words: str) -> None:
@@ -145,3 +158,39 @@ def test_what_is_only_read_is_told_nothing() -> None:
         declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}}}), "shop.yaml")
     with pytest.raises(DeclarationError, match="a source of kind files is only read; expected one of rest, sql"):
         declaration.parse(yaml.safe_dump(document | {"write_back": {"what": ["opens"], "send": {}, "unknown": "create"}}), "shop.yaml")
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_by_a_recipe_the_service_is_told_nothing_that_the_request_does_not_mean(recipe: str) -> None:
+    contacts = {"list": "News", "consent": {"subscribe": "always"}}
+    given = {"name": "crm", "recipe": recipe, "connection": {"url": "https://crm.example"}, "contacts": contacts}
+    assert declaration.parse(yaml.safe_dump(given), "crm.yaml").write_back is None
+    with pytest.raises(DeclarationError, match="opens cannot be told by this request, which says only unsubscribes"):
+        declaration.parse(yaml.safe_dump(given | {"write_back": {"what": ["opens"]}}), "crm.yaml")
+
+
+def test_a_declaration_is_laid_over_its_recipe() -> None:
+    contacts: dict[str, Any] = {"list": "News", "map": {"lastName": None, "numberOfOrders": "orders"}, "types": {"last_name": None}, "whole_hours": 6}
+    given = {
+        "name": "shop",
+        "recipe": "shopify",
+        "connection": {"url": "https://shop.example", "auth": {"type": "api_key", "user_env": None, "token_url": None, "token_env": "SHOP_TOKEN"}},
+        "contacts": contacts,
+    }
+    source = declaration.parse(yaml.safe_dump(given), "shop.yaml")
+    assert source.write_back is None
+    assert source.contacts is not None
+    assert source.contacts.field_columns == {"firstName": "first_name", "numberOfOrders": "orders"}
+    assert (source.contacts.whole_hours, source.contacts.consent.left, source.contacts.cursor) == (6, ["UNSUBSCRIBED"], "updatedAt")
+    assert source.connection["auth"] == {"type": "api_key", "token_env": "SHOP_TOKEN", "name": "X-Shopify-Access-Token"}
+    told = declaration.parse(yaml.safe_dump(given | {"write_back": {}}), "shop.yaml").write_back
+    assert told is not None
+    assert (told.what, told.lists) == (["unsubscribes"], "own")
+    never = {
+        **contacts,
+        "list": None,
+        "map": {**contacts["map"], "defaultEmailAddress.marketingState": None},
+        "consent": {"subscribe": "never", "agreed": [], "left": []},
+    }
+    with pytest.raises(DeclarationError, match=r"write_back\.lists: own is the list of contacts"):
+        declaration.parse(yaml.safe_dump(given | {"contacts": never, "write_back": {"unknown": "create"}}), "shop.yaml")

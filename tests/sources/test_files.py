@@ -133,6 +133,38 @@ def test_only_who_opted_in_is_subscribed_and_the_evidence_is_kept(engine: sa.Eng
     assert (evidence["source"], evidence["evidence"], evidence["at"]) == ("crm", "shop form 7", "2026-01-02T03:04:05Z")
 
 
+def test_who_left_at_the_source_is_refused_whoever_subscribes_them_and_whatever_else_is_wrong(
+    engine: sa.Engine, folder: Path, declare: Declare, source: Any, sync: Sync
+) -> None:
+    people: list[dict[str, Any]] = [{"id": number, "mail": f"p{number}@example.test", "out": None, "news": None, "orders": "1"} for number in range(1, 7)]
+    write(folder, people)
+    mapping = {"id": "external_id", "mail": "email", "out": "opted_out", "news": "opted_in", "orders": "orders"}
+    chosen = {"map": mapping, "types": {"orders": "number"}, "consent": {"subscribe": "always", "left": ["Gone Away"]}}
+    sync(source(**chosen))
+    assert len(subscribed(engine)) == 6
+    people[0] |= {"out": "true"}
+    # Not taken over for another reason, and refused all the same.
+    people[1] |= {"news": " gone away", "orders": "many"}
+    people[2] |= {"out": "2026-01-02T03:04:05Z", "id": None}
+    # Two records of one address, of which one says no; and somebody who is not known here.
+    people += [people[3] | {"id": 10, "out": "yes"}, people[3] | {"id": 11, "mail": "new@example.test", "out": "1", "orders": "many"}]
+    # No words of leaving.
+    people[4] |= {"out": "no", "news": "perhaps"}
+    write(folder, people)
+    assert sum(sync(source(**chosen)).standing.rejected.values()) == 3
+    assert subscribed(engine) == {"p5@example.test", "p6@example.test"}
+    for person in people:
+        person |= {"out": None, "news": "yes", "orders": "1"}
+    people[2]["id"] = 3
+    write(folder, people)
+    sync(source(**chosen))
+    assert "new@example.test" in contacts(engine)
+    assert subscribed(engine) == {"p5@example.test", "p6@example.test"}
+    # Nor does another source, which knows nothing of it.
+    sync(declare("other", kind="files", connection={"url": str(folder)}, contacts={"read": {"glob": "*"}, "map": {"id": "external_id", "mail": "email"}}))
+    assert subscribed(engine) == {"p5@example.test", "p6@example.test"}
+
+
 def test_a_changed_address_is_the_same_person_with_the_same_refusals(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:
     write(folder, ROWS)
     sync(source())

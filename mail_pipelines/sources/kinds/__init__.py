@@ -100,12 +100,19 @@ def _writing(kind: str) -> WritingKind:
     return cast(WritingKind, importlib.import_module(f"{__name__}.{WRITERS[kind]}"))
 
 
-def check_send(kind: str, send: Mapping[str, Any]) -> Any:
-    """`write_back.send` in the kind's form, which has at least `batch`, the most events of one request. Raises `DeclarationError`, naming the place."""
+def check_send(kind: str, send: Mapping[str, Any], what: Sequence[str] = ()) -> Any:
+    """`write_back.send` in the kind's form, which has at least `batch`, the most events of one request. Raises `DeclarationError`, naming the place.
+
+    `what` is what is to be told; a form may say (`says`) that it tells nothing but this or that.
+    """
     try:
-        return _writing(kind).Send.model_validate(send)
+        form = _writing(kind).Send.model_validate(send)
     except pydantic.ValidationError as error:
         raise DeclarationError(f"write_back.send.{first_problem(error)}") from None
+    says = getattr(form, "says", None)
+    if says is not None and (other := next((told for told in what if told not in says), None)):
+        raise DeclarationError(f"write_back.what: {other} cannot be told by this request, which says only {', '.join(says)}: give another send")
+    return form
 
 
 def writer(kind: str, connection: Mapping[str, Any], send: Mapping[str, Any]) -> AbstractContextManager[Writer]:

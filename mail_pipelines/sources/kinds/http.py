@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 import email.utils
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import requests
 
 from mail_pipelines.sources.errors import SourceError
+from mail_pipelines.sources.kinds import answers
 
 TIMEOUT_SECONDS = (10, 60)
 ATTEMPTS = 6
@@ -24,12 +26,25 @@ _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class PatientSession(requests.Session):
-    """Asks again after 429, 5xx and broken connections, as the answer's Retry-After says; reads every answer whole, up to a limit."""
+    """Asks again after 429, 5xx and broken connections, as the answer's Retry-After says; reads every answer whole, up to a limit.
 
-    def __init__(self, *, first_wait_seconds: float = FIRST_WAIT_SECONDS, most_bytes: int = MOST_BYTES, sleep: Callable[[float], None] = time.sleep) -> None:
+    Where a token is refused (401), `renew` puts a new one into the request, once each time.
+    """
+
+    def __init__(
+        self,
+        *,
+        first_wait_seconds: float = FIRST_WAIT_SECONDS,
+        most_bytes: int = MOST_BYTES,
+        graphql: bool = False,
+        renew: Callable[[requests.PreparedRequest], None] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         super().__init__()
         self.first_wait_seconds = first_wait_seconds
         self.most_bytes = most_bytes
+        self.graphql = graphql
+        self.renew = renew
         self.sleep = sleep
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
@@ -40,9 +55,18 @@ class PatientSession(requests.Session):
         hooks, request.hooks = request.hooks, {"response": []}
         try:
             response = self._send_patiently(request, options)
+            if response.status_code == 401 and self.renew:
+                self.renew(request)
+                response = self._send_patiently(request, options)
         finally:
             request.hooks = hooks
         return requests.hooks.dispatch_hook("response", hooks, response, **options) or response
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Before a redirect is followed: with a login only on the same host. `requests` itself keeps no more than `Authorization` back."""
+        if self.auth is not None and self.should_strip_auth(response.request.url or "", prepared_request.url or ""):
+            raise SourceError("the source sends us to another host, where its login must not go: give that host's address in connection.url")
+        super().rebuild_auth(prepared_request, response)
 
     def _send_patiently(self, request: requests.PreparedRequest, options: dict[str, Any]) -> requests.Response:
         for attempt in range(1, ATTEMPTS + 1):
@@ -50,6 +74,7 @@ class PatientSession(requests.Session):
             try:
                 response = super().send(request, **options)
                 self._read(response)
+                answers.as_http(response, graphql=self.graphql)
             except requests.RequestException as error:
                 if attempt == ATTEMPTS:
                     raise SourceError(
@@ -90,10 +115,15 @@ def retry_after(header: str | None, now: dt.datetime) -> float | None:
         return None
 
 
-def check_status(response: requests.Response, *_: Any, **__: Any) -> None:
-    """Raise `SourceError` for an answer that is none, without its address: it may hold a key."""
+def check_status(response: requests.Response, *_: Any, columns: Collection[str] = (), **__: Any) -> None:
+    """Raise `SourceError` for an answer that is none, without its address: it may hold a key. Of its words only those are shown that are wanted columns."""
     status = response.status_code
     if status in (401, 403):
-        raise SourceError(f"the source refuses the login (status {status}): the token is wrong or has expired; put a new one into its environment variable")
+        raise SourceError(
+            f"the source refuses the login (status {status} {response.reason}): the token is wrong or has expired; put a new one into its environment variable"
+        )
     if status >= 400:
-        raise SourceError(f"the source answers with status {status} ({response.reason}), {ATTEMPTS} times in a row if it is one that passes")
+        # All columns are named where the whole query is quoted, so only a quoted one tells anything.
+        named = [column for column in columns if re.search(rf"['\"]{re.escape(column.rpartition('.')[2])}['\"]", response.text)]
+        about = f", about {', '.join(named)}" if named else ""
+        raise SourceError(f"the source answers with status {status} ({response.reason}{about}), {ATTEMPTS} times in a row if it is one that passes")

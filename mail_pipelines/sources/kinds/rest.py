@@ -1,50 +1,36 @@
 """REST APIs: pages of JSON, by the paginators and logins of dlt's `rest_api`.
 
 `paging` is one of dlt's paginators with its arguments (`{type: cursor, cursor_path: …, cursor_param: …}`, `offset`, `page_number`, `header_link`,
-`json_link`, `single_page`), found by looking at the first answer if it is not given.
+`json_link`, `single_page`), found by looking at the first answer if it is not given; or `{type: keyset, column: id, start: "0"}`: the last record's value is
+asked for again as `{after}`, until a page is empty. What may stand in braces in a request is in `asking`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pydantic
 
-from mail_pipelines.sources.declaration import EnvironmentName, Form
+from mail_pipelines.sources.declaration import Form
 from mail_pipelines.sources.errors import SourceError
-from mail_pipelines.sources.kinds import Wanted
+from mail_pipelines.sources.kinds import Wanted, asking
+from mail_pipelines.sources.kinds.logins import Connection, open_session
 
 
-class Auth(Form):
-    """`bearer` with token_env; `api_key` with token_env, and name and place; `basic` with user_env and token_env; `oauth2` by client credentials."""
-
-    type: Literal["bearer", "api_key", "basic", "oauth2"]
-    token_env: EnvironmentName
-    user_env: EnvironmentName | None = None
-    name: str = "X-API-Key"
-    place: Literal["header", "query"] = "header"
-    token_url: str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _is_whole(self) -> Auth:
-        if self.type in ("basic", "oauth2") and not self.user_env:
-            raise ValueError("user_env is missing")
-        if self.type == "oauth2" and not self.token_url:
-            raise ValueError("token_url is missing")
-        return self
-
-
-class Connection(Form):
-    url: str
-    headers: dict[str, str] = pydantic.Field(default={})
-    auth: Auth | None = None
-    first_wait_seconds: float = pydantic.Field(default=1.0, gt=0, description="wait before a request that failed is made again; doubled each time")
+class Keyset(Form):
+    type: Literal["keyset"]
+    column: str
+    start: str = "0"
 
 
 class Read(Form):
-    """`records` is the JSON path to the list. `since_param` is the parameter that takes the cursor."""
+    """`records` is the JSON path to the list. `since_param` is the parameter that takes the cursor, where no place in braces does.
+
+    `columns_under` leaves of the columns that are asked for only those nested in that one.
+    """
 
     path: str
     method: Literal["GET", "POST"] = "GET"
@@ -53,24 +39,35 @@ class Read(Form):
     records: str | None = None
     paging: dict[str, Any] | None = None
     since_param: str | None = None
+    columns_under: str | None = None
     max_pages: int = pydantic.Field(default=1_000_000, ge=1)
+
+    @property
+    def keyset(self) -> Keyset | None:
+        return Keyset.model_validate(self.paging) if self.paging and self.paging.get("type") == "keyset" else None
+
+    @pydantic.model_validator(mode="after")
+    def _knows_where_it_is(self) -> Read:
+        if self.keyset and "{after}" not in str((self.params, self.body)):
+            raise ValueError("paging: keyset needs {after} in params or body, where the value of the last record goes")
+        return self
 
 
 def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
     from dlt.sources.helpers.rest_client.client import RESTClient
-    from dlt.sources.rest_api.config_setup import create_paginator
 
-    from mail_pipelines.sources.kinds.http import PatientSession, check_status
+    from mail_pipelines.sources.kinds.http import check_status
 
-    try:
-        paginator = create_paginator(read.paging)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"read.paging: {str(error).splitlines()[0]}") from None
-    session = PatientSession(first_wait_seconds=connection.first_wait_seconds)
-    client = RESTClient(connection.url, headers=dict(connection.headers), auth=login(connection.auth, wanted.secret), paginator=paginator, session=session)
-    params = {**read.params, **({read.since_param: wanted.since} if read.since_param and wanted.since else {})}
+    given = asking.values(wanted.columns, read.columns_under, wanted.since)
+    if read.keyset:
+        given["after"] = read.keyset.start
+    client = RESTClient(connection.url, headers=dict(connection.headers), paginator=_paginator(read, given), session=open_session(connection, wanted.secret))
+    params, body = asking.filled(read.params, given), asking.filled(read.body, given)
+    if read.since_param and wanted.since:
+        params[read.since_param] = wanted.since
+    checked = functools.partial(check_status, columns=wanted.columns)
+    pages = client.paginate(read.path, method=read.method, params=params, json=body, data_selector=read.records, hooks={"response": [checked]})
     seen = b""
-    pages = client.paginate(read.path, method=read.method, params=params, json=read.body, data_selector=read.records, hooks={"response": [check_status]})
     for number, page in enumerate(pages, 1):
         digest = hashlib.blake2b(page.response.content, digest_size=16).digest()
         if page and digest == seen:
@@ -84,18 +81,32 @@ def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
         yield records
 
 
-def login(auth: Auth | None, secret: Callable[[str], str]) -> Any:
-    """An `AuthBase` of requests; None for none."""
-    from dlt.sources.helpers.rest_client import auth as ways
+def _paginator(read: Read, given: dict[str, Any]) -> Any:
+    from dlt.sources.rest_api.config_setup import create_paginator
 
-    if auth is None:
-        return None
-    token = secret(auth.token_env)
-    if auth.type == "bearer":
-        return ways.BearerTokenAuth(token)
-    if auth.type == "api_key":
-        return ways.APIKeyAuth(name=auth.name, api_key=token, location=auth.place)
-    user = secret(auth.user_env or "")
-    if auth.type == "basic":
-        return ways.HttpBasicAuth(user, token)
-    return ways.OAuth2ClientCredentials(access_token_url=auth.token_url or "", client_id=user, client_secret=token)
+    if read.keyset:
+        return _by_keyset(read, read.keyset, given)
+    try:
+        return create_paginator(read.paging)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"read.paging: {str(error).splitlines()[0]}") from None
+
+
+def _by_keyset(read: Read, keyset: Keyset, given: dict[str, Any]) -> Any:
+    from dlt.sources.helpers.rest_client.paginators import BasePaginator
+
+    class KeysetPaginator(BasePaginator):
+        def __init__(self) -> None:
+            super().__init__()
+            self._after = keyset.start
+
+        def update_state(self, response: Any, data: list[Any] | None = None) -> None:
+            self._has_next_page = bool(data)
+            if data:
+                last = data[-1]
+                self._after = asking.after(last.get(keyset.column) if isinstance(last, dict) else None)
+
+        def update_request(self, request: Any) -> None:
+            request.params, request.json = (asking.filled(part, {**given, "after": self._after}) for part in (read.params, read.body))
+
+    return KeysetPaginator()

@@ -1,8 +1,11 @@
-"""External sources: what is still to be told to them, and what they refused."""
+"""External sources: what is still to be told to them, and what they refused. And a greylisted row that is given back unoffered goes on waiting for its server:
+the procedure that gives rows back is made anew.
+"""
 
 import sqlalchemy as sa
 from alembic import op
 
+from mail_pipelines.database.procedures import installation
 from mail_pipelines.database.types import TinyInt, UtcDateTime, ascii_string
 
 revision = "0023"
@@ -44,6 +47,7 @@ def upgrade() -> None:
         **_MYSQL,
     )
     op.create_index(op.f("ix_sync_dead_letters_contact_id"), "sync_dead_letters", ["contact_id"])
+    installation.install(op.get_bind(), "release_rows")
 
 
 def downgrade() -> None:
