@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,8 @@ from mail_pipelines.commands.context import console
 from mail_pipelines.commands.server import Mode
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
     from mail_pipelines.benchmarks.contract import Result
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -48,6 +52,25 @@ def sign(quick: Quick = False, as_json: Json = False) -> None:
 def audience(quick: Quick = False, as_json: Json = False, database: Database = None) -> None:
     """Freezing an audience into MariaDB."""
     from mail_pipelines.benchmarks import audience as bench
+
+    with _migrated(database) as (engine, _):
+        results = bench.run(quick, engine)
+    _show("audience", results, as_json)
+
+
+@app.command("sync")
+def sync(quick: Quick = False, as_json: Json = False, database: Database = None) -> None:
+    """A million contacts synced from MariaDB to MariaDB, all new and then one in twenty changed."""
+    from mail_pipelines.benchmarks import sync as bench
+
+    with _migrated(database) as (engine, processes):
+        results = bench.run(100_000 if quick else 1_000_000, engine, console.print, lambda: processes)
+    _show("sync", results, as_json)
+
+
+@contextmanager
+def _migrated(database: str | None) -> Iterator[tuple[Engine, list[int]]]:
+    """The given database, or one of a private server, with our tables; and the processes of the server, if it is private."""
     from mail_pipelines.benchmarks.mariadb import MariaDB
     from mail_pipelines.database import engine, migrate
 
@@ -56,12 +79,11 @@ def audience(quick: Quick = False, as_json: Json = False, database: Database = N
         try:
             opened = engine.create_engine(database or server.database())  # type: ignore[union-attr]
             migrate.upgrade(opened)
-            results = bench.run(quick, opened)
+            yield opened, [server.process.pid] if server and server.process else []
             opened.dispose()
         finally:
             if server is not None:
                 server.stop()
-    _show("audience", results, as_json)
 
 
 @app.command("claim")

@@ -19,8 +19,8 @@ LOCAL_LENGTH = 64
 ADDRESS_LENGTH = 254
 HASH_BYTES = 16
 _HASH_PERSON = b"mail-pipelines"
-_ATOM = r"[a-z0-9!#$%&'*+/=?^_`{|}~-]+"
-_LOCAL = re.compile(rf"{_ATOM}(?:\.{_ATOM})*")
+ATOM = r"[a-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_LOCAL = re.compile(rf"{ATOM}(?:\.{ATOM})*")
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 # A domain that ends in a number would be read as an IPv4 address.
 _DOMAIN = re.compile(rf"(?=.{{4,253}}\Z)(?:{_LABEL}\.)+(?![0-9]+\Z){_LABEL}")
@@ -107,7 +107,7 @@ def _local_reason(local: str, at: str) -> str:
         return "a dot before the '@' must stand between other characters"
     if "@" in local:
         return "it has more than one '@'"
-    wrong = next(letter for letter in local.lower() if not re.fullmatch(_ATOM + r"|\.", letter))
+    wrong = next(letter for letter in local.lower() if not re.fullmatch(ATOM + r"|\.", letter))
     return f"{wrong!r} cannot stand before the '@'"
 
 

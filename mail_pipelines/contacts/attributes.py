@@ -13,14 +13,14 @@ from mail_pipelines.contacts.fields import TEXT_LENGTH, FieldType, parse_value
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Each matches a subset of what is its own JSON form (without quotes), in the syntax of RE2.
-_DAY = r"[12]\d{3}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+# A day that every calendar has, and the patterns of plain texts. Each matches a subset of what is its own JSON form (without quotes), in the syntax of RE2.
+DAY = r"[12]\d{3}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
 _PLAIN: dict[FieldType, str] = {
     "text": r'^[^"\\\x00-\x1f\x7f]*$',
     "number": r"^(?:0|-?[1-9]\d{0,13}|-?(?:0|[1-9]\d{0,7})\.\d{0,3}[1-9])$",
     "boolean": r"^(?:true|false)$",
-    "date": rf"^{_DAY}$",
-    "datetime": rf"^{_DAY}T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\dZ$",
+    "date": rf"^{DAY}$",
+    "datetime": rf"^{DAY}T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\dZ$",
 }
 _QUOTED = frozenset({"text", "date", "datetime"})
 

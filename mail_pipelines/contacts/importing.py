@@ -12,7 +12,7 @@ import datetime as dt
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, TextIO
 
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.contacts import attributes, fields, lists, merging, time_zones
-from mail_pipelines.contacts.addresses import AddressError, parse
+from mail_pipelines.contacts import address_columns, attributes, fields, lists, merging, time_zones
 from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch, ContactFile, ContactFileError, Reject, open_file
-from mail_pipelines.contacts.portions import is_sending, portions
-from mail_pipelines.contacts.providers import provider_of
+from mail_pipelines.contacts.portions import ahead, portions
 from mail_pipelines.database.engine import transact
 from mail_pipelines.errors import nearest
 
@@ -108,13 +106,8 @@ def import_file(
         prepared = _prepare_all(batches, email, columns, chosen)
         read = inserted = updated = unchanged = duplicates = 0
         mostly_new = False
-        with RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, ThreadPoolExecutor(1) as reader:
-            pending = reader.submit(next, prepared, None)
-            while (batch := pending.result()) is not None:
-                # The next batch is read while the database works on this one; beside sending it is read afterwards, which leaves a processor free.
-                ahead = not is_sending(engine)
-                if ahead:
-                    pending = reader.submit(next, prepared, None)
+        with RejectFile(reject_path or path.with_name(f"{path.name}.rejected.csv")) as rejects, closing(ahead(engine, prepared)) as ready:
+            for batch in ready:
                 erased: set[int] = set()
                 for rows in portions(engine, batch.rows):
                     outcome = merging.merge(engine, rows, list_id=target.id, now=now, mostly_new=mostly_new)
@@ -128,8 +121,6 @@ def import_file(
                 duplicates += batch.superseded + len(batch.repeated - erased)
                 if progress:
                     progress(read, batch.fraction)
-                if not ahead:
-                    pending = reader.submit(next, prepared, None)
     return ImportReport(target.key, read, inserted, updated, unchanged, rejects.count, duplicates, rejects.path if rejects.count else None)
 
 
@@ -210,62 +201,53 @@ def _prepare_all(batches: Iterator[Batch], email: int, columns: Sequence[Column]
 
 def prepare(batch: Batch, email: int, columns: Sequence[Column], types: Mapping[str, FieldType], seen: Seen) -> Prepared:
     """The batch's rows checked and in the columns of `merging.STAGED`; `email` is the place of the addresses, `types` are those of the columns' keys."""
+    return prepare_addressed(batch, *address_columns.encode(batch.columns[email]), columns, types, seen)
+
+
+def prepare_addressed(
+    batch: Batch, addresses: pa.Table, unusable: Mapping[int, str], columns: Sequence[Column], types: Mapping[str, FieldType], seen: Seen
+) -> Prepared:
+    """As `prepare`, where the addresses are there already, as `address_columns.encode` gives them."""
     import pyarrow as pa
 
-    problems: dict[int, list[str]] = {}
+    problems: dict[int, list[str]] = {row: [f"address: {reason}"] for row, reason in unusable.items()}
     encoded: dict[str, pa.Array] = {}
     for column in columns:
         texts = batch.columns[column.place]
         encoded[column.key], wrong = time_zones.encode(texts) if column.key == TIME_ZONE else attributes.encode(texts, types[column.key])
         for row, reason in wrong.items():
             problems.setdefault(row, []).append(f"column {column.name!r}: {reason}")
+    hashes = addresses["address_hash"].to_pylist()
+    kept = [row for row in range(len(hashes)) if row not in problems]
     # The last row of each address; earlier ones are merged into it.
-    last: dict[bytes, int] = {}
-    earlier: dict[int, list[int]] = {}
-    addresses = []
-    for row, text in enumerate(batch.columns[email].to_pylist()):
-        try:
-            if not text:
-                raise AddressError("", "there is none")
-            address = parse(text)
-        except AddressError as error:
-            problems.setdefault(row, []).insert(0, f"address: {error.reason}")
-            continue
-        if row in problems:
-            continue
-        before = last.get(address.hash)
-        if before is not None:
-            earlier[row] = [*earlier.pop(before, []), before]
-        last[address.hash] = row
-        addresses.append((row, address))
-    if earlier:
+    last = {hashes[row]: row for row in kept}
+    superseded = len(kept) - len(last)
+    if superseded:
+        earlier: dict[int, list[int]] = {}
+        for row in kept:
+            if (final := last[hashes[row]]) != row:
+                earlier.setdefault(final, []).append(row)
         encoded = {key: _merged(column, earlier) for key, column in encoded.items()}
-        addresses = [(row, address) for row, address in addresses if last[address.hash] == row]
-    kept = [row for row, _ in addresses]
+        kept = [row for row in kept if last[hashes[row]] == row]
     lines = [batch.lines[row] for row in kept]
-    hashes = [address.hash for _, address in addresses]
-    domains = [address.domain for _, address in addresses]
-    taken = encoded if len(kept) == len(batch.lines) else {key: column.take(pa.array(kept, pa.int64())) for key, column in encoded.items()}
-    zones = taken.get(TIME_ZONE, pa.nulls(len(kept), pa.string()))
-    values = {key: column for key, column in taken.items() if key != TIME_ZONE}
-    repeated = seen.before(hashes)
+    if len(kept) < len(hashes):
+        places = pa.array(kept, pa.int64())
+        addresses, encoded = addresses.take(places), {key: column.take(places) for key, column in encoded.items()}
+    repeated = seen.before(addresses["address_hash"].to_pylist())
+    zones = encoded.pop(TIME_ZONE, pa.nulls(len(kept), pa.string()))
     rows = pa.table(
         {
             "line": pa.array(lines, pa.int64()),
             "repeated": repeated,
-            "email": pa.array([address.email for _, address in addresses], pa.string()),
-            "address": pa.array([address.address for _, address in addresses], pa.string()),
-            "address_hash": pa.array(hashes, pa.binary(16)),
-            "domain": pa.array(domains, pa.string()),
-            "provider": pa.array(map(provider_of, domains), pa.string()),
+            **{name: addresses[name] for name in address_columns.NAMES},
             "time_zone": zones,
-            "attributes": attributes.join(values, len(kept)),
+            "attributes": attributes.join(encoded, len(kept)),
         }
     )
     # In the order of the unique index, which is then written page by page.
     rows = rows.sort_by("address_hash")
     rejects = batch.rejects + [Reject(batch.lines[row], "; ".join(reasons)) for row, reasons in problems.items()]
-    return Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), sum(map(len, earlier.values())), batch.fraction)
+    return Prepared(rows, rejects, frozenset(itertools.compress(lines, repeated.to_pylist())), superseded, batch.fraction)
 
 
 def _merged(column: pa.Array, earlier: Mapping[int, Sequence[int]]) -> pa.Array:

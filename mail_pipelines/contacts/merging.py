@@ -9,9 +9,9 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -26,13 +26,15 @@ from mail_pipelines.database.types import Hash16, LongText, ascii_string
 if TYPE_CHECKING:
     import pyarrow as pa
 
+T = TypeVar("T")
 _COLLISIONS = 5
 _temporary = sa.MetaData()
 _NOTHING_NEW = 0
 _CONTACTS = Contact.metadata.tables[Contact.__tablename__]
-_COPIED = ["email", "address", "address_hash", "domain", "provider", "time_zone", "attributes"]
+_COPIED = ["email", "address", "address_hash", "domain", "provider", "time_zone", "attributes", "consent"]
 # One row a contact: `line` is its place in the file, `repeated` says that the file had the address before. `attributes` is JSON
-# text in the layout of `json.dumps`. A `time_zone` of NULL says nothing. The database finds `contact_id`: NULL for a contact to be made,
+# text in the layout of `json.dumps`. A `time_zone` of NULL says nothing. `consent` is JSON text that a contact
+# begins with; rows may come without the column. The database finds `contact_id`: NULL for a contact to be made,
 # `_NOTHING_NEW` for a row that changes nothing, else the contact to be changed.
 STAGED = sa.Table(
     "staged_contacts",
@@ -46,6 +48,7 @@ STAGED = sa.Table(
     sa.Column("provider", ascii_string(32), nullable=False),
     sa.Column("time_zone", ascii_string(48)),
     sa.Column("attributes", LongText, nullable=False),
+    sa.Column("consent", LongText),
     sa.Column("contact_id", sa.BigInteger),
     prefixes=["TEMPORARY"],
     mysql_engine="InnoDB",
@@ -80,12 +83,18 @@ class Outcome:
 
 # What of the given values is taken: by address hash, when the contact was last changed, its values and those given.
 # A pure function of fields by key, with `email` (the address as it was spelled) and `time_zone` among them.
-Taken = Callable[[bytes, dt.datetime, dict[str, Any], dict[str, Any]], dict[str, Any]]
+Decision = Callable[[bytes, dt.datetime, dict[str, Any], dict[str, Any]], dict[str, Any]]
+# How it is decided about those contacts (their address hashes) from which rows differ; may ask the database.
+Taken = Callable[[Connection, Collection[bytes]], Decision]
 EMAIL, TIME_ZONE = "email", "time_zone"
 
 
-def missing(_address_hash: bytes, _updated_at: dt.datetime, stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def missing(_connection: Connection, _differing: Collection[bytes]) -> Decision:
     """A `Taken`: what a contact has stays, and rows only add what it does not have."""
+    return _missing
+
+
+def _missing(_address_hash: bytes, _updated_at: dt.datetime, stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if stored.get(key) is None}
 
 
@@ -113,11 +122,16 @@ def merge(
     """
 
     def work(connection: Connection) -> Outcome:
-        outcome = _merge(connection, rows, list_id, now, mostly_new, source, taken)
+        outcome = merge_within(connection, rows, list_id=list_id, now=now, mostly_new=mostly_new, source=source, taken=taken)
         if also:
             also(connection)
         return outcome
 
+    return transact_merge(engine, work)
+
+
+def transact_merge(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """Run `work`, which merges, in one write transaction; again if another writer made one of the contacts meanwhile."""
     for attempt in itertools.count(1):
         try:
             return transact(engine, work)
@@ -128,7 +142,17 @@ def merge(
     raise AssertionError("unreachable")
 
 
-def _merge(connection: Connection, rows: pa.Table, list_id: int | None, now: dt.datetime, mostly_new: bool, source: str, taken: Taken | None) -> Outcome:
+def merge_within(
+    connection: Connection,
+    rows: pa.Table,
+    *,
+    list_id: int | None,
+    now: dt.datetime,
+    mostly_new: bool = False,
+    source: str = "import",
+    taken: Taken | None = None,
+) -> Outcome:
+    """As `merge`, within a transaction of `transact_merge`."""
     inserted = updated = unchanged = 0
     erased: frozenset[int] = frozenset()
     changed: list[sa.Select[Any]] = []
@@ -162,7 +186,7 @@ def _insert_loaded(connection: Connection, rows: pa.Table, now: dt.datetime) -> 
     before = _highest(connection)
     time = pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), rows.num_rows)
     constants = {"tracking_allowed": pa.repeat(True, rows.num_rows), "created_at": time, "updated_at": time}
-    loaded = bulk.load(connection, _CONTACTS, pa.table({name: rows[name] for name in _COPIED} | constants), ignore_duplicates=True)
+    loaded = bulk.load(connection, _CONTACTS, pa.table({name: rows[name] for name in _COPIED if name in rows.column_names} | constants), ignore_duplicates=True)
     made = _made_since(connection, before, loaded, now)
     erased = made.join(Suppression, Suppression.address_hash == Contact.address_hash).where(Suppression.reason == "erased")
     erased_ids = connection.execute(erased).scalars().all()
@@ -254,11 +278,13 @@ def _update(connection: Connection, list_id: int | None, now: dt.datetime, taken
     )
     changed: list[tuple[int, str, str | None, str]] = []
     alike: list[int] = []
-    for row in connection.execute(query):
+    differing = connection.execute(query).all()
+    decide = taken(connection, [row.address_hash for row in differing]) if taken and differing else None
+    for row in differing:
         stored = json.loads(row.stored)
         before = stored | {EMAIL: row.stored_email, TIME_ZONE: row.stored_zone}
         given = json.loads(row.attributes) | {EMAIL: row.email} | ({TIME_ZONE: row.time_zone} if row.time_zone else {})
-        after = before | (taken(row.address_hash, row.updated_at, before, given) if taken else given)
+        after = before | (decide(row.address_hash, row.updated_at, before, given) if decide else given)
         if after != before:
             email, zone = after.pop(EMAIL), after.pop(TIME_ZONE)
             changed.append((row.id, email, zone, json.dumps(after, ensure_ascii=False)))

@@ -1,14 +1,15 @@
 """The rows of an import in portions of one transaction each: large ones, but small ones with rests between them while mail is sent.
 
 An import can keep every processor of the database busy, and what it writes makes the next commit of everybody longer. What belongs here:
-how much at once, and when to rest. What does not: what is done with a portion (`merging`).
+how much at once, when to rest, and what is made ready ahead. What does not: what is done with a portion (`merging`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -20,6 +21,7 @@ from mail_pipelines.database.types import utc_now
 if TYPE_CHECKING:
     import pyarrow as pa
 
+T = TypeVar("T")
 # Beside sending. They take about a twentieth of a second; with fewer, the statements would cost more than the rows. Not by time: where many
 # processes wait for a processor each statement takes long, and the smaller the portions, the more statements.
 PORTION_ROWS = 2_000
@@ -45,6 +47,20 @@ def portions(
         yield portion
         if sending:
             sleep(min(clock() - begin, MOST_REST_SECONDS))
+
+
+def ahead(engine: Engine, items: Iterator[T]) -> Generator[T]:
+    """The items; the next is made ready while the database works on this one. Beside sending that is done afterwards, which leaves a processor free."""
+    nothing = object()
+    with ThreadPoolExecutor(1) as maker:
+        pending = maker.submit(next, items, nothing)
+        while (item := pending.result()) is not nothing:
+            at_once = not is_sending(engine)
+            if at_once:
+                pending = maker.submit(next, items, nothing)
+            yield item  # type: ignore[misc]
+            if not at_once:
+                pending = maker.submit(next, items, nothing)
 
 
 def is_sending(engine: Engine) -> bool:

@@ -46,37 +46,48 @@ def _load_local(connection: Connection, table: sa.Table, rows: pa.Table) -> int 
     import pyarrow.csv
 
     quote = connection.dialect.identifier_preparer.quote
-    # Empty text stands for NULL, for no nullable column means anything by an empty string; digests travel as hexadecimal.
-    assignments, columns, arrays = [], [], []
+    # Empty text stands for NULL, for no nullable column means anything by an empty string; digests travel as hexadecimal. What needs neither goes straight
+    # into its column: a variable costs the server as much as the value.
+    assignments, targets, arrays = [], [], []
     for number, name in enumerate(rows.column_names):
-        column = table.c[name]
-        values = rows.column(name)
+        values = rows.column(name).combine_chunks()
+        target, given = f"@v{number}", f"NULLIF(@v{number}, '')"
         if pa.types.is_binary(values.type) or pa.types.is_fixed_size_binary(values.type):
-            values = pa.chunked_array([[None if value is None else value.hex() for value in values.to_pylist()]], type=pa.string())
-            assignments.append(f"{quote(name)} = UNHEX(NULLIF(@v{number}, ''))")
-        elif pa.types.is_boolean(values.type):
+            values = pa.array([None if value is None else value.hex() for value in values.to_pylist()], pa.string())
+            assignments.append(f"{quote(name)} = UNHEX({given})")
+        elif table.c[name].nullable and _says_nothing(values):
+            assignments.append(f"{quote(name)} = {given}")
+        else:
+            target = quote(name)
+        if pa.types.is_boolean(values.type):
             values = values.cast(pa.int8())
-            assignments.append(f"{quote(name)} = NULLIF(@v{number}, '')")
         elif pa.types.is_timestamp(values.type):
             values = values.cast(pa.timestamp("us"))
-            assignments.append(f"{quote(name)} = NULLIF(@v{number}, '')")
-        else:
-            assignments.append(f"{quote(name)} = " + (f"NULLIF(@v{number}, '')" if column.nullable else f"@v{number}"))
-        columns.append(f"@v{number}")
+        targets.append(target)
         arrays.append(values)
     with tempfile.TemporaryDirectory(prefix="mail-pipelines-load-") as folder:
         path = Path(folder) / "rows.csv"
         pyarrow.csv.write_csv(pa.table(arrays, names=rows.column_names), path, pyarrow.csv.WriteOptions(include_header=False))
         statement = (
             "LOAD DATA LOCAL INFILE %s IGNORE INTO TABLE " + quote(table.name) + " CHARACTER SET utf8mb4 FIELDS TERMINATED BY ',' "
-            f"OPTIONALLY ENCLOSED BY '\"' ESCAPED BY '' LINES TERMINATED BY '\\n' ({', '.join(columns)}) SET {', '.join(assignments)}"
+            f"OPTIONALLY ENCLOSED BY '\"' ESCAPED BY '' LINES TERMINATED BY '\\n' ({', '.join(targets)})"
         )
+        if assignments:
+            statement += f" SET {', '.join(assignments)}"
         try:
             return connection.exec_driver_sql(statement, (str(path),)).rowcount
         except sa.exc.DBAPIError as error:
             if error.orig is not None and error.orig.args and error.orig.args[0] in _LOCAL_LOAD_REFUSED:
                 return None
             raise
+
+
+def _says_nothing(values: pa.Array) -> bool:
+    """Whether one of the values is null or empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return values.null_count > 0 or (pa.types.is_string(values.type) and pc.any(pc.equal(values, "")).as_py() is True)
 
 
 def _insert(connection: Connection, table: sa.Table, rows: pa.Table, ignore_duplicates: bool) -> int:

@@ -30,6 +30,11 @@ def put(connection: Connection, model: type[Base], rows: Sequence[dict[str, Any]
         connection.execute(_put_statement(model, is_mysql(connection)), list(rows))
 
 
+def put_selected(connection: Connection, model: type[Base], selected: sa.Select[*tuple[Any, ...]]) -> None:
+    """As `put`, of what a query selects: all columns in their order. `selected` needs a WHERE: SQLite takes the clause for a join otherwise."""
+    connection.execute(_put_statement(model, is_mysql(connection)).from_select(list(model.__table__.columns), selected))
+
+
 def fold_in(
     connection: Connection,
     model: type[Base],

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+from mail_pipelines.sources import texts
 from mail_pipelines.sources.errors import SourceError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _TIME = re.compile(r"(\d{4}-\d{2}-\d{2})([T ])(\d{2}:\d{2}:\d{2})(?:[.,]\d+)?\s?(Z|[+-]\d{2}:?\d{2})?")
@@ -31,10 +35,10 @@ def _moment(text: str) -> dt.datetime:
     return value if value.tzinfo else value.replace(tzinfo=dt.UTC)
 
 
-def highest(texts: Iterable[str | None], so_far: str | None, now: dt.datetime) -> str | None:
-    """The highest value, of those that are not in the future. Raises `SourceError`."""
+def highest(given: pa.Array, so_far: str | None, now: dt.datetime) -> str | None:
+    """The highest value of a column of texts, of those that are not in the future. Raises `SourceError`."""
     best = so_far
-    for text in texts:
+    for text in _candidates(given, now):
         if not text or not text.strip():
             continue
         key = order(text.strip())
@@ -43,6 +47,21 @@ def highest(texts: Iterable[str | None], so_far: str | None, now: dt.datetime) -
         if best is None or key > order(best):
             best = text.strip()
     return best
+
+
+def _candidates(given: pa.Array, now: dt.datetime) -> list[str | None]:
+    """The one text that matters if all are times in the usual form, as a database writes them, else all."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    given = given.drop_null()
+    times = texts.usual_moments(given)
+    if times.null_count:
+        return list(given.to_pylist())
+    # A time in the future does not count.
+    limit = pa.scalar((now + _AHEAD).astimezone(dt.UTC).replace(tzinfo=None), pa.timestamp("us"))
+    latest = pc.max(times.filter(pc.less_equal(times, limit)))
+    return [given[pc.index(times, latest).as_py()].as_py()] if latest.is_valid else []
 
 
 def since(text: str, overlap: float) -> str:

@@ -1,30 +1,63 @@
-"""Who is who: which record of a source is which contact (`source_contacts`), and what follows when a record becomes another contact."""
+"""Who is who: which record of a source is which contact (`source_contacts`), and what follows when a record becomes another contact.
+
+The records of a chunk are staged in a temporary table, so that each step is one statement for all of them.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
-from mail_pipelines.contacts import changes
-from mail_pipelines.contacts.addresses import Address
+from mail_pipelines.contacts import changes, merging
+from mail_pipelines.contacts.addresses import Address, parse
 from mail_pipelines.contacts.lists import MailingList
 from mail_pipelines.contacts.providers import provider_of
 from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database import upsert
-from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import Contact, SourceContact, Subscription, Suppression
-from mail_pipelines.sources.records import Record
+from mail_pipelines.database.types import Hash16, UtcDateTime, byte_string
+from mail_pipelines.sources.records import ID_LENGTH
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PRESENT, MISSING, GONE = 0, 1, 2
 # The `source` of a subscription that ended because its record was gone; it begins again if the record comes back.
 GONE_SOURCE = "gone"
 # Reasons that follow a person to a new address; a bounce belongs to the address.
 _FOLLOWS = ("unsubscribe", "complaint", "manual")
+
+
+# The records of a chunk, one a row; `subscribes` says that its contact may be subscribed, of several records of one contact the last one's.
+STAGED = sa.Table(
+    "staged_records",
+    sa.MetaData(),
+    sa.Column("external_id", byte_string(ID_LENGTH), nullable=False),
+    sa.Column("address_hash", Hash16, nullable=False),
+    sa.Column("changed_at", UtcDateTime),
+    sa.Column("subscribes", sa.Boolean, nullable=False),
+    prefixes=["TEMPORARY"],
+    mysql_engine="InnoDB",
+    mysql_charset="utf8mb4",
+    mariadb_engine="InnoDB",
+    mariadb_charset="utf8mb4",
+)
+
+
+def select(*columns: Any) -> sa.Select[Any]:
+    """A query that begins at the staged records: a database that has not counted a new table yet would begin at the other end."""
+    query = sa.select(*columns).prefix_with("STRAIGHT_JOIN", dialect="mysql").prefix_with("STRAIGHT_JOIN", dialect="mariadb")
+    return query.select_from(STAGED)
+
+
+def same_address() -> sa.ColumnElement[bool]:
+    """The contact of a staged record."""
+    return Contact.address_hash == STAGED.c.address_hash
 
 
 @dataclass(frozen=True)
@@ -36,22 +69,35 @@ class Links:
     run: int
     now: dt.datetime
 
-    def follow(self, engine: Engine, latest: Mapping[str, Record]) -> set[str]:
-        """Move contacts whose address changed at the source; returns the ids of those who left under another address and must not be subscribed."""
+    @property
+    def _mine(self) -> sa.ColumnElement[bool]:
+        """The link of a staged record."""
+        return sa.and_(SourceContact.source == self.source, SourceContact.external_id == STAGED.c.external_id)
 
-        def work(connection: Connection) -> set[str]:
-            refused: set[str] = set()
-            for ids in slices(latest):
-                mine = sa.and_(SourceContact.source == self.source, SourceContact.external_id.in_(ids))
-                query = sa.select(SourceContact.external_id, SourceContact.contact_id, SourceContact.address_hash).where(mine)
-                moved = [row for row in connection.execute(query) if row.address_hash != latest[row.external_id].address.hash]
-                for row in moved:
-                    if self._left(connection, row.contact_id):
-                        refused.add(row.external_id)
-                    self._move(connection, row.external_id, row.contact_id, row.address_hash, latest[row.external_id].address)
-            return refused
+    def follow(self, connection: Connection, records: pa.Table) -> set[str]:
+        """Stage a chunk's records (`external_id`, `email` and the columns of `STAGED`) and move contacts whose address changed at the source.
 
-        return transact(engine, work) if latest else set()
+        Returns the ids of those who left under another address and must not be subscribed.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        # In the order of the links' key, which are then written page by page.
+        merging.stage(connection, STAGED, records.select([column.name for column in STAGED.columns]).sort_by("external_id"))
+        query = select(SourceContact.external_id, SourceContact.contact_id, SourceContact.address_hash).join(SourceContact, self._mine)
+        moved = connection.execute(query.where(SourceContact.address_hash != STAGED.c.address_hash)).all()
+        if not moved:
+            return set()
+        theirs = records.filter(pc.is_in(records["external_id"], value_set=pa.array([row.external_id for row in moved], pa.string())))
+        emails = dict(zip(theirs["external_id"].to_pylist(), theirs["email"].to_pylist(), strict=True))
+        refused: set[str] = set()
+        for row in moved:
+            if self._left(connection, row.contact_id):
+                refused.add(row.external_id)
+            self._move(connection, row.external_id, row.contact_id, row.address_hash, parse(emails[row.external_id]))
+        for ids in slices(refused):
+            connection.execute(sa.update(STAGED).where(STAGED.c.external_id.in_(ids)).values(subscribes=False))
+        return refused
 
     def _left(self, connection: Connection, contact_id: int) -> bool:
         if self.target is None:
@@ -85,35 +131,26 @@ class Links:
         if changed.rowcount:
             changes.record(connection, [contact_id], "upsert", now=self.now)
 
-    def record(self, connection: Connection, latest: Mapping[str, Record], seen: Sequence[str], gone: Sequence[str]) -> list[tuple[int, Record]]:
-        """Note which contact each id is, with the version now in; who was seen; who is marked as deleted. Returns the contacts with a record of each."""
-        by_hash: dict[bytes, list[Record]] = {}
-        for record in latest.values():
-            by_hash.setdefault(record.address.hash, []).append(record)
-        found: list[tuple[int, bytes]] = []
-        for hashes in slices(by_hash):
-            query = sa.select(Contact.id, Contact.address_hash).where(Contact.address_hash.in_(hashes))
-            found += connection.execute(query).tuples().all()
-        links = [
-            {
-                "source": self.source,
-                "external_id": record.external_id,
-                "contact_id": contact_id,
-                "address_hash": digest,
-                "changed_at": record.changed_at,
-                "merged_at": self.now,
-                "run": self.run,
-                "state": PRESENT,
-            }
-            for contact_id, digest in found
-            for record in by_hash[digest]
-        ]
-        self._end_left_behind(connection, links)
-        upsert.put(connection, SourceContact, sorted(links, key=lambda link: link["external_id"]))
-        linked = {link["external_id"] for link in links}
-        self._mark(connection, [id_ for id_ in seen if id_ not in linked], PRESENT)
+    def record(self, connection: Connection, unlinked: Sequence[str], gone: Sequence[str]) -> bool:
+        """Note which contact each staged record is, with the version now in; that `unlinked` ids were seen; and which are marked as deleted.
+
+        Returns whether a subscription ended, because no record stands for it any more.
+        """
+        ended = self._end_left_behind(connection)
+        links = select(
+            sa.literal(self.source),
+            STAGED.c.external_id,
+            Contact.id,
+            STAGED.c.address_hash,
+            STAGED.c.changed_at,
+            sa.literal(self.now, SourceContact.merged_at.type),
+            sa.literal(self.run),
+            sa.literal(PRESENT),
+        )
+        upsert.put_selected(connection, SourceContact, links.join(Contact, same_address()).where(STAGED.c.address_hash.is_not(None)))
+        self._mark(connection, unlinked, PRESENT)
         self._mark(connection, gone, MISSING)
-        return [(contact_id, by_hash[digest][-1]) for contact_id, digest in found]
+        return ended
 
     def _mark(self, connection: Connection, ids: Sequence[str], state: int) -> None:
         for some in slices(ids):
@@ -122,16 +159,14 @@ class Links:
             where = mine if state == PRESENT else sa.and_(mine, SourceContact.state != GONE)
             connection.execute(sa.update(SourceContact).where(where).values(state=state, run=self.run))
 
-    def _end_left_behind(self, connection: Connection, links: Sequence[Mapping[str, Any]]) -> None:
+    def _end_left_behind(self, connection: Connection) -> bool:
         """The subscription that the source made for a contact which its record no longer is."""
-        now_is = {link["external_id"]: link["contact_id"] for link in links}
-        left = []
-        for ids in slices(now_is):
-            query = sa.select(SourceContact.external_id, SourceContact.contact_id).where(
-                SourceContact.source == self.source, SourceContact.external_id.in_(ids)
-            )
-            left += [contact_id for external_id, contact_id in connection.execute(query).tuples() if contact_id != now_is[external_id]]
-        end_subscriptions(connection, self.source, left, self.target, now=self.now, besides=set(now_is))
+        query = select(SourceContact.contact_id).join(SourceContact, self._mine).join(Contact, same_address())
+        left = connection.execute(query.where(SourceContact.contact_id != Contact.id)).scalars().all()
+        if not left:
+            return False
+        now_are = set(connection.execute(sa.select(STAGED.c.external_id)).scalars())
+        return end_subscriptions(connection, self.source, left, self.target, now=self.now, besides=now_are) > 0
 
 
 def end_subscriptions(

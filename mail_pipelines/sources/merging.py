@@ -22,7 +22,7 @@ from mail_pipelines.contacts.files import Batch
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.sources import conflicts, outbox, records, subscribing
-from mail_pipelines.sources.declaration import EMAIL, TIME_ZONE, Contacts, Rule, Source
+from mail_pipelines.sources.declaration import CONSENT_AT, EMAIL, TIME_ZONE, Contacts, Rule, Source
 from mail_pipelines.sources.links import Links
 from mail_pipelines.sources.staging import POSITION
 
@@ -64,82 +64,139 @@ def declare(engine: Engine, resource: Contacts, first: pa.Table | None, now: dt.
     return transact(engine, work)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Staged rows that are ready to be merged.
+
+    `people` has a row for each contact, in the columns of `contacts.merging.STAGED`, with the evidence of its consent; `records` one for each record, of
+    which several may be one contact's: its last `leads`. `unlinked` are the ids of rows that were seen and are in neither, `gone` of those marked as deleted.
+    """
+
+    people: pa.Table
+    records: pa.Table
+    unlinked: list[str]
+    gone: list[str]
+    noes: records.Noes
+    rejects: dict[int, str]
+    repeated: frozenset[int]
+    counts: Counter[str]
+    ids: dict[int, str]
+
+
 class Merge:
-    """One run's merge of contacts; `chunk` takes staged rows in order."""
+    """One run's merge of contacts: staged rows are made ready with `prepare`, in order, and merged with `merge`."""
 
     def __init__(self, engine: Engine, source: Source, resource: Contacts, target: Target, *, run: int, now: dt.datetime) -> None:
-        self.engine, self.source, self.resource, self.target, self.run, self.now = engine, source, resource, target, run, now
+        self.engine, self.source, self.resource, self.target, self.now = engine, source, resource, target, now
         self._keys = [key for key in resource.map.values() if key in target.types or key == TIME_ZONE]
-        self._columns = [importing.Column(place, records.name_of(resource, key), key) for place, key in enumerate([EMAIL, *self._keys]) if place]
+        self._columns = [importing.Column(place, records.name_of(resource, key), key) for place, key in enumerate(self._keys)]
         self._seen = importing.Seen()
         self._mostly_new = False
         # How an address is spelled is the source's word.
         self._rules: dict[str, Rule] = {EMAIL: "theirs", **{key: resource.rule_of(key) for key in self._keys}}
         self._links = Links(source.name, target.list, run, now)
+        with reading(engine) as connection:
+            self._some_are_gone = bool(target.list and subscribing.some_are_gone(connection, target.list))
 
-    def chunk(self, rows: pa.Table, tally: Tally) -> list[tuple[str, str]]:
-        """Merge at most `CHUNK_ROWS` rows; returns id and reason of those left out."""
+    def prepare(self, rows: pa.Table) -> Chunk:
+        """The rows checked and encoded; asks no database."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        assert rows.num_rows <= CHUNK_ROWS
-        tally.counts["read"] += rows.num_rows
-        ids = records.ids(self.resource, rows)
-        deleted = records.deleted(self.resource, rows)
-        usable, rejects = records.usable(self.resource, rows, ids, deleted)
-        tally.counts["duplicates"] += records.drop_older(usable)
-        kept = rows.filter(pc.is_in(rows[POSITION], value_set=pa.array(list(usable), pa.int64())))
-        batch = Batch(kept[POSITION].to_pylist(), [kept[key].combine_chunks() for key in (EMAIL, *self._keys)], [], 0.0)
-        prepared = importing.prepare(batch, 0, self._columns, self.target.types, self._seen)
-        for reject in prepared.rejects:
-            rejects[reject.line] = reject.reason
-            usable.pop(reject.line, None)
-        by_id = {record.external_id: record for record in usable.values()}
-        refused = self._links.follow(self.engine, by_id)
-        by_hash = {record.address.hash: record for record in by_id.values()}
-        noes = records.noes(self.resource, rows)
-        # Two records may have one address: a no of one of them is the person's.
-        subscribes = {digest for digest, record in by_hash.items() if record.subscribes and record.external_id not in refused} - noes.left - noes.withdrawn
-        if self.target.list:
-            with reading(self.engine) as connection:
-                subscribes -= subscribing.refused(connection, self.target.list, subscribes)
-        taken = conflicts.taken(self.engine, self.source.name, self._rules, by_hash)
-        erased: set[int] = set()
-        for list_id, chosen in self._split(prepared.rows, subscribes):
-            outcome = merging.merge(self.engine, chosen, list_id=list_id, now=self.now, mostly_new=self._mostly_new, source=self.source.name, taken=taken)
-            self._mostly_new = outcome.inserted > chosen.num_rows // 2
-            tally.counts.update(inserted=outcome.inserted, updated=outcome.updated, unchanged=outcome.unchanged)
-            erased |= outcome.erased
-        rejects.update(dict.fromkeys(erased, importing.ERASED))
-        tally.counts["duplicates"] += prepared.superseded + len(prepared.repeated - erased)
-        seen = [external_id for position, external_id in ids.items() if position not in deleted]
-        gone = [ids[position] for position in deleted if position in ids]
-        tally.counts["deleted"] += len(deleted)
+        found = records.read(self.resource, rows)
+        usable = found.usable
+        kept = rows.take(pc.index_in(usable[POSITION], value_set=rows[POSITION]).combine_chunks())
+        batch = Batch(usable[POSITION].to_pylist(), [kept[key].combine_chunks() for key in self._keys], [], 0.0)
+        prepared = importing.prepare_addressed(batch, usable, {}, self._columns, self.target.types, self._seen)
+        rejects = found.rejects | {reject.line: reject.reason for reject in prepared.rejects}
+        if prepared.rejects:
+            usable = usable.filter(pc.invert(pc.is_in(usable[POSITION], value_set=pa.array([reject.line for reject in prepared.rejects], pa.int64()))))
+        leads = pc.is_in(usable[POSITION], value_set=prepared.rows["line"])
+        usable = usable.append_column("leads", leads).set_column(usable.column_names.index("subscribes"), "subscribes", pc.and_(usable["subscribes"], leads))
+        leading = usable.take(pc.index_in(prepared.rows["line"], value_set=usable[POSITION]).combine_chunks())
+        evidence = subscribing.evidence(self.source.name, self.resource.consent.evidence, leading[CONSENT_AT].combine_chunks(), self.now)
+        people = prepared.rows.append_column("consent", evidence).append_column("subscribes", leading["subscribes"])
+        has_id = pc.is_valid(found.ids)
+        linked = pc.is_in(rows[POSITION], value_set=usable[POSITION])
+        gone = pc.and_(found.deleted, has_id)
+        unlinked = pc.and_(pc.and_(pc.invert(found.deleted), has_id), pc.invert(linked))
+        places = rows[POSITION].to_pylist()
+        counts = Counter(read=rows.num_rows, duplicates=found.older + prepared.superseded, deleted=pc.sum(found.deleted).as_py() or 0)
+        return Chunk(
+            people,
+            usable,
+            found.ids.filter(unlinked).to_pylist(),
+            found.ids.filter(gone).to_pylist(),
+            found.noes,
+            rejects,
+            prepared.repeated,
+            counts,
+            {places[row]: id_ for row, id_ in enumerate(found.ids.to_pylist()) if places[row] in rejects and id_},
+        )
 
-        def link(connection: Connection) -> None:
-            found = self._links.record(connection, by_id, seen, gone)
-            people = [(contact_id, record) for contact_id, record in found if record.address.hash in subscribes]
-            subscribing.note_evidence(connection, self.source.name, self.resource.consent.evidence, people, self.now)
-            if self.target.list:
-                subscribing.refuse(connection, self.source.name, self.target.list, noes, self.now)
-                if self.source.write_back:
-                    outbox.learned(connection, self.source.name, noes.left | noes.withdrawn, self.now)
-                subscribing.begin_again(connection, self.source.name, self.target.list, [contact_id for contact_id, _ in people], self.now)
-
-        transact(self.engine, link)
+    def merge(self, chunk: Chunk, tally: Tally) -> list[tuple[str, str]]:
+        """Merge at most `CHUNK_ROWS` rows in one transaction; returns id and reason of those left out."""
+        assert chunk.counts["read"] <= CHUNK_ROWS
+        outcome = merging.transact_merge(self.engine, lambda connection: self._merge(connection, chunk))
+        self._mostly_new = outcome.inserted > chunk.people.num_rows // 2
+        ids = self._ids_at(chunk, outcome.erased) | chunk.ids
+        rejects = chunk.rejects | dict.fromkeys(outcome.erased, importing.ERASED)
+        tally.counts.update(chunk.counts)
+        tally.counts.update(inserted=outcome.inserted, updated=outcome.updated, unchanged=outcome.unchanged)
+        tally.counts["duplicates"] += len(chunk.repeated - outcome.erased)
         tally.rejected.update(_general(reason) for reason in rejects.values())
         return [(ids.get(position, ""), reason) for position, reason in sorted(rejects.items())]
 
-    def _split(self, rows: pa.Table, subscribes: Collection[bytes]) -> Iterator[tuple[int | None, pa.Table]]:
-        """The rows of contacts that may be subscribed with the list, and the others without."""
+    def _merge(self, connection: Connection, chunk: Chunk) -> merging.Outcome:
+        refused = self._links.follow(connection, chunk.records)
+        unwanted = subscribing.refused(connection, self.target.list) if self.target.list else set()
+        taken = conflicts.taken(self.source.name, self._rules, chunk.records)
+        inserted = updated = unchanged = 0
+        erased: frozenset[int] = frozenset()
+        for list_id, people in self._split(chunk, refused, unwanted):
+            outcome = merging.merge_within(connection, people, list_id=list_id, now=self.now, mostly_new=self._mostly_new, source=self.source.name, taken=taken)
+            inserted, updated, unchanged = inserted + outcome.inserted, updated + outcome.updated, unchanged + outcome.unchanged
+            erased |= outcome.erased
+        self._some_are_gone |= self._links.record(connection, [*chunk.unlinked, *self._ids_at(chunk, erased).values()], chunk.gone)
+        # Whoever is new has the evidence, and was never subscribed before.
+        some_are_known = inserted < chunk.people.num_rows
+        if some_are_known:
+            subscribing.note_evidence(connection, chunk.people)
+        if self.target.list:
+            subscribing.refuse(connection, self.source.name, self.target.list, chunk.noes, self.now)
+            if self.source.write_back:
+                outbox.learned(connection, self.source.name, chunk.noes.left | chunk.noes.withdrawn, self.now)
+            if some_are_known and self._some_are_gone:
+                subscribing.begin_again(connection, self.source.name, self.target.list, self.now)
+        return merging.Outcome(inserted, updated, unchanged, erased)
+
+    def _split(self, chunk: Chunk, refused: Collection[str], unwanted: Collection[bytes]) -> Iterator[tuple[int | None, pa.Table]]:
+        """The rows of contacts that may be subscribed with the list, and the others without, and without evidence."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        chosen = pc.is_in(rows["address_hash"], value_set=pa.array(list(subscribes), pa.binary(16)))
+        people, subscribes = chunk.people.drop_columns(["subscribes"]), chunk.people["subscribes"]
+        if refused:
+            theirs = chunk.records.filter(pc.is_in(chunk.records["external_id"], value_set=pa.array(list(refused), pa.string())))
+            subscribes = pc.and_(subscribes, pc.invert(pc.is_in(people["line"], value_set=theirs[POSITION])))
+        if unwanted:
+            subscribes = pc.and_(subscribes, pc.invert(pc.is_in(people["address_hash"], value_set=pa.array(list(unwanted), pa.binary(16)))))
         list_id = self.target.list.id if self.target.list else None
-        for id_, part in ((list_id, rows.filter(chosen)), (None, rows.filter(pc.invert(chosen)))):
+        for id_, part in ((list_id, people.filter(subscribes)), (None, people.filter(pc.invert(subscribes)).drop_columns(["consent"]))):
             if part.num_rows:
                 yield id_, part
+
+    @staticmethod
+    def _ids_at(chunk: Chunk, lines: Collection[int]) -> dict[int, str]:
+        """By position, the ids of all records of the contacts that stand in these lines."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if not lines:
+            return {}
+        hashes = chunk.people.filter(pc.is_in(chunk.people["line"], value_set=pa.array(list(lines), pa.int64())))["address_hash"]
+        theirs = chunk.records.filter(pc.is_in(chunk.records["address_hash"], value_set=hashes))
+        return dict(zip(theirs[POSITION].to_pylist(), theirs["external_id"].to_pylist(), strict=True))
 
 
 def _general(reason: str) -> str:

@@ -1,59 +1,21 @@
-"""Staged rows as records: which id each has at the source, which are marked as deleted, and what is wrong with the others."""
+"""Staged rows as records: which id each has at the source, which are marked as deleted, and what is wrong with the others. By column, not by row."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mail_pipelines.contacts.addresses import Address, AddressError, parse
-from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, OPTED_OUT, Contacts
+from mail_pipelines.contacts import address_columns
+from mail_pipelines.sources import texts
+from mail_pipelines.sources.declaration import CHANGED_AT, CONSENT_AT, DELETED, EMAIL, EXTERNAL_ID, OPTED_IN, OPTED_OUT, Consent, Contacts
 from mail_pipelines.sources.staging import POSITION
-from mail_pipelines.sources.texts import is_false, is_marked, is_one_of, is_true, moment
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ID_LENGTH = 190
 NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A row whose address can be used. `evidence` is the source's time of consent, as it writes it."""
-
-    external_id: str
-    address: Address
-    changed_at: dt.datetime | None
-    subscribes: bool
-    evidence: str | None
-
-
-def name_of(resource: Contacts, key: str) -> str:
-    """The column that becomes `key`, for messages."""
-    return resource.column_of(key) or key
-
-
-def ids(resource: Contacts, rows: pa.Table) -> dict[int, str]:
-    """Position → id at the source, of the rows that have a usable one."""
-    positions = rows[POSITION].to_pylist()
-    if resource.column_of(EXTERNAL_ID):
-        return {position: text for position, text in zip(positions, rows[EXTERNAL_ID].to_pylist(), strict=True) if text and len(text) <= ID_LENGTH}
-    found = {}
-    for position, text in zip(positions, rows[EMAIL].to_pylist(), strict=True):
-        try:
-            found[position] = parse(text or "").hash.hex()
-        except AddressError:
-            continue
-    return found
-
-
-def deleted(resource: Contacts, rows: pa.Table) -> set[int]:
-    """Positions of the rows that are marked as deleted."""
-    if not resource.column_of(DELETED):
-        return set()
-    return {position for position, text in zip(rows[POSITION].to_pylist(), rows[DELETED].to_pylist(), strict=True) if is_marked(text)}
 
 
 @dataclass(frozen=True)
@@ -64,69 +26,109 @@ class Noes:
     withdrawn: set[bytes]
 
 
-def noes(resource: Contacts, rows: pa.Table) -> Noes:
-    """Who says no, also of rows that are no records: whatever else is wrong with a row, nobody is mailed against it."""
-    found = Noes(set(), set())
-    opted_in, opted_out = (rows[target].to_pylist() if resource.column_of(target) else None for target in (OPTED_IN, OPTED_OUT))
-    if opted_in is None and opted_out is None:
-        return found
-    size = rows.num_rows
-    for email, agreed, out in zip(rows[EMAIL].to_pylist(), opted_in or [None] * size, opted_out or [None] * size, strict=True):
-        left = is_marked(out) or is_one_of(agreed, resource.consent.left)
-        if left or is_false(agreed):
-            try:
-                (found.left if left else found.withdrawn).add(parse(email or "").hash)
-            except AddressError:
-                continue
-    return found
+@dataclass(frozen=True)
+class Records:
+    """What a chunk of staged rows says, in their order.
+
+    `ids` has the id of each row at the source, null where there is no usable one; `deleted` whether it is marked as that. `usable` has a row for each
+    record: `position`, `external_id`, the columns of `address_columns`, `changed_at` (UTC without zone), `subscribes`, and `consent_at` as the source
+    writes it. `noes` are also of rows that are no records: whatever else is wrong with one, nobody is mailed against it. `rejects` are positions and reasons
+    of the rows that are none; `older` counts those that a newer version of the same record took the place of.
+    """
+
+    ids: pa.Array
+    deleted: pa.Array
+    usable: pa.Table
+    noes: Noes
+    rejects: dict[int, str]
+    older: int
 
 
-def _agrees(resource: Contacts, text: str | None) -> bool:
-    words = resource.consent.agreed
-    return is_one_of(text, words) if words else is_true(text)
+def name_of(resource: Contacts, key: str) -> str:
+    """The column that becomes `key`, for messages."""
+    return resource.column_of(key) or key
 
 
-def usable(resource: Contacts, rows: pa.Table, ids: Mapping[int, str], deleted: Collection[int]) -> tuple[dict[int, Record], dict[int, str]]:
-    """The records by position, and the reasons of the rows that are none."""
-    records: dict[int, Record] = {}
-    rejects: dict[int, str] = {}
-    size = rows.num_rows
+def read(resource: Contacts, rows: pa.Table) -> Records:
+    """The records of staged rows; `rows` has `position` and a text column for each target of the mapping."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    def column(target: str) -> Sequence[str | None]:
-        return rows[target].to_pylist() if resource.column_of(target) else [None] * size
+    def column(target: str) -> pa.Array:
+        return rows[target].combine_chunks() if resource.column_of(target) else pa.nulls(rows.num_rows, pa.string())
 
-    given = zip(rows[POSITION].to_pylist(), rows[EMAIL].to_pylist(), column(CHANGED_AT), column(OPTED_IN), column(CONSENT_AT), strict=True)
-    for position, email, changed, opted_in, consent_at in given:
-        if position in deleted:
-            continue
-        try:
-            if not (email or "").strip():
-                raise AddressError("", "there is none")
-            address = parse(email)
-        except AddressError as error:
-            rejects[position] = f"address: {error.reason}"
-            continue
-        if position not in ids:
-            rejects[position] = f"column {name_of(resource, EXTERNAL_ID)!r}: there is no id, or it is longer than {ID_LENGTH} characters"
-            continue
-        try:
-            changed_at = moment(changed)
-        except ValueError as error:
-            rejects[position] = f"column {name_of(resource, CHANGED_AT)!r}: {error}"
-            continue
-        rule = resource.consent.subscribe
-        subscribes = rule == "always" or (rule == "opted_in" and _agrees(resource, opted_in))
-        records[position] = Record(ids[position], address, changed_at, subscribes, consent_at)
-    return records, rejects
+    addresses, unusable = address_columns.encode(column(EMAIL))
+    ids = _usable_ids(column(EXTERNAL_ID)) if resource.column_of(EXTERNAL_ID) else _hexadecimal(addresses["address_hash"])
+    deleted = texts.that(texts.is_marked, column(DELETED))
+    changed_at, undated = texts.moments(column(CHANGED_AT))
+    left, withdrawn = _noes(resource.consent, column(OPTED_IN), column(OPTED_OUT))
+    noes = Noes(*(set(addresses["address_hash"].filter(saying).drop_null().to_pylist()) for saying in (left, withdrawn)))
+    # Two records may have one address: a no of one of them is the person's.
+    no = pc.is_in(addresses["address_hash"], value_set=pa.array([*noes.left, *noes.withdrawn], pa.binary(16)))
+    subscribes = pc.and_(_yeses(resource.consent, column(OPTED_IN)), pc.invert(no))
+    # Of several reasons that of the address, then that of the id.
+    reasons = {row: f"column {name_of(resource, CHANGED_AT)!r}: {reason}" for row, reason in undated.items()}
+    without_id = f"column {name_of(resource, EXTERNAL_ID)!r}: there is no id, or it is longer than {ID_LENGTH} characters"
+    reasons |= dict.fromkeys(pc.indices_nonzero(pc.is_null(ids)).to_pylist(), without_id)
+    reasons |= {row: f"address: {reason}" for row, reason in unusable.items()}
+    gone = set(pc.indices_nonzero(deleted).to_pylist())
+    positions = rows[POSITION].combine_chunks()
+    given = pa.table(
+        {
+            POSITION: positions,
+            EXTERNAL_ID: ids,
+            **{name: addresses[name] for name in address_columns.NAMES},
+            CHANGED_AT: changed_at,
+            "subscribes": subscribes,
+            CONSENT_AT: column(CONSENT_AT),
+        }
+    )
+    usable = given.take(pa.array([row for row in range(rows.num_rows) if row not in reasons and row not in gone], pa.int64()))
+    latest = _latest(usable)
+    rejects = {positions[row].as_py(): reason for row, reason in reasons.items() if row not in gone}
+    return Records(ids, deleted, latest, noes, rejects, usable.num_rows - latest.num_rows)
 
 
-def drop_older(records: dict[int, Record]) -> int:
-    """Of several rows of one record keep the newest, which is the record; returns how many went."""
+def _yeses(consent: Consent, opted_in: pa.Array) -> pa.Array:
+    """Of each row whether it may be subscribed."""
+    import pyarrow as pa
+
+    if consent.subscribe != "opted_in":
+        return pa.repeat(consent.subscribe == "always", len(opted_in))
+    return texts.that(lambda text: texts.is_one_of(text, consent.agreed) if consent.agreed else texts.is_true(text), opted_in)
+
+
+def _noes(consent: Consent, opted_in: pa.Array, opted_out: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Of each row whether its person left, and whether it takes back a yes."""
+    import pyarrow.compute as pc
+
+    left = pc.or_(texts.that(texts.is_marked, opted_out), texts.that(lambda text: texts.is_one_of(text, consent.left), opted_in))
+    return left, pc.and_(texts.that(texts.is_false, opted_in), pc.invert(left))
+
+
+def _usable_ids(ids: pa.Array) -> pa.Array:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    size = pc.utf8_length(ids)
+    return pc.if_else(pc.and_(pc.greater(size, 0), pc.less_equal(size, ID_LENGTH)), ids, pa.scalar(None, pa.string()))
+
+
+def _hexadecimal(hashes: pa.ChunkedArray) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array([digest and digest.hex() for digest in hashes.to_pylist()], pa.string())
+
+
+def _latest(usable: pa.Table) -> pa.Table:
+    """Of several rows of one record the newest, which is the record."""
+    import pyarrow as pa
+
+    ids = usable[EXTERNAL_ID].to_pylist()
+    if len(set(ids)) == len(ids):
+        return usable
     latest: dict[str, tuple[dt.datetime, int]] = {}
-    for position, record in records.items():
-        version = (record.changed_at or NEVER, position)
-        latest[record.external_id] = max(latest.get(record.external_id, version), version)
-    older = [position for position, record in records.items() if latest[record.external_id][1] != position]
-    for position in older:
-        del records[position]
-    return len(older)
+    for row, (id_, changed_at) in enumerate(zip(ids, usable[CHANGED_AT].to_pylist(), strict=True)):
+        version = (changed_at or dt.datetime.min, row)
+        latest[id_] = max(latest.get(id_, version), version)
+    return usable.take(pa.array(sorted(row for _, row in latest.values()), pa.int64()))

@@ -8,7 +8,7 @@ field is decided, and said, row by row in the merge. A table lives from a landin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines.database import bulk
+from mail_pipelines.database import bulk, lines
 from mail_pipelines.database.engine import create_engine, is_mysql, reading, transact
 from mail_pipelines.database.types import LongText, ascii_string
 from mail_pipelines.sources.errors import SourceError
@@ -89,27 +89,39 @@ class Staging:
 
     def write(self, rows: pa.Table) -> None:
         """Add rows with `position` and texts; those that are in already stay."""
-        table = self._table([name for name in rows.column_names if name != POSITION])
+        import pyarrow.compute as pc
+
+        names = [name for name in rows.column_names if name != POSITION]
+        table = self._table(names)
+        for name in names:
+            rows = rows.set_column(rows.column_names.index(name), name, pc.fill_null(rows[name], ""))
         transact(self.engine, lambda connection: bulk.load(connection, table, rows, ignore_duplicates=True))
 
     def rows(self, landing: Landing, size: int) -> Iterator[pa.Table]:
         """What is not merged yet, in order, at most `size` rows at once."""
+        after = landing.merged_to
+        while (found := self._rows_after(self._table(landing.columns), after, size)).num_rows:
+            yield found
+            after = found[POSITION][-1].as_py()
+
+    def _rows_after(self, table: sa.Table, after: int, size: int) -> pa.Table:
         import pyarrow as pa
 
-        table = self._table(landing.columns)
-        names = [POSITION, *landing.columns]
-        after = landing.merged_to
-        while True:
-            with reading(self.engine) as connection:
-                query = sa.select(*(table.c[name] for name in names)).where(table.c[POSITION] > after).order_by(table.c[POSITION]).limit(size)
-                found = connection.execute(query).all()
-            if not found:
-                return
-            columns = zip(*found, strict=True)
-            yield pa.table(
-                [pa.array(column, pa.int64() if name == POSITION else pa.string()) for name, column in zip(names, columns, strict=True)], names=names
-            )
-            after = found[-1][0]
+        position, names = table.c[POSITION], [column.name for column in table.c]
+        schema = pa.schema([(name, pa.int64() if name == POSITION else pa.string()) for name in names])
+
+        def chosen(*columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
+            return sa.select(*columns).where(position > after).order_by(position).limit(size)
+
+        with reading(self.engine) as connection:
+            if is_mysql(connection):
+                columns = [table.c[name] for name in names[1:]]
+                if (rows := lines.at_once(connection, sa.select().where(position > after, position <= after + size), columns, position)) is not None:
+                    return rows
+                page = next(lines.pages(connection, chosen(lines.line(list(table.c))), names, size), None)
+                return schema.empty_table() if page is None else page.cast(schema)
+            found = connection.execute(chosen(position, *(sa.func.nullif(table.c[name], "") for name in names[1:]))).all()
+        return pa.table(list(zip(*found, strict=True)), schema=schema) if found else schema.empty_table()
 
     def clear(self) -> None:
         """Forget the landing and its rows."""
@@ -128,9 +140,10 @@ class Staging:
         finally:
             raw.close()
 
-    def _table(self, columns: Any) -> sa.Table:
-        texts: list[sa.Column[Any]] = [sa.Column(name, LongText) for name in columns]
-        return sa.Table(self.name, sa.MetaData(), sa.Column(POSITION, sa.BigInteger, primary_key=True, autoincrement=False), *texts, **_OPTIONS)
+    def _table(self, columns: Iterable[str]) -> sa.Table:
+        # Nothing is an empty text: a NULL costs the database more to load.
+        columns_of_text: list[sa.Column[Any]] = [sa.Column(name, LongText, nullable=False) for name in columns]
+        return sa.Table(self.name, sa.MetaData(), sa.Column(POSITION, sa.BigInteger, primary_key=True, autoincrement=False), *columns_of_text, **_OPTIONS)
 
 
 def area_name(source: str, section: str) -> str:

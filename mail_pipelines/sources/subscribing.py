@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.contacts import changes, consent, merging
+from mail_pipelines.contacts import attributes, changes, consent, merging
 from mail_pipelines.contacts.lists import MailingList
 from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.models import Contact, Subscription, Suppression
-from mail_pipelines.database.types import LongText
-from mail_pipelines.sources.links import GONE_SOURCE
-from mail_pipelines.sources.records import Noes, Record
+from mail_pipelines.database.types import Hash16, LongText
+from mail_pipelines.sources import links
+from mail_pipelines.sources.records import Noes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _EVIDENCE = sa.Table(
     "staged_evidence",
     sa.MetaData(),
-    sa.Column("contact_id", sa.BigInteger, nullable=False),
+    sa.Column("address_hash", Hash16, nullable=False),
     sa.Column("consent", LongText, nullable=False),
     prefixes=["TEMPORARY"],
     mysql_engine="InnoDB",
@@ -34,13 +37,16 @@ _EVIDENCE = sa.Table(
 _OWN_WORD = ("unsubscribe", "complaint", "erased")
 
 
-def refused(connection: Connection, target: MailingList, address_hashes: Iterable[bytes]) -> set[bytes]:
-    """Those of some addresses whose people do not want the list, or all that comes in its brand's or our name."""
+def refused(connection: Connection, target: MailingList) -> set[bytes]:
+    """Of the staged records take the subscribing from those whose people do not want the list, or what comes in its brand's or our name.
+
+    Returns their addresses.
+    """
     in_scope = sa.or_(*(sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id) for scope in _scopes(target)))
-    found: set[bytes] = set()
-    for some in slices(address_hashes):
-        query = sa.select(Suppression.address_hash).where(Suppression.address_hash.in_(some), in_scope, Suppression.reason.in_(_OWN_WORD))
-        found.update(digest for digest in connection.execute(query).scalars() if digest is not None)
+    query = links.select(links.STAGED.c.address_hash).join(Suppression, Suppression.address_hash == links.STAGED.c.address_hash)
+    found = set(connection.execute(query.where(links.STAGED.c.subscribes, in_scope, Suppression.reason.in_(_OWN_WORD))).scalars())
+    for some in slices(found):
+        connection.execute(sa.update(links.STAGED).where(links.STAGED.c.address_hash.in_(some)).values(subscribes=False))
     return found
 
 
@@ -65,41 +71,54 @@ def refuse(connection: Connection, source: str, target: MailingList, noes: Noes,
         consent.unsubscribe(connection, connection.execute(query).scalars().all(), scope="list", scope_id=target.id, now=now)
 
 
-def note_evidence(connection: Connection, source: str, words: str, people: Sequence[tuple[int, Record]], now: dt.datetime) -> None:
-    """Keep with each contact that has no evidence yet on which one it is subscribed; `words` are the declaration's."""
-    common = {"source": source, "recorded_at": now.isoformat()} | ({"evidence": words} if words else {})
-    # Most say the same.
-    written = {at: json.dumps(common | ({"at": at[:64]} if at else {})) for at in {record.evidence for _, record in people}}
-    without: set[int] = set()
-    for ids in slices(contact_id for contact_id, _ in people):
-        without.update(connection.execute(sa.select(Contact.id).where(Contact.id.in_(ids), Contact.consent.is_(None))).scalars())
-    rows = [(contact_id, written[record.evidence]) for contact_id, record in people if contact_id in without]
-    if rows:
-        import pyarrow as pa
+def evidence(source: str, words: str, consent_at: pa.Array, now: dt.datetime) -> pa.Array:
+    """JSON of the evidence by which each is subscribed: `words` are the declaration's, `consent_at` is what the source says of the time."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-        ids, texts = [row[0] for row in rows], [row[1] for row in rows]
-        merging.stage(connection, _EVIDENCE, pa.table({"contact_id": pa.array(ids, pa.int64()), "consent": pa.array(texts, pa.string())}))
-        said = sa.update(Contact).where(Contact.id == _EVIDENCE.c.contact_id).values(consent=sa.type_coerce(_EVIDENCE.c.consent, sa.JSON))
+    common = json.dumps({"source": source, "recorded_at": now.isoformat()} | ({"evidence": words} if words else {}))
+    at, _ = attributes.encode(pc.utf8_slice_codeunits(consent_at, 0, 64), "text")
+    said = pc.binary_join_element_wise(', "at": ', at, "")
+    return pc.binary_join_element_wise(common[:-1], pc.coalesce(said, pa.scalar("")), "}", "")
+
+
+def note_evidence(connection: Connection, people: pa.Table) -> None:
+    """Keep with each contact of a staged record that subscribes, and that has no evidence yet, the one in `people` (`address_hash`, `consent`)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    query = links.select(Contact.address_hash).join(Contact, links.same_address())
+    without = connection.execute(query.where(links.STAGED.c.subscribes, Contact.consent.is_(None))).scalars().all()
+    if without:
+        chosen = people.filter(pc.is_in(people["address_hash"], value_set=pa.array(without, pa.binary(16))))
+        merging.stage(connection, _EVIDENCE, chosen.select(["address_hash", "consent"]))
+        said = sa.update(Contact).where(Contact.address_hash == _EVIDENCE.c.address_hash).values(consent=sa.type_coerce(_EVIDENCE.c.consent, sa.JSON))
         connection.execute(said)
 
 
-def begin_again(connection: Connection, source: str, target: MailingList, contact_ids: Sequence[int], now: dt.datetime) -> None:
-    """Subscriptions that ended because the record was gone, and nobody has refused anything since."""
+def some_are_gone(connection: Connection, target: MailingList) -> bool:
+    """Whether any subscription to the list ended because a record was gone."""
+    gone = sa.exists().where(Subscription.list_id == target.id, sa.not_(Subscription.subscribed), Subscription.source == links.GONE_SOURCE)
+    return bool(connection.execute(sa.select(gone)).scalar_one())
+
+
+def begin_again(connection: Connection, source: str, target: MailingList, now: dt.datetime) -> None:
+    """Of staged records that subscribe: the subscriptions that ended because the record was gone, where nobody has refused anything since."""
     scopes = _scopes(target)
-    for ids in slices(contact_ids):
-        query = (
-            sa.select(Contact.id)
-            .join(Subscription, Subscription.contact_id == Contact.id)
-            .where(
-                Contact.id.in_(ids),
-                Subscription.list_id == target.id,
-                Subscription.source == GONE_SOURCE,
-                sa.not_(Subscription.subscribed),
-                sa.not_(consent.suppressed_clause(Contact.address_hash, Contact.domain, scopes)),
-            )
+    query = (
+        links.select(Contact.id)
+        .join(Contact, links.same_address())
+        .join(Subscription, Subscription.contact_id == Contact.id)
+        .where(
+            links.STAGED.c.subscribes,
+            Subscription.list_id == target.id,
+            Subscription.source == links.GONE_SOURCE,
+            sa.not_(Subscription.subscribed),
+            sa.not_(consent.suppressed_clause(Contact.address_hash, Contact.domain, scopes)),
         )
-        back = connection.execute(query).scalars().all()
-        if back:
-            again = sa.update(Subscription).where(Subscription.contact_id.in_(back), Subscription.list_id == target.id)
-            connection.execute(again.values(subscribed=True, source=source, changed_at=now))
-            changes.record(connection, back, "upsert", now=now)
+    )
+    back = connection.execute(query).scalars().all()
+    for ids in slices(back):
+        again = sa.update(Subscription).where(Subscription.contact_id.in_(ids), Subscription.list_id == target.id)
+        connection.execute(again.values(subscribed=True, source=source, changed_at=now))
+    changes.record(connection, back, "upsert", now=now)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mail_pipelines.contacts import address_columns
 from mail_pipelines.contacts.addresses import AddressError, address_hash, mask, parse
+from mail_pipelines.contacts.providers import provider_of
 
 ATEXT = "abcXYZ019!#$%&'*+/=?^_`{|}~-"
 
@@ -31,6 +34,24 @@ def test_the_normal_form_of_a_normal_form_is_itself(email: str) -> None:
     assert again.hash == first.hash
     assert again.domain == first.domain == first.address.rpartition("@")[2]
     assert first.email == email.strip()
+
+
+@given(st.lists(st.one_of(addresses(), st.text(max_size=80), st.from_regex(r"[a-z.@\x1f ]{0,70}@[a-z0-9.-]{0,20}", fullmatch=True), st.none()), max_size=20))
+def test_a_column_says_of_each_address_what_it_says_alone(texts: list[str | None]) -> None:
+    columns, problems = address_columns.encode(pa.array(texts, pa.string()))
+    expected = [alone(text) for text in texts]
+    assert columns.to_pylist() == [values for values, _ in expected]
+    assert problems == {row: reason for row, (_, reason) in enumerate(expected) if reason}
+
+
+def alone(text: str | None) -> tuple[dict[str, str | bytes | None], str]:
+    """What `parse` says of a text, and the reason why it is no address."""
+    names = ("email", "address", "address_hash", "domain", "provider")
+    try:
+        address = parse(text or "")
+    except AddressError as error:
+        return dict.fromkeys(names), error.reason if (text or "").strip() else "there is none"
+    return dict(zip(names, (address.email, address.address, address.hash, address.domain, provider_of(address.domain)), strict=True)), ""
 
 
 @given(addresses())

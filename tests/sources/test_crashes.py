@@ -53,7 +53,8 @@ def counts(engine: sa.Engine) -> dict[str, int]:
 def test_killed_at_one_commit_after_the_other_it_gets_there(
     engine: sa.Engine, home: Path, source: Source, sync: Sync, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(running, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(running, "_NOTE_SECONDS", 0.0)
     url = engine.url.render_as_string(hide_password=False)
     kills = 0
     for step in range(2, 30):

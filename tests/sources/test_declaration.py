@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from mail_pipelines.sources import cursor, declaration, recipes
 from mail_pipelines.sources.errors import DeclarationError, SourceError
-from mail_pipelines.sources.texts import is_marked, moment
+from mail_pipelines.sources.texts import is_marked, moment, moments
 
 GOOD: dict[str, Any] = {
     "name": "crm",
@@ -118,12 +120,35 @@ def test_a_cursor_goes_back_in_its_own_form(text: str, overlap: float, asked: st
     assert cursor.order(asked) < cursor.order(text)
 
 
-def test_a_cursor_from_the_future_stops_nothing() -> None:
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        (["2026-05-01T00:00:00Z", "2099-01-01T00:00:00Z", None], "2026-05-01T00:00:00Z"),
+        (["2026-05-01T00:00:00Z", "2026-05-01T00:00:00.5Z"], "2026-05-01T00:00:00.5Z"),
+        (["2026-05-01T03:00:00+02:00", "2026-05-01 02:00:00", " "], "2026-05-01 02:00:00"),
+        (["2099-01-01T00:00:00Z"], "2026-01-01T00:00:00Z"),
+        ([None], "2026-01-01T00:00:00Z"),
+    ],
+)
+def test_a_cursor_from_the_future_stops_nothing(texts: list[str | None], found: str) -> None:
     now = moment("2026-06-01T00:00:00Z")
     assert now is not None
-    assert cursor.highest(["2026-05-01T00:00:00Z", "2099-01-01T00:00:00Z", None], None, now) == "2026-05-01T00:00:00Z"
+    assert cursor.highest(pa.array(texts, pa.string()), "2026-01-01T00:00:00Z", now) == found
+
+
+def test_a_cursor_is_a_number_or_a_time() -> None:
+    now = dt.datetime.now(dt.UTC)
+    assert cursor.highest(pa.array(["9", "12", None]), "3", now) == "12"
     with pytest.raises(SourceError, match="neither numbers nor times"):
-        cursor.highest(["soon"], None, now)
+        cursor.highest(pa.array(["soon"]), None, now)
+
+
+def test_a_column_of_times_says_what_each_says() -> None:
+    given = ["2026-01-01 12:00:00", "2026-01-01T12:00:00.25Z", "2026-01-01T12:00:00+02:00", "1700000000", "2026-02-30", "soon", "", " ", None]
+    times, problems = moments(pa.array(given, pa.string()))
+    assert set(problems) == {given.index("2026-02-30"), given.index("soon")}
+    expected = [None if row in problems else moment(text) for row, text in enumerate(given)]
+    assert times.to_pylist() == [value and value.replace(tzinfo=None) for value in expected]
 
 
 @pytest.mark.parametrize(
