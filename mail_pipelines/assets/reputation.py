@@ -9,6 +9,7 @@ from mail_pipelines.assets import markdown, synced
 from mail_pipelines.config import ReputationSettings
 from mail_pipelines.reputation.readings import GOOGLE, MICROSOFT, configured
 from mail_pipelines.resources.database import CentralDatabase
+from mail_pipelines.resources.queues import SOURCES_POOL
 from mail_pipelines.sources.errors import SourceError
 
 STANDING_CHECK = "in_good_standing"
@@ -37,6 +38,7 @@ def _asset(source: str) -> dg.AssetsDefinition:
         owners=["team:delivery"],
         kinds={"sql"},
         description=_WORDS[source],
+        pool=SOURCES_POOL,
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=FRESH_FOR),
         check_specs=[
             dg.AssetCheckSpec(synced.CHECK, asset=key, description="The provider could be asked, and tells of days that are not long ago; if not, the reason."),
