@@ -174,8 +174,10 @@ def making_itself(installed: Installation, tree: Path, folder: Path) -> Iterator
             policy = {"name": name, "type": "TXT", "ttl": 60, "values": [f"v=spf1 include:{SETTINGS['dns.spf_include']} ~all"]}
             centre.run("publish-records", text=json.dumps({"action": "publish", "records": [policy]}))
         # Nobody looks at these, and they take from the processor.
-        centre.run("systemctl", "stop", "mail-pipelines-viewer", "mail-pipelines-metrics")
-        centre.run("systemctl", "restart", *(f"mail-pipelines-{unit}" for unit in ("daemon", "centre-worker", "web")))
+        idle = {"mail-pipelines-viewer.service", "mail-pipelines-metrics.service"}
+        centre.run("systemctl", "stop", *idle)
+        units = centre.run("sh", "-c", "cd /etc/systemd/system && ls mail-pipelines-*.service").stdout.split()
+        centre.run("systemctl", "restart", *(unit for unit in units if unit not in idle))
         fleet.commands(*(f"server pause {key}" for (key,) in fleet.sql("SELECT `key` FROM servers WHERE state = 'active'")))
         yield fleet
 
