@@ -160,7 +160,7 @@ def test_the_first_operator_finds_dagster_behind_the_proxy_and_a_stranger_does_n
 
 def reachable(machine: Machine, ports: Iterable[int]) -> set[int]:
     """Those of the server's ports that can be reached from there."""
-    script = 'for port; do timeout 3 bash -c "exec 3<>/dev/tcp/$0/$port" 2>/dev/null && echo $port; done; true'
+    script = 'for port; do timeout 3 bash -c "exec 3<>/dev/tcp/$0/$port" 2>/dev/null && echo $port & done; wait'
     return set(map(int, machine.run("bash", "-c", script, SERVER, *map(str, ports)).stdout.split()))
 
 
@@ -229,6 +229,19 @@ def test_the_play_fails_for_a_server_that_cannot_send(installed: Installation) -
     assert play.status == "failed"
     (failed,) = play.failed
     assert "no worker reads queue mx1-ctl" in failed
+
+
+def test_the_play_fails_where_another_program_has_the_port_of_exim(installed: Installation) -> None:
+    server = installed.server
+    server.run("systemctl", "stop", "mail-pipelines-exim")
+    server.run("systemd-run", "--unit", "other", "python3", "-m", "http.server", "--bind", "127.0.0.1", "2525")
+    wait_for(lambda: "127.0.0.1:2525" in server.run("ss", "-Hltn").stdout, what="the other program")
+    server.run("systemctl", "start", "mail-pipelines-exim")
+    play = installed.play("server.yml", "--tags", "health", health_seconds=1)
+    server.run("systemctl", "stop", "other")
+    assert play.status == "failed"
+    (failed,) = play.failed
+    assert "no Exim answers at port 2525, that of server mx1" in failed
 
 
 @pytest.fixture(scope="module")
