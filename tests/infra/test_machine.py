@@ -12,7 +12,7 @@ from tests.infra.installing import ROOT
 from tests.parts.processes import wait_for
 
 # Two whole installations at a time would be too much for two processors.
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("platform")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("machines")]
 
 BOOT = """
 import sys
