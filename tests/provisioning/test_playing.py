@@ -64,7 +64,8 @@ def test_a_host_is_installed_with_its_progress_and_no_secret_is_told_or_kept(wor
         for path in (path for path in world.settings.home.rglob("*") if path.is_file() and "secrets" not in path.parts):
             assert value.encode() not in path.read_bytes(), path
     nothing_runs(world)
-    assert {path.name for path in Path(player._ROOT).glob(f"{player._PREFIX}*")} <= before
+    # Others may be playing at this moment, whose folders go with the end of their plays.
+    wait_for(lambda: {path.name for path in Path(player._ROOT).glob(f"{player._PREFIX}*")} <= before, seconds=60, what="the end of the play's folder")
     # A second play changes nothing, but for the password that was given anew.
     transact(world.engine, lambda connection: store.give_back(connection, key, "not wanted"))
     assert world.advance(key).state is State.RETIRED
