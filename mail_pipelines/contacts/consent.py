@@ -42,6 +42,8 @@ class Scope:
 
 
 ALL = Scope()
+# Reasons of a suppression that are what the person has said.
+OWN_WORD = ("unsubscribe", "complaint")
 
 
 def campaign_scopes(brand_id: int, list_id: int | None) -> list[Scope]:

@@ -33,8 +33,8 @@ _EVIDENCE = sa.Table(
 )
 
 
-# What a person has said; a bounce may end.
-_OWN_WORD = ("unsubscribe", "complaint", "erased")
+# What stands between a person and a subscription; a bounce may end.
+_REFUSALS = (*consent.OWN_WORD, "erased")
 
 
 def refused(connection: Connection, target: MailingList) -> set[bytes]:
@@ -44,7 +44,7 @@ def refused(connection: Connection, target: MailingList) -> set[bytes]:
     """
     in_scope = sa.or_(*(sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id) for scope in _scopes(target)))
     query = links.select(links.STAGED.c.address_hash).join(Suppression, Suppression.address_hash == links.STAGED.c.address_hash)
-    found = set(connection.execute(query.where(links.STAGED.c.subscribes, in_scope, Suppression.reason.in_(_OWN_WORD))).scalars())
+    found = set(connection.execute(query.where(links.STAGED.c.subscribes, in_scope, Suppression.reason.in_(_REFUSALS))).scalars())
     for some in slices(found):
         connection.execute(sa.update(links.STAGED).where(links.STAGED.c.address_hash.in_(some)).values(subscribes=False))
     return found

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 REASONS = ("unsubscribe", "complaint", "bounce", "manual")
-# These are the person's own word: subscriptions end, too.
-_OWN_WORD = ("unsubscribe", "complaint")
 
 
 def scope_of(connection: Connection, resource: Suppressions, now: dt.datetime) -> Scope:
@@ -60,7 +58,8 @@ def chunk(engine: Engine, source: Source, resource: Suppressions, scope: Scope, 
         added = 0
         for reason, hashes in by_reason.items():
             added += consent.suppress(connection, list(hashes), reason=reason, scope_kind=scope.kind, scope_id=scope.id, now=now)
-            if reason in _OWN_WORD:
+            if reason in consent.OWN_WORD:
+                # Subscriptions end, too.
                 for some in slices(hashes):
                     ids = connection.execute(sa.select(Contact.id).where(Contact.address_hash.in_(some))).scalars().all()
                     consent.unsubscribe(connection, ids, scope=scope.kind, scope_id=scope.id, now=now)

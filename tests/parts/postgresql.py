@@ -7,12 +7,11 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from mail_pipelines.benchmarks.mariadb import free_port
+from tests.parts.processes import free_port, wait_for
 
 _SECONDS = 60
 
@@ -37,16 +36,16 @@ class PostgreSQL:
             command = [self.programs / "postgres", "-D", data, *options]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, user=self.user, cwd=self.folder, start_new_session=True)
         engine = self.engine()
-        end = time.monotonic() + _SECONDS
-        while True:
-            try:
-                engine.connect().close()
-                break
-            except sa.exc.DBAPIError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()
-                assert time.monotonic() < end
-                time.sleep(0.05)
+        wait_for(lambda: self._answers(engine), seconds=_SECONDS, what=lambda: (self.folder / "log").read_text())
         engine.dispose()
+
+    def _answers(self, engine: sa.Engine) -> bool:
+        assert self.process.poll() is None, (self.folder / "log").read_text()
+        try:
+            engine.connect().close()
+        except sa.exc.DBAPIError:
+            return False
+        return True
 
     def engine(self) -> sa.Engine:
         return sa.create_engine(self.url.replace("postgresql:", "postgresql+pg8000:"))

@@ -9,19 +9,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import unquote
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from mail_pipelines.config import ReputationSettings
 from mail_pipelines.reputation.google import SCOPE
+from tests.parts import web
+from tests.parts.web import Answer, Asked
 
 METRICS = {"SPAM_RATE", "DELIVERY_ERROR_RATE", "AUTH_SUCCESS_RATE", "TLS_ENCRYPTION_RATE", "FEEDBACK_LOOP_ID", "FEEDBACK_LOOP_SPAM_RATE"}
 REFRESH, SECRET, KEY = "refresh-that-no-log-shows", "secret-that-no-log-shows", "key-that-no-log-shows"
-Answer = tuple[int, dict[str, str], bytes]
 Provider = TypeVar("Provider", "Google", "Microsoft")
 
 
@@ -67,19 +67,22 @@ class Google:
         account = {"type": "service_account", "client_email": "robot@p.iam", "private_key": pem, "private_key_id": "k1", "token_uri": f"{self.url}/token"}
         return ReputationSettings(google_credentials=json.dumps(account), google_user="ann@shop.test", google_url=f"{self.url}/v2")
 
-    def post(self, path: str, content: bytes, login: str | None) -> Answer:
-        if path == "/token":
-            return self._token({name: values[0] for name, values in parse_qs(content.decode()).items()})
+    def __call__(self, asked: Asked) -> Answer:
+        if asked.method != "POST":
+            return error(404, "NOT_FOUND", asked.path)
+        if asked.path == "/token":
+            return self._token(asked.form)
         if self.before:
             return self.before.pop(0)
+        login = asked.headers.get("Authorization")
         number = int(login.removeprefix("Bearer token-")) if login and login.startswith("Bearer token-") else -1
         if not 0 <= number < len(self.tokens) or self.tokens[number] >= self.token_uses:
             return error(401, "UNAUTHENTICATED", "Request had invalid authentication credentials.")
         self.tokens[number] += 1
-        parts = unquote(path).split("/")
+        parts = unquote(asked.path).split("/")
         if parts[:3] != ["", "v2", "domains"] or parts[4:] != ["domainStats:query"]:
             return error(404, "NOT_FOUND", "Method not found.")
-        return self._query(parts[3], json.loads(content))
+        return self._query(parts[3], asked.json)
 
     def _token(self, form: dict[str, str]) -> Answer:
         if form.get("grant_type") == "refresh_token":
@@ -127,9 +130,6 @@ class Google:
             answer["nextPageToken"] = str(start + size)
         return 200, {}, json.dumps(answer).encode()
 
-    def get(self, path: str) -> Answer:
-        return error(404, "NOT_FOUND", path)
-
 
 @dataclass
 class Microsoft:
@@ -150,54 +150,25 @@ class Microsoft:
     def settings(self, **more: Any) -> ReputationSettings:
         return ReputationSettings(microsoft_link=f"{self.url}/snds/data.aspx?key={KEY}", **more)
 
-    def get(self, path: str) -> Answer:
-        query = {name: values[0] for name, values in parse_qs(urlparse(path).query).items()}
-        self.questions.append(query)
+    def __call__(self, asked: Asked) -> Answer:
+        if asked.method != "GET":
+            return 405, {}, b""
+        self.questions.append(asked.query)
         if self.before:
             return self.before.pop(0)
-        if urlparse(path).path != "/snds/data.aspx" or query.get("key") != KEY:
+        if asked.path != "/snds/data.aspx" or asked.query.get("key") != KEY:
             return 403, {}, b"Forbidden"
-        day = dt.datetime.strptime(query["date"], "%m%d%y").date()
+        day = dt.datetime.strptime(asked.query["date"], "%m%d%y").date()
         if day not in self.days and self.missing_is_404:
             return 404, {}, b""
         return 200, {"Content-Type": "text/csv"}, "".join(f"{row}\r\n" for row in self.days.get(day, ())).encode()
 
-    def post(self, path: str, content: bytes, login: str | None) -> Answer:
-        return 405, {}, b""
-
 
 @contextmanager
 def serving(provider: Provider) -> Iterator[Provider]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.reply(*provider.get(self.path))
-
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            self.reply(*provider.post(self.path, content, self.headers.get("Authorization")))
-
-        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None:
-            return
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    provider.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield provider
-    finally:
-        if isinstance(provider, Google):
-            provider.end.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with web.serving(provider) as provider.url:
+        try:
+            yield provider
+        finally:
+            if isinstance(provider, Google):
+                provider.end.set()

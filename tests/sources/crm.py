@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.sources import web
-from tests.sources.web import Answer, Asked
+from tests.parts import web
+from tests.parts.web import Answer, Asked
 
 TOKEN = "crm-token-that-no-log-shows"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from tests.sources.web import Answer, Asked, says
+from tests.parts.web import Answer, Asked, says
 
 KEY = "pat-eu1-that-no-log-shows"
 SEARCH = "/crm/objects/2026-03/contacts/search"

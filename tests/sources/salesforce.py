@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.sources.web import Answer, Asked, says
+from tests.parts.web import Answer, Asked, says
 
 CLIENT, SECRET = "3MVG9.client", "secret-that-no-log-shows"
 _BASE = "/services/data/v67.0"

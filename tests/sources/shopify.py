@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.sources.web import Answer, Asked, says
+from tests.parts.web import Answer, Asked, says
 
 CLIENT, SECRET = "client-id", "shpss-that-no-log-shows"
 _GRAPHQL = "/admin/api/2026-10/graphql.json"

@@ -18,10 +18,10 @@ from mail_pipelines.sources import declaration, outbox, status, telling
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.running import Report
+from tests.parts.web import says, serving
 from tests.sources import hubspot, salesforce, shopify
 from tests.sources.conftest import contacts, engaged, ids, subscribed
 from tests.sources.test_write_back import dead, make_due, states, unsubscribe
-from tests.sources.web import says, serving
 
 # What differs between the databases is tested with the other sources.
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)]

@@ -15,7 +15,7 @@ from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.kinds import answers, asking, rest_writing
 from mail_pipelines.sources.kinds.rest import Read
 from mail_pipelines.sources.kinds.rest_writing import Send
-from tests.sources import web
+from tests.parts import web
 
 COLUMNS = ("id", "properties.email", "properties.first", "changed")
 

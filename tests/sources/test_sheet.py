@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.running import Report
+from tests.parts.web import Answer, Asked, serving
 from tests.sources.conftest import Declare, contacts, subscribed
 
 pytestmark = pytest.mark.slow
@@ -25,25 +24,12 @@ def answers() -> dict[str, tuple[str, bytes]]:
 
 @pytest.fixture
 def sheets(answers: dict[str, tuple[str, bytes]]) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            kind, content = answers.get(self.path, ("text/html; charset=utf-8", b"<html>Sign in</html>"))
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(asked: Asked) -> Answer:
+        kind, content = answers.get(asked.path, ("text/html; charset=utf-8", b"<html>Sign in</html>"))
+        return 200, {"Content-Type": kind}, content
 
-        def log_message(self, *_: object) -> None:
-            return
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(answer) as url:
+        yield url
 
 
 def test_a_published_sheet_is_read_and_a_page_of_login_is_no_sheet(

@@ -55,10 +55,8 @@ def serving(answer: Callable[[Asked], Answer]) -> Iterator[str]:
 
         def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            for name, value in headers.items():
+            for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
