@@ -23,6 +23,8 @@ from mail_pipelines.errors import MailPipelinesError
 ScopeKind = Literal["all", "brand", "list"]
 # From weak to strong: an address suppressed twice in a scope keeps the stronger reason, so that lifting a bounce never lifts an opt-out.
 REASONS = ("bounce", "manual", "unsubscribe", "complaint", "erased")
+# Those that the person has said.
+OWN_WORD = ("unsubscribe", "complaint")
 
 
 class ConsentError(MailPipelinesError):
@@ -42,8 +44,6 @@ class Scope:
 
 
 ALL = Scope()
-# Reasons of a suppression that are what the person has said.
-OWN_WORD = ("unsubscribe", "complaint")
 
 
 def campaign_scopes(brand_id: int, list_id: int | None) -> list[Scope]:
