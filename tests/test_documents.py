@@ -125,8 +125,8 @@ def test_what_is_run_elsewhere_is_run_there(command: str) -> None:
     assert os.access(ROOT / command.strip(), os.X_OK)
 
 
-# Only one whole installation runs at a time: two cores are too few for more.
-@pytest.mark.xdist_group("platform")
+# One whole installation at a time: two cores are too few for all of them.
+@pytest.mark.xdist_group("centre")
 @pytest.mark.server
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind.startswith("bash")}), ids=lambda page: page.name)

@@ -17,7 +17,7 @@ from mail_pipelines.dispatch.catcher.store import kept
 from mail_pipelines.home import checkout
 from tests.parts.processes import stop, wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("centre")]
 
 RECIPIENTS = 4_000
 SERVERS = {"mx1", "mx2", "mx3"}

@@ -400,14 +400,14 @@ class RunningExim(Running):
         return self.server.key, "--hostname", "mail.example.test"
 
     def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
-        """An Exim that a killed process has left listens, too."""
+        """An Exim that a killed process has left listens, too; and it listens a moment before it writes its first line."""
         if port != self.server.port:
             return listens(port)
         try:
             parent = int(Path(f"/proc/{self.daemon()}/stat").read_bytes().rpartition(b")")[2].split()[1])
         except FileNotFoundError:
             return False
-        return parent == process.pid and listens(port)
+        return parent == process.pid and listens(port) and self.folders.journal.exists()
 
     def at_destinations(self) -> int:
         """How many connections the destinations have had."""

@@ -30,7 +30,7 @@ from tests.parts.hosts import Host, two_hosts
 from tests.parts.processes import wait_for
 from tests.production.test_units import INSTALLED
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("platform")]
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("centre")]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKSPACE, RUNTIME = "infra/dagster/production/workspace.yaml", "/run/mail-pipelines-code"

@@ -20,7 +20,7 @@ from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.parts.processes import wait_for
 from tests.production.fleet import FINISHED, SERVERS, Fleet
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300), pytest.mark.xdist_group("platform")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300), pytest.mark.xdist_group("centre")]
 
 Status = dg.DagsterRunStatus
 

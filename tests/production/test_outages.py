@@ -16,7 +16,7 @@ HELD = "google"
 pytestmark = [
     pytest.mark.server,
     pytest.mark.timeout(400),
-    pytest.mark.xdist_group("platform"),
+    pytest.mark.xdist_group("centre"),
     pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),
 ]
 

@@ -62,7 +62,7 @@ async def main(folder: Path) -> None:
         daemon = instance.start(own, folders.log / "exim.out")
         serving_queues = asyncio.create_task(runners.serve(own, daemon.pid, own.speakers[0]))
         try:
-            await asyncio.to_thread(wait_for, lambda: listens(own.port), what="Exim")
+            await asyncio.to_thread(wait_for, lambda: listens(own.port) and own.folders.journal.exists(), what="Exim")
             outcomes: dict[str, dict[str, list[object]]] = {"cutthrough": {}, "burst": {}}
             for mode, of_mode in outcomes.items():
                 for number, domain in enumerate(DOMAINS, 1):
