@@ -142,7 +142,15 @@ def machine(name: str, host: Host, tree: Path, files: Path, shown: Mapping[str, 
 def _init(parent: int) -> int:
     """The one child of `unshare`, when it has become systemd; 0 until then."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split()
-    return next((int(child) for child in children if Path(f"/proc/{child}/comm").read_text(encoding="ascii") == "systemd\n"), 0)
+    return next((int(child) for child in children if _name(child) == "systemd"), 0)
+
+
+def _name(process: str) -> str:
+    try:
+        return Path(f"/proc/{process}/comm").read_text(encoding="ascii").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        # One of the commands before it, which has just ended.
+        return ""
 
 
 def environment(venv: Path, place: Path, tree: Path, files: Path) -> None:
