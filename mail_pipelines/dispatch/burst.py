@@ -20,7 +20,8 @@ from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.exim import runners
 from mail_pipelines.dispatch.gate import Gate
-from mail_pipelines.dispatch.lane import QUICK_SECONDS, Lane, Limits, Link, in_thread
+from mail_pipelines.dispatch.lane import QUICK_SECONDS, Lane, Limits, in_thread
+from mail_pipelines.dispatch.link import Link
 from mail_pipelines.dispatch.pacer import Slot
 from mail_pipelines.dispatch.smtp import ServerUnreachable
 

@@ -29,6 +29,7 @@ from mail_pipelines.dispatch.claiming import wanted
 from mail_pipelines.dispatch.claims import Memory, NothingClaimed, OpenClaim, Row
 from mail_pipelines.dispatch.endings import Ending, Next
 from mail_pipelines.dispatch.journal import Position
+from mail_pipelines.dispatch.link import Link
 from mail_pipelines.dispatch.meetings import Meetings
 from mail_pipelines.dispatch.pacer import Pacer, Slot
 from mail_pipelines.dispatch.settlement import Offered
@@ -460,41 +461,6 @@ def _lesson(batch: Batch, results: Sequence[Result]) -> Lesson:
     if not batch.slow and not asking:
         return Lesson()
     return domain_health.lesson(results, {row.contact_id: row.domain for row in rows}, batch.slow, asking)
-
-
-class Link:
-    """One connection with the slot that allows it, if it needs one; `renew` replaces the connection and keeps the slot."""
-
-    def __init__(self, slot: Slot | None, connect: Callable[[], Connection]) -> None:
-        self._slot = slot
-        self._connect = connect
-        self.connection = connect()
-        # How many messages have been offered on the connection.
-        self.offered = 0
-        # The claim in which the connection was cut last, if it has not been of use since.
-        self.cut: Batch | None = None
-
-    async def greet(self, permit_name: str) -> None:
-        """Open the connection if it is not, and greet for a claim. Raises `ServerUnreachable`."""
-        if self.connection.is_open:
-            try:
-                await self.connection.greet(permit_name)
-                return
-            except ServerUnreachable:
-                # The server may have closed it while it was idle.
-                await self.renew()
-        await self.connection.open()
-        await self.connection.greet(permit_name)
-
-    async def renew(self) -> None:
-        await self.connection.close()
-        self.connection = self._connect()
-        self.offered = 0
-
-    async def close(self) -> None:
-        await self.connection.close()
-        if self._slot is not None:
-            self._slot.free()
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:
