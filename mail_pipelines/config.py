@@ -224,7 +224,14 @@ class ReputationSettings(Section):
     )
     google_user: str = pydantic.Field(default="", description="user of Postmaster Tools for whom a service account asks (domain-wide delegation)")
     google_url: str = pydantic.Field(default="https://gmailpostmastertools.googleapis.com/v2", description="where the API of Postmaster Tools is")
-    microsoft_link: str | None = secret("the link to our data, with its key, as the page Automated Data Access of Microsoft's SNDS has it")
+    microsoft_token_file: str = pydantic.Field(
+        default="{home}/secrets/microsoft_snds_token",
+        description="file of Microsoft's login to SNDS, which `mail-pipelines reputation sign-in` writes and each run renews",
+    )
+    microsoft_url: str = pydantic.Field(default="https://substrate.office.com/ip-domain-management-snds", description="where the API of SNDS is")
+    microsoft_login_url: str = pydantic.Field(
+        default="https://login.microsoftonline.com/consumers/oauth2/v2.0", description="where Microsoft accounts sign in, and tokens are given"
+    )
     cron: str = pydantic.Field(default="25 18 * * *", description="when both are asked; warm-ups judge a day after midnight UTC")
 
 

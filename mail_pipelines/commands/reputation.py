@@ -81,6 +81,20 @@ def sync(source: Annotated[str | None, typer.Argument(help="google_postmaster or
 
 
 @app.command()
+def sign_in() -> None:
+    """Sign in to Microsoft's SNDS with the account that has access there; once, then each run renews it."""
+    from mail_pipelines.reputation.microsoft_login import SignIn
+    from mail_pipelines.sources.kinds.http import PatientSession
+
+    begun = SignIn.begin(settings().reputation)
+    console.print("Open this address in a browser and sign in:", markup=False)
+    typer.echo(begun.address)
+    console.print("The browser ends at an address that begins with http://localhost/?code= and shows no page. Copy that address at once.", markup=False)
+    begun.finish(typer.prompt("The address"), PatientSession())
+    console.print("signed in: ask by `mail-pipelines reputation sync microsoft_snds`; Dagster knows it when what loads it is started again", markup=False)
+
+
+@app.command()
 def retry(domain: Annotated[str, typer.Argument(help="domain of From addresses that is stopped at a provider")]) -> None:
     """Begin the trial of a stopped domain at once."""
     from mail_pipelines.capacity import domain_breakers

@@ -1,8 +1,9 @@
-"""Microsoft's Smart Network Data Services (SNDS), Automated Data Access: for each address and day what Outlook.com thinks of its mail, as CSV without a head.
+"""Microsoft's Smart Network Data Services (SNDS): for each address and day what Outlook.com thinks of its mail, as CSV without a head.
 
-It tells of addresses with more than some hundred messages a day, one day later. The columns are address, begin and end of the activity, RCPT commands, DATA
-commands, message recipients, filter result, complaint rate (a band), begin and end of the trap messages, trap hits, sample HELO, sample MAIL FROM, comments.
-https://sendersupport.olc.protection.outlook.com/snds/FAQ.aspx
+It tells of addresses with more than some hundred messages a day, one or two days later. The columns are address, begin and end of the activity, RCPT
+commands, DATA commands, message recipients, filter result, complaint rate (a band), begin and end of the trap messages, trap hits, sample HELO, sample MAIL
+FROM, comments. The API is of June 2026; the links with a key in them, which there were before, end after a month now.
+https://substrate.office.com/ip-domain-management-snds/snds
 """
 
 from __future__ import annotations
@@ -14,50 +15,51 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from mail_pipelines.config import ReputationSettings
+from mail_pipelines.reputation import microsoft_login
 from mail_pipelines.reputation.readings import FILTER_RESULTS, MICROSOFT, Fetched, Reading, second_of
-from mail_pipelines.sources.errors import SourceError
+from mail_pipelines.sources.errors import LoginError, SourceError
 from mail_pipelines.sources.kinds.http import PatientSession
 
 # The samples and comments may be missing; what they quote may have commas of its own.
 _LEAST_COLUMNS = 11
 _TIMES = ("%m/%d/%Y %I:%M %p", "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y")
 _BAND = re.compile(r"(?P<sign>[<>]?)\s*(?P<low>\d+(\.\d+)?)\s*%?\s*(-\s*\d+(\.\d+)?\s*)?%")
+_SIGN_IN = f"sign in by `{microsoft_login.COMMAND}`"
 
 
-def read(link: str, days: Sequence[dt.date], session: PatientSession) -> Fetched:
-    """What Microsoft has of these days. Raises `SourceError` if it cannot be asked, without the link: the key is in it."""
+def read(settings: ReputationSettings, days: Sequence[dt.date], session: PatientSession) -> Fetched:
+    """What Microsoft has of these days; of a day without data it knows nothing (404), or not yet. Raises `SourceError` if it cannot be asked."""
+    login = microsoft_login.login(settings, PatientSession(first_wait_seconds=session.first_wait_seconds, sleep=session.sleep))
+    session.auth, session.renew = login, login.renew
     rejected: Counter[str] = Counter()
     found: dict[tuple[str, int], Reading] = {}
-    missing = 0
     for day in days:
-        response = session.get(_of_day(link, day))
-        if response.status_code == 404:
-            missing += 1
-            continue
-        if not response.ok:
-            raise SourceError(
-                f"Microsoft answers with status {response.status_code}: the key in reputation.microsoft_link is wrong or was withdrawn; "
-                "the page Automated Data Access of SNDS has the link that is right"
-            )
-        text = response.content.decode("utf-8-sig", "replace")
-        if text.lstrip().startswith("<"):
-            raise SourceError("Microsoft answers with a page and not with CSV: reputation.microsoft_link is not the link of Automated Data Access")
-        for reading in _readings(text, rejected):
+        for reading in _readings(_report(settings, day, session), rejected):
             place = reading.subject, reading.day
             found[place] = _together(found[place], reading) if place in found else reading
-    if missing == len(days):
-        raise SourceError("Microsoft answers with status 404 for each day: reputation.microsoft_link is not the link of Automated Data Access")
     if rejected and not found:
         raise SourceError(f"Microsoft's rows have another form than they had ({rejected.most_common(1)[0][0]}): a newer version of mail-pipelines may know it")
     return Fetched(tuple(found.values()), rejected=rejected)
 
 
-def _of_day(link: str, day: dt.date) -> str:
-    parts = urlsplit(link)
-    query = [(name, value) for name, value in parse_qsl(parts.query) if name != "date"]
-    return urlunsplit(parts._replace(query=urlencode([*query, ("date", f"{day:%m%d%y}")])))
+def _report(settings: ReputationSettings, day: dt.date, session: PatientSession) -> str:
+    """The CSV of a day, empty if there is none."""
+    try:
+        response = session.get(f"{settings.microsoft_url.rstrip('/')}/api/report/data/{day}")
+    except LoginError:
+        raise SourceError(f"Microsoft gives no token: the sign-in was withdrawn, or not used for 90 days; {_SIGN_IN}") from None
+    if response.status_code == 404:
+        return ""
+    if response.status_code in (401, 403):
+        raise SourceError(f"Microsoft refuses the login (status {response.status_code}): {_SIGN_IN} with the account that has access in SNDS")
+    if not response.ok:
+        raise SourceError(f"Microsoft answers with status {response.status_code}")
+    text = response.content.decode("utf-8-sig", "replace")
+    if text.lstrip().startswith("<"):
+        raise SourceError(f"Microsoft answers with a page and not with CSV: is reputation.microsoft_url right? If it is, {_SIGN_IN}")
+    return text
 
 
 def _readings(text: str, rejected: Counter[str]) -> Iterator[Reading]:
@@ -96,9 +98,9 @@ def _time(cell: str) -> dt.datetime:
     raise ValueError("no time in the second column")
 
 
-def _count(cell: str) -> int:
+def _count(cell: str) -> int | None:
     if not cell:
-        return 0
+        return None
     if not cell.isascii() or not cell.isdigit():
         raise ValueError("a count that is no number")
     return int(cell)
@@ -117,5 +119,10 @@ def _together(one: Reading, other: Reading) -> Reading:
     """Two rows of an address and day, of several periods of activity: the sums, and the worse of the rest."""
     worse = max(one, other, key=lambda reading: (reading.measure("filter_result") or 0, reading.spam_rate or 0.0))
     rates = [rate for rate in (one.spam_rate, other.spam_rate) if rate is not None]
-    messages, trap_hits = (sum(getattr(reading, name) or 0 for reading in (one, other)) for name in ("messages", "trap_hits"))
+
+    def total(*counts: int | None) -> int | None:
+        told = [count for count in counts if count is not None]
+        return sum(told) if told else None
+
+    messages, trap_hits = total(one.messages, other.messages), total(one.trap_hits, other.trap_hits)
     return replace(worse, spam_rate=max(rates, default=None), messages=messages, trap_hits=trap_hits)

@@ -10,6 +10,7 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,8 +62,8 @@ class Fetched:
 
 def configured(settings: ReputationSettings) -> tuple[str, ...]:
     """The sources for which there are credentials."""
-    given = {GOOGLE: settings.google_credentials, MICROSOFT: settings.microsoft_link}
-    return tuple(source for source, secret in given.items() if secret)
+    given = {GOOGLE: bool(settings.google_credentials), MICROSOFT: Path(settings.microsoft_token_file).is_file()}
+    return tuple(source for source, is_given in given.items() if is_given)
 
 
 def second_of(day: dt.date) -> int:

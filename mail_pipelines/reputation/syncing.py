@@ -46,7 +46,7 @@ def run(engine: Engine, settings: ReputationSettings, source: str, now: dt.datet
 def _fetch(engine: Engine, settings: ReputationSettings, source: str, today: dt.date, session: PatientSession) -> Fetched:
     days = [today - dt.timedelta(days=back) for back in range(_DAYS[source], 0, -1)]
     if source == MICROSOFT:
-        return microsoft.read(settings.microsoft_link or "", days, session)
+        return microsoft.read(settings, days, session)
     with reading(engine) as connection:
         names = [one.names.domain for one in domains.all_domains(connection)]
     return google.read(settings, names, days[0], days[-1], session)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from mail_pipelines.config import ReputationSettings
 from mail_pipelines.reputation.google import SCOPE
+from mail_pipelines.reputation.microsoft_login import CLIENT_ID
+from mail_pipelines.reputation.microsoft_login import SCOPE as SNDS_SCOPE
 from tests.parts import web
 from tests.parts.web import Answer, Asked
 
 METRICS = {"SPAM_RATE", "DELIVERY_ERROR_RATE", "AUTH_SUCCESS_RATE", "TLS_ENCRYPTION_RATE", "FEEDBACK_LOOP_ID", "FEEDBACK_LOOP_SPAM_RATE"}
-REFRESH, SECRET, KEY = "refresh-that-no-log-shows", "secret-that-no-log-shows", "key-that-no-log-shows"
+REFRESH, SECRET = "refresh-that-no-log-shows", "secret-that-no-log-shows"
 Provider = TypeVar("Provider", "Google", "Microsoft")
 
 
@@ -133,13 +137,20 @@ class Google:
 
 @dataclass
 class Microsoft:
-    """`days`: day → the rows of its CSV. `status` is what a question gets in its place, if it is given."""
+    """`days`: day → the rows of its CSV; of another day it answers 404. A question gets `before` in its place, while there are any.
 
+    A token is good for `token_uses` questions, and each refresh token gives another one. `login` is the file of who has signed in.
+    """
+
+    login: Path
     days: dict[dt.date, list[str]] = field(default_factory=dict)
     before: list[Answer] = field(default_factory=list)
-    missing_is_404: bool = False
-    questions: list[dict[str, str]] = field(default_factory=list)
+    token_uses: int = 1000
+    refresh: str = REFRESH
+    days_asked: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     url: str = ""
+    _challenge: str = ""
 
     def tell(self, day: dt.date, address: str, *, rate: str = "< 0.1%", result: str = "GREEN", traps: int = 0, recipients: int = 1000) -> None:
         times = f"{day:%-m/%-d/%Y} 1:00 AM,{day:%-m/%-d/%Y} 11:00 PM"
@@ -147,21 +158,51 @@ class Microsoft:
         row = f"{address},{times},{recipients + 3},{recipients + 1},{recipients},{result},{rate},{trapped},{traps},mx1.shop.test,bounce@shop.test,"
         self.days.setdefault(day, []).append(row)
 
-    def settings(self, **more: Any) -> ReputationSettings:
-        return ReputationSettings(microsoft_link=f"{self.url}/snds/data.aspx?key={KEY}", **more)
+    def settings(self, *, signed_in: bool = True) -> ReputationSettings:
+        if signed_in:
+            self.login.write_text(self.refresh)
+        return ReputationSettings(microsoft_token_file=str(self.login), microsoft_url=f"{self.url}/snds", microsoft_login_url=f"{self.url}/oauth2")
+
+    def browser(self, address: str, code: str = "M.C5_code") -> str:
+        """Where the browser of somebody who signs in at this address ends."""
+        asked = {name: values[0] for name, values in parse_qs(urlsplit(address).query).items()}
+        assert address.startswith(f"{self.url}/oauth2/authorize?")
+        assert (asked["client_id"], asked["redirect_uri"], asked["response_type"]) == (CLIENT_ID, "http://localhost", "code")
+        assert (asked["scope"], asked["code_challenge_method"]) == (SNDS_SCOPE, "S256")
+        self._challenge = asked["code_challenge"]
+        return f"http://localhost/?code={code}&state={asked['state']}"
 
     def __call__(self, asked: Asked) -> Answer:
-        if asked.method != "GET":
-            return 405, {}, b""
-        self.questions.append(asked.query)
+        if (asked.method, asked.path) == ("POST", "/oauth2/token"):
+            return self._token(asked.form)
+        login = asked.headers.get("Authorization") or ""
+        number = int(login.removeprefix("Bearer token-")) if login.startswith("Bearer token-") else -1
+        if not 0 <= number < len(self.tokens) or self.tokens[number] >= self.token_uses:
+            return 401, {}, b""
+        self.tokens[number] += 1
+        if asked.method != "GET" or not asked.path.startswith("/snds/api/report/data/"):
+            return 404, {}, b""
+        self.days_asked.append(asked.path.rpartition("/")[2])
         if self.before:
             return self.before.pop(0)
-        if asked.path != "/snds/data.aspx" or asked.query.get("key") != KEY:
-            return 403, {}, b"Forbidden"
-        day = dt.datetime.strptime(asked.query["date"], "%m%d%y").date()
-        if day not in self.days and self.missing_is_404:
+        rows = self.days.get(dt.date.fromisoformat(self.days_asked[-1]))
+        if rows is None:
             return 404, {}, b""
-        return 200, {"Content-Type": "text/csv"}, "".join(f"{row}\r\n" for row in self.days.get(day, ())).encode()
+        return 200, {"Content-Type": "application/octet-stream"}, "".join(f"{row}\r\n" for row in rows).encode()
+
+    def _token(self, form: dict[str, str]) -> Answer:
+        good = (form["client_id"], form["scope"]) == (CLIENT_ID, SNDS_SCOPE)
+        if form["grant_type"] == "refresh_token":
+            good &= form["refresh_token"] == self.refresh
+        else:
+            verified = base64.urlsafe_b64encode(hashlib.sha256(form["code_verifier"].encode()).digest()).rstrip(b"=").decode()
+            good &= (form["code"], form["redirect_uri"], verified) == ("M.C5_code", "http://localhost", self._challenge)
+        if not good:
+            return 400, {}, b'{"error": "invalid_grant", "error_description": "AADSTS70000: The provided value for the input parameter is not valid."}'
+        self.tokens.append(0)
+        self.refresh = f"{REFRESH}-{len(self.tokens)}"
+        given = {"token_type": "Bearer", "expires_in": 3600, "access_token": f"token-{len(self.tokens) - 1}", "refresh_token": self.refresh}
+        return 200, {}, json.dumps(given).encode()
 
 
 @contextmanager

@@ -6,15 +6,17 @@ import dataclasses
 import datetime as dt
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from mail_pipelines.config import ReputationSettings
-from mail_pipelines.reputation import google, microsoft
-from mail_pipelines.reputation.readings import Fetched, Reading, second_of
+from mail_pipelines.reputation import google, microsoft, readings
+from mail_pipelines.reputation.microsoft_login import SignIn
+from mail_pipelines.reputation.readings import MICROSOFT, Fetched, Reading, second_of
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.kinds.http import PatientSession
-from tests.reputation.providers import KEY, REFRESH, SECRET, Google, Microsoft, error, serving
+from tests.reputation.providers import REFRESH, SECRET, Google, Microsoft, error, serving
 
 FIRST, LAST = dt.date(2026, 10, 31), dt.date(2026, 11, 29)
 DAY = dt.date(2026, 11, 27)
@@ -28,8 +30,9 @@ def postmaster() -> Iterator[Google]:
 
 
 @pytest.fixture
-def snds() -> Iterator[Microsoft]:
-    with serving(Microsoft()) as there:
+def snds(tmp_path: Path) -> Iterator[Microsoft]:
+    with serving(Microsoft(tmp_path / "secrets" / "snds")) as there:
+        there.login.parent.mkdir()
         yield there
 
 
@@ -46,7 +49,7 @@ def ask_google(settings: ReputationSettings, *domains: str, waits: Waits | None 
 
 def ask_microsoft(settings: ReputationSettings, days: int = 2, waits: Waits | None = None) -> Fetched:
     asked = [DAY - dt.timedelta(days=back) for back in range(days)]
-    return microsoft.read(settings.microsoft_link or "", asked, (waits if waits is not None else Waits()).session())
+    return microsoft.read(settings, asked, (waits if waits is not None else Waits()).session())
 
 
 # --- Google -------------------------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def test_rows_of_several_days_and_bands(snds: Microsoft) -> None:
     snds.tell(DAY, "2001:DB8::1", rate="0.4%", result="yellow", traps=2)
     snds.tell(DAY - dt.timedelta(days=1), "192.0.2.1", rate="> 4.0%", result="RED")
     found = ask_microsoft(snds.settings())
-    assert [question["date"] for question in snds.questions] == ["112726", "112626"]
+    assert snds.days_asked == ["2026-11-27", "2026-11-26"]
     rows = {(one.subject, one.day): (one.spam_rate, one.filter_result, one.trap_hits, one.messages) for one in found.readings}
     assert rows == {
         ("192.0.2.1", second_of(DAY)): (0.0, "GREEN", 0, 1200),
@@ -191,7 +194,7 @@ def test_odd_rows_are_counted_and_left_out(snds: Microsoft) -> None:
     ]
     found = ask_microsoft(snds.settings())
     rows = {one.subject: (one.spam_rate, one.messages, one.trap_hits) for one in found.readings}
-    assert rows == {"192.0.2.1": (None, 1000, 0), "192.0.2.7": (0.001, 500, 1), "192.0.2.8": (None, 600, 0)}
+    assert rows == {"192.0.2.1": (None, 1000, 0), "192.0.2.7": (0.001, 500, 1), "192.0.2.8": (None, 600, None)}
     assert {one.details.get("comments") for one in found.readings} == {None, "blocked, they say"}
     assert dict(found.rejected) == {
         "2 columns, expected 11 at least": 1,
@@ -211,9 +214,14 @@ def test_several_periods_of_a_day_are_one(snds: Microsoft) -> None:
     assert dataclasses.replace(reading, details={}) == expected
 
 
+def test_what_is_not_told_is_not_zero(snds: Microsoft) -> None:
+    snds.days[DAY] = ["192.0.2.1,11/27/2026 1:00 AM,,1,1,,GREEN,,,,,,,", "192.0.2.1,11/27/2026 2:00 AM,,1,1,,GREEN,,,,,,,"]
+    (reading,) = ask_microsoft(snds.settings()).readings
+    assert (reading.spam_rate, reading.messages, reading.trap_hits) == (None, None, None)
+
+
 def test_a_day_without_data_is_no_failure_and_a_busy_server_is_asked_again(snds: Microsoft) -> None:
     assert ask_microsoft(snds.settings()).readings == ()
-    snds.missing_is_404 = True
     snds.tell(DAY, "192.0.2.1")
     snds.before = [BUSY]
     waits = Waits()
@@ -221,17 +229,70 @@ def test_a_day_without_data_is_no_failure_and_a_busy_server_is_asked_again(snds:
     assert waits == [7.0]
 
 
+def test_each_run_renews_the_login_and_keeps_what_is_newest(snds: Microsoft) -> None:
+    """A token of 90 days that is never renewed would end every three months."""
+    settings = snds.settings()
+    for day in range(4):
+        snds.tell(DAY - dt.timedelta(days=day), "192.0.2.1")
+    snds.token_uses = 1
+    assert len(ask_microsoft(settings, days=3).readings) == 3
+    assert snds.tokens == [1, 1, 1]
+    assert snds.login.read_text() == snds.refresh == f"{REFRESH}-3"
+    assert snds.login.stat().st_mode & 0o777 == 0o600
+    assert len(ask_microsoft(settings, days=1).readings) == 1
+
+
+def test_who_signs_in_is_asked_for_from_then_on(snds: Microsoft) -> None:
+    settings = snds.settings(signed_in=False)
+    assert readings.configured(settings) == ()
+    snds.tell(DAY, "192.0.2.1")
+    begun = SignIn.begin(settings)
+    ended_at = snds.browser(begun.address)
+    wrong = {
+        "whole address": "http://localhost/",
+        r"did not sign you in \(access_denied\)": "http://localhost/?error=access_denied&state=x",
+        "another sign-in": snds.browser(SignIn.begin(settings).address),
+    }
+    for words, address in wrong.items():
+        with pytest.raises(SourceError, match=words):
+            begun.finish(address, Waits().session())
+    with pytest.raises(SourceError, match="status 400 invalid_grant"):
+        begun.finish(snds.browser(begun.address, "M.C5_stale"), Waits().session())
+    assert not snds.login.exists()
+    begun.finish(snds.browser(begun.address), Waits().session())
+    assert ended_at not in snds.login.read_text()
+    assert readings.configured(settings) == (MICROSOFT,)
+    assert len(ask_microsoft(settings).readings) == 1
+
+
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ([(403, {}, b"Forbidden")], "status 403: the key in reputation.microsoft_link is wrong"),
+        ([(403, {}, b"Forbidden")], "status 403.*reputation sign-in` with the account that has access"),
         ([(200, {}, b"\r\n<!DOCTYPE html><html>Sign in")], "answers with a page and not with CSV"),
-        ([(404, {}, b"")] * 2, "status 404 for each day"),
         ([(200, {}, b"a;b;c\r\n")], "another form than they had"),
+        ([(200, {}, b'[{"ipAddress": "192.0.2.1"}]')], "another form than they had"),
     ],
 )
-def test_microsoft_refuses_and_the_key_is_in_no_message(snds: Microsoft, answers: list[tuple[int, dict[str, str], bytes]], words: str) -> None:
+def test_microsoft_refuses_as_a_whole(snds: Microsoft, answers: list[tuple[int, dict[str, str], bytes]], words: str) -> None:
     snds.before = answers
-    with pytest.raises(SourceError, match=words) as caught:
+    with pytest.raises(SourceError, match=words):
         ask_microsoft(snds.settings())
-    assert KEY not in str(caught.value)
+
+
+def test_a_sign_in_that_was_withdrawn_is_named_without_its_token(snds: Microsoft) -> None:
+    settings = snds.settings()
+    snds.refresh = "another"
+    with pytest.raises(SourceError, match="withdrawn, or not used for 90 days; sign in by `mail-pipelines reputation sign-in`") as caught:
+        ask_microsoft(settings)
+    assert REFRESH not in str(caught.value)
+    snds.login.unlink()
+    with pytest.raises(SourceError, match=r"cannot be read .*: sign in by"):
+        ask_microsoft(settings)
+
+
+def test_a_login_that_cannot_be_kept_is_said_at_once_and_not_in_three_months(snds: Microsoft) -> None:
+    """The file can be read; another one beside it, whose name is longer, cannot be made."""
+    snds.login = snds.login.with_name("s" * 250)
+    with pytest.raises(SourceError, match=r"newest token cannot be kept: .*File name too long"):
+        ask_microsoft(snds.settings())

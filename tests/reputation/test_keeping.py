@@ -155,9 +155,10 @@ def names(definitions: dg.Definitions) -> tuple[set[str], dict[str, str]]:
     return assets, {one.name: str(one.cron_schedule) for one in repository.schedule_defs if one.name.startswith("sync_")}
 
 
-def test_a_provider_without_credentials_is_no_asset() -> None:
+def test_a_provider_without_credentials_is_no_asset(tmp_path: Path) -> None:
     assert names(build_defs(sources=[], told=ReputationSettings())) == (set(), {})
-    assert names(build_defs(sources=[], told=ReputationSettings(microsoft_link="https://x.test/?key=1", cron="5 5 * * *"))) == (
+    (tmp_path / "snds").touch()
+    assert names(build_defs(sources=[], told=ReputationSettings(microsoft_token_file=str(tmp_path / "snds"), cron="5 5 * * *"))) == (
         {"microsoft_snds/reputation"},
         {"sync_reputation": "5 5 * * *"},
     )
@@ -165,14 +166,16 @@ def test_a_provider_without_credentials_is_no_asset() -> None:
 
 @ON_SQLITE
 @pytest.mark.slow
-def test_the_assets_have_the_numbers_and_one_that_fails_keeps_not_the_other(engine: sa.Engine, postmaster: Google, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_assets_have_the_numbers_and_one_that_fails_keeps_not_the_other(
+    engine: sa.Engine, postmaster: Google, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     postmaster.tell("shop.test", ago(2), 0.0044)
     del postmaster.days["news.test"]
-    with serving(Microsoft()) as snds, dg.DagsterInstance.ephemeral() as instance:
+    with serving(Microsoft(tmp_path / "snds")) as snds, dg.DagsterInstance.ephemeral() as instance:
         snds.tell(ago(1), "192.0.2.1", result="RED", rate="0.5%", traps=3)
         snds.days[ago(1)].append("odd")
-        google = postmaster.settings()
-        settings = configure(monkeypatch, google.model_copy(update={"microsoft_link": snds.settings().microsoft_link}))
+        theirs = {name: value for name, value in snds.settings() if name.startswith("microsoft_")}
+        settings = configure(monkeypatch, postmaster.settings().model_copy(update=theirs))
         repository = build_defs(sources=[], told=settings).get_repository_def()
         schedule = repository.get_schedule_def("sync_reputation")
         tick = dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime.now(dt.UTC), repository_def=repository)
@@ -221,6 +224,21 @@ def test_the_command_shows_what_is_told_and_begins_a_trial(engine: sa.Engine, po
         says("reputation", "retry", "news.test")
     with pytest.raises(Exception, match="microsoft_snds has no credentials"):
         says("reputation", "sync", "microsoft_snds")
+
+
+@pytest.mark.slow
+def test_signing_in_by_the_command(tmp_path: Path) -> None:
+    """As at a centre without a browser: the address goes out, and the one where a browser elsewhere ended comes in."""
+    with serving(Microsoft(tmp_path / "snds")) as there:
+        theirs = {f"MAIL_PIPELINES_REPUTATION__{name.upper()}": value for name, value in there.settings(signed_in=False) if name.startswith("microsoft_")}
+        command = [sys.executable, "-m", "mail_pipelines", "reputation", "sign-in"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, env=os.environ | theirs, text=True, **pipes) as process:  # type: ignore[call-overload]
+            assert process.stdout is not None
+            address = next(line for line in process.stdout if line.startswith("http"))
+            said = process.communicate(there.browser(address.strip()) + "\n", timeout=60)
+        assert process.returncode == 0, said
+        assert there.login.read_text() == there.refresh
 
 
 @ON_SQLITE

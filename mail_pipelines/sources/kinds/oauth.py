@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import requests
 from requests.auth import AuthBase
@@ -18,11 +18,13 @@ _MARGIN_SECONDS = 60.0
 class OAuth2(AuthBase):
     """A token, by client credentials or a refresh token as `form` says; renewed before it ends, or when it is refused (`renew`).
 
-    Raises `LoginError` if it is not given.
+    Where another refresh token comes with it, that one is used from then on (RFC 6749 §6), and given to `keep`. Raises `LoginError` if no token is given.
     """
 
-    def __init__(self, session: PatientSession, token_url: str, form: Mapping[str, str], header: str | None) -> None:
-        self.session, self.token_url, self.form, self.header = session, token_url, form, header
+    def __init__(
+        self, session: PatientSession, token_url: str, form: Mapping[str, str], header: str | None, *, keep: Callable[[str], None] | None = None
+    ) -> None:
+        self.session, self.token_url, self.form, self.header, self.keep = session, token_url, form, header, keep
         self._token: str | None = None
         self._until: float | None = None
 
@@ -48,3 +50,7 @@ class OAuth2(AuthBase):
             self._until = None if seconds is None else time.monotonic() + max(0.0, float(seconds) - _MARGIN_SECONDS)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise LoginError(f"the source gives no token ({status}): check client id, client secret, and what the app may do") from None
+        if "refresh_token" in self.form and isinstance(newest := document.get("refresh_token"), str):
+            self.form = {**self.form, "refresh_token": newest}
+            if self.keep:
+                self.keep(newest)
