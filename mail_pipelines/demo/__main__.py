@@ -117,22 +117,30 @@ def follow(engine: Engine, processes: Processes, finish_by: dt.datetime | None =
         processes.wait_until_ready(finished, seconds=end - time.monotonic(), what="the campaign")
 
 
-def show(result: Mapping[str, Any], address: str) -> None:
+def show(summary: Summary) -> None:
+    """What became of the campaign."""
     table = Table(title="Spring sale", show_header=False)
-    for name, value in result.items():
+    for name, value in summary.to_document().items():
         if name == "servers":
             for server, messages in sorted(value.items()):
                 table.add_row(f"messages by {server}", f"{messages:,}")
-        elif name == "crm":
-            for part, here in value["ours"].items():
-                table.add_row(f"CRM: {part}", f"{_number(here)} here, {_number(value['theirs'][part])} there")
-        elif name == "shortage":
-            for part, words in value.items():
-                table.add_row(f"shortage: {part.replace('_', ' ')}", escape(str(words)))
         else:
             table.add_row(name.replace("_", " "), f"{value:,}")
     console.print(table)
-    console.print(f"Dagster: [bold]{address}[/bold]")
+
+
+def show_crm(counted: Mapping[str, Any]) -> None:
+    table = Table("", "here", "there", title="The CRM, by both counts")
+    for part, here in counted["ours"].items():
+        table.add_row(part, _number(here), _number(counted["theirs"][part]))
+    console.print(table)
+
+
+def show_shortage(judged: Mapping[str, Any]) -> None:
+    table = Table(title="The shortage", show_header=False)
+    for part, words in judged.items():
+        table.add_row(part.replace("_", " "), escape(str(words)))
+    console.print(table)
 
 
 def _number(value: int | Mapping[str, int]) -> str:
@@ -177,8 +185,10 @@ def with_crm(engine: Engine, settings: Settings, processes: Processes, contacts:
         reactions.react(engine, settings, campaign.KEY)
         processes.wait_until_ready(lambda: not files_wait(settings), seconds=REPORT_SECONDS, what="reading the mail of those who leave")
     summary = results(engine, settings, processes)
-    with console.status("telling the CRM what is new"):
-        counted = crm.compare(address)
+    show(summary)
+    with console.status("waiting for the CRM to be told what is new, at the full minute"):
+        counted = crm.compare()
+    show_crm(counted)
     agree = counted["ours"] == counted["theirs"]
     if not agree:
         console.print("error: the CRM counts otherwise than we do", style="red")
@@ -198,7 +208,10 @@ def with_shortage(engine: Engine, settings: Settings, processes: Processes, cont
     follow(engine, processes, story.finish_by)
     story.retire()
     summary = results(engine, settings, processes)
-    return address, summary.to_document() | {"shortage": story.judge(summary)}, summary.is_right
+    show(summary)
+    judged = story.judge(summary)
+    show_shortage(judged)
+    return address, summary.to_document() | {"shortage": judged}, summary.is_right
 
 
 def play(options: argparse.Namespace, folder: Path, processes: Processes) -> bool:
@@ -208,7 +221,7 @@ def play(options: argparse.Namespace, folder: Path, processes: Processes) -> boo
         address, result, right = with_shortage(engine, settings, processes, options.contacts or shortage.CONTACTS)
     else:
         address, result, right = with_crm(engine, settings, processes, options.contacts or CONTACTS)
-    show(result, address)
+    console.print(f"Dagster: [bold]{address}[/bold]")
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()

@@ -1,7 +1,7 @@
 """The CRM beside the demo's platform: started, declared as a source, waited for, and at the end its own count held against ours.
 
-What belongs here: what an operator does with such a source. What does not: the CRM (`crm`, `crm_server`), and reading and telling it, which is Dagster's work:
-the schedule `sync_crm` runs the job `sync_external` every minute.
+What belongs here: what an operator does with such a source, who waits for its schedule. What does not: the CRM (`crm`, `crm_server`), and reading and telling
+it, which is Dagster's work: the schedule `sync_crm` runs the job `sync_external` at each full minute.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dagster as dg
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from mail_pipelines import up
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts import consent, lists
 from mail_pipelines.database.engine import reading, transact
@@ -30,8 +28,6 @@ from mail_pipelines.database.models import Contact, SourceContact, Subscription,
 from mail_pipelines.demo import crm_server
 from mail_pipelines.demo.crm import LIST
 from mail_pipelines.errors import MailPipelinesError
-from mail_pipelines.jobs import SYNC_EXTERNAL
-from mail_pipelines.sensors.runs import unfinished
 from mail_pipelines.sources import declaration, outbox, status
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.links import PRESENT
@@ -47,9 +43,6 @@ _START_SECONDS = 30
 # The next full minute, and a run on a machine that is busy.
 _READ_SECONDS = 180
 _ANSWER_SECONDS = 10
-# What is still to be told at the end is asked for at once, unless the schedule is about to: one run at a time reads a source. It comes within seconds
-# after the full minute.
-_OF_THE_SCHEDULE = (*range(57, 60), *range(5))
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,6 @@ class CrmSource:
     """The running CRM at `address`, as it is `declared`."""
 
     engine: Engine
-    settings: Settings
     processes: Processes
     declared: Source
     address: str
@@ -71,33 +63,19 @@ class CrmSource:
         self.processes.wait_until_ready(lambda: self._in_step(dt.datetime.min.replace(tzinfo=dt.UTC)), seconds=_READ_SECONDS, what="the CRM's first reading")
         self._ask("changing", {"changing": True})
 
-    def compare(self, dagster: str) -> dict[str, Any]:
-        """What both sides count when all is read and told; nothing changes at the CRM meanwhile. `dagster` is the address of the web server.
+    def compare(self) -> dict[str, Any]:
+        """What both sides count when the schedule has read and told all, about a minute later; nothing changes at the CRM meanwhile.
 
         `ours` and `theirs` have `people`, `subscribed`, `unsubscribed` and `events` by kind, and are equal if nothing was lost or counted twice.
         """
         self._ask("changing", {"changing": False})
-        since, asked = dt.datetime.now(dt.UTC), False
-
-        def told() -> bool:
-            nonlocal asked
-            if not asked and self._may_be_asked():
-                up.launch(dagster, SYNC_EXTERNAL)
-                asked = True
-            return self._in_step(since)
-
-        self.processes.wait_until_ready(told, seconds=_READ_SECONDS, what="the CRM's last reading")
+        still_since = dt.datetime.now(dt.UTC)
+        self.processes.wait_until_ready(lambda: self._in_step(still_since), seconds=_READ_SECONDS, what="the CRM's last reading")
         with reading(self.engine) as connection:
             ours = count(connection)
         counted = self._ask("counts")
         self._ask("changing", {"changing": True})
         return {"address": self.address, "ours": ours, "theirs": {name: counted[name] for name in ours}, "changes": counted["changes"]}
-
-    def _may_be_asked(self) -> bool:
-        if dt.datetime.now(dt.UTC).second in _OF_THE_SCHEDULE:
-            return False
-        with dg.DagsterInstance.from_config(str(self.settings.dagster_home)) as instance:
-            return not unfinished(instance, SYNC_EXTERNAL)
 
     def _in_step(self, since: dt.datetime) -> bool:
         """Whether all parts were read and told in a run that began after `since`."""
@@ -137,7 +115,7 @@ def start(engine: Engine, settings: Settings, processes: Processes, contacts: in
     declare(settings.home, address)
     # The segment of its people speaks of the list, which the first reading would make later.
     transact(engine, lambda connection: lists.ensure(connection, _LIST_NAME, now=dt.datetime.now(dt.UTC)))
-    return CrmSource(engine, settings, processes, declaration.load(settings.home, NAME), address, token_file.read_text(encoding="utf-8"))
+    return CrmSource(engine, processes, declaration.load(settings.home, NAME), address, token_file.read_text(encoding="utf-8"))
 
 
 def declare(home: Path, address: str) -> None:
