@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from mail_pipelines.config import ReputationSettings
 from mail_pipelines.reputation.readings import GOOGLE, Fetched, Reading, second_of
-from mail_pipelines.sources.errors import SourceError
+from mail_pipelines.sources.errors import LoginError, SourceError
+from mail_pipelines.sources.kinds import oauth
 from mail_pipelines.sources.kinds.http import PatientSession
 
 SCOPE = "https://www.googleapis.com/auth/postmaster.traffic.readonly"
@@ -85,13 +86,15 @@ def _readings(domain: str, statistics: Iterator[Mapping[str, Any]], rejected: Co
 
 
 class _Api:
-    """The API as one login sees it. A token that is refused is renewed once."""
+    """The API as one login sees it."""
 
     def __init__(self, settings: ReputationSettings, session: PatientSession) -> None:
-        self._settings = settings
+        credentials = _credentials(settings.google_credentials or "")
+        url = credentials.get("token_uri") or TOKEN_URL
+        oauth.log_in(session, url, _form(credentials, settings.google_user, url))
+        self._url = settings.google_url.rstrip("/")
         self._session = session
-        self._credentials = _credentials(settings.google_credentials or "")
-        self._token: str | None = None
+        self._headers = {"X-Goog-User-Project": project} if (project := credentials.get("quota_project_id")) else {}
 
     def statistics(self, domain: str, first: dt.date, last: dt.date) -> Iterator[Mapping[str, Any]]:
         """All statistics of a domain; if Google does not know one of them any more, the spam rates alone."""
@@ -124,16 +127,10 @@ class _Api:
         raise SourceError(f"Google's answer about {domain} does not end after {MOST_PAGES} pages")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        for attempt in (1, 2):
-            if self._token is None:
-                self._token = _token(self._credentials, self._settings.google_user, self._session)
-            headers = {"Authorization": f"Bearer {self._token}"}
-            if project := self._credentials.get("quota_project_id"):
-                headers["X-Goog-User-Project"] = project
-            response = self._session.post(f"{self._settings.google_url.rstrip('/')}/{path}", json=body, headers=headers)
-            if response.status_code != 401 or attempt == 2:
-                break
-            self._token = None
+        try:
+            response = self._session.post(f"{self._url}/{path}", json=body, headers=self._headers)
+        except LoginError as error:
+            raise SourceError(f"Google refuses the login ({error}); docs/reputation.md says how to make new credentials") from None
         if response.ok:
             return _document(response.content)
         words, reasons = _error(response.content)
@@ -186,22 +183,11 @@ def _credentials(text: str) -> dict[str, str]:
     return document
 
 
-def _token(credentials: Mapping[str, str], user: str, session: PatientSession) -> str:
-    """An access token, for an hour."""
-    url = credentials.get("token_uri") or TOKEN_URL
+def _form(credentials: Mapping[str, str], user: str, url: str) -> dict[str, str]:
+    """What is sent to get a token, which holds for an hour."""
     if credentials["type"] == "authorized_user":
-        form = {"grant_type": "refresh_token"} | {name: credentials[name] for name in ("client_id", "client_secret", "refresh_token")}
-    else:
-        form = {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": _assertion(credentials, user, url)}
-    response = session.post(url, data=form)
-    document = _document(response.content) if response.ok else {}
-    if isinstance(token := document.get("access_token"), str):
-        return token
-    try:
-        words = json.loads(response.content)["error"]
-    except (ValueError, KeyError, TypeError):
-        words = f"status {response.status_code}"
-    raise SourceError(f"Google refuses the login ({words}): the credentials were withdrawn or have expired; docs/reputation.md says how to make new ones")
+        return {"grant_type": "refresh_token"} | {name: credentials[name] for name in ("client_id", "client_secret", "refresh_token")}
+    return {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": _assertion(credentials, user, url)}
 
 
 def _assertion(credentials: Mapping[str, str], user: str, audience: str) -> str:

@@ -31,8 +31,7 @@ _SIGN_IN = f"sign in by `{microsoft_login.COMMAND}`"
 
 def read(settings: ReputationSettings, days: Sequence[dt.date], session: PatientSession) -> Fetched:
     """What Microsoft has of these days; of a day without data it knows nothing (404), or not yet. Raises `SourceError` if it cannot be asked."""
-    login = microsoft_login.login(settings, PatientSession(first_wait_seconds=session.first_wait_seconds, sleep=session.sleep))
-    session.auth, session.renew = login, login.renew
+    microsoft_login.log_in(settings, session)
     rejected: Counter[str] = Counter()
     found: dict[tuple[str, int], Reading] = {}
     for day in days:

@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from mail_pipelines.config import ReputationSettings
 from mail_pipelines.dispatch.files import DispatchError, replace_file
 from mail_pipelines.sources.errors import SourceError
+from mail_pipelines.sources.kinds import oauth
 from mail_pipelines.sources.kinds.http import PatientSession
-from mail_pipelines.sources.kinds.oauth import OAuth2
 
 CLIENT_ID = "a53a6cc1-a1cd-46f7-a4aa-281cdabec33c"
 SCOPE = f"{CLIENT_ID}/.default offline_access"
@@ -62,15 +62,15 @@ class SignIn:
         _keep(self.settings, token)
 
 
-def login(settings: ReputationSettings, session: PatientSession) -> OAuth2:
-    """What logs a session in, and keeps the token that is newest; tokens are asked for by `session`. Raises `SourceError` if nobody has signed in."""
+def log_in(settings: ReputationSettings, session: PatientSession) -> None:
+    """Log a session in by the token that is kept. Raises `SourceError` if nobody has signed in."""
     try:
         token = Path(settings.microsoft_token_file).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise SourceError(f"{settings.microsoft_token_file} cannot be read ({why}): sign in by `{COMMAND}`, as the user that Dagster runs as") from None
     form = {"grant_type": "refresh_token", "refresh_token": token, "client_id": CLIENT_ID, "scope": SCOPE}
-    return OAuth2(session, _url(settings, "token"), form, None, keep=lambda newest: _keep(settings, newest))
+    oauth.log_in(session, _url(settings, "token"), form, keep=lambda newest: _keep(settings, newest))
 
 
 def _url(settings: ReputationSettings, what: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urljoin
 
 import pydantic
@@ -52,32 +52,25 @@ def open_session(connection: Connection, secret: Callable[[str], str]) -> Patien
     """A session that is logged in, or will be with its first request. Raises `SourceError` for a secret that is not set."""
     from mail_pipelines.sources.kinds.http import PatientSession
 
-    auth = _login(connection, secret)
-    renew = getattr(auth, "renew", None)
-    session = PatientSession(first_wait_seconds=connection.first_wait_seconds, graphql=connection.graphql, renew=renew)
-    session.auth = auth
+    session = PatientSession(first_wait_seconds=connection.first_wait_seconds, graphql=connection.graphql)
+    if connection.auth is not None:
+        _log_in(session, connection.url, connection.auth, secret)
     return session
 
 
-def _login(connection: Connection, secret: Callable[[str], str]) -> Any:
-    """An `AuthBase` of requests; None for none."""
+def _log_in(session: PatientSession, url: str, auth: Auth, secret: Callable[[str], str]) -> None:
     from dlt.sources.helpers.rest_client import auth as ways
 
-    from mail_pipelines.sources.kinds.http import PatientSession
-    from mail_pipelines.sources.kinds.oauth import OAuth2
+    from mail_pipelines.sources.kinds import oauth
 
-    auth = connection.auth
-    if auth is None:
-        return None
     token = secret(auth.token_env)
     if auth.type == "bearer":
-        return ways.BearerTokenAuth(token)
-    if auth.type == "api_key":
-        return ways.APIKeyAuth(name=auth.name or "X-API-Key", api_key=token, location=auth.place)
-    user = secret(auth.user_env or "")
-    if auth.type == "basic":
-        return ways.HttpBasicAuth(user, token)
-    granted = {"grant_type": "refresh_token", "refresh_token": secret(auth.refresh_env)} if auth.refresh_env else {"grant_type": "client_credentials"}
-    url = urljoin(f"{connection.url.rstrip('/')}/", auth.token_url)
-    session = PatientSession(first_wait_seconds=connection.first_wait_seconds)
-    return OAuth2(session, url, {**granted, "client_id": user, "client_secret": token}, auth.name)
+        session.auth = ways.BearerTokenAuth(token)
+    elif auth.type == "api_key":
+        session.auth = ways.APIKeyAuth(name=auth.name or "X-API-Key", api_key=token, location=auth.place)
+    elif auth.type == "basic":
+        session.auth = ways.HttpBasicAuth(secret(auth.user_env or ""), token)
+    else:
+        granted = {"grant_type": "refresh_token", "refresh_token": secret(auth.refresh_env)} if auth.refresh_env else {"grant_type": "client_credentials"}
+        form = {**granted, "client_id": secret(auth.user_env or ""), "client_secret": token}
+        oauth.log_in(session, urljoin(f"{url.rstrip('/')}/", auth.token_url), form, header=auth.name)

@@ -15,6 +15,13 @@ from mail_pipelines.sources.kinds.http import PatientSession
 _MARGIN_SECONDS = 60.0
 
 
+def log_in(session: PatientSession, token_url: str, form: Mapping[str, str], *, header: str | None = None, keep: Callable[[str], None] | None = None) -> None:
+    """Log a session in as `OAuth2`, which asks for tokens by a session of its own with the same patience."""
+    tokens = PatientSession(first_wait_seconds=session.first_wait_seconds, sleep=session.sleep)
+    session.auth = auth = OAuth2(tokens, token_url, form, header, keep)
+    session.renew = auth.renew
+
+
 class OAuth2(AuthBase):
     """A token, by client credentials or a refresh token as `form` says; renewed before it ends, or when it is refused (`renew`).
 
@@ -22,7 +29,7 @@ class OAuth2(AuthBase):
     """
 
     def __init__(
-        self, session: PatientSession, token_url: str, form: Mapping[str, str], header: str | None, *, keep: Callable[[str], None] | None = None
+        self, session: PatientSession, token_url: str, form: Mapping[str, str], header: str | None = None, keep: Callable[[str], None] | None = None
     ) -> None:
         self.session, self.token_url, self.form, self.header, self.keep = session, token_url, form, header, keep
         self._token: str | None = None
