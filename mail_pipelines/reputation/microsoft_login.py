@@ -28,7 +28,7 @@ COMMAND = "mail-pipelines reputation sign-in"
 
 @dataclass(frozen=True)
 class SignIn:
-    """A sign-in that has begun: `address` is where the browser goes, `finish` takes the one where it ended. Within minutes, as Microsoft has it."""
+    """A sign-in that has begun: `address` is where a browser goes, `finish` takes the address where it ended."""
 
     settings: ReputationSettings
     verifier: str
@@ -56,9 +56,11 @@ class SignIn:
             raise SourceError("this is the address of another sign-in: begin again")
         form = {"grant_type": "authorization_code", "code": said["code"], "redirect_uri": REDIRECT, "code_verifier": self.verifier}
         response = session.post(_url(self.settings, "token"), data={**form, "client_id": CLIENT_ID, "scope": SCOPE})
-        token = response.json().get("refresh_token") if response.ok else None
-        if not token:
-            raise SourceError(f"Microsoft gives no token (status {response.status_code} {response.reason}): its codes hold for a minute or so; begin again")
+        try:
+            token = response.json()["refresh_token"]
+        except (ValueError, KeyError, TypeError):
+            why = f"status {response.status_code} {response.reason}"
+            raise SourceError(f"Microsoft gives no token ({why}): its codes hold for a minute or so; begin again") from None
         _keep(self.settings, token)
 
 
