@@ -37,14 +37,13 @@ class PatientSession(requests.Session):
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
         most_bytes: int = MOST_BYTES,
         graphql: bool = False,
-        renew: Callable[[requests.PreparedRequest], None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__()
         self.first_wait_seconds = first_wait_seconds
         self.most_bytes = most_bytes
         self.graphql = graphql
-        self.renew = renew
+        self.renew: Callable[[requests.PreparedRequest], None] | None = None
         self.sleep = sleep
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
