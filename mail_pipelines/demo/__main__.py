@@ -131,8 +131,11 @@ def show(summary: Summary) -> None:
 
 def show_crm(counted: Mapping[str, Any]) -> None:
     table = Table("", "here", "there", title="The CRM, by both counts")
-    for part, here in counted["ours"].items():
-        table.add_row(part, _number(here), _number(counted["theirs"][part]))
+    here, there = counted["ours"], counted["theirs"]
+    for part in ("people", "subscribed", "unsubscribed"):
+        table.add_row(part, f"{here[part]:,}", f"{there[part]:,}")
+    for kind in sorted({*here["events"], *there["events"]}):
+        table.add_row(f"events: {kind}", *(f"{side['events'].get(kind, 0):,}" for side in (here, there)))
     console.print(table)
 
 
@@ -141,10 +144,6 @@ def show_shortage(judged: Mapping[str, Any]) -> None:
     for part, words in judged.items():
         table.add_row(part.replace("_", " "), escape(str(words)))
     console.print(table)
-
-
-def _number(value: int | Mapping[str, int]) -> str:
-    return f"{value:,}" if isinstance(value, int) else " + ".join(f"{count:,} {kind}" for kind, count in value.items()) or "0"
 
 
 def start_platform(engine: Engine, settings: Settings, processes: Processes, limits: Mapping[str, float] | None = None) -> str:
