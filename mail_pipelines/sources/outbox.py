@@ -13,8 +13,7 @@ from sqlalchemy.engine import Connection, Row
 
 from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database.engine import database_now
-from mail_pipelines.database.models import Contact, SourceContact, Subscription, Suppression, SyncDeadLetter, SyncOutbox
-from mail_pipelines.sources.feeds import BOUNCES_KEPT, OVERLAP, Item, subscription_event
+from mail_pipelines.database.models import Contact, SourceContact, SyncDeadLetter, SyncOutbox
 from mail_pipelines.sources.links import PRESENT
 
 WAITING, TOLD, DEAD = 0, 1, 2
@@ -25,6 +24,18 @@ _FIRST_WAIT = dt.timedelta(minutes=1)
 _MOST_WAIT = dt.timedelta(hours=6)
 _REASON_LENGTH = 500
 _LATER_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Item:
+    """One event; see `SyncOutbox`."""
+
+    kind: str
+    event_id: int
+    contact_id: int
+    occurred_at: dt.datetime
+    recorded_at: dt.datetime
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -145,27 +156,8 @@ def standing(connection: Connection, source: str) -> Standing:
     return Standing(waiting, dead, oldest)
 
 
-def prune(connection: Connection, source: str, read_at: dt.datetime) -> None:
-    """Forget what was told and no feed comes back to, when all were read at `read_at`. What people refused is remembered for good."""
-    for kinds, kept in ((("open", "click"), OVERLAP), (("bounce",), BOUNCES_KEPT)):
-        past = sa.and_(SyncOutbox.kind.in_(kinds), SyncOutbox.recorded_at < read_at - kept)
+def prune(connection: Connection, source: str, kept: Mapping[str, dt.timedelta], read_at: dt.datetime) -> None:
+    """Forget what was told and no feed comes back to, when all were read at `read_at`: of each kind in `kept` what is so old. The others stay for good."""
+    for kind, age in kept.items():
+        past = sa.and_(SyncOutbox.kind == kind, SyncOutbox.recorded_at < read_at - age)
         connection.execute(sa.delete(SyncOutbox).where(SyncOutbox.source == source, SyncOutbox.state == TOLD, past))
-
-
-def learned(connection: Connection, source: str, address_hashes: Collection[bytes], now: dt.datetime) -> None:
-    """What the source itself has said just now (suppressions of these addresses, and subscriptions that ended by them) it need not be told."""
-    for some in slices(address_hashes):
-        suppressed = (
-            sa.select(Suppression.id, Contact.id, Suppression.created_at)
-            .join(Contact, Contact.address_hash == Suppression.address_hash)
-            .where(Suppression.address_hash.in_(some), Suppression.created_at == now)
-        )
-        items = [Item("suppression", number, contact_id, at, at, {}) for number, contact_id, at in connection.execute(suppressed).tuples()]
-        ended = (
-            sa.select(Subscription.contact_id, Subscription.list_id, Subscription.changed_at)
-            .join(Contact, Contact.id == Subscription.contact_id)
-            .where(Contact.address_hash.in_(some), sa.not_(Subscription.subscribed), Subscription.changed_at == now)
-        )
-        rows = connection.execute(ended).tuples().all()
-        items += [Item("unsubscribe", subscription_event(contact_id, list_id, at), contact_id, at, at, {}) for contact_id, list_id, at in rows]
-        add(connection, source, items, TOLD)
