@@ -161,7 +161,7 @@ class Merge:
             inserted, updated, unchanged = inserted + outcome.inserted, updated + outcome.updated, unchanged + outcome.unchanged
             erased |= outcome.erased
         if self.target.list:
-            subscribing.note_refused(connection, self.target.list, unwanted, self.now)
+            subscribing.note_refused(connection, self.source.name, self.target.list, unwanted, self.now)
         if self._write_back:
             own = self.target.list.key if self.target.list and self._write_back.lists == "own" else None
             refusals.of_newcomers(connection, self.source.name, self._write_back, own, self._links.newcomers())

@@ -13,10 +13,12 @@ from sqlalchemy.engine import Connection, Row
 
 from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database.engine import database_now
-from mail_pipelines.database.models import Contact, SourceContact, SyncDeadLetter, SyncOutbox
+from mail_pipelines.database.models import Contact, SourceContact, Suppression, SyncDeadLetter, SyncOutbox
 from mail_pipelines.sources.links import PRESENT
 
 WAITING, TOLD, DEAD = 0, 1, 2
+# Whose a suppression is that the source said itself: its address may be nobody's yet.
+NOBODY = 0
 Rows = Sequence[Row[*tuple[Any, ...]]]
 # A service that is away is asked again after a minute, then two, at most every six hours: for about four days.
 MOST_ATTEMPTS = 24
@@ -58,6 +60,12 @@ def add(connection: Connection, source: str, items: Sequence[Item], state: int =
         return 0
     rows = sorted((_row(source, item, state) for item in items), key=lambda row: row["event_id"])
     return connection.execute(insert_if_absent(SyncOutbox), rows).rowcount
+
+
+def is_learned(source: str) -> sa.ColumnElement[bool]:
+    """True for a row of `Suppression` in the outer query that the source said itself."""
+    key = sa.and_(SyncOutbox.source == source, SyncOutbox.kind == "suppression", SyncOutbox.event_id == Suppression.id)
+    return sa.exists().where(key, SyncOutbox.contact_id == NOBODY)
 
 
 def external_ids(connection: Connection, source: str, contact_ids: Iterable[int]) -> dict[int, str]:

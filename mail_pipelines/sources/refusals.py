@@ -23,8 +23,6 @@ from mail_pipelines.sources.declaration import Told, WriteBack
 from mail_pipelines.sources.links import GONE_SOURCE
 from mail_pipelines.sources.outbox import Item
 
-# An address that is suppressed may be nobody's yet.
-NOBODY = 0
 People = sa.Select[*tuple[Any, ...]]
 
 
@@ -92,12 +90,8 @@ def of_list(items: Collection[Item], own: str | None) -> list[Item]:
 def learned(connection: Connection, source: str, address_hashes: Collection[bytes], now: dt.datetime) -> None:
     """What the source itself has said just now (suppressions of these addresses, and subscriptions that ended by them) it need not be told."""
     for some in slices(address_hashes):
-        suppressed = (
-            sa.select(Suppression.id, sa.func.coalesce(Contact.id, NOBODY), Suppression.created_at)
-            .outerjoin(Contact, Contact.address_hash == Suppression.address_hash)
-            .where(Suppression.address_hash.in_(some), Suppression.created_at == now)
-        )
-        items = [Item("suppression", number, contact_id, at, at, {}) for number, contact_id, at in connection.execute(suppressed).tuples()]
+        suppressed = sa.select(Suppression.id).where(Suppression.address_hash.in_(some), Suppression.created_at == now)
+        items = [Item("suppression", number, outbox.NOBODY, now, now, {}) for number in connection.execute(suppressed).scalars()]
         ended = (
             sa.select(Subscription.contact_id, Subscription.list_id, Subscription.changed_at)
             .join(Contact, Contact.id == Subscription.contact_id)

@@ -15,7 +15,7 @@ from mail_pipelines.contacts.lists import MailingList
 from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database.models import Contact, Subscription, Suppression
 from mail_pipelines.database.types import Hash16, LongText
-from mail_pipelines.sources import links
+from mail_pipelines.sources import links, outbox
 from mail_pipelines.sources.records import Noes
 
 if TYPE_CHECKING:
@@ -50,15 +50,18 @@ def refused(connection: Connection, target: MailingList) -> set[bytes]:
     return found
 
 
-def note_refused(connection: Connection, target: MailingList, addresses: Collection[bytes], now: dt.datetime) -> None:
-    """Who is `refused` by their own word, and never was on the list, has left it: at the time of that word. So it is seen, and other services are told."""
+def note_refused(connection: Connection, source: str, target: MailingList, addresses: Collection[bytes], now: dt.datetime) -> None:
+    """Who is `refused` by their own word, and never was on the list, has left it: at the time of that word. So it is seen, and the source is told.
+
+    Not if the word came by the source itself.
+    """
     for some in slices(addresses):
         query = (
             links.select(Contact.id.label("contact_id"), sa.func.min(Suppression.created_at).label("changed_at"))
             .join(Contact, links.same_address())
             .join(Suppression, Suppression.address_hash == links.STAGED.c.address_hash)
             .outerjoin(Subscription, sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == target.id))
-            .where(links.STAGED.c.address_hash.in_(some), _in_scope(target), Suppression.reason.in_(consent.OWN_WORD))
+            .where(links.STAGED.c.address_hash.in_(some), _in_scope(target), Suppression.reason.in_(consent.OWN_WORD), sa.not_(outbox.is_learned(source)))
             .where(sa.or_(Subscription.contact_id.is_(None), sa.and_(sa.not_(Subscription.subscribed), Subscription.source == links.GONE_SOURCE)))
             .group_by(Contact.id)
         )
