@@ -164,7 +164,7 @@ class Merge:
             subscribing.note_refused(connection, self.source.name, self.target.list, unwanted, self.now)
         if self._write_back:
             own = self.target.list.key if self.target.list and self._write_back.lists == "own" else None
-            refusals.of_newcomers(connection, self.source.name, self._write_back, own, self._links.newcomers())
+            refusals.of_newcomers(connection, self.source.name, self._write_back, own, self._links.newcomers(), self.now)
         self._some_are_gone |= self._links.record(connection, [*chunk.unlinked, *self._ids_at(chunk, erased).values()], chunk.gone)
         # Whoever is new has the evidence, and was never subscribed before.
         some_are_known = inserted < chunk.people.num_rows

@@ -8,6 +8,7 @@ What belongs here: which refusals there are, and their numbers as events. What d
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import hashlib
 from collections.abc import Callable, Collection
@@ -71,15 +72,14 @@ KINDS: dict[Told, tuple[Callable[[People, dt.datetime], People], Callable[[Any],
 }
 
 
-def of_newcomers(connection: Connection, source: str, wanted: WriteBack, own: str | None, newcomers: People) -> int:
-    """Take up what those refused whom the source did not know until now (`links.Links.newcomers`); returns how many events. `own` as in `of_list`."""
+def of_newcomers(connection: Connection, source: str, wanted: WriteBack, own: str | None, newcomers: People, now: dt.datetime) -> None:
+    """Take up what those refused whom the source did not know until `now` (`links.Links.newcomers`). `own` as in `of_list`."""
     if connection.execute(newcomers.limit(1)).first() is None:
-        return 0
-    found: list[Item] = []
-    for told in KINDS.keys() & set(wanted.what):
-        query, item = KINDS[told]
-        found += [item(row) for row in connection.execute(query(newcomers, wanted.begin))]
-    return outbox.add(connection, source, of_list(found, own))
+        return
+    for told, (query, item) in KINDS.items():
+        if told in wanted.what:
+            items = [dataclasses.replace(item(row), recorded_at=now) for row in connection.execute(query(newcomers, wanted.begin))]
+            outbox.add(connection, source, of_list(items, own))
 
 
 def of_list(items: Collection[Item], own: str | None) -> list[Item]:
