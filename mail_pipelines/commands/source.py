@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,11 +52,11 @@ def list_() -> None:
     for name in unreadable:
         table.add_row(escape(name), "", "cannot be read", "", "")
     console.print(table)
-    _print_wrong(unreadable)
+    _print_wrong(unreadable.values())
 
 
-def _print_wrong(unreadable: Mapping[str, str]) -> None:
-    for words in unreadable.values():
+def _print_wrong(wrong: Iterable[str]) -> None:
+    for words in wrong:
         console.print(words, style="red", markup=False)
 
 
@@ -134,7 +134,7 @@ def status(
     name: Annotated[str | None, typer.Argument(help="a source; all if not given")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line a section, and one a declaration that cannot be read")] = False,
 ) -> None:
-    """When each source was read last, how old that is, and what went wrong."""
+    """When each source was read last (UTC), how old that is, and what went wrong."""
     import dataclasses
 
     from mail_pipelines.sources import running
@@ -142,8 +142,9 @@ def status(
     from mail_pipelines.sources.declaration import ENGAGEMENT
 
     engine, now = open_engine(), dt.datetime.now(dt.UTC)
-    table = Table("source", "section", "last good run", "age", "rows", "merged", "rejected", "cursor", "wrong")
+    table = Table("source", "section", "last good run", "age", "rows", "merged", "rejected")
     sources, unreadable = ([_named(name)], {}) if name is not None else _all()
+    wrong: list[str] = []
     for source in sources:
         for section in source.parts:
             standing = standings.read(engine, source.name, section)
@@ -152,16 +153,18 @@ def status(
                 row = {"source": source.name, "section": section, "lag_seconds": lag, "merged": standing.merged, **dataclasses.asdict(standing)}
                 typer.echo(json.dumps(row))
                 continue
+            good = "never" if standing.good_at is None else f"{dt.datetime.fromisoformat(standing.good_at):%Y-%m-%d %H:%M}"
             age = "" if lag is None else str(dt.timedelta(seconds=int(lag)))
             numbers = (standing.counts.get("read", 0), standing.merged, sum(standing.rejected.values()))
             if section == ENGAGEMENT:
                 counts = standing.counts
                 numbers = (counts.get("taken_up", 0), counts.get("pushed", 0), counts.get("dead", 0))
-            wrong = running.wrong(settings().home, source.name, standing) or standing.note or ""
-            table.add_row(source.name, section, standing.good_at or "never", age, *(f"{number:,}" for number in numbers), standing.cursor or "", escape(wrong))
+            table.add_row(source.name, section, good, age, *(f"{number:,}" for number in numbers))
+            if words := running.wrong(settings().home, source.name, standing) or standing.note:
+                wrong.append(f"{source.name} {section}: {words}")
     if as_json:
         for source_name, words in unreadable.items():
             typer.echo(json.dumps({"source": source_name, "section": None, "error": words}))
         return
     console.print(table)
-    _print_wrong(unreadable)
+    _print_wrong([*wrong, *unreadable.values()])
