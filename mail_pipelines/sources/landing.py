@@ -158,7 +158,9 @@ def _picked(pages: Iterator[Any], resource: Contacts | Suppressions) -> Iterator
 
 def _names(page: pa.Table | Sequence[Mapping[str, Any]]) -> str:
     """The columns of a page, those within others by their dotted names."""
-    records = page.slice(0, _LOOKED_AT).to_pylist() if not isinstance(page, list) else page[:_LOOKED_AT]
+    import pyarrow as pa
+
+    records = page.slice(0, _LOOKED_AT).to_pylist() if isinstance(page, pa.Table) else page[:_LOOKED_AT]
     found = {name for record in records for name in _dotted(record)}
     return ", ".join(sorted(found)[:_NAMED])
 
