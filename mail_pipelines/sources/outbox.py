@@ -62,6 +62,14 @@ def add(connection: Connection, source: str, items: Sequence[Item], state: int =
     return connection.execute(insert_if_absent(SyncOutbox), rows).rowcount
 
 
+def fresh(connection: Connection, source: str, items: Sequence[Item]) -> list[Item]:
+    """Those that are not in it yet. Of what a feed reads again that is little, and to look costs less than to add."""
+    known: set[tuple[str, int]] = set()
+    for these in _these(SyncOutbox, source, [(item.kind, item.event_id) for item in items]):
+        known.update(connection.execute(sa.select(SyncOutbox.kind, SyncOutbox.event_id).where(these)).tuples())
+    return [item for item in items if (item.kind, item.event_id) not in known]
+
+
 def is_learned(source: str) -> sa.ColumnElement[bool]:
     """True for a row of `Suppression` in the outer query that the source said itself."""
     key = sa.and_(SyncOutbox.source == source, SyncOutbox.kind == "suppression", SyncOutbox.event_id == Suppression.id)

@@ -95,12 +95,13 @@ def _take(engine: Engine, source: str, wanted: WriteBack, told: Told, own: str |
 
 
 def _add(engine: Engine, source: str, wanted: WriteBack, items: list[Item], counts: Counter[str]) -> None:
-    known = items
-    if wanted.unknown == "skip":
-        # Before the transaction: most events are of people whom the source does not know, and nobody has to wait for that to be found out.
-        with reading(engine) as connection:
+    # Before the transaction: most events are in the outbox, or of people whom the source does not know, and nobody has to wait for that to be found out.
+    with reading(engine) as connection:
+        items = outbox.fresh(connection, source, items)
+        known = items
+        if wanted.unknown == "skip":
             ids = outbox.external_ids(connection, source, (item.contact_id for item in items))
-        known = [item for item in items if item.contact_id in ids]
+            known = [item for item in items if item.contact_id in ids]
     added = transact(engine, lambda connection: outbox.add(connection, source, known)) if known else 0
     counts.update(taken_up=added, unknown=len(items) - len(known))
 
