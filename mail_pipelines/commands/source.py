@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,35 +21,43 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 Name = Annotated[str, typer.Argument(help="name of a source: of its file in the folder `sources` of the home, without .yaml")]
 
 
-def _chosen(name: str | None) -> list[Source]:
+def _named(name: str) -> Source:
     from mail_pipelines.sources import declaration
 
-    home = settings().home
-    if name is not None:
-        return [declaration.load(home, name)]
-    return [declaration.read_file(path) for path in declaration.files(home)]
+    return declaration.load(settings().home, name)
+
+
+def _all() -> tuple[list[Source], dict[str, str]]:
+    """All sources whose declaration can be read, and by name what is wrong with the others."""
+    from mail_pipelines.sources import declaration
+    from mail_pipelines.sources.errors import DeclarationError
+
+    found, wrong = [], {}
+    for path in declaration.files(settings().home):
+        try:
+            found.append(declaration.read_file(path))
+        except DeclarationError as error:
+            wrong[path.stem] = str(error)
+    return found, wrong
 
 
 @app.command("list")
 def list_() -> None:
     """All declared sources, with what is wrong with a declaration."""
-    from mail_pipelines.sources import declaration
-    from mail_pipelines.sources.errors import DeclarationError
-
     table = Table("source", "kind", "reads", "is told", "schedule")
-    wrong = []
-    for path in declaration.files(settings().home):
-        try:
-            source = declaration.read_file(path)
-        except DeclarationError as error:
-            wrong.append(str(error))
-            table.add_row(escape(path.stem), "", "cannot be read", "", "")
-            continue
+    sources, unreadable = _all()
+    for source in sources:
         told = ", ".join(source.write_back.what) if source.write_back else ""
         table.add_row(source.name, source.kind, ", ".join(source.sections), told, source.schedule or "by hand")
+    for name in unreadable:
+        table.add_row(escape(name), "", "cannot be read", "", "")
     console.print(table)
-    for line in wrong:
-        console.print(line, style="red", markup=False)
+    _print_wrong(unreadable.values())
+
+
+def _print_wrong(wrong: Iterable[str]) -> None:
+    for words in wrong:
+        console.print(words, style="red", markup=False)
 
 
 @app.command()
@@ -56,10 +65,12 @@ def check(name: Name) -> None:
     """Read a declaration, log in and read the first page; nothing is written."""
     from mail_pipelines.sources import landing
 
-    source = _chosen(name)[0]
+    source = _named(name)
     for section, resource in source.sections.items():
-        count = landing.check(source, resource)
-        console.print(f"{source.name} {section}: the first page has {count:,} rows", markup=False)
+        page = landing.check(source, resource)
+        console.print(f"{source.name} {section}: the first page has {page.rows:,} rows, {page.usable:,} with a usable address", markup=False)
+        if page.rows and page.empty:
+            console.print(f"  nothing stands in {', '.join(page.empty)}; the columns there: {page.columns}", markup=False, style="yellow")
 
 
 @app.command()
@@ -71,7 +82,7 @@ def run(
     """Bring a source up to date now, and tell it what is new here."""
     from mail_pipelines.sources import running, telling
 
-    source, engine = _chosen(name)[0], open_engine()
+    source, engine = _named(name), open_engine()
     for section in source.sections:
         report = running.run(engine, settings().home, source, section, whole=whole, accept_deletions=accept_deletions)
         counts = ", ".join(f"{number:,} {what}" for what, number in report.standing.counts.items() if number) or "nothing new"
@@ -98,7 +109,7 @@ def dead_letters(name: Name, most: Annotated[int, typer.Option("--most", min=1, 
     from mail_pipelines.database.engine import reading
     from mail_pipelines.sources import outbox
 
-    source = _chosen(name)[0]
+    source = _named(name)
     with reading(open_engine()) as connection:
         letters = outbox.dead_letters(connection, source.name, most)
     table = Table("event", "contact", "attempts", "at", "reason")
@@ -113,7 +124,7 @@ def retry(name: Name) -> None:
     from mail_pipelines.database.engine import transact
     from mail_pipelines.sources import outbox
 
-    source = _chosen(name)[0]
+    source = _named(name)
     count = transact(open_engine(), lambda connection: outbox.retry(connection, source.name))
     console.print(f"{count:,} events wait again: mail-pipelines source run {source.name}", markup=False)
 
@@ -121,9 +132,9 @@ def retry(name: Name) -> None:
 @app.command()
 def status(
     name: Annotated[str | None, typer.Argument(help="a source; all if not given")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON line a section")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line a section, and one a declaration that cannot be read")] = False,
 ) -> None:
-    """When each source was read last, how old that is, and what went wrong."""
+    """When each source was read last (UTC), how old that is, and what went wrong."""
     import dataclasses
 
     from mail_pipelines.sources import running
@@ -131,8 +142,10 @@ def status(
     from mail_pipelines.sources.declaration import ENGAGEMENT
 
     engine, now = open_engine(), dt.datetime.now(dt.UTC)
-    table = Table("source", "section", "last good run", "age", "rows", "merged", "rejected", "cursor", "wrong")
-    for source in _chosen(name):
+    table = Table("source", "section", "last good run", "age", "rows", "merged", "rejected")
+    sources, unreadable = ([_named(name)], {}) if name is not None else _all()
+    wrong: list[str] = []
+    for source in sources:
         for section in source.parts:
             standing = standings.read(engine, source.name, section)
             lag = standing.lag_seconds(now)
@@ -140,12 +153,18 @@ def status(
                 row = {"source": source.name, "section": section, "lag_seconds": lag, "merged": standing.merged, **dataclasses.asdict(standing)}
                 typer.echo(json.dumps(row))
                 continue
+            good = "never" if standing.good_at is None else f"{dt.datetime.fromisoformat(standing.good_at):%Y-%m-%d %H:%M}"
             age = "" if lag is None else str(dt.timedelta(seconds=int(lag)))
             numbers = (standing.counts.get("read", 0), standing.merged, sum(standing.rejected.values()))
             if section == ENGAGEMENT:
                 counts = standing.counts
                 numbers = (counts.get("taken_up", 0), counts.get("pushed", 0), counts.get("dead", 0))
-            wrong = running.wrong(settings().home, source.name, standing) or standing.note or ""
-            table.add_row(source.name, section, standing.good_at or "never", age, *(f"{number:,}" for number in numbers), standing.cursor or "", escape(wrong))
-    if not as_json:
-        console.print(table)
+            table.add_row(source.name, section, good, age, *(f"{number:,}" for number in numbers))
+            if words := running.wrong(settings().home, source.name, standing) or standing.note:
+                wrong.append(f"{source.name} {section}: {words}")
+    if as_json:
+        for source_name, words in unreadable.items():
+            typer.echo(json.dumps({"source": source_name, "section": None, "error": words}))
+        return
+    console.print(table)
+    _print_wrong([*wrong, *unreadable.values()])

@@ -824,7 +824,7 @@ class SyncOutbox(Base):
 
     `kind` is open, click, bounce, unsubscribe or suppression; `event_id` its number there, which with the kind is the key that the service gets.
     `recorded_at` is when the feed had it. `facts` has what is told besides whose it is, and names no person. `state`: 0 waiting until `due_at`, 1 told (or
-    learned from the source itself), 2 refused (then it has a dead letter). `attempts` counts those that failed.
+    learned from the source itself: a suppression has the contact 0 then), 2 refused (then it has a dead letter). `attempts` counts those that failed.
     """
 
     __tablename__ = "sync_outbox"

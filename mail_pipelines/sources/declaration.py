@@ -197,6 +197,11 @@ class WriteBack(Form):
     lists: Literal["all", "own"] = "all"
     since: dt.date | None = None
 
+    @property
+    def begin(self) -> dt.datetime:
+        """Nothing that happened before is told."""
+        return dt.datetime.combine(self.since or dt.date(1970, 1, 1), dt.time(), dt.UTC)
+
 
 class Source(Form):
     """One source. `connection`, the `read` of each section and the `send` of `write_back` are checked by its kind."""

@@ -1,16 +1,19 @@
 """What a source can be told, read from our own append-only events: one feed a kind, from where the reading before ended.
 
-Rows get their time before they are committed, so one may become visible after later ones were read. Each reading therefore goes back over `OVERLAP` before
-the one before it; whatever was read then is still in the outbox, and is not taken twice. What people refused stays there for good.
+Rows get their time and their number before they are committed, so one may become visible after later ones were read. Each reading therefore begins
+`OVERLAP` before the one before it ended; whatever was read then is still in the outbox, and is not taken twice. What people refused stays there for good.
 
-Bounces have no time of their own recording (the send path writes them), so they are found by campaign: where the counter of bounced rows has moved, all
-bounces of the campaign are read again.
+* Opens and clicks are read by the time of their recording.
+* Refusals (`refusals`) may be older than their recording, by years if they come from another system, so they are read by number. Once in `WHOLE_EACH` all
+  of them are looked at, whosever they are: somebody may have become known here or there in a way that no feed tells of.
+* Bounces have no time of their own recording (the send path writes them), so they are found by campaign: where the counter of bounced rows has moved, all
+  bounces of the campaign are read again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,65 +23,64 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import InstrumentedAttribute
 
 from mail_pipelines.database.engine import database_now
-from mail_pipelines.database.models import (
-    Brand,
-    Campaign,
-    CampaignCounter,
-    Contact,
-    ContactChange,
-    ContactList,
-    DeliveryEvent,
-    EngagementEvent,
-    Link,
-    State,
-    Subscription,
-    Suppression,
-)
+from mail_pipelines.database.models import Campaign, CampaignCounter, Contact, ContactChange, DeliveryEvent, EngagementEvent, Link, State, Suppression
 from mail_pipelines.delivery import events
+from mail_pipelines.sources import refusals
 from mail_pipelines.sources.declaration import Told
-from mail_pipelines.sources.links import GONE_SOURCE
+from mail_pipelines.sources.outbox import Item
 
 OVERLAP = dt.timedelta(minutes=15)
-# So long are bounces remembered as told; one that is read again later goes out once more, with the same key.
-BOUNCES_KEPT = dt.timedelta(days=60)
+WHOLE_EACH = dt.timedelta(days=1)
+# So long is what was told remembered, by kind of event. A bounce that is read again later goes out once more, with the same key.
+KEPT = {"open": OVERLAP, "click": OVERLAP, "bounce": dt.timedelta(days=60)}
 _CHUNK = 5_000
 _BOUNCES = (events.BOUNCED, events.BOUNCE_REPORT, events.LATE_REFUSAL)
 
 
 @dataclass(frozen=True)
-class Item:
-    """One event; see `SyncOutbox`."""
+class Numbers:
+    """The highest numbers there were at a time of the database: of suppressions, and of changes of contacts."""
 
-    kind: str
-    event_id: int
-    contact_id: int
-    occurred_at: dt.datetime
-    recorded_at: dt.datetime
-    facts: dict[str, Any]
+    at: dt.datetime
+    suppression: int
+    change: int
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a feed was read to: when (database time), the highest number of a suppression, and how many bounced rows each campaign had."""
+    """Where a feed was read to: when (database time), when it was read from the beginning, and how many bounced rows each campaign had.
+
+    All numbers up to `settled` were committed, and read. Those up to `young`, which are from a reading since, are settled when `OVERLAP` is over.
+    """
 
     read_at: dt.datetime | None = None
-    last: int = 0
+    whole_at: dt.datetime | None = None
     bounced: dict[int, int] = field(default_factory=dict)
+    settled: Numbers | None = None
+    young: Numbers | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the reading that ended here began at the beginning."""
+        return self.read_at == self.whole_at
 
 
-def here(connection: Connection) -> Position:
-    """Where a reading that begins now will have read to; whatever comes meanwhile is for the next one."""
-    last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(Suppression.id), 0))).scalar_one()
-    return Position(database_now(connection), last, bounced(connection))
+def here(connection: Connection, before: Position) -> Position:
+    """Where a reading that begins now, after the one that ended `before`, will have read to; whatever comes meanwhile is for the next one."""
+    now = database_now(connection)
+    numbers = Numbers(now, _highest(connection, Suppression.id), _highest(connection, ContactChange.seq))
+    is_whole = before.whole_at is None or now - before.whole_at >= WHOLE_EACH
+    after = dataclasses.replace(before, read_at=now, whole_at=now if is_whole else before.whole_at, bounced=bounced(connection))
+    if before.young is None or now - before.young.at >= OVERLAP:
+        after = dataclasses.replace(after, settled=before.young or numbers, young=numbers)
+    return after
+
+
+def _highest(connection: Connection, number: InstrumentedAttribute[int]) -> int:
+    return connection.execute(sa.select(sa.func.coalesce(sa.func.max(number), 0))).scalar_one()
 
 
 Feed = Callable[[Connection, Position, dt.datetime], Iterator[list[Item]]]
-
-
-def subscription_event(contact_id: int, list_id: int, changed_at: dt.datetime) -> int:
-    """The number of the end of a subscription, which has none: by whose, of which list and when."""
-    text = f"{contact_id}:{list_id}:{changed_at.isoformat()}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def bounced(connection: Connection) -> dict[int, int]:
@@ -134,53 +136,20 @@ def _bounces(connection: Connection, position: Position, since: dt.datetime) -> 
 
 
 def _unsubscribes(connection: Connection, position: Position, since: dt.datetime) -> Iterator[list[Item]]:
-    """Subscriptions that ended by the person's act or somebody's here, as the change feed says. Where a record was gone, nobody left."""
-
-    def item(row: Any) -> Item:
-        number = subscription_event(row.contact_id, row.list_id, row.changed_at)
-        return Item("unsubscribe", number, row.contact_id, row.changed_at, row.changed_at, {"list": row.key})
-
-    ended = Subscription
-    query = (
-        sa.select(ended.contact_id, ended.list_id, ended.changed_at, ContactList.key)
-        .join(ContactList, ContactList.id == ended.list_id)
-        .where(sa.not_(ended.subscribed), ended.source != GONE_SOURCE, ended.changed_at >= since)
-    )
-    if position.read_at is not None:
-        # Not by the time of the end: what comes from another system has ended long ago.
-        changed = sa.select(ContactChange.contact_id).where(ContactChange.created_at >= position.read_at - OVERLAP).distinct().subquery()
-        query = query.join(changed, changed.c.contact_id == ended.contact_id)
-    return _stream(connection, query, item)
+    people = sa.select(Contact.id).select_from(Contact)
+    if position.settled is not None:
+        changed = sa.select(ContactChange.contact_id).where(ContactChange.seq > position.settled.change).distinct().subquery()
+        people = sa.select(Contact.id).select_from(changed).join(Contact, Contact.id == changed.c.contact_id)
+        # Few have changed, which a database does not know of a subquery: it would begin with all ended subscriptions.
+        people = people.prefix_with("STRAIGHT_JOIN", dialect="mysql").prefix_with("STRAIGHT_JOIN", dialect="mariadb")
+    return _stream(connection, refusals.unsubscribes(people, since), refusals.unsubscribe)
 
 
 def _suppressions(connection: Connection, position: Position, since: dt.datetime) -> Iterator[list[Item]]:
-    """Addresses of contacts; a domain, or an address that nobody has, is nobody's."""
-
-    def item(row: Any) -> Item:
-        name = row.list_key or row.brand_key
-        scope = f"{row.scope_kind} {name}" if name else row.scope_kind
-        return Item("suppression", row.id, row.contact_id, row.created_at, row.created_at, {"reason": row.reason, "scope": scope, "list": row.list_key})
-
-    said = Suppression
-    query = (
-        sa.select(
-            said.id,
-            Contact.id.label("contact_id"),
-            said.created_at,
-            said.reason,
-            said.scope_kind,
-            ContactList.key.label("list_key"),
-            Brand.key.label("brand_key"),
-        )
-        .join(Contact, Contact.address_hash == said.address_hash)
-        .outerjoin(ContactList, sa.and_(said.scope_kind == "list", ContactList.id == said.scope_id))
-        .outerjoin(Brand, sa.and_(said.scope_kind == "brand", Brand.id == said.scope_id))
-        .where(said.created_at >= since)
-    )
-    if position.read_at is not None:
-        # What comes from another system has a time long ago; it is found by its number.
-        query = query.where(sa.or_(said.id > position.last, said.created_at >= position.read_at - OVERLAP))
-    return _stream(connection, query, item)
+    query = refusals.suppressions(sa.select(Contact.id).select_from(Contact), since)
+    if position.settled is not None:
+        query = query.where(Suppression.id > position.settled.suppression)
+    return _stream(connection, query, refusals.suppression)
 
 
 FEEDS: dict[Told, Feed] = {

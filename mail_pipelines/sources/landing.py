@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 10_000
 CURSOR = "cursor_"
+# Of a page, when its columns are named: so many records, and so many columns.
+_LOOKED_AT, _NAMED = 100, 30
 _SETTINGS = {
     "RUNTIME__DLTHUB_TELEMETRY": "false",
     "RUNTIME__LOG_LEVEL": "CRITICAL",
@@ -59,8 +62,7 @@ def land(source: Source, resource: Contacts | Suppressions, staging: Staging, fo
             pipeline = _pipeline(staging, folder, anew=True)
             landing = Landing(columns_of(resource), since, now.isoformat(), run)
             staging.begin(landing)
-            wanted = kinds.Wanted(tuple(dict.fromkeys([*resource.map, *([resource.cursor] if resource.cursor else [])])), resource.cursor, since, kinds.secret)
-            pages = kinds.rows(source.kind, source.connection, resource.read, wanted)
+            pages = kinds.rows(source.kind, source.connection, resource.read, _wanted(resource, since))
             _run(pipeline, staging, _picked(pages, resource))
     except Exception as error:
         raise explained(error) from error
@@ -69,16 +71,35 @@ def land(source: Source, resource: Contacts | Suppressions, staging: Staging, fo
     return landing
 
 
-def check(source: Source, resource: Contacts | Suppressions) -> int:
-    """Read the first page and return how many rows it has. Raises `SourceError`."""
+@dataclass(frozen=True)
+class FirstPage:
+    """What a first page has: rows, how many of them with a usable address, mapped columns in which nothing stands, and the columns that there are."""
+
+    rows: int = 0
+    usable: int = 0
+    empty: tuple[str, ...] = ()
+    columns: str = ""
+
+
+def check(source: Source, resource: Contacts | Suppressions) -> FirstPage:
+    """Read the first page. Raises `SourceError`."""
+    from mail_pipelines.contacts import address_columns
+
     _prepare_dlt(None)
-    wanted = kinds.Wanted(tuple(dict.fromkeys([*resource.map, *([resource.cursor] if resource.cursor else [])])), resource.cursor, None, kinds.secret)
     try:
-        for page in _picked(kinds.rows(source.kind, source.connection, resource.read, wanted), resource):
-            return int(page.num_rows)
+        for page in kinds.rows(source.kind, source.connection, resource.read, _wanted(resource, None)):
+            for picked in _picked(iter([page]), resource):
+                _, unusable = address_columns.encode(picked[EMAIL].combine_chunks())
+                empty = tuple(column for column, target in resource.map.items() if not any(picked[target].to_pylist()))
+                return FirstPage(picked.num_rows, picked.num_rows - len(unusable), empty, _names(page))
     except Exception as error:
         raise explained(error) from error
-    return 0
+    return FirstPage()
+
+
+def _wanted(resource: Contacts | Suppressions, since: str | None) -> kinds.Wanted:
+    columns = dict.fromkeys([*resource.map, *([resource.cursor] if resource.cursor else [])])
+    return kinds.Wanted(tuple(columns), resource.cursor, since, kinds.secret)
 
 
 def _prepare_dlt(folder: Path | None) -> Any:
@@ -125,7 +146,7 @@ def _picked(pages: Iterator[Any], resource: Contacts | Suppressions) -> Iterator
         if position + count > resource.max_rows:
             raise SourceError(f"the source gives more than {resource.max_rows:,} rows: it does not end, or max_rows is too small")
         if isinstance(page, pa.Table):
-            columns = {target: _texts(page, column, str(column)) for target, column in wanted.items()}
+            columns = {target: _texts(page, column) for target, column in wanted.items()}
         else:
             columns = {target: pa.array([_text(_nested(record, column)) for record in page], pa.string()) for target, column in wanted.items()}
             for target, what in needed.items():
@@ -135,8 +156,19 @@ def _picked(pages: Iterator[Any], resource: Contacts | Suppressions) -> Iterator
         position += count
 
 
-def _names(page: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(sorted({str(name) for record in page[:100] for name in record if name is not None})[:20])
+def _names(page: pa.Table | Sequence[Mapping[str, Any]]) -> str:
+    """The columns of a page, those within others by their dotted names."""
+    import pyarrow as pa
+
+    records = page.slice(0, _LOOKED_AT).to_pylist() if isinstance(page, pa.Table) else page[:_LOOKED_AT]
+    found = {name for record in records for name in _dotted(record)}
+    return ", ".join(sorted(found)[:_NAMED])
+
+
+def _dotted(record: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in record.items():
+        if name is not None:
+            yield from (f"{name}.{inner}" for inner in value) if isinstance(value, Mapping) and value else [str(name)]
 
 
 def _has(record: Mapping[str, Any], path: str) -> bool:
@@ -145,22 +177,35 @@ def _has(record: Mapping[str, Any], path: str) -> bool:
         return True
     value: Any = record
     for name in path.split("."):
-        if value is None:
+        if value is None or value == []:
             return True
-        if not isinstance(value, Mapping) or name not in value:
+        try:
+            value = _within(value, name)
+        except LookupError:
             return False
-        value = value[name]
     return True
 
 
 def _nested(record: Mapping[str, Any], path: str) -> Any:
-    """The value of a column; a dot leads into a nested one, unless the column's own name has it."""
+    """The value of a column; a dot leads into a nested one, and a number to an item of a list, unless the column's own name has it."""
     if path in record:
         return record[path]
     value: Any = record
     for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
+        try:
+            value = _within(value, name)
+        except LookupError:
+            return None
     return value
+
+
+def _within(value: Any, name: str) -> Any:
+    """What stands in a value under a name or a number. Raises `LookupError` if nothing does."""
+    if isinstance(value, Mapping):
+        return value[name]
+    if isinstance(value, list) and name.isdecimal():
+        return value[int(name)]
+    raise LookupError(name)
 
 
 def _text(value: Any) -> str | None:
@@ -175,13 +220,17 @@ def _text(value: Any) -> str | None:
     return value.isoformat() if isinstance(value, (dt.date, dt.datetime)) else str(value)
 
 
-def _texts(page: pa.Table, name: str, shown: str) -> pa.Array:
+def _texts(page: pa.Table, name: str) -> pa.Array:
     import pyarrow as pa
 
     from mail_pipelines.contacts.files import as_text, field_type
 
+    outer = name.partition(".")[0]
+    if name not in page.column_names and outer in page.column_names and pa.types.is_nested(page.schema.field(outer).type):
+        # Of Parquet and databases with such types; of JSON there are none.
+        return pa.array([_text(_nested({outer: value}, name)) for value in page.column(outer).to_pylist()], pa.string())
     if name not in page.column_names:
-        raise SourceError(f"the source has no column {shown!r} any more; its columns: {', '.join(page.column_names[:20])}")
+        raise SourceError(f"the source has no column {name!r} any more; its columns: {', '.join(page.column_names[:_NAMED])}")
     column = page.column(name).combine_chunks()
     type_ = field_type(column.type)
     if type_ is None:

@@ -131,6 +131,11 @@ class Links:
         if changed.rowcount:
             changes.record(connection, [contact_id], "upsert", now=self.now)
 
+    def newcomers(self) -> sa.Select[Any]:
+        """A query of the contacts of staged records whom the source did not know until now: until `record` notes them."""
+        known = sa.and_(self._mine, SourceContact.contact_id == Contact.id, SourceContact.state == PRESENT)
+        return select(Contact.id).join(Contact, same_address()).outerjoin(SourceContact, known).where(SourceContact.contact_id.is_(None))
+
     def record(self, connection: Connection, unlinked: Sequence[str], gone: Sequence[str]) -> bool:
         """Note which contact each staged record is, with the version now in; that `unlinked` ids were seen; and which are marked as deleted.
 

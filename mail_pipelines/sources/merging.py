@@ -21,7 +21,7 @@ from mail_pipelines.contacts.fields import FieldType
 from mail_pipelines.contacts.files import Batch
 from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.sources import conflicts, outbox, records, subscribing
+from mail_pipelines.sources import conflicts, records, refusals, status, subscribing
 from mail_pipelines.sources.declaration import CONSENT_AT, EMAIL, TIME_ZONE, Contacts, Rule, Source
 from mail_pipelines.sources.links import Links
 from mail_pipelines.sources.staging import POSITION
@@ -95,6 +95,9 @@ class Merge:
         # How an address is spelled is the source's word.
         self._rules: dict[str, Rule] = {EMAIL: "theirs", **{key: resource.rule_of(key) for key in self._keys}}
         self._links = Links(source.name, target.list, run, now)
+        # A feed that is read for the first time has everybody.
+        feeds_are_read = any(status.position(engine, source.name, told).read_at for told in refusals.KINDS)
+        self._write_back = source.write_back if feeds_are_read else None
         with reading(engine) as connection:
             self._some_are_gone = bool(target.list and subscribing.some_are_gone(connection, target.list))
 
@@ -157,6 +160,11 @@ class Merge:
             outcome = merging.merge_within(connection, people, list_id=list_id, now=self.now, mostly_new=self._mostly_new, source=self.source.name, taken=taken)
             inserted, updated, unchanged = inserted + outcome.inserted, updated + outcome.updated, unchanged + outcome.unchanged
             erased |= outcome.erased
+        if self.target.list:
+            subscribing.note_refused(connection, self.source.name, self.target.list, unwanted, self.now)
+        if self._write_back:
+            own = self.target.list.key if self.target.list and self._write_back.lists == "own" else None
+            refusals.of_newcomers(connection, self.source.name, self._write_back, own, self._links.newcomers(), self.now)
         self._some_are_gone |= self._links.record(connection, [*chunk.unlinked, *self._ids_at(chunk, erased).values()], chunk.gone)
         # Whoever is new has the evidence, and was never subscribed before.
         some_are_known = inserted < chunk.people.num_rows
@@ -165,7 +173,7 @@ class Merge:
         if self.target.list:
             subscribing.refuse(connection, self.source.name, self.target.list, chunk.noes, self.now)
             if self.source.write_back:
-                outbox.learned(connection, self.source.name, chunk.noes.left | chunk.noes.withdrawn, self.now)
+                refusals.learned(connection, self.source.name, chunk.noes.left | chunk.noes.withdrawn, self.now)
             if some_are_known and self._some_are_gone:
                 subscribing.begin_again(connection, self.source.name, self.target.list, self.now)
         return merging.Outcome(inserted, updated, unchanged, erased)

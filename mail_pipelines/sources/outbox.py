@@ -13,11 +13,12 @@ from sqlalchemy.engine import Connection, Row
 
 from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database.engine import database_now
-from mail_pipelines.database.models import Contact, SourceContact, Subscription, Suppression, SyncDeadLetter, SyncOutbox
-from mail_pipelines.sources.feeds import BOUNCES_KEPT, OVERLAP, Item, subscription_event
+from mail_pipelines.database.models import Contact, SourceContact, Suppression, SyncDeadLetter, SyncOutbox
 from mail_pipelines.sources.links import PRESENT
 
 WAITING, TOLD, DEAD = 0, 1, 2
+# Whose a suppression is that the source said itself: its address may be nobody's yet.
+NOBODY = 0
 Rows = Sequence[Row[*tuple[Any, ...]]]
 # A service that is away is asked again after a minute, then two, at most every six hours: for about four days.
 MOST_ATTEMPTS = 24
@@ -25,6 +26,18 @@ _FIRST_WAIT = dt.timedelta(minutes=1)
 _MOST_WAIT = dt.timedelta(hours=6)
 _REASON_LENGTH = 500
 _LATER_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Item:
+    """One event; see `SyncOutbox`."""
+
+    kind: str
+    event_id: int
+    contact_id: int
+    occurred_at: dt.datetime
+    recorded_at: dt.datetime
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,20 @@ def add(connection: Connection, source: str, items: Sequence[Item], state: int =
         return 0
     rows = sorted((_row(source, item, state) for item in items), key=lambda row: row["event_id"])
     return connection.execute(insert_if_absent(SyncOutbox), rows).rowcount
+
+
+def fresh(connection: Connection, source: str, items: Sequence[Item]) -> list[Item]:
+    """Those that are not in it yet. Of what a feed reads again that is little, and to look costs less than to add."""
+    known: set[tuple[str, int]] = set()
+    for these in _these(SyncOutbox, source, [(item.kind, item.event_id) for item in items]):
+        known.update(connection.execute(sa.select(SyncOutbox.kind, SyncOutbox.event_id).where(these)).tuples())
+    return [item for item in items if (item.kind, item.event_id) not in known]
+
+
+def is_learned(source: str) -> sa.ColumnElement[bool]:
+    """True for a row of `Suppression` in the outer query that the source said itself."""
+    key = sa.and_(SyncOutbox.source == source, SyncOutbox.kind == "suppression", SyncOutbox.event_id == Suppression.id)
+    return sa.exists().where(key, SyncOutbox.contact_id == NOBODY)
 
 
 def external_ids(connection: Connection, source: str, contact_ids: Iterable[int]) -> dict[int, str]:
@@ -145,27 +172,8 @@ def standing(connection: Connection, source: str) -> Standing:
     return Standing(waiting, dead, oldest)
 
 
-def prune(connection: Connection, source: str, read_at: dt.datetime) -> None:
-    """Forget what was told and no feed comes back to, when all were read at `read_at`. What people refused is remembered for good."""
-    for kinds, kept in ((("open", "click"), OVERLAP), (("bounce",), BOUNCES_KEPT)):
-        past = sa.and_(SyncOutbox.kind.in_(kinds), SyncOutbox.recorded_at < read_at - kept)
+def prune(connection: Connection, source: str, kept: Mapping[str, dt.timedelta], read_at: dt.datetime) -> None:
+    """Forget what was told and no feed comes back to, when all were read at `read_at`: of each kind in `kept` what is so old. The others stay for good."""
+    for kind, age in kept.items():
+        past = sa.and_(SyncOutbox.kind == kind, SyncOutbox.recorded_at < read_at - age)
         connection.execute(sa.delete(SyncOutbox).where(SyncOutbox.source == source, SyncOutbox.state == TOLD, past))
-
-
-def learned(connection: Connection, source: str, address_hashes: Collection[bytes], now: dt.datetime) -> None:
-    """What the source itself has said just now (suppressions of these addresses, and subscriptions that ended by them) it need not be told."""
-    for some in slices(address_hashes):
-        suppressed = (
-            sa.select(Suppression.id, Contact.id, Suppression.created_at)
-            .join(Contact, Contact.address_hash == Suppression.address_hash)
-            .where(Suppression.address_hash.in_(some), Suppression.created_at == now)
-        )
-        items = [Item("suppression", number, contact_id, at, at, {}) for number, contact_id, at in connection.execute(suppressed).tuples()]
-        ended = (
-            sa.select(Subscription.contact_id, Subscription.list_id, Subscription.changed_at)
-            .join(Contact, Contact.id == Subscription.contact_id)
-            .where(Contact.address_hash.in_(some), sa.not_(Subscription.subscribed), Subscription.changed_at == now)
-        )
-        rows = connection.execute(ended).tuples().all()
-        items += [Item("unsubscribe", subscription_event(contact_id, list_id, at), contact_id, at, at, {}) for contact_id, list_id, at in rows]
-        add(connection, source, items, TOLD)

@@ -7,6 +7,7 @@ import datetime as dt
 from dataclasses import dataclass, field
 from typing import Any
 
+import pydantic
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
@@ -19,6 +20,7 @@ from mail_pipelines.sources.feeds import Position
 
 PREFIX = "source:"
 _FEED = "feed:"
+_POSITION = pydantic.TypeAdapter(Position)
 _ERROR_LENGTH = 1_000
 
 
@@ -107,14 +109,11 @@ def position(engine: Engine, source: str, told: Told) -> Position:
     query = sa.select(SyncState.value).where(SyncState.source == PREFIX + source, SyncState.key == _FEED + told)
     with reading(engine) as connection:
         value = connection.execute(query).scalar_one_or_none()
-    if value is None:
-        return Position()
-    return Position(dt.datetime.fromisoformat(value["read_at"]), value["last"], {int(campaign_id): count for campaign_id, count in value["bounced"].items()})
+    return Position() if value is None else _POSITION.validate_python(value)
 
 
 def move(engine: Engine, source: str, told: Told, position: Position) -> None:
     """The feed was read to `position`, and all of it is in the outbox."""
-    assert position.read_at is not None
-    value = {"read_at": position.read_at.isoformat(), "last": position.last, "bounced": position.bounced}
+    value = _POSITION.dump_python(position, mode="json")
     row = {"source": PREFIX + source, "key": _FEED + told, "value": value, "version": 0, "changed_at": position.read_at}
     transact(engine, lambda connection: upsert.put(connection, SyncState, [row]))

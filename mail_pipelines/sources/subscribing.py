@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -11,10 +12,10 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.contacts import attributes, changes, consent, merging
 from mail_pipelines.contacts.lists import MailingList
-from mail_pipelines.contacts.sets import slices
+from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database.models import Contact, Subscription, Suppression
 from mail_pipelines.database.types import Hash16, LongText
-from mail_pipelines.sources import links
+from mail_pipelines.sources import links, outbox
 from mail_pipelines.sources.records import Noes
 
 if TYPE_CHECKING:
@@ -42,12 +43,41 @@ def refused(connection: Connection, target: MailingList) -> set[bytes]:
 
     Returns their addresses.
     """
-    in_scope = sa.or_(*(sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id) for scope in _scopes(target)))
     query = links.select(links.STAGED.c.address_hash).join(Suppression, Suppression.address_hash == links.STAGED.c.address_hash)
-    found = set(connection.execute(query.where(links.STAGED.c.subscribes, in_scope, Suppression.reason.in_(_REFUSALS))).scalars())
+    found = set(connection.execute(query.where(links.STAGED.c.subscribes, _in_scope(target), Suppression.reason.in_(_REFUSALS))).scalars())
     for some in slices(found):
         connection.execute(sa.update(links.STAGED).where(links.STAGED.c.address_hash.in_(some)).values(subscribes=False))
     return found
+
+
+def note_refused(connection: Connection, source: str, target: MailingList, addresses: Collection[bytes], now: dt.datetime) -> None:
+    """Who is `refused` by their own word, and never was on the list, has left it: at the time of that word. So it is seen, and the source is told.
+
+    Not if the word came by the source itself.
+    """
+    for some in slices(addresses):
+        query = (
+            links.select(Contact.id.label("contact_id"), sa.func.min(Suppression.created_at).label("changed_at"))
+            .join(Contact, links.same_address())
+            .join(Suppression, Suppression.address_hash == links.STAGED.c.address_hash)
+            .outerjoin(Subscription, sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == target.id))
+            .where(links.STAGED.c.address_hash.in_(some), _in_scope(target), Suppression.reason.in_(consent.OWN_WORD), sa.not_(outbox.is_learned(source)))
+            .where(sa.or_(Subscription.contact_id.is_(None), sa.and_(sa.not_(Subscription.subscribed), Subscription.source == links.GONE_SOURCE)))
+            .group_by(Contact.id)
+        )
+        if not (left := connection.execute(query).all()):
+            continue
+        ended = {"list_id": target.id, "subscribed": False, "source": "unsubscribe"}
+        connection.execute(insert_if_absent(Subscription), [ended | dict(row._mapping) for row in left])
+        ids = [row.contact_id for row in left]
+        gone = sa.update(Subscription).where(Subscription.contact_id.in_(ids), Subscription.list_id == target.id, Subscription.source == links.GONE_SOURCE)
+        connection.execute(gone.where(sa.not_(Subscription.subscribed)).values(source="unsubscribe", changed_at=now))
+        changes.record(connection, ids, "upsert", now=now)
+
+
+def _in_scope(target: MailingList) -> sa.ColumnElement[bool]:
+    """Suppressions that count for the list."""
+    return sa.or_(*(sa.and_(Suppression.scope_kind == scope.kind, Suppression.scope_id == scope.id) for scope in _scopes(target)))
 
 
 def _scopes(target: MailingList) -> list[consent.Scope]:

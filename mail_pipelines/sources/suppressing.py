@@ -14,7 +14,7 @@ from mail_pipelines.contacts.consent import ALL, Scope
 from mail_pipelines.contacts.sets import slices
 from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import Brand, Contact
-from mail_pipelines.sources import outbox
+from mail_pipelines.sources import refusals
 from mail_pipelines.sources.declaration import EMAIL, REASON, Source, Suppressions
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.merging import Tally
@@ -64,7 +64,7 @@ def chunk(engine: Engine, source: Source, resource: Suppressions, scope: Scope, 
                     ids = connection.execute(sa.select(Contact.id).where(Contact.address_hash.in_(some))).scalars().all()
                     consent.unsubscribe(connection, ids, scope=scope.kind, scope_id=scope.id, now=now)
             if source.write_back:
-                outbox.learned(connection, source.name, hashes, now)
+                refusals.learned(connection, source.name, hashes, now)
         return added
 
     added = transact(engine, work)

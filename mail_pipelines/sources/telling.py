@@ -19,11 +19,11 @@ from sqlalchemy.engine import Connection, Engine, Row
 from mail_pipelines.contacts import lists
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.dispatch.files import only_one
-from mail_pipelines.sources import feeds, kinds, outbox, status
+from mail_pipelines.sources import feeds, kinds, outbox, refusals, status
 from mail_pipelines.sources.declaration import ENGAGEMENT, Source, Told, WriteBack
 from mail_pipelines.sources.errors import SourceError
-from mail_pipelines.sources.feeds import Item
 from mail_pipelines.sources.kinds import Refused, Unavailable, Verdict, Writer
+from mail_pipelines.sources.outbox import Item
 from mail_pipelines.sources.running import lock, work_folder
 
 # An event that failed so often within a batch is sent alone from then on: it may be what the batch fails by.
@@ -84,23 +84,24 @@ def _own_list(engine: Engine, source: Source) -> str | None:
 
 
 def _take(engine: Engine, source: str, wanted: WriteBack, told: Told, own: str | None, counts: Counter[str]) -> None:
-    position = status.position(engine, source, told)
-    since = dt.datetime.combine(wanted.since or dt.date(1970, 1, 1), dt.time(), dt.UTC)
+    before = status.position(engine, source, told)
     with reading(engine) as connection:
-        after = feeds.here(connection)
+        after = feeds.here(connection, before)
+    begin = feeds.Position() if told in refusals.KINDS and after.is_whole else before
     with reading(engine) as connection:
-        for items in feeds.FEEDS[told](connection, position, since):
-            _add(engine, source, wanted, [item for item in items if own is None or item.facts.get("list") in (None, own)], counts)
+        for items in feeds.FEEDS[told](connection, begin, wanted.begin):
+            _add(engine, source, wanted, refusals.of_list(items, own), counts)
     status.move(engine, source, told, after)
 
 
 def _add(engine: Engine, source: str, wanted: WriteBack, items: list[Item], counts: Counter[str]) -> None:
-    known = items
-    if wanted.unknown == "skip":
-        # Before the transaction: most events are of people whom the source does not know, and nobody has to wait for that to be found out.
-        with reading(engine) as connection:
+    # Before the transaction: most events are in the outbox, or of people whom the source does not know, and nobody has to wait for that to be found out.
+    with reading(engine) as connection:
+        items = outbox.fresh(connection, source, items)
+        known = items
+        if wanted.unknown == "skip":
             ids = outbox.external_ids(connection, source, (item.contact_id for item in items))
-        known = [item for item in items if item.contact_id in ids]
+            known = [item for item in items if item.contact_id in ids]
     added = transact(engine, lambda connection: outbox.add(connection, source, known)) if known else 0
     counts.update(taken_up=added, unknown=len(items) - len(known))
 
@@ -108,7 +109,7 @@ def _add(engine: Engine, source: str, wanted: WriteBack, items: list[Item], coun
 def _forget(engine: Engine, source: str, wanted: WriteBack) -> None:
     """Once every feed was read again, what was told before its last reading comes no more."""
     times = [status.position(engine, source, told).read_at for told in wanted.what]
-    transact(engine, lambda connection: outbox.prune(connection, source, min(at for at in times if at is not None)))
+    transact(engine, lambda connection: outbox.prune(connection, source, feeds.KEPT, min(at for at in times if at is not None)))
 
 
 # --- from the outbox to the service -----------------------------------------------------------------------------

@@ -48,7 +48,11 @@ def test_from_the_declaration_to_the_status(home: Path, declare: Declare, tmp_pa
     listed = says("list")
     assert "crm" in listed
     assert "kind: 'ftp' is not known" in listed or "contacts or suppressions" in listed
-    assert says("check", "crm") == "crm contacts: the first page has 21 rows"
+    assert says("check", "crm") == "crm contacts: the first page has 21 rows, 20 with a usable address"
+    # One that cannot be read keeps the other from nothing.
+    assert "broken.yaml: contacts or suppressions" in says("status")
+    rows = [json.loads(line) for line in says("status", "--json").replace("} {", "}\n{").splitlines()]
+    assert [(row["source"], row["section"]) for row in rows] == [("crm", "contacts"), ("broken", None)]
     assert "21 read, 20 inserted" in says("run", "crm")
     assert "did you mean 'crm'" in fails(DeclarationError, "run", "crn")
     (home / "sources" / "broken.yaml").unlink()
@@ -59,6 +63,15 @@ def test_from_the_declaration_to_the_status(home: Path, declare: Declare, tmp_pa
     assert "19 of 20" in standing["error"]
     assert "19 subscriptions ended" in says("run", "crm", "--accept-deletions")
     assert "19 of 20" not in says("status", "crm")
+
+
+def test_a_mapping_that_fits_nothing_is_seen_by_a_check(declare: Declare, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "person": {"name": "Ann", "mails": [{"at": "ann@example.test"}]}}) + "\n")
+    mapping = {"id": "external_id", "person.mails.0.at": "email", "person.nmae": "first_name"}
+    declare(kind="files", connection={"url": str(tmp_path)}, contacts={"read": {"glob": "*.jsonl"}, "map": mapping})
+    assert says("check", "crm") == (
+        "crm contacts: the first page has 1 rows, 1 with a usable address nothing stands in person.nmae; the columns there: id, person.mails, person.name"
+    )
 
 
 def test_what_was_refused_is_listed_and_sent_again(engine: sa.Engine, database_there: tuple[Source, sa.Engine]) -> None:

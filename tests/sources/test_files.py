@@ -99,6 +99,15 @@ def test_a_file_becomes_typed_contacts_and_once_more_changes_nothing(engine: sa.
     assert again.standing.error is None
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_is_nested_is_reached_by_dots_and_numbers(engine: sa.Engine, folder: Path, source: Any, sync: Sync, kind: str) -> None:
+    person = {"name": {"first": "Ann"}, "mails": [{"at": "ann@example.test"}, {"at": "other@example.test"}]}
+    write(folder, [{"id": 1, **person}, {"id": 2, "name": None, "mails": []}], kind)
+    report = sync(source(map={"id": "external_id", "mails.0.at": "email", "name.first": "first_name"}))
+    assert contacts(engine) == {"ann@example.test": {"first_name": "Ann"}}
+    assert report.standing.rejected == {"address: there is none": 1}
+
+
 def test_nobody_who_left_is_subscribed_again(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:
     write(folder, ROWS)
     sync(source())

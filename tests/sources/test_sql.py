@@ -122,3 +122,6 @@ def test_a_database_that_is_away_is_named_without_its_password(engine: sa.Engine
     with pytest.raises(SourceError, match="error 2003") as caught:
         sync(source)
     assert "hush" not in str(caught.value)
+    monkeypatch.setenv("SHOP_URL", "mysql+nodriver://shop:hush-hush@127.0.0.1:1/shop")
+    with pytest.raises(SourceError, match="nodriver; expected DIALECT"):
+        sync(source)

@@ -46,9 +46,9 @@ def open_engine(connection: Connection, secret: Callable[[str], str]) -> Engine:
             address = address.set(password=secret(connection.password_env))
         return sa.create_engine(address, hide_parameters=True)
     except (sa.exc.ArgumentError, ImportError) as error:
-        raise SourceError(
-            f"the database's URL cannot be used: {type(error).__name__}; expected DIALECT+DRIVER://USER@HOST/NAME of an installed driver"
-        ) from None
+        # What is no dialect and no module has no secret in it.
+        what = str(error) if isinstance(error, (sa.exc.NoSuchModuleError, ImportError)) else type(error).__name__
+        raise SourceError(f"the database's URL cannot be used: {what}; expected DIALECT+DRIVER://USER@HOST/NAME of an installed driver") from None
 
 
 def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
