@@ -18,7 +18,7 @@ def capacity_plan(context: dg.AssetExecutionContext, database: CentralDatabase) 
     # The solver is loaded by this asset alone: every send run imports this module.
     from mail_pipelines.capacity import planning
 
-    made = planning.make(database.engine, database.settings, source=provisioning.next_source(database.engine, database.settings))
+    made = planning.make(database.engine, database.settings, sources=provisioning.host_sources(database.engine, database.settings))
     if made.changed is None:
         context.log.warning("another plan came into force while this one was made; it is not used")
     for failure in made.document["failures"]:

@@ -19,7 +19,7 @@ from mail_pipelines.capacity.demand import COMING, expected_sizes
 from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet, Limits
 from mail_pipelines.capacity.horizon import DAY
-from mail_pipelines.capacity.new_servers import new_server
+from mail_pipelines.capacity.new_servers import HostSources
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign, CampaignCounter, Provision, Server, State
 from mail_pipelines.dispatch import pools
 from mail_pipelines.dispatch.registry import ServerState
@@ -100,13 +100,14 @@ def open_parts(window: SendWindow, today: dt.date) -> Daily:
     return seconds / DAY
 
 
-def in_flight(connection: Connection) -> list[InFlight]:
-    """Servers that are being made, by pool and the day on which they are to send first."""
+def in_flight(connection: Connection, sources: HostSources, today: dt.date) -> list[InFlight]:
+    """Servers that are being made: each is worth what the source says that it was ordered from."""
     default = pools.keys(connection)[DEFAULT_POOL]
     # One that serves already is of the fleet, also in the moment before its row says so.
     serves = sa.exists().where(Server.id == Provision.server_id, Server.state != ServerState.PROVISIONING.value)
-    query = sa.select(Provision.pool, Provision.requested_at).where(Provision.state.in_(MAKING), ~serves).order_by(Provision.id)
-    return [InFlight(row.pool or default, 1, new_server().first_day(row.requested_at.date())) for row in connection.execute(query)]
+    query = sa.select(Provision.pool, Provision.source, Provision.requested_at).where(Provision.state.in_(MAKING), ~serves).order_by(Provision.id)
+    making = connection.execute(query)
+    return [InFlight.being_made(row.pool or default, sources.of(row.source), row.requested_at.date(), today) for row in making]
 
 
 def lead_seconds(connection: Connection) -> float:

@@ -80,9 +80,10 @@ def what_if(
 
     deadline = None if finish_by is None else parse_time(finish_by, "--finish-by")
     engine = open_engine()
+    sources = provisioning.host_sources(engine, settings())
     with reading(engine) as connection:
-        situation = planning.read(connection, settings())
-    answers = questions.ask(situation, servers, deadline, campaign, provisioning.next_source(engine, settings()))
+        situation = planning.read(connection, settings(), sources=sources)
+    answers = questions.ask(situation, servers, deadline, campaign)
     if as_json:
         typer.echo(json.dumps([asdict(answer) for answer in answers]))
         return
