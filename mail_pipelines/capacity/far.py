@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from mail_pipelines.capacity.new_servers import NewServer
 
-DAYS = 56
 Daily = NDArray[np.float64]
 
 

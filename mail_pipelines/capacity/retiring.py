@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook, shortages
+from mail_pipelines.capacity.far import Daily, InFlight, Outlook, shortages
 from mail_pipelines.capacity.far import Policy as FarPolicy
+from mail_pipelines.capacity.horizon import DAYS
 from mail_pipelines.capacity.new_servers import NewServer
 from mail_pipelines.capacity.verdicts import Verdict
 

@@ -73,7 +73,7 @@ def what_if(
     from dataclasses import asdict
 
     from mail_pipelines.campaigns.yaml_form import parse_time
-    from mail_pipelines.capacity import planning
+    from mail_pipelines.capacity import planning, sizes
     from mail_pipelines.capacity import what_if as questions
     from mail_pipelines.database.engine import reading
     from mail_pipelines.resources import provisioning
@@ -81,6 +81,7 @@ def what_if(
     deadline = None if finish_by is None else parse_time(finish_by, "--finish-by")
     engine = open_engine()
     sources = provisioning.host_sources(engine, settings())
+    sizes.count(engine, settings())
     with reading(engine) as connection:
         situation = planning.read(connection, settings(), sources=sources)
     answers = questions.ask(situation, servers, deadline, campaign)

@@ -45,8 +45,8 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
     """The sensor, with what makes servers and knows how many are wanted."""
 
     def capacity_shortage(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
-        """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), end proposals that have no use any more, give back servers that
-        it does not need, and go on with those that wait for something.
+        """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), end proposals and give back servers that have no use, and go
+        on with those that wait for something.
 
         The log of a server that leaves is read to its end at once, by an audit of its own.
         """

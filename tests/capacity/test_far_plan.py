@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity import outlook, planning
-from mail_pipelines.capacity.far import DAYS, FarOrder, InFlight, Outlook, Policy, far_plan, shortages
+from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook, Policy, far_plan, shortages
 from mail_pipelines.capacity.fleet import Fleet, Limits, Member
+from mail_pipelines.capacity.horizon import DAYS
 from mail_pipelines.capacity.new_servers import HostSources, NewServer, NextSource, new_server, of_curve
 from mail_pipelines.capacity.outlook import Mailing
 from mail_pipelines.database.engine import reading, transact

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mail_pipelines.capacity.far import DAYS, InFlight, Outlook
+from mail_pipelines.capacity.far import InFlight, Outlook
+from mail_pipelines.capacity.horizon import DAYS
 from mail_pipelines.capacity.new_servers import NewServer, of_curve
 from mail_pipelines.capacity.retiring import Candidate, Offer, Policy, choose, judge
 from mail_pipelines.capacity.verdicts import Verdict, from_document, to_document
