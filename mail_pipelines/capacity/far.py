@@ -23,7 +23,7 @@ Daily = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator allows and wants.
+    """When servers are ordered, and how many at a time. What the operator allows is looked at when it comes to making them (`provisioning.budget`).
 
     Messages may wait for `patience_days` after their day; less than `tolerance` of a day's messages is no shortage. An order is given when it has been
     proposed for `confirm_days`. All orders and servers in flight together are at most `most_servers`. One order serves the shortages of `wave_days`.

@@ -81,7 +81,7 @@ def what_if(
     deadline = None if finish_by is None else parse_time(finish_by, "--finish-by")
     engine = open_engine()
     sources = provisioning.host_sources(engine, settings())
-    sizes.count(engine, settings())
+    unknown = sizes.count(engine, settings())
     with reading(engine) as connection:
         situation = planning.read(connection, settings(), sources=sources)
     answers = questions.ask(situation, servers, deadline, campaign)
@@ -90,5 +90,7 @@ def what_if(
         return
     if not answers:
         console.print("nothing is sent or scheduled within 48 hours")
+    for problem in unknown:
+        console.print(f"the size of a scheduled campaign is not known: {problem}", style="yellow", markup=False)
     for answer in answers:
         console.print(escape(f"{answer.campaign}: {questions.sentence(answer)}"))
