@@ -6,7 +6,7 @@ What belongs here: what of the plan in force is worth an alert of its own. What 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -26,25 +26,28 @@ IN_DANGER_FOR = dt.timedelta(minutes=6)
 _FRESH = dt.timedelta(hours=1)
 # Beside the cool-down, after which a proposal or an order follows by itself.
 _UNANSWERED_FOR = dt.timedelta(minutes=10)
+# Why nobody asks for servers that are wanted, by `provisioning.mode`; with the other one there is a proposal.
+_NOBODY = {"off": "provisioning.mode is off", "auto": "provisioning.budget and provisioning.most allow no more"}
 
 
 def causes(connection: Connection, settings: ProvisioningSettings, now: dt.datetime) -> Iterator[Cause]:
     """By the plan in force."""
-    default = pools.keys(connection)[DEFAULT_POOL]
+    names = pools.keys(connection)
+    default = names[DEFAULT_POOL]
     proposed = {one.pool or default for one in proposals.undecided(connection)}
     kept = in_force.read(connection)
     if kept is not None and now - kept.made_at < _FRESH:
         making = {one.pool or default for one in store.making(connection)}
-        yield from _deadlines(connection, kept, making | proposed, now)
-    yield from _unanswered(connection, settings, proposed, default)
+        yield from _deadlines(connection, kept, names, making | proposed, now)
+    if settings.mode in _NOBODY:
+        yield from _unanswered(connection, settings, proposed, default)
 
 
-def _deadlines(connection: Connection, kept: Kept, answered: Collection[str], now: dt.datetime) -> Iterator[Cause]:
+def _deadlines(connection: Connection, kept: Kept, names: Mapping[int, str], answered: Collection[str], now: dt.datetime) -> Iterator[Cause]:
     """Campaigns that will be late by the plan, but for those of pools for which servers are proposed, or being made, that are in time for them."""
     late = {found["campaign"]: found for found in kept.document["campaigns"] if found["late"]}
     warm = {order["campaign"]: order["servers"] for order in kept.document["orders"]}
     offered = {order["campaign"]: order["servers"] for order in kept.document.get("offer", {}).get("orders", ())}
-    names = pools.keys(connection)
     # Of one that is late already another alert tells.
     living = sa.select(Campaign.key, Campaign.pool_id).where(Campaign.key.in_(late), Campaign.state.in_(demand.PLANNED), Campaign.finish_by > now)
     for key, pool_id in connection.execute(living.order_by(Campaign.id)).tuples():
@@ -70,11 +73,10 @@ def _unanswered(connection: Connection, settings: ProvisioningSettings, proposed
         servers, pool = proposals.lacking(lack, known), lack.pool or default
         if servers <= 0 or pool in proposed:
             continue
-        off = settings.mode == "off"
-        why_none = "provisioning.mode is off" if off else "provisioning.budget and provisioning.most allow no more"
         effect = f" ({lack.effect})" if lack.effect else ""
-        text = f"{servers} more servers of pool {pool} are wanted, but {why_none}: {lack.why}{effect}"
-        yield Cause("servers-wanted", pool, text, _provision(servers, lack.pool) if off else "mail-pipelines server provisions", after)
+        text = f"{servers} more servers of pool {pool} are wanted, but {_NOBODY[settings.mode]}: {lack.why}{effect}"
+        command = _provision(servers, lack.pool) if settings.mode == "off" else "mail-pipelines server provisions"
+        yield Cause("servers-wanted", pool, text, command, after)
 
 
 def _provision(servers: int, pool: str | None) -> str:

@@ -139,7 +139,8 @@ def plan(world: World, sources: HostSources = NO_SOURCES) -> None:
 
 
 def far_order(world: World) -> None:
-    """A plan of an hour ago that orders three servers."""
+    """A plan of an hour ago that orders three servers, which may be ordered without a person, and cannot."""
+    mode(world, "auto")
     at = now_of(world) - HOUR
     order = far.FarOrder("default", 3, at.date(), at.date(), at.date(), due=True, short=9_000, left=0, why="google: 60,000 messages come up")
     document = {"campaigns": [], "orders": [], "far": [far.to_document(order)]}
@@ -298,7 +299,6 @@ def test_a_deadline_in_danger_is_told_with_what_to_type_unless_a_proposal_or_an_
 
 def test_servers_of_the_next_weeks_are_told_of_as_long_as_they_are_neither_proposed_nor_ordered(world: World) -> None:
     far_order(world)
-    mode(world, "auto")
     (cause,) = found(world).values()
     assert (cause.command, cause.after) == ("mail-pipelines server provisions", dt.timedelta(minutes=70))
     made(world, "provisioning")
