@@ -42,6 +42,10 @@ def show(as_json: Json = False) -> None:
     console.print(table)
     for order in plan["orders"]:
         console.print(f"{order['campaign']}: {order['servers']} more warm servers would save its deadline ({escape(order['why'])})")
+    saved = {order["campaign"] for order in plan["orders"]}
+    for found in plan["campaigns"]:
+        if found["late"] and found["campaign"] not in saved:
+            console.print(escape(f"{found['campaign']}: no number of servers would save its deadline ({found['bottleneck']})"))
     for order in plan["far"]:
         when = "now" if order["due"] else f"by {order['order_by']}"
         effect = f"{order['short']:,} messages would be too late, with them {order['left']:,}"

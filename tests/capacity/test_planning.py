@@ -585,6 +585,9 @@ def test_the_plan_as_an_operator_sees_it(world: World) -> None:
     assert answer["finish_with"] < answer["finish_at"]
     soon = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=6)).isoformat()
     assert " it needs 2 more warm servers; " in says("plan", "what-if", "--finish-by", soon, "--campaign", "big")
+    add_campaign(world, "hopeless", 10_000, finish_by=dt.datetime.now(dt.UTC) + dt.timedelta(minutes=1))
+    planning.make(world.engine, world.settings)
+    assert "hopeless: no number of servers would save its deadline (google: " in says("plan", "show")
 
 
 def test_the_asset_puts_a_plan_into_force_and_shows_it(world: World) -> None:
