@@ -84,7 +84,7 @@ class InFlight:
 class FarOrder:
     """Servers to order for a pool. `order_by` is the last day that is soon enough (today, if it is too late already), `since` when this was first proposed.
 
-    `due`: to be ordered now. `short` messages would be too late without it, `left` with it.
+    `due`: to be ordered now. `short` is by how many days messages would be too late without it, added up over all of them; `left` with it (`effect`).
     """
 
     pool: str
@@ -212,6 +212,11 @@ def _confirmed(order: FarOrder, previous: Sequence[FarOrder], today: dt.date, po
     servers = next((one.servers for one in previous if one.servers == order.servers + 1), order.servers)
     stood = (today - since).days >= policy.confirm_days
     return replace(order, since=since, servers=servers, due=stood and order.order_by <= today)
+
+
+def effect(short: int, left: int) -> str:
+    """What orders do, in words: message-days, since most do not make messages be in time that would not, but less late."""
+    return f"messages would be too late by {short:,} days, added up over all of them; with these servers by {left:,}"
 
 
 _DATES = ("order_by", "first_day", "since")

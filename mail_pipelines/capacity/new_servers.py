@@ -78,7 +78,7 @@ class HostSources:
 
     def of(self, name: str | None) -> NewServer:
         """What a server is worth whose host comes from this source; as long as it has none (None), or that is not listed any more, from the next one."""
-        return of_curve(self.curves[name]) if name in self.curves else self.new_server
+        return self.new_server if name is None or name not in self.curves else of_curve(self.curves[name])
 
 
 NO_SOURCES = HostSources()

@@ -60,7 +60,7 @@ def judge(outlook: Outlook, one: Candidate, flights: Sequence[InFlight], offer: 
         return Verdict(one.server, one.pool, True, why)
 
     if one.kept_until is not None and now < one.kept_until:
-        return keep(f"kept until {one.kept_until:%Y-%m-%d %H:%M} UTC (provisioning.minimum_hours)")
+        return keep(f"until {one.kept_until:%Y-%m-%d %H:%M} UTC (provisioning.minimum_hours)")
     if not one.cost_per_hour:
         return keep("it costs nothing")
     if flights:

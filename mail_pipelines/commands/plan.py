@@ -20,7 +20,7 @@ def show(as_json: Json = False) -> None:
 
     from rich.table import Table
 
-    from mail_pipelines.capacity import in_force
+    from mail_pipelines.capacity import far, in_force
     from mail_pipelines.capacity.reports import minute
     from mail_pipelines.database.engine import reading
 
@@ -48,8 +48,8 @@ def show(as_json: Json = False) -> None:
             console.print(escape(f"{found['campaign']}: no number of servers would save its deadline ({found['bottleneck']})"))
     for order in plan["far"]:
         when = "now" if order["due"] else f"by {order['order_by']}"
-        effect = f"{order['short']:,} messages would be too late, with them {order['left']:,}"
-        console.print(escape(f"pool {order['pool']}: order {order['servers']} servers {when}, to send from {order['first_day']} on: {effect} ({order['why']})"))
+        what = f"pool {order['pool']}: order {order['servers']} servers {when}, to send from {order['first_day']} on"
+        console.print(escape(f"{what}: {far.effect(order['short'], order['left'])} ({order['why']})"))
     for one in plan.get("idle", ()):
         then = "is kept" if one["keep"] else "is to be given back" if one["due"] else f"could be given back, since {one['since']}"
         console.print(escape(f"server {one['server']} {then}: {one['why']}"))

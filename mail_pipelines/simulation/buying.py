@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from mail_pipelines.capacity import health_rules, idle, outlook, shortage, verdicts
+from mail_pipelines.capacity import far, health_rules, idle, outlook, shortage, verdicts
 from mail_pipelines.capacity.far import FarOrder, InFlight, far_plan
 from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.health_rules import Record
@@ -74,7 +74,7 @@ class Buying:
         self._orders = far_plan(outlooks, moment.date(), sources.new_server, flights, self._orders)
         for order in self._orders:
             if order.due:
-                effect = f"{order.short:,} messages would be too late, with them {order.left:,}; to send from {order.first_day} on"
+                effect = f"{far.effect(order.short, order.left)}; to send from {order.first_day} on"
                 self._order(Wanted(order.servers, order.why, effect, order.pool, as_of=moment), moment)
         candidates = [
             Candidate(one.key, one.server_id, POOL, one.cost_per_hour or 0.0, (), budget.may_be_given_back_at(one, self.settings))

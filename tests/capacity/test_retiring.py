@@ -74,7 +74,7 @@ def test_what_it_lacks_decides_how_far_another_has_to_be_warm() -> None:
 @pytest.mark.parametrize(
     ("one", "flights", "why"),
     [
-        (server(kept_until=NOW + dt.timedelta(hours=1)), [], "kept until 2026-03-02 10:00 UTC (provisioning.minimum_hours)"),
+        (server(kept_until=NOW + dt.timedelta(hours=1)), [], "until 2026-03-02 10:00 UTC (provisioning.minimum_hours)"),
         (server(cost=0.0), [], "it costs nothing"),
         (server(), [InFlight("default", 2, TODAY, of_curve("careful"))], "2 more are being made for its pool"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -15,7 +14,6 @@ from mail_pipelines.database import models
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import State, SyncState
 from tests.campaigns.parts import NOW, add_contacts, fill_ledger, make_campaign, make_people, refresh_snapshots, save_segment
-from tests.dispatch.world import make_world
 
 DAY = dt.timedelta(days=1)
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -86,10 +84,7 @@ def test_what_cannot_be_counted_is_told_and_the_others_are(engine: sa.Engine, se
     assert expected(engine, lost.id, good.id) == {good.id: 100}
 
 
-def test_plans_of_two_days_and_of_weeks_know_a_campaign_that_is_the_first_of_its_kind(engine: sa.Engine, settings: Settings, tmp_path: Path) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=10)
-    world.server("s1", per_second=0.01)
-    world.set_server("s1", heartbeat_at=NOW)
+def test_plans_of_two_days_and_of_weeks_know_a_campaign_that_is_the_first_of_its_kind(engine: sa.Engine, settings: Settings) -> None:
     make_campaign(engine, "tomorrow", state="scheduled", start_at=NOW + DAY)
     make_campaign(engine, "next month", state="scheduled", start_at=NOW + 30 * DAY)
     sizes.count(engine, settings, NOW)
