@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from mail_pipelines.alerts import external
+from mail_pipelines.alerts import external, shortages
 from mail_pipelines.alerts.cause import Cause
 from mail_pipelines.campaigns import lifecycle, overdue
 from mail_pipelines.campaigns.campaign import Campaign
@@ -100,11 +100,10 @@ def _waiting_dns(look: Look) -> Iterator[Cause]:
 
 
 def _proposed(look: Look) -> Iterator[Cause]:
-    for one in proposals.all_proposals(look.connection):
-        if one.state == proposals.OPEN:
-            what = f"{one.servers} more server{'s' if one.servers > 1 else ''}{f' of pool {one.pool}' if one.pool else ''} for {one.cost_per_month:.2f} a month"
-            effect = f" ({one.effect})" if one.effect else ""
-            yield Cause("proposal", str(one.id), f"proposal {one.id}: {what}: {one.why}{effect}", f"mail-pipelines server provision --proposal {one.id}")
+    for one in proposals.undecided(look.connection):
+        what = f"{one.servers} more server{'s' if one.servers > 1 else ''}{f' of pool {one.pool}' if one.pool else ''} for {one.cost_per_month:.2f} a month"
+        effect = f" ({one.effect})" if one.effect else ""
+        yield Cause("proposal", str(one.id), f"proposal {one.id}: {what}: {one.why}{effect}", f"mail-pipelines server provision --proposal {one.id}")
 
 
 def _idle(look: Look) -> Iterator[Cause]:
@@ -230,6 +229,10 @@ def _unknown(look: Look) -> Iterator[Cause]:
             yield Cause("unknown", campaign.key, text, f"mail-pipelines unknown list --campaign {campaign.key}", UNKNOWN_FOR)
 
 
+def _shortages(look: Look) -> Iterator[Cause]:
+    yield from shortages.causes(look.connection, look.settings.provisioning, look.now)
+
+
 def _external(look: Look) -> Iterator[Cause]:
     yield from external.causes(look.connection, look.settings.home, look.now)
 
@@ -259,6 +262,7 @@ CAUSES: tuple[Callable[[Look], Iterator[Cause]], ...] = (
     _reputation,
     _holds,
     _late,
+    _shortages,
     _unknown,
     _external,
 )

@@ -16,9 +16,11 @@ from mail_pipelines.resources.database import CentralDatabase
 def capacity_plan(context: dg.AssetExecutionContext, database: CentralDatabase) -> dg.MaterializeResult:
     """Who sends how much from which server in the next 48 hours: grants, when each campaign will be out, what holds it up, and which servers to order."""
     # The solver is loaded by this asset alone: every send run imports this module.
-    from mail_pipelines.capacity import planning
+    from mail_pipelines.capacity import planning, sizes
 
-    made = planning.make(database.engine, database.settings, source=provisioning.next_source(database.engine, database.settings))
+    for problem in sizes.count(database.engine, database.settings):
+        context.log.warning("the size of a scheduled campaign is not known: %s", problem)
+    made = planning.make(database.engine, database.settings, sources=provisioning.host_sources(database.engine, database.settings))
     if made.changed is None:
         context.log.warning("another plan came into force while this one was made; it is not used")
     for failure in made.document["failures"]:

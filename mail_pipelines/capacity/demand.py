@@ -17,14 +17,14 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.campaigns.campaign import EXPIRES_AFTER
 from mail_pipelines.campaigns.send_window import SendWindow
-from mail_pipelines.capacity import domain_breakers
+from mail_pipelines.capacity import domain_breakers, sizes
 from mail_pipelines.capacity.horizon import HOURS
+from mail_pipelines.capacity.sizes import COMING
 from mail_pipelines.database.models import Campaign, CampaignCounter, State
 from mail_pipelines.dispatch import holds, windows
 from mail_pipelines.dispatch.windows import Span, Windows
 
-# The states of campaigns that are still to begin, and of those that are planned for.
-COMING = ("scheduled", "building")
+# The states of campaigns that are planned for.
 PLANNED = ("sending", *COMING)
 
 
@@ -32,7 +32,7 @@ PLANNED = ("sending", *COMING)
 class Job:
     """A campaign as planning sees it. Times are epoch seconds; `priority` is 0 (low) to 3 (urgent).
 
-    `expected` campaigns have no audience yet: their size is that of the last one to the same segments. None: nobody knows.
+    `expected` campaigns have no audience yet: their size is a guess (`sizes`); not `sized` are those of which there is none.
     """
 
     id: int
@@ -96,10 +96,10 @@ def read(connection: Connection, now: dt.datetime, horizon_seconds: int, retry_s
             demands.append(Demand(job, provider, deferred, second + retry_seconds))
     soon = now + dt.timedelta(seconds=horizon_seconds)
     scheduled = _jobs(connection, Campaign.state.in_(COMING), Campaign.start_at <= soon)
-    sizes, expected = expected_sizes(connection, list(scheduled)), _expected_spans(connection, scheduled, second + horizon_seconds)
+    known, expected = sizes.expected(connection, list(scheduled)), _expected_spans(connection, scheduled, second + horizon_seconds)
     jobs = [job for job in sending.values() if any(demand.job.id == job.id for demand in demands)]
     for job in scheduled.values():
-        size = sizes.get(job.id)
+        size = known.get(job.id)
         coming = Job(job.id, job.key, job.priority, job.pool_id, job.overflow_pool_id, job.start_at, job.finish_by, expected=True, sized=size is not None)
         jobs.append(coming)
         demands += [Demand(coming, provider, rows, job.start_at, expected.get(job.id)) for provider, rows in sorted((size or {}).items())]
@@ -197,30 +197,3 @@ def _waiting(connection: Connection, campaign_ids: list[int]) -> Mapping[tuple[i
     for campaign_id, provider, state, count in connection.execute(query.group_by(*by)) if campaign_ids else ():
         found[campaign_id, provider][State(state)] = int(count)
     return found
-
-
-def expected_sizes(connection: Connection, campaign_ids: list[int]) -> dict[int, dict[str, int]]:
-    """By campaign the messages for each provider that the last campaign to the same segments had; missing where there was none."""
-    if not campaign_ids:
-        return {}
-    wanted = {row.id: row.segments for row in connection.execute(sa.select(Campaign.id, Campaign.segments).where(Campaign.id.in_(campaign_ids)))}
-    frozen = connection.execute(
-        sa.select(Campaign.id, Campaign.segments)
-        .where(Campaign.audience_counts.is_not(None), Campaign.id.not_in(campaign_ids))
-        .order_by(Campaign.id.desc())
-        .limit(_LOOKED_AT)
-    ).all()
-    models = {campaign_id: next((row.id for row in frozen if row.segments == segments), None) for campaign_id, segments in wanted.items()}
-    mixes: defaultdict[int, dict[str, int]] = defaultdict(dict)
-    known = [model for model in models.values() if model is not None]
-    by = (CampaignCounter.campaign_id, CampaignCounter.provider)
-    sent = CampaignCounter.state != int(State.SUPPRESSED)
-    query = sa.select(*by, sa.func.sum(CampaignCounter.count)).where(CampaignCounter.campaign_id.in_(known), sent).group_by(*by)
-    for campaign_id, provider, count in connection.execute(query) if known else ():
-        if count > 0:
-            mixes[campaign_id][provider] = int(count)
-    return {campaign_id: mixes[model] for campaign_id, model in models.items() if model is not None and mixes.get(model)}
-
-
-# Campaigns back in time among which one to the same segments is looked for.
-_LOOKED_AT = 200

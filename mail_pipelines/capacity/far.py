@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from mail_pipelines.capacity.new_servers import NewServer
 
-DAYS = 56
 Daily = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator allows and wants.
+    """When servers are ordered, and how many at a time. What the operator allows is looked at when it comes to making them (`provisioning.budget`).
 
     Messages may wait for `patience_days` after their day; less than `tolerance` of a day's messages is no shortage. An order is given when it has been
     proposed for `confirm_days`. All orders and servers in flight together are at most `most_servers`. One order serves the shortages of `wave_days`.
@@ -68,18 +67,24 @@ class Outlook:
 
 @dataclass(frozen=True)
 class InFlight:
-    """Servers of a pool that are ordered and not there yet; `first_day` is the day on which they are to send first."""
+    """Servers of a pool that are ordered and not there yet: what each is worth, and the day on which they are to send first."""
 
     pool: str
     servers: int
     first_day: dt.date
+    new_server: NewServer
+
+    @classmethod
+    def being_made(cls, pool: str, new_server: NewServer, asked_for: dt.date, today: dt.date) -> InFlight:
+        """One that was asked for on that day: what takes longer than it should has not begun to send meanwhile."""
+        return cls(pool, 1, max(new_server.first_day(asked_for), today + dt.timedelta(days=1)), new_server)
 
 
 @dataclass(frozen=True)
 class FarOrder:
     """Servers to order for a pool. `order_by` is the last day that is soon enough (today, if it is too late already), `since` when this was first proposed.
 
-    `due`: to be ordered now. `short` messages would be too late without it, `left` with it.
+    `due`: to be ordered now. `short` is by how many days messages would be too late without it, added up over all of them; `left` with it (`effect`).
     """
 
     pool: str
@@ -119,7 +124,7 @@ def _orders(outlook: Outlook, today: dt.date, new_server: NewServer, flights: Se
     days = len(next(iter(outlook.demand.values()), np.empty(0)))
     begin = 0
     while budget > 0:
-        late = shortages(outlook, supply, today, new_server, policy)
+        late = shortages(outlook, supply, today, policy)
         total = sum(late.values(), np.zeros(days))
         short_days = np.flatnonzero(total[begin:]) + begin
         if not len(short_days):
@@ -129,13 +134,13 @@ def _orders(outlook: Outlook, today: dt.date, new_server: NewServer, flights: Se
 
         def left(count: int, day: int, supply: Sequence[InFlight] = supply, end: int = end, begin: int = begin) -> float:
             """Messages of this wave that are late if so many servers are ordered on that day."""
-            more = [*supply, InFlight(outlook.pool, count, new_server.first_day(today + dt.timedelta(days=day)))]
-            return float(sum(found[begin:end].sum() for found in shortages(outlook, more, today, new_server, policy).values()))
+            more = [*supply, InFlight(outlook.pool, count, new_server.first_day(today + dt.timedelta(days=day)), new_server)]
+            return float(sum(found[begin:end].sum() for found in shortages(outlook, more, today, policy).values()))
 
         count, day, rest = _choose(left, first, budget, float(total[begin:end].sum()))
         if count:
             provider = max(late, key=lambda name: float(late[name][begin:end].sum()))
-            tight = max(outlook.views, key=lambda view: float(_late(view, supply, today, new_server, policy).get(provider, total * 0)[begin:end].sum()))
+            tight = max(outlook.views, key=lambda view: float(_late(view, supply, today, policy).get(provider, total * 0)[begin:end].sum()))
             demand = tight.demand[provider]
             peak = max(range(max(0, first - policy.wave_days), first + 1), key=lambda number: float(demand[number]))
             date, order_by = today + dt.timedelta(days=peak), today + dt.timedelta(days=day)
@@ -144,7 +149,7 @@ def _orders(outlook: Outlook, today: dt.date, new_server: NewServer, flights: Se
             why = f"{provider}: {demand[peak]:,.0f} messages come up on {date:%Y-%m-%d}, of which the pool sends {sends:,.0f} a day{where}"
             short = round(float(total[begin:end].sum()))
             orders.append(FarOrder(outlook.pool, count, order_by, new_server.first_day(order_by), today, due=False, short=short, left=round(rest), why=why))
-            supply.append(InFlight(outlook.pool, count, new_server.first_day(order_by)))
+            supply.append(InFlight(outlook.pool, count, new_server.first_day(order_by), new_server))
             budget -= count
         begin = end
     return orders
@@ -166,16 +171,16 @@ def _choose(left: Callable[[int, int], float], first: int, budget: int, now: flo
     return (count, 0, rest) if rest < now else (0, 0, now)
 
 
-def shortages(outlook: Outlook, supply: Sequence[InFlight], today: dt.date, new_server: NewServer, policy: Policy) -> dict[str, Daily]:
+def shortages(outlook: Outlook, supply: Sequence[InFlight], today: dt.date, policy: Policy) -> dict[str, Daily]:
     """By provider and day the messages that are still waiting after their patience, at the end of the day."""
-    found = _late(outlook, supply, today, new_server, policy)
+    found = _late(outlook, supply, today, policy)
     for view in outlook.within:
-        for provider, late in _late(view, supply, today, new_server, policy).items():
+        for provider, late in _late(view, supply, today, policy).items():
             found[provider] = np.maximum(found[provider], late)
     return found
 
 
-def _late(outlook: Outlook, supply: Sequence[InFlight], today: dt.date, new_server: NewServer, policy: Policy) -> dict[str, Daily]:
+def _late(outlook: Outlook, supply: Sequence[InFlight], today: dt.date, policy: Policy) -> dict[str, Daily]:
     """The same of one view. Days on which all windows are closed try nobody's patience, and what comes up on them does so on the next one."""
     found = {}
     for provider, demand in outlook.demand.items():
@@ -183,7 +188,7 @@ def _late(outlook: Outlook, supply: Sequence[InFlight], today: dt.date, new_serv
         for flight in supply:
             ages = np.arange(len(demand)) - (flight.first_day - today).days
             warm = np.broadcast_to(outlook.warm.get(provider, 0.0), len(demand))
-            capacity += flight.servers * np.array([new_server.cap(int(age), float(most)) for age, most in zip(ages, warm, strict=True)])
+            capacity += flight.servers * np.array([flight.new_server.cap(int(age), float(most)) for age, most in zip(ages, warm, strict=True)])
         late = np.zeros(len(demand))
         backlog, most_a_day = 0.0, 1.0
         # Of the days on which something may be sent.
@@ -207,6 +212,11 @@ def _confirmed(order: FarOrder, previous: Sequence[FarOrder], today: dt.date, po
     servers = next((one.servers for one in previous if one.servers == order.servers + 1), order.servers)
     stood = (today - since).days >= policy.confirm_days
     return replace(order, since=since, servers=servers, due=stood and order.order_by <= today)
+
+
+def effect(short: int, left: int) -> str:
+    """What orders do, in words: message-days, since most do not make messages be in time that would not, but less late."""
+    return f"messages would be too late by {short:,} days, added up over all of them; with these servers by {left:,}"
 
 
 _DATES = ("order_by", "first_day", "since")

@@ -15,21 +15,19 @@ from sqlalchemy.engine import Connection
 
 from mail_pipelines.capacity import breakers, warm_up
 from mail_pipelines.capacity.breakers import Breaker
+from mail_pipelines.capacity.horizon import DAY, DAYS, HOUR
 from mail_pipelines.database.models import ProviderLimit, ProviderUsage
 from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at, windows_at
 from mail_pipelines.dispatch import holds, servers
 
 Pair = tuple[int, str]
-_HOUR, _DAY = 3600, 86400
 _LIMITS = (ProviderLimit.server_id, ProviderLimit.provider, ProviderLimit.per_second, ProviderLimit.per_hour, ProviderLimit.per_day)
-# Days for which warm-up is asked: those of a far plan.
-_DAYS = 56
 
 
 def _warm_up_caps(connection: Connection, now: dt.datetime) -> Mapping[Pair, tuple[int | None, ...]]:
     """The caps of servers that are warmed up: of today (UTC), and of the days after if all of them are good; None where there is none."""
     today = warm_up.caps(connection, now)
-    return {pair: (today[pair], *days[1:]) for pair, days in warm_up.day_caps(connection, _DAYS).items()}
+    return {pair: (today[pair], *days[1:]) for pair, days in warm_up.day_caps(connection, DAYS).items()}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Limits:
         """Messages that may still be sent in a slot (its start), if so many were in the windows of slot `at`, by their length: of what was used only those
         windows count in which the slot lies, too. An hour's or a day's limit may be spent in one slot.
         """
-        caps = ((SLOT_SECONDS, int(self.per_second * SLOT_SECONDS)), (_HOUR, self.per_hour), (_DAY, self.per_day[0]))
+        caps = ((SLOT_SECONDS, int(self.per_second * SLOT_SECONDS)), (HOUR, self.per_hour), (DAY, self.per_day[0]))
         rest = [cap - (used.get(length, 0) if slot // length == at // length else 0) for length, cap in caps if cap is not None]
         return max(0, min(rest))
 
@@ -106,7 +104,7 @@ class Fleet:
     def left(self, server_id: int, provider: str, slot: int) -> int:
         """Messages that a server may still send to a provider in the current slot, or in one that is to come, by what is used now; none on another day."""
         found = self.limits(server_id, provider)
-        if found is None or slot // _DAY != self._slot // _DAY:
+        if found is None or slot // DAY != self._slot // DAY:
             return 0
         return found.left(slot, self.used.get((server_id, provider), {}), self._slot)
 

@@ -12,6 +12,8 @@ from mail_pipelines.delivery.recording import SLOT_SECONDS
 
 HOUR, DAY = 3600, 86400
 HOURS = 48
+# The far plan looks this far ahead.
+DAYS = 56
 # So many hours in quarters: grants are made for the first three quarters, and finish times are wanted finely while they are near.
 FINE_HOURS = 4
 

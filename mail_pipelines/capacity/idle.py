@@ -16,7 +16,7 @@ from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.health_rules import Record
 from mail_pipelines.capacity.near import NearPlan, near_plan
-from mail_pipelines.capacity.new_servers import NextSource, of_source
+from mail_pipelines.capacity.new_servers import HostSources
 from mail_pipelines.capacity.retiring import Candidate, Offer
 from mail_pipelines.capacity.verdicts import Verdict
 from mail_pipelines.config import Settings
@@ -64,7 +64,7 @@ def judge(
     outlooks: Sequence[Outlook],
     flights: Sequence[InFlight],
     orders: Sequence[FarOrder],
-    source: NextSource | None,
+    sources: HostSources,
     now: dt.datetime,
 ) -> list[Verdict]:
     """The verdict on each server made here that sends, by its name."""
@@ -78,7 +78,7 @@ def judge(
             found.append(Verdict(one.server, one.pool, True, "the plan of the next eight weeks orders more for its pool"))
         else:
             pool = by_pool.get(one.pool, Outlook(one.pool, {}, {}, {}))
-            offer = Offer(one.cost_per_hour if source is None else source.cost_per_hour, of_source(source))
+            offer = Offer(one.cost_per_hour if sources.next is None else sources.next.cost_per_hour, sources.new_server)
             coming = [flight for flight in flights if flight.pool == one.pool]
             found.append(retiring.judge(pool, replace(one, able=outlook.able(pool, fleet, one.server_id)), coming, offer, now))
     chosen = retiring.choose(found, known.previous, now.date())

@@ -1,11 +1,12 @@
-"""What a server that is ordered now is worth on which day: nothing while it is made, then what its warm-up allows (`new_server.toml`)."""
+"""What a server that is ordered is worth on which day: nothing while it is made, then what its warm-up allows (`new_server.toml`)."""
 
 from __future__ import annotations
 
 import datetime as dt
 import functools
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mail_pipelines.capacity.warm_up_rules import rules
@@ -54,8 +55,30 @@ def new_server() -> NewServer:
     return NewServer(data["lead_days"], rules().curve(data["curve"]).caps)
 
 
-def of_source(source: NextSource | None) -> NewServer:
-    """What a server of this source is worth. Of no source, and where an operator takes each step, nothing more is promised than `new_server.toml` has."""
-    if source is None or (source.curve and not rules().curve(source.curve).by_itself):
+def of_curve(curve: str | None) -> NewServer:
+    """What a server is worth that is warmed up by this curve, or is warm (""). Where nobody knows (None), and where an operator takes each step, no more is
+    promised than `new_server.toml` has.
+    """
+    if curve is None or (curve and not rules().curve(curve).by_itself):
         return new_server()
-    return NewServer(new_server().lead_days, rules().curve(source.curve).caps if source.curve else ())
+    return NewServer(new_server().lead_days, rules().curve(curve).caps if curve else ())
+
+
+@dataclass(frozen=True)
+class HostSources:
+    """The sources of hosts as plans see them: where the `next` server would come from (None: from nowhere), and the curve of each source by its name."""
+
+    next: NextSource | None = None
+    curves: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def new_server(self) -> NewServer:
+        """What a server is worth that is ordered now."""
+        return of_curve(None if self.next is None else self.next.curve)
+
+    def of(self, name: str | None) -> NewServer:
+        """What a server is worth whose host comes from this source; as long as it has none (None), or that is not listed any more, from the next one."""
+        return self.new_server if name is None or name not in self.curves else of_curve(self.curves[name])
+
+
+NO_SOURCES = HostSources()

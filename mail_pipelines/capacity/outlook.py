@@ -15,11 +15,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from mail_pipelines.campaigns.send_window import SendWindow
-from mail_pipelines.capacity.demand import COMING, expected_sizes
-from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook
+from mail_pipelines.capacity import sizes
+from mail_pipelines.capacity.far import Daily, InFlight, Outlook
 from mail_pipelines.capacity.fleet import Fleet, Limits
-from mail_pipelines.capacity.horizon import DAY
-from mail_pipelines.capacity.new_servers import new_server
+from mail_pipelines.capacity.horizon import DAY, DAYS
+from mail_pipelines.capacity.new_servers import HostSources
 from mail_pipelines.database.models import DEFAULT_POOL, Campaign, CampaignCounter, Provision, Server, State
 from mail_pipelines.dispatch import pools
 from mail_pipelines.dispatch.registry import ServerState
@@ -100,13 +100,14 @@ def open_parts(window: SendWindow, today: dt.date) -> Daily:
     return seconds / DAY
 
 
-def in_flight(connection: Connection) -> list[InFlight]:
-    """Servers that are being made, by pool and the day on which they are to send first."""
+def in_flight(connection: Connection, sources: HostSources, today: dt.date) -> list[InFlight]:
+    """Servers that are being made: each is worth what the source says that it was ordered from."""
     default = pools.keys(connection)[DEFAULT_POOL]
     # One that serves already is of the fleet, also in the moment before its row says so.
     serves = sa.exists().where(Server.id == Provision.server_id, Server.state != ServerState.PROVISIONING.value)
-    query = sa.select(Provision.pool, Provision.requested_at).where(Provision.state.in_(MAKING), ~serves).order_by(Provision.id)
-    return [InFlight(row.pool or default, 1, new_server().first_day(row.requested_at.date())) for row in connection.execute(query)]
+    query = sa.select(Provision.pool, Provision.source, Provision.requested_at).where(Provision.state.in_(MAKING), ~serves).order_by(Provision.id)
+    making = connection.execute(query)
+    return [InFlight.being_made(row.pool or default, sources.of(row.source), row.requested_at.date(), today) for row in making]
 
 
 def lead_seconds(connection: Connection) -> float:
@@ -157,12 +158,12 @@ def _past(connection: Connection, now: dt.datetime) -> list[Mailing]:
     since = now - dt.timedelta(weeks=PAST_WEEKS)
     columns = (Campaign.id, Campaign.pool_id, Campaign.started_at, Campaign.send_window)
     rows = connection.execute(sa.select(*columns).where(Campaign.started_at >= since)).all()
-    sizes: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    messages: defaultdict[int, dict[str, int]] = defaultdict(dict)
     by = (CampaignCounter.campaign_id, CampaignCounter.provider)
     sent = (CampaignCounter.campaign_id.in_([row.id for row in rows]), CampaignCounter.state != int(State.SUPPRESSED))
     for campaign_id, provider, count in connection.execute(sa.select(*by, sa.func.sum(CampaignCounter.count)).where(*sent).group_by(*by)) if rows else ():
-        sizes[campaign_id][provider] = int(count)
-    return [Mailing(row.pool_id, row.started_at.date(), sizes[row.id], _window(row.send_window)) for row in rows]
+        messages[campaign_id][provider] = int(count)
+    return [Mailing(row.pool_id, row.started_at.date(), messages[row.id], _window(row.send_window)) for row in rows]
 
 
 def _window(document: Mapping[str, Any] | None) -> SendWindow | None:
@@ -172,10 +173,10 @@ def _window(document: Mapping[str, Any] | None) -> SendWindow | None:
 def _coming(connection: Connection, now: dt.datetime) -> list[Mailing]:
     """Scheduled campaigns, and what is left of those that are sending, which counts as today's."""
     until = now + dt.timedelta(days=DAYS)
-    scheduled = (Campaign.state.in_(COMING), Campaign.start_at < until)
+    scheduled = (Campaign.state.in_(sizes.COMING), Campaign.start_at < until)
     rows = connection.execute(sa.select(Campaign.id, Campaign.pool_id, Campaign.start_at, Campaign.send_window).where(*scheduled)).all()
-    sizes = expected_sizes(connection, [row.id for row in rows])
-    found = [Mailing(row.pool_id, row.start_at.date(), sizes[row.id], _window(row.send_window)) for row in rows if row.id in sizes]
+    expected = sizes.expected(connection, [row.id for row in rows])
+    found = [Mailing(row.pool_id, row.start_at.date(), expected[row.id], _window(row.send_window)) for row in rows if row.id in expected]
     waiting = [int(state) for state in (State.PENDING, State.DEFERRED)]
     sending = connection.execute(sa.select(Campaign.id, Campaign.pool_id, Campaign.send_window).where(Campaign.state == "sending")).all()
     left: defaultdict[int, dict[str, int]] = defaultdict(dict)

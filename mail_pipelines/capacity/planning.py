@@ -24,7 +24,7 @@ from mail_pipelines.capacity.horizon import DAY, HOUR, HOURS
 from mail_pipelines.capacity.idle import Idleness
 from mail_pipelines.capacity.lines import Line
 from mail_pipelines.capacity.near import NearPlan, near_plan
-from mail_pipelines.capacity.new_servers import NextSource, new_server, of_source
+from mail_pipelines.capacity.new_servers import NO_SOURCES, HostSources, new_server
 from mail_pipelines.capacity.warm_up_rules import rules
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
@@ -53,6 +53,7 @@ class Situation:
     planned_before: list[tuple[int, int]]
     idleness: Idleness
     lead_seconds: float
+    sources: HostSources
 
     def plan(self, more: Sequence[Line] = ()) -> NearPlan:
         """The plan for this situation, with `more` lines than there are."""
@@ -74,9 +75,9 @@ class Situation:
 
         return more
 
-    def new_servers_at(self, source: NextSource | None) -> dt.datetime:
+    def new_servers_at(self) -> dt.datetime:
         """When servers that are ordered now send what matters: as soon as they are made where the next source's do so at once, or on their first whole day."""
-        if source is not None and source.helps_at_once:
+        if self.sources.next is not None and self.sources.next.helps_at_once:
             return self.now + dt.timedelta(seconds=self.lead_seconds)
         return dt.datetime.combine(new_server().first_day(self.now.date()), dt.time(), dt.UTC)
 
@@ -113,8 +114,8 @@ class Made:
     changed: int | None
 
 
-def read(connection: Connection, settings: Settings, now: dt.datetime | None = None) -> Situation:
-    """Read from counters, limits and grants what a plan is made from; `now` is the database's time if not given."""
+def read(connection: Connection, settings: Settings, now: dt.datetime | None = None, sources: HostSources = NO_SOURCES) -> Situation:
+    """Read from counters, limits and grants what a plan is made from; `now` is the database's time if not given. `sources` are where servers come from."""
     moment = now or database_now(connection)
     kept = in_force.read(connection)
     epoch = kept.epoch if kept else 0
@@ -124,34 +125,35 @@ def read(connection: Connection, settings: Settings, now: dt.datetime | None = N
     present = grants.read(connection, grants.slots_at(moment, _GRANTED_SLOTS), epoch)
     outlooks = outlook.read(connection, fleet, moment)
     ordered = [far.from_document(order) for order in kept.document["far"]] if kept else []
-    flights, idleness, lead = outlook.in_flight(connection), idle.read(connection, settings, fleet), outlook.lead_seconds(connection)
+    flights, idleness = outlook.in_flight(connection, sources, moment.date()), idle.read(connection, settings, fleet)
     nearly_out = kept.nearly_out if kept else frozenset()
     before = forecast.planned_before(kept.document, int(moment.timestamp())) if kept else []
-    return Situation(moment, epoch, fleet, jobs, demands, lines, present, nearly_out, outlooks, flights, ordered, before, idleness, lead)
+    lead = outlook.lead_seconds(connection)
+    return Situation(moment, epoch, fleet, jobs, demands, lines, present, nearly_out, outlooks, flights, ordered, before, idleness, lead, sources)
 
 
-def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, source: NextSource | None = None) -> Made:
+def make(engine: Engine, settings: Settings, now: dt.datetime | None = None, sources: HostSources = NO_SOURCES) -> Made:
     """Make a plan of the situation as it is and put it into force. Safe to run in several places at once: one plan comes into force.
 
-    `source` is where the next server would come from: the order of the next weeks follows from its curve, and if its servers are worth something within two
-    days, the plan says how many of them help.
+    The order of the next weeks follows from the curve of the next of the `sources`, and if its servers are worth something within two days, the plan says how
+    many of them help.
     """
     with reading(engine) as connection:
-        situation = read(connection, settings, now)
+        situation = read(connection, settings, now, sources)
     plan = situation.plan()
     found = forecast.forecasts(plan)
     orders = list(forecast.orders(plan, situation.more_servers, situation.lines, found))
-    ahead = far_plan(situation.outlooks, situation.now.date(), of_source(source), situation.in_flight, situation.ordered)
-    left = idle.judge(situation.idleness, plan, situation.fleet, situation.outlooks, situation.in_flight, ahead, source, situation.now)
+    ahead = far_plan(situation.outlooks, situation.now.date(), sources.new_server, situation.in_flight, situation.ordered)
+    left = idle.judge(situation.idleness, plan, situation.fleet, situation.outlooks, situation.in_flight, ahead, sources, situation.now)
     document = {
         **forecast.document(plan, found, orders),
         "planned_before": situation.planned_before,
         "far": [far.to_document(order) for order in ahead],
         "idle": [verdicts.to_document(verdict) for verdict in left],
     }
-    if source is not None and source.helps_at_once:
-        helping = forecast.orders(plan, situation.ordered_servers(source.curve), situation.lines, found)
-        document["offer"] = {"curve": source.curve, "orders": [asdict(order) for order in helping]}
+    if sources.next is not None and sources.next.helps_at_once:
+        helping = forecast.orders(plan, situation.ordered_servers(sources.next.curve), situation.lines, found)
+        document["offer"] = {"curve": sources.next.curve, "orders": [asdict(order) for order in helping]}
     planned_for = {(wanted.job.id, wanted.provider) for wanted in situation.demands if not wanted.job.expected}
     document["planned_for"] = in_force.pairs_document(planned_for)
     document["nearly_out"] = in_force.pairs_document(planned_for & plan.sent_within(_GRANTED_SLOTS))

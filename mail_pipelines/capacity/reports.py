@@ -19,8 +19,8 @@ PRIORITIES = ("low", "normal", "high", "urgent")
 class Report:
     """`campaigns`: campaign, priority, messages, finishes, finish_by, late, not_within_48_h, held_up_by.
 
-    `orders`: campaign, warm_servers, why: those that would save a deadline now. `far`: pool, servers, order_by, due, first_day, too_late_without,
-    too_late_with, why: those of the next eight weeks.
+    `orders`: campaign, warm_servers, why: those that would save a deadline now. `far`: pool, servers, order_by, due, first_day, days_too_late_without,
+    days_too_late_with (added up over all messages), why: those of the next eight weeks.
     """
 
     numbers: Mapping[str, int | float]
@@ -48,7 +48,7 @@ def of(made: Made) -> Report:
     ]
     columns = ["campaign", "priority", "messages", "finishes", "finish_by", "late", "not_within_48_h", "held_up_by"]
     orders = [(order["campaign"], order["servers"], order["why"]) for order in plan["orders"]]
-    names = ["pool", "servers", "order_by", "due", "first_day", "too_late_without", "too_late_with", "why"]
+    names = ["pool", "servers", "order_by", "due", "first_day", "days_too_late_without", "days_too_late_with", "why"]
     far = [tuple(order[key] for key in ("pool", "servers", "order_by", "due", "first_day", "short", "left", "why")) for order in plan["far"]]
     return Report(
         numbers={

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mail_pipelines.capacity.far import DAYS, Daily, InFlight, Outlook, shortages
+from mail_pipelines.capacity.far import Daily, InFlight, Outlook, shortages
 from mail_pipelines.capacity.far import Policy as FarPolicy
+from mail_pipelines.capacity.horizon import DAYS
 from mail_pipelines.capacity.new_servers import NewServer
 from mail_pipelines.capacity.verdicts import Verdict
 
@@ -59,7 +60,7 @@ def judge(outlook: Outlook, one: Candidate, flights: Sequence[InFlight], offer: 
         return Verdict(one.server, one.pool, True, why)
 
     if one.kept_until is not None and now < one.kept_until:
-        return keep(f"kept until {one.kept_until:%Y-%m-%d %H:%M} UTC (provisioning.minimum_hours)")
+        return keep(f"until {one.kept_until:%Y-%m-%d %H:%M} UTC (provisioning.minimum_hours)")
     if not one.cost_per_hour:
         return keep("it costs nothing")
     if flights:
@@ -67,7 +68,7 @@ def judge(outlook: Outlook, one: Candidate, flights: Sequence[InFlight], offer: 
     without = outlook.less(one.able)
 
     def lacking(supply: Sequence[InFlight], pool: Outlook = without) -> dict[str, Daily]:
-        return shortages(pool, supply, today, offer.new_server, FarPolicy())
+        return shortages(pool, supply, today, FarPolicy())
 
     before = lacking((), outlook)
     lack = {name: np.maximum(0.0, late - before[name]) for name, late in lacking(()).items()}
@@ -76,7 +77,7 @@ def judge(outlook: Outlook, one: Candidate, flights: Sequence[InFlight], offer: 
     until, when = DAYS, "not within eight weeks"
     if len(days):
         until, when = int(days[0]), f"on {today + dt.timedelta(days=int(days[0])):%Y-%m-%d}"
-        late = lacking([InFlight(one.pool, 1, offer.new_server.first_day(today))])
+        late = lacking([InFlight(one.pool, 1, offer.new_server.first_day(today), offer.new_server)])
         if any((found > before[name] + 0.5).any() for name, found in late.items()):
             return keep(f"needed {when}, and another one that is ordered today would not be warm by then")
         level = {name: min(level.get(name, 0.0), float(found.max())) for name, found in lack.items()}

@@ -71,7 +71,7 @@ def _far(kept: Kept) -> dict[str, Wanted]:
             due[order.pool].append(order)
     found = {}
     for pool, orders in due.items():
-        effect = f"{sum(order.short for order in orders):,} messages would be late without them, {sum(order.left for order in orders):,} with them"
+        effect = far.effect(sum(order.short for order in orders), sum(order.left for order in orders))
         found[pool] = Wanted(sum(order.servers for order in orders), orders[0].why, effect)
     return found
 

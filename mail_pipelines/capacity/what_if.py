@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from mail_pipelines.capacity import forecast
 from mail_pipelines.capacity.demand import Job
 from mail_pipelines.capacity.near import NearPlan
-from mail_pipelines.capacity.new_servers import NextSource
 from mail_pipelines.capacity.planning import Situation
 from mail_pipelines.capacity.reports import minute
 from mail_pipelines.errors import MailPipelinesError
@@ -38,10 +37,8 @@ class Answer:
     new_servers_help: bool
 
 
-def ask(
-    situation: Situation, servers: int, finish_by: dt.datetime | None = None, campaign: str | None = None, source: NextSource | None = None
-) -> list[Answer]:
-    """The answers for all planned campaigns, or for one. Without `finish_by` each campaign's own counts; `source` is where a new server would come from.
+def ask(situation: Situation, servers: int, finish_by: dt.datetime | None = None, campaign: str | None = None) -> list[Answer]:
+    """The answers for all planned campaigns, or for one. Without `finish_by` each campaign's own counts.
 
     Raises `UnknownCampaign`.
     """
@@ -49,13 +46,13 @@ def ask(
     if campaign is not None and not jobs:
         known = ", ".join(job.key for job in situation.jobs) or "none"
         raise UnknownCampaign(f"campaign {campaign} has nothing to send within 48 hours; those that have: {known}")
-    return list(_answers(situation, jobs, servers, finish_by, source))
+    return list(_answers(situation, jobs, servers, finish_by))
 
 
-def _answers(situation: Situation, jobs: list[Job], servers: int, finish_by: dt.datetime | None, source: NextSource | None) -> Iterator[Answer]:
+def _answers(situation: Situation, jobs: list[Job], servers: int, finish_by: dt.datetime | None) -> Iterator[Answer]:
     now = situation.plan()
     found = {one.campaign: one for one in forecast.forecasts(now)}
-    new_servers_at = situation.new_servers_at(source)
+    new_servers_at = situation.new_servers_at()
     with_more: dict[tuple[int, int], NearPlan] = {}
 
     def planned(job: Job, count: int) -> NearPlan:

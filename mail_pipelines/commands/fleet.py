@@ -169,3 +169,5 @@ def sources(use_again: Annotated[str | None, typer.Option(help="use this one aga
         warm = source.curve or "warm"
         table.add_row(source.name, f"{source.cost_per_hour:g}", str(living.count(source.name)), most, warm, escape(aside.get(source.name, "")))
     console.print(table)
+    if not parts.sources:
+        console.print(f"there is none: name one in {settings().provisioning.hosts} (docs/provisioning.md)", markup=False, highlight=False)

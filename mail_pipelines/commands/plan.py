@@ -20,7 +20,7 @@ def show(as_json: Json = False) -> None:
 
     from rich.table import Table
 
-    from mail_pipelines.capacity import in_force
+    from mail_pipelines.capacity import far, in_force
     from mail_pipelines.capacity.reports import minute
     from mail_pipelines.database.engine import reading
 
@@ -42,10 +42,14 @@ def show(as_json: Json = False) -> None:
     console.print(table)
     for order in plan["orders"]:
         console.print(f"{order['campaign']}: {order['servers']} more warm servers would save its deadline ({escape(order['why'])})")
+    saved = {order["campaign"] for order in plan["orders"]}
+    for found in plan["campaigns"]:
+        if found["late"] and found["campaign"] not in saved:
+            console.print(escape(f"{found['campaign']}: no number of servers would save its deadline ({found['bottleneck']})"))
     for order in plan["far"]:
         when = "now" if order["due"] else f"by {order['order_by']}"
-        effect = f"{order['short']:,} messages would be too late, with them {order['left']:,}"
-        console.print(escape(f"pool {order['pool']}: order {order['servers']} servers {when}, to send from {order['first_day']} on: {effect} ({order['why']})"))
+        what = f"pool {order['pool']}: order {order['servers']} servers {when}, to send from {order['first_day']} on"
+        console.print(escape(f"{what}: {far.effect(order['short'], order['left'])} ({order['why']})"))
     for one in plan.get("idle", ()):
         then = "is kept" if one["keep"] else "is to be given back" if one["due"] else f"could be given back, since {one['since']}"
         console.print(escape(f"server {one['server']} {then}: {one['why']}"))
@@ -73,20 +77,24 @@ def what_if(
     from dataclasses import asdict
 
     from mail_pipelines.campaigns.yaml_form import parse_time
-    from mail_pipelines.capacity import planning
+    from mail_pipelines.capacity import planning, sizes
     from mail_pipelines.capacity import what_if as questions
     from mail_pipelines.database.engine import reading
     from mail_pipelines.resources import provisioning
 
     deadline = None if finish_by is None else parse_time(finish_by, "--finish-by")
     engine = open_engine()
+    sources = provisioning.host_sources(engine, settings())
+    unknown = sizes.count(engine, settings())
     with reading(engine) as connection:
-        situation = planning.read(connection, settings())
-    answers = questions.ask(situation, servers, deadline, campaign, provisioning.next_source(engine, settings()))
+        situation = planning.read(connection, settings(), sources=sources)
+    answers = questions.ask(situation, servers, deadline, campaign)
     if as_json:
         typer.echo(json.dumps([asdict(answer) for answer in answers]))
         return
     if not answers:
         console.print("nothing is sent or scheduled within 48 hours")
+    for problem in unknown:
+        console.print(f"the size of a scheduled campaign is not known: {problem}", style="yellow", markup=False)
     for answer in answers:
         console.print(escape(f"{answer.campaign}: {questions.sentence(answer)}"))

@@ -758,7 +758,7 @@ class Provision(Base):
 
 
 class ProvisionProposal(Base):
-    """Servers that would help, for somebody to decide. `state` is open, accepted or superseded."""
+    """Servers that would help, for somebody to decide. `state` is open, accepted, superseded or lapsed."""
 
     __tablename__ = "provision_proposals"
     id: Mapped[int] = mapped_column(sa.Integer, primary_key=True)

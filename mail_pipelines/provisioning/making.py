@@ -15,6 +15,7 @@ from mail_pipelines.errors import MailPipelinesError
 from mail_pipelines.provisioning import removal, steps, store
 from mail_pipelines.provisioning.alone import alone
 from mail_pipelines.provisioning.interfaces import CannotBeMade, NoHost, Parts, ProvisioningError, Say
+from mail_pipelines.provisioning.reserving import FAILED_FOR
 from mail_pipelines.provisioning.states import MAKING, Step
 from mail_pipelines.provisioning.store import Provision
 
@@ -93,30 +94,36 @@ def _failed(parts: Parts, provision: Provision, error: Exception, say: Say) -> N
     say(f"{provision.key}: {provision.step} failed: {reason}")
     last = provision.attempt + 1 >= settings.attempts
     if provision.state in MAKING and (last or isinstance(error, CannotBeMade | NoHost)):
-        _give_up(parts, provision, f"{provision.step}: {reason}", unfit=isinstance(error, NoHost) or (last and _is_sources_fault(parts, provision)), say=say)
+        unfit = isinstance(error, NoHost) or (last and _is_sources_fault(parts, provision))
+        _give_up(parts, provision, f"{provision.step}: {reason}", unfit=unfit, listed=isinstance(error, steps.Listed), say=say)
         return
     seconds = settings.retry_seconds * min(2**provision.attempt, _LONGEST_WAIT)
     store.wait(parts.engine, provision, seconds, f"{provision.step}: {reason}", failed=True)
     raise TryAgain(f"server {provision.key}, {provision.step}: {reason}", seconds) from error
 
 
-def _give_up(parts: Parts, provision: Provision, reason: str, *, unfit: bool, say: Say) -> None:
-    """Record why, so that its parts are removed; and ask for another one in its place if only its source was to blame."""
+def _give_up(parts: Parts, provision: Provision, reason: str, *, unfit: bool, listed: bool, say: Say) -> None:
+    """Record why, so that its parts are removed; and ask for another one in its place if only its source was to blame, or its host's address: which is the
+    source's, too, if a server of it has failed of late.
+    """
 
-    def work(connection: Connection) -> Provision | None:
+    def work(connection: Connection) -> tuple[bool, Provision | None]:
+        source = provision.source
+        aside = source is not None and (unfit or (listed and store.has_failed(connection, source, database_now(connection) - FAILED_FOR)))
         store.fail(connection, provision, reason)
-        if not unfit or provision.source is None:
-            return None
-        store.put_aside(connection, provision.source, f"{provision.key}, {reason}")
-        aside = store.set_aside(connection)
-        if all(source.name in aside for source in parts.sources):
-            return None
-        return store.request(connection, parts.settings.provisioning, provision.why, proposal_id=provision.proposal_id, pool=provision.pool)
+        if source is not None and aside:
+            store.put_aside(connection, source, f"{provision.key}, {reason}")
+        left = {one.name for one in parts.sources} - store.set_aside(connection).keys()
+        if not left or not (aside or listed):
+            return aside, None
+        return aside, store.request(connection, parts.settings.provisioning, provision.why, proposal_id=provision.proposal_id, pool=provision.pool)
 
-    another = transact(parts.engine, work)
+    aside, another = transact(parts.engine, work)
     say(f"{provision.key} is given up")
-    if unfit and provision.source is not None:
-        say(f"host source {provision.source} is set aside" + (f"; {another.key} is asked for in the place of {provision.key}" if another else ""))
+    if aside:
+        say(f"host source {provision.source} is set aside")
+    if another is not None:
+        say(f"{another.key} is asked for in the place of {provision.key}")
 
 
 def _is_sources_fault(parts: Parts, provision: Provision) -> bool:

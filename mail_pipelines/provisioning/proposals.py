@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -23,7 +24,7 @@ from mail_pipelines.provisioning.interfaces import HostSource, Parts, Provisioni
 from mail_pipelines.provisioning.states import IN_SERVICE, MAKING
 from mail_pipelines.provisioning.store import Provision
 
-OPEN, ACCEPTED, SUPERSEDED = "open", "accepted", "superseded"
+OPEN, ACCEPTED, SUPERSEDED, LAPSED = "open", "accepted", "superseded", "lapsed"
 _LONGEST = 500
 _T = models.ProvisionProposal
 
@@ -55,10 +56,21 @@ class Proposal:
     decided_at: dt.datetime | None
 
 
+_COLUMNS = [getattr(_T, name) for name in Proposal.__dataclass_fields__]
+
+
 def all_proposals(connection: Connection, *, last: int = 20) -> list[Proposal]:
     """The newest first."""
-    columns = [getattr(_T, name) for name in Proposal.__dataclass_fields__]
-    return [Proposal(**row._mapping) for row in connection.execute(sa.select(*columns).order_by(_T.id.desc()).limit(last))]
+    return _found(connection, sa.select(*_COLUMNS).order_by(_T.id.desc()).limit(last))
+
+
+def undecided(connection: Connection) -> list[Proposal]:
+    """Those that are open, one at most for each pool."""
+    return _found(connection, sa.select(*_COLUMNS).where(_T.state == OPEN).order_by(_T.id))
+
+
+def _found(connection: Connection, query: sa.Select[Any]) -> list[Proposal]:
+    return [Proposal(**row._mapping) for row in connection.execute(query)]
 
 
 def find(connection: Connection, proposal_id: int) -> Proposal:
@@ -117,10 +129,19 @@ def short(connection: Connection, parts: Parts, wanted: Wanted) -> str:
     return f"{', '.join(one.key for one in ordered)} are asked for: {wanted.why}"
 
 
+def lapse(connection: Connection, wanted: Collection[str | None], settings: ProvisioningSettings) -> list[str]:
+    """End the proposals for pools for which none is `wanted` any more, when their cool-down is over: nobody is to order what has no use. Says what was done."""
+    now = database_now(connection)
+    over = [one for one in undecided(connection) if one.pool not in wanted and now - one.made_at >= dt.timedelta(minutes=settings.cool_down_minutes)]
+    for one in over:
+        connection.execute(sa.update(_T).where(_T.id == one.id, _T.state == OPEN).values(state=LAPSED, decided_at=now))
+    return [f"proposal {one.id} has lapsed: its {one.servers} servers are not wanted any more" for one in over]
+
+
 def _same(connection: Connection, parts: Parts, wanted: Wanted) -> Proposal | None:
     """The open proposal that says what one for these would say: so many servers of this pool at this price. What it says of the reason is as of its day."""
     cost = _cost_per_month(connection, parts, wanted)
-    of_pool = [one for one in all_proposals(connection) if one.state == OPEN and one.pool == wanted.pool]
+    of_pool = [one for one in undecided(connection) if one.pool == wanted.pool]
     return next((one for one in of_pool if one.servers == wanted.servers and math.isclose(one.cost_per_month, cost, abs_tol=0.005)), None)
 
 

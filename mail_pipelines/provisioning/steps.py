@@ -33,8 +33,8 @@ from mail_pipelines.provisioning.store import Provision
 LOOPBACK = "127.0.0.1"
 EXIM_PORT = 2525
 _BANNER_SECONDS = 5
-# Checks that every host of the same source would fail likewise.
-OF_NETWORK = frozenset({"port 25", "block lists"})
+# A check that every host of the same source would fail likewise, and one that a host fails by its own address.
+_OF_NETWORK, _OF_ADDRESS = "port 25", "block lists"
 
 
 class Waits(ProvisioningError):
@@ -47,6 +47,10 @@ class Waits(ProvisioningError):
 
 class Unfit(NoHost):
     """A host of this source cannot send, and no other one of it could."""
+
+
+class Listed(CannotBeMade):
+    """The address of a host is on a block list, where it stays for a while; another one of its source may be on none."""
 
 
 # Where it leads and what it brings for the row; None of a step that has recorded both itself.
@@ -161,12 +165,10 @@ def verify(parts: Parts, provision: Provision, say: Say) -> Done:
     findings = parts.verify[parts.source(provision.source or "").kind](target_of(parts, provision))
     for finding in findings:
         say(f"{provision.key}: {finding.name}: {finding.word}, {finding.text}")
-    failed = [finding for finding in findings if finding.ok is False]
-    reasons = "; ".join(f"{finding.name}: {finding.text}" for finding in failed)
-    if any(finding.name in OF_NETWORK for finding in failed):
-        raise Unfit(reasons)
+    failed = {finding.name: finding.text for finding in findings if finding.ok is False}
     if failed:
-        raise ProvisioningError(reasons)
+        kind = Unfit if _OF_NETWORK in failed else Listed if _OF_ADDRESS in failed else ProvisioningError
+        raise kind("; ".join(f"{name}: {text}" for name, text in failed.items()))
     return PATH[provision.at], {}
 
 

@@ -197,6 +197,12 @@ def use_again(connection: Connection, source: str) -> bool:
     return connection.execute(sa.delete(models.SourceSetAside).where(models.SourceSetAside.name == source)).rowcount == 1
 
 
+def has_failed(connection: Connection, source: str, since: dt.datetime) -> bool:
+    """Whether a server whose host was of this source could not be made since then."""
+    failed = sa.select(_T.id).where(_T.source == source, _T.state == State.FAILED.value, _T.state_at >= since, _T.host_id.is_not(None))
+    return connection.execute(failed.limit(1)).first() is not None
+
+
 def unfit_hosts(connection: Connection, source: str, since: dt.datetime) -> Collection[str]:
     """Hosts of a source whose making has failed since then: they are not tried again at once."""
     failed = (_T.source == source, _T.state == State.FAILED.value, _T.ended_at >= since, _T.host_id.is_not(None))

@@ -22,7 +22,7 @@ from mail_pipelines.resources.broker_accounts import BrokerAccounts
 from mail_pipelines.resources.server_storage import ServerStorage
 
 if TYPE_CHECKING:
-    from mail_pipelines.capacity.new_servers import NextSource
+    from mail_pipelines.capacity.new_servers import HostSources
 
 
 def parts_of(engine: sa.Engine, settings: Settings) -> Parts:
@@ -74,18 +74,19 @@ class Provisioning(dg.ConfigurableResource):
         """What the capacity plan in force orders now, for each pool."""
         from mail_pipelines.capacity import shortage
 
-        following = next_source(engine, settings)
+        following = host_sources(engine, settings).next
         with reading(engine) as connection:
             return shortage.wanted(connection, curve=None if following is None else following.curve)
 
 
-def next_source(engine: sa.Engine, settings: Settings) -> NextSource | None:
-    """Where the next server would come from, as the capacity plan sees it; None if there is no source that may be used."""
-    from mail_pipelines.capacity.new_servers import NextSource
+def host_sources(engine: sa.Engine, settings: Settings) -> HostSources:
+    """Where servers come from, as the capacity plan sees it. Raises `HostsError` for a file of host sources that cannot be used."""
+    from mail_pipelines.capacity.new_servers import HostSources, NextSource
     from mail_pipelines.provisioning import proposals
     from mail_pipelines.provisioning.sources import reading as hosts_file
 
     sources = hosts_file.read(settings).sources
     with reading(engine) as connection:
         following = proposals.next_source(connection, sources)
-    return None if following is None else NextSource(following.curve, following.cost_per_hour)
+    curves = {source.name: source.curve for source in sources}
+    return HostSources(None if following is None else NextSource(following.curve, following.cost_per_hour), curves)

@@ -46,9 +46,9 @@ def members(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> pa
     return matched.append_column("engagement_rank", pa.array(ranks))
 
 
-def members_of(include: Sequence[Criteria], exclude: Sequence[Criteria], snapshots: Snapshots, *, now: dt.datetime) -> pa.Table:
-    """`members` of any of `include` and of none of `exclude`."""
-    return members(AllOf((AnyOf(tuple(include)), Not(AnyOf(tuple(exclude))))), snapshots, now=now)
+def in_any(include: Sequence[Criteria], exclude: Sequence[Criteria]) -> Criteria:
+    """Whoever matches any of `include` and none of `exclude`."""
+    return AllOf((AnyOf(tuple(include)), Not(AnyOf(tuple(exclude)))))
 
 
 def count(criteria: Criteria, snapshots: Snapshots, *, now: dt.datetime) -> SegmentCount:

@@ -16,6 +16,7 @@ from mail_pipelines.dispatch import audit, registry, servers
 from mail_pipelines.jobs import audit_delivery_logs, send_campaign
 from mail_pipelines.ops.provisioning import provision_server, retire_server
 from mail_pipelines.provisioning import proposals, store
+from mail_pipelines.provisioning.proposals import Wanted
 from mail_pipelines.provisioning.states import IN_SERVICE, At, State, Step
 from mail_pipelines.provisioning.store import Provision
 from mail_pipelines.resources import run_tags
@@ -44,13 +45,14 @@ def capacity_sensor(provisioning: Provisioning) -> Evaluate:
     """The sensor, with what makes servers and knows how many are wanted."""
 
     def capacity_shortage(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
-        """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), give back those that it does not need, and go on with those
-        that wait for something.
+        """Propose servers, or order them, when the capacity plan lacks some (`provisioning.mode`), end proposals and give back servers that have no use, and go
+        on with those that wait for something.
 
         The log of a server that leaves is read to its end at once, by an audit of its own.
         """
         engine, settings = database.engine, database.settings
-        said = [] if settings.provisioning.mode == "off" else _short(provisioning, engine, settings)
+        wanted = [] if settings.provisioning.mode == "off" else [one for one in provisioning.wanted(engine, settings) if one.servers > 0]
+        said = _short(provisioning, engine, settings, wanted) + _lapsed(engine, settings, wanted)
         if settings.provisioning.mode == "auto":
             said += transact(engine, give_back)
         for line in said:
@@ -104,13 +106,20 @@ def _unread(connection: sa.Connection, leaving: Collection[str]) -> dict[str, Se
     }
 
 
-def _short(provisioning: Provisioning, engine: sa.Engine, settings: Settings) -> list[str]:
+def _short(provisioning: Provisioning, engine: sa.Engine, settings: Settings, wanted: Collection[Wanted]) -> list[str]:
     """Act on what is missing in each pool; what was done, in words."""
-    wanted = [one for one in provisioning.wanted(engine, settings) if one.servers > 0]
     if not wanted:
         return []
     parts = provisioning.parts(engine, settings)
     return [transact(engine, lambda connection, one=one: proposals.short(connection, parts, one)) for one in wanted]  # type: ignore[misc]
+
+
+def _lapsed(engine: sa.Engine, settings: Settings, wanted: Collection[Wanted]) -> list[str]:
+    """End proposals that nobody needs any more; what was done, in words."""
+    with reading(engine) as connection:
+        undecided = proposals.undecided(connection)
+    pools = {one.pool for one in wanted}
+    return transact(engine, lambda connection: proposals.lapse(connection, pools, settings.provisioning)) if undecided else []
 
 
 def give_back(connection: Connection) -> list[str]:

@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from mail_pipelines.capacity import health_rules, idle, outlook, shortage, verdicts
+from mail_pipelines.capacity import far, health_rules, idle, outlook, shortage, verdicts
 from mail_pipelines.capacity.far import FarOrder, InFlight, far_plan
 from mail_pipelines.capacity.fleet import Fleet
 from mail_pipelines.capacity.health_rules import Record
 from mail_pipelines.capacity.horizon import DAY, HOUR
 from mail_pipelines.capacity.idle import Idleness
 from mail_pipelines.capacity.near import NearPlan
-from mail_pipelines.capacity.new_servers import NextSource, new_server, of_source
+from mail_pipelines.capacity.new_servers import HostSources, NextSource
 from mail_pipelines.capacity.outlook import Mailing
 from mail_pipelines.capacity.retiring import Candidate
 from mail_pipelines.capacity.verdicts import Verdict
@@ -67,13 +67,14 @@ class Buying:
     def plan(self, now: int, fleet: Fleet, ledger: Ledger, near: NearPlan, drained: Mapping[str, Record]) -> None:
         """The far plan of a day, what is ordered by it, and whether any server is not needed."""
         moment = dt.datetime.fromtimestamp(now, dt.UTC)
-        flights = [InFlight(POOL, 1, new_server().first_day(one.requested_at.date())) for one in self.provisions if one.state in MAKING]
-        source = NextSource(world()["fleet"]["curve"], world()["making"]["cost_per_hour"])
+        sources = HostSources(NextSource(world()["fleet"]["curve"], world()["making"]["cost_per_hour"]))
+        making = [one.requested_at.date() for one in self.provisions if one.state in MAKING]
+        flights = [InFlight.being_made(POOL, sources.new_server, day, moment.date()) for day in making]
         outlooks = [outlook.of_pool(POOL_ID, POOL, *self._mailings(now, ledger), moment.date(), fleet)]
-        self._orders = far_plan(outlooks, moment.date(), of_source(source), flights, self._orders)
+        self._orders = far_plan(outlooks, moment.date(), sources.new_server, flights, self._orders)
         for order in self._orders:
             if order.due:
-                effect = f"{order.short:,} messages would be too late, with them {order.left:,}; to send from {order.first_day} on"
+                effect = f"{far.effect(order.short, order.left)}; to send from {order.first_day} on"
                 self._order(Wanted(order.servers, order.why, effect, order.pool, as_of=moment), moment)
         candidates = [
             Candidate(one.key, one.server_id, POOL, one.cost_per_hour or 0.0, (), budget.may_be_given_back_at(one, self.settings))
@@ -81,7 +82,7 @@ class Buying:
             if one.state in IN_SERVICE and one.key not in drained and one.server_id is not None
         ]
         known = Idleness(candidates, idle.restless(self.provisions, drained, ""), self.verdicts)
-        self.verdicts = idle.judge(known, near, fleet, outlooks, flights, self._orders, source, moment)
+        self.verdicts = idle.judge(known, near, fleet, outlooks, flights, self._orders, sources, moment)
 
     def replace(self, now: int, drained: Mapping[str, Record]) -> None:
         """Order servers in the place of those that were taken out of service."""

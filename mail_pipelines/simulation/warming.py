@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mail_pipelines.capacity.far import DAYS
 from mail_pipelines.capacity.fleet import Pair
-from mail_pipelines.capacity.horizon import DAY
+from mail_pipelines.capacity.horizon import DAY, DAYS
 from mail_pipelines.capacity.warm_up import Course, Standing
 from mail_pipelines.capacity.warm_up_rules import Counts as DayCounts
 from mail_pipelines.capacity.warm_up_rules import Verdict, rules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import shlex
 import uuid
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 
 from mail_pipelines.alerts import causes
 from mail_pipelines.alerts.cause import Cause
+from mail_pipelines.capacity import far, in_force, planning
+from mail_pipelines.capacity.new_servers import NO_SOURCES, HostSources, NextSource
 from mail_pipelines.cli import app
 from mail_pipelines.commands import context as commands
 from mail_pipelines.config import DnsSettings, ReputationSettings
@@ -128,6 +131,26 @@ def propose(world: World) -> None:
     put(world, models.ProvisionProposal, **given, why="spring is late", effect="it ends at noon")
 
 
+def plan(world: World, sources: HostSources = NO_SOURCES) -> None:
+    """One message an hour to each provider, and an hour for all of them."""
+    world.set_campaign(finish_by=now_of(world) + HOUR)
+    servers.set_limits(world.engine, None, "*", {"per_second": 1.0, "per_hour": 1})
+    planning.make(world.engine, world.settings, sources=sources)
+
+
+def far_order(world: World) -> None:
+    """A plan of an hour ago that orders three servers, which may be ordered without a person, and cannot."""
+    mode(world, "auto")
+    at = now_of(world) - HOUR
+    order = far.FarOrder("default", 3, at.date(), at.date(), at.date(), due=True, short=9_000, left=0, why="google: 60,000 messages come up")
+    document = {"campaigns": [], "orders": [], "far": [far.to_document(order)]}
+    assert transact(world.engine, lambda connection: in_force.follow(connection, 0, document, at))
+
+
+def mode(world: World, name: str) -> None:
+    world.settings = world.settings.model_copy(update={"provisioning": world.settings.provisioning.model_copy(update={"mode": name})})
+
+
 def aside(world: World) -> None:
     transact(world.engine, lambda connection: provisions.put_aside(connection, "north", "port 25 is shut"))
 
@@ -189,6 +212,12 @@ THERE: dict[str, tuple[Callable[[World], object], list[str], str]] = {
     "recovery": (recover, ["recovery"], "nothing is sent"),
     "held": (lambda world: hold(world, 12 * HOUR), ["hold:everything:", "hold:provider:google", "hold:campaign:spring"], "is held since"),
     "late": (lambda world: world.set_campaign(finish_by=now_of(world) - HOUR), ["campaign-late:spring"], "has 10 recipients to go"),
+    "in danger": (plan, ["campaign-in-danger:spring"], "more warm servers would save it"),
+    "ordered by nobody": (
+        far_order,
+        ["servers-wanted:default"],
+        "3 more servers of pool default are wanted, but provisioning.budget and",
+    ),
     "unknown": (unknown, ["unknown:spring"], "3 recipients of whom nobody knows"),
     "domain stopped": (lambda world: told(world, 0.004, stopped=True), ["domain-stopped:shop.test:google"], "mail of shop.test to google is stopped: too much"),
     "reported": (lambda world: told(world, 0.002), ["reputation:shop.test:spam_rate"], "0.20% reported as spam of shop.test"),
@@ -248,6 +277,38 @@ def test_what_needs_time_is_told_later(world: World) -> None:
     recover(world)
     external(world, error="it is away")
     assert {cause.kind: cause.after for cause in found(world).values()} == {"unknown": 6 * HOUR, "recovery": HOUR / 2, "external-source": HOUR / 2}
+
+
+def test_a_deadline_in_danger_is_told_with_what_to_type_unless_a_proposal_or_an_order_is_in_time_for_it(world: World) -> None:
+    plan(world)
+    (alone,) = found(world).values()
+    assert alone.command == "mail-pipelines plan what-if --campaign spring"
+    assert re.match(r"campaign spring will miss its finish_by, .{16} UTC: \d messages come too late, the last .{16} \(.*\); \d+ more warm servers", alone.text)
+    # Where those of the next source are in time.
+    plan(world, HostSources(NextSource("", 0.1)))
+    (offered,) = found(world).values()
+    assert re.fullmatch(r"mail-pipelines server provision --count \d+", offered.command)
+    made(world, "provisioning")
+    assert found(world) == {}
+    # Of those of others nobody knows.
+    plan(world)
+    assert list(found(world)) == ["campaign-in-danger:spring"]
+    world.set_campaign(state="paused")
+    assert found(world) == {}
+
+
+def test_servers_of_the_next_weeks_are_told_of_as_long_as_they_are_neither_proposed_nor_ordered(world: World) -> None:
+    far_order(world)
+    (cause,) = found(world).values()
+    assert (cause.command, cause.after) == ("mail-pipelines server provisions", dt.timedelta(minutes=70))
+    made(world, "provisioning")
+    mode(world, "off")
+    (cause,) = found(world).values()
+    assert cause.text.startswith("2 more servers of pool default are wanted, but provisioning.mode is off: google: 60,000 messages come up (")
+    assert "messages would be too late by 9,000 days, added up over all of them" in cause.text
+    assert cause.command == "mail-pipelines server provision --count 2"
+    propose(world)
+    assert list(found(world)) == ["proposal:1"]
 
 
 def test_a_source_that_is_being_read_was_not_cut_off(world: World) -> None:

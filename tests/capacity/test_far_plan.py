@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from mail_pipelines.campaigns.send_window import SendWindow
 from mail_pipelines.capacity import outlook, planning
-from mail_pipelines.capacity.far import DAYS, FarOrder, InFlight, Outlook, Policy, far_plan, shortages
+from mail_pipelines.capacity.far import FarOrder, InFlight, Outlook, Policy, far_plan, shortages
 from mail_pipelines.capacity.fleet import Fleet, Limits, Member
-from mail_pipelines.capacity.new_servers import NewServer, NextSource, new_server, of_source
+from mail_pipelines.capacity.horizon import DAYS
+from mail_pipelines.capacity.new_servers import HostSources, NewServer, NextSource, new_server, of_curve
 from mail_pipelines.capacity.outlook import Mailing
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, Provision, State
@@ -44,8 +45,8 @@ def pool(demand: Mapping[int, float], every_day: float = 0.0, capacity: float = 
 
 
 def late(found: Outlook, orders: list[FarOrder]) -> float:
-    flights = [InFlight(order.pool, order.servers, order.first_day) for order in orders]
-    return sum(float(days.sum()) for days in shortages(found, flights, TODAY, NEW, Policy()).values())
+    flights = [InFlight(order.pool, order.servers, order.first_day, NEW) for order in orders]
+    return sum(float(days.sum()) for days in shortages(found, flights, TODAY, Policy()).values())
 
 
 def test_a_new_server_is_worth_what_its_curve_allows() -> None:
@@ -60,14 +61,14 @@ def test_a_new_server_is_worth_what_its_curve_allows() -> None:
 @pytest.mark.parametrize(("curve", "caps"), [("", ()), ("normal", (500, 1000, 2000)), ("manual", NEW.per_day[:3])])
 def test_a_new_server_is_worth_what_its_source_says(curve: str, caps: tuple[int, ...]) -> None:
     """Of one whose steps an operator takes nobody knows when: no more than of a careful one."""
-    found = of_source(NextSource(curve, 0.1))
+    found = HostSources(NextSource(curve, 0.1)).new_server
     assert (found.lead_days, found.per_day[:3]) == (NEW.lead_days, caps)
-    assert of_source(None) == NEW
+    assert HostSources().new_server == NEW
 
 
 def test_servers_that_are_warm_at_once_are_ordered_later_than_those_that_are_warmed_up() -> None:
     found = pool({40: 60_000})
-    (careful,), (warm,) = (far_plan([found], TODAY, of_source(NextSource(curve, 0.1))) for curve in ("careful", ""))
+    (careful,), (warm,) = (far_plan([found], TODAY, of_curve(curve)) for curve in ("careful", ""))
     assert careful.order_by < warm.order_by == day(40 - NEW.lead_days)
     assert (careful.left, warm.left) == (0, 0)
 
@@ -104,8 +105,22 @@ def test_fewer_days_take_more_servers_and_too_few_days_leave_something_late() ->
 
 def test_servers_on_their_way_count() -> None:
     found = pool({40: 60_000})
-    assert far_plan([found], TODAY, NEW, [InFlight("default", 1, day(4))]) == []
-    assert len(far_plan([found], TODAY, NEW, [InFlight("other", 1, day(4))])) == 1
+    assert far_plan([found], TODAY, NEW, [InFlight("default", 1, day(4), NEW)]) == []
+    assert len(far_plan([found], TODAY, NEW, [InFlight("other", 1, day(4), NEW)])) == 1
+
+
+def test_servers_on_their_way_count_by_the_curve_of_the_source_they_come_from() -> None:
+    """Whatever the next source is: six days after it is there a warm server sends all of it, and one that is warmed up carefully does not."""
+    found = pool({10: 60_000})
+    careful, warm = of_curve("careful"), of_curve("")
+    assert far_plan([found], TODAY, careful, [InFlight("default", 1, day(4), warm)]) == []
+    (order,) = far_plan([found], TODAY, warm, [InFlight("default", 1, day(4), careful)])
+    assert (order.servers, order.left) == (1, 0)
+
+
+def test_a_server_that_takes_longer_to_make_than_it_should_has_not_sent_meanwhile() -> None:
+    asked_for = [TODAY - dt.timedelta(days=days) for days in (0, 2, 3, 30)]
+    assert [InFlight.being_made("default", NEW, asked, TODAY).first_day for asked in asked_for] == [day(4), day(2), day(1), day(1)]
 
 
 def test_an_order_is_due_when_it_has_stood_for_a_day_and_its_time_has_come() -> None:
@@ -131,8 +146,8 @@ def test_the_budget_is_kept_with_what_is_on_its_way() -> None:
     found = pool({13: 2_000_000})
     policy = Policy(most_servers=5)
     assert sum(order.servers for order in far_plan([found, replace(found, pool="b")], TODAY, NEW, policy=policy)) <= 5
-    assert sum(order.servers for order in far_plan([found], TODAY, NEW, [InFlight("b", 3, day(2))], policy=policy)) <= 2
-    assert far_plan([found], TODAY, NEW, [InFlight("b", 5, day(2))], policy=policy) == []
+    assert sum(order.servers for order in far_plan([found], TODAY, NEW, [InFlight("b", 3, day(2), NEW)], policy=policy)) <= 2
+    assert far_plan([found], TODAY, NEW, [InFlight("b", 5, day(2), NEW)], policy=policy) == []
 
 
 @hypothesis.settings(max_examples=40)
@@ -274,3 +289,9 @@ def test_the_far_plan_is_made_with_the_near_one_and_kept(engine: sa.Engine, tmp_
     world.server("mx1")
     world.set_server("mx1", state="provisioning")
     assert planning.make(world.engine, world.settings, tomorrow).document["far"] == []
+    # By the source that each comes from, if it has one already.
+    transact(world.engine, lambda connection: connection.execute(sa.update(Provision).where(Provision.key != "mx1").values(source="rack")))
+    sources = HostSources(NextSource("", 0.1), {"rack": "normal"})
+    with reading(world.engine) as connection:
+        flights = outlook.in_flight(connection, sources, tomorrow.date())
+    assert [flight.new_server for flight in flights] == [of_curve(""), *[of_curve("normal")] * (order["servers"] - 1)]

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from mail_pipelines.alerts import causes
 from mail_pipelines.capacity import health, in_force, planning, shortage, verdicts
 from mail_pipelines.capacity.health_rules import Standing, rules
-from mail_pipelines.capacity.new_servers import NextSource
+from mail_pipelines.capacity.new_servers import HostSources, NextSource
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Campaign, CampaignMinute, Provision, State
@@ -353,7 +353,7 @@ def test_the_shortage_of_two_days_counts_on_what_new_servers_really_deliver(worl
     # It is as large as the last to the same segments.
     add_campaign(world, "last", 3 * 36_000 + 50_000, state="finished", audience_counts={"audience": 3 * 36_000 + 50_000})
     assert number
-    planning.make(world.engine, world.settings, now, source)
+    planning.make(world.engine, world.settings, now, HostSources(source))
     with reading(world.engine) as connection:
         found = shortage.wanted(connection, curve=None if source is None else source.curve)
     assert sum(one.servers for one in found) == servers_wanted
@@ -364,7 +364,7 @@ def test_a_plan_whose_campaign_is_over_asks_for_no_servers(world: World) -> None
     now = now_of(world)
     servers.set_limits(world.engine, None, "*", {"per_second": 1.0})
     number = add_campaign(world, "big", 60_000, finish_by=now + dt.timedelta(hours=5))
-    planning.make(world.engine, world.settings, now, NextSource("", 0.1))
+    planning.make(world.engine, world.settings, now, HostSources(NextSource("", 0.1)))
 
     def asked(state: str) -> int:
         transact(world.engine, lambda connection: connection.execute(sa.update(Campaign).where(Campaign.id == number).values(state=state)))
@@ -381,7 +381,7 @@ def test_a_shortage_tells_when_a_campaign_ends_with_servers_and_without(world: W
     servers.set_limits(world.engine, None, "*", {"per_second": 1.0})
     by = now + dt.timedelta(hours=4)
     add_campaign(world, "big", 60_000, finish_by=by)
-    planning.make(world.engine, world.settings, now, NextSource("", 0.1))
+    planning.make(world.engine, world.settings, now, HostSources(NextSource("", 0.1)))
     with reading(world.engine) as connection:
         (one,) = shortage.wanted(connection, curve="")
     said = re.fullmatch(r"campaign big ends in time with (\d) more servers, at (.{16}) UTC instead of (.{16})", one.effect)
@@ -401,7 +401,7 @@ def test_servers_that_take_long_to_make_help_nobody_today(world: World) -> None:
     def asked(took: dt.timedelta) -> int:
         times = {"requested_at": now - dt.timedelta(days=2), "state_at": now - dt.timedelta(days=2) + took}
         transact(world.engine, lambda connection: connection.execute(sa.update(Provision).values(**times)))
-        planning.make(world.engine, world.settings, now, NextSource("", 0.1))
+        planning.make(world.engine, world.settings, now, HostSources(NextSource("", 0.1)))
         with reading(world.engine) as connection:
             kept = in_force.read(connection)
             assert kept is not None

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from mail_pipelines.assets.capacity import capacity_plan
 from mail_pipelines.capacity import allotments, demand, forecast, in_force, planning, reports, warm_up, what_if
 from mail_pipelines.capacity import grants as rows_of_grants
-from mail_pipelines.capacity.new_servers import NextSource
+from mail_pipelines.capacity.new_servers import HostSources, NextSource
 from mail_pipelines.commands import context
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Allotment, Breaker, Campaign, CampaignCounter, CampaignMinute, ProviderUsage, State, SyncState
@@ -510,10 +510,10 @@ def test_what_more_servers_would_change(world: World) -> None:
     assert "; with 2 more warm servers 2026-03-02 14:0" in words
     assert "; to finish by 2026-03-02 15:07 it needs 2 more warm servers; new servers would send from 6 March, when it is over" in words
     # Where new servers are made within minutes and send at once, they help today; where it takes a day, it is over.
-    warm = NextSource("", 0.1)
-    (soon,) = what_if.ask(situation, 0, None, "big", warm)
+    situation = replace(situation, sources=HostSources(NextSource("", 0.1)))
+    (soon,) = what_if.ask(situation, 0, None, "big")
     assert what_if.sentence(soon).endswith("; new servers would help from 2 March")
-    (late,) = what_if.ask(replace(situation, lead_seconds=86_400.0), 0, None, "big", warm)
+    (late,) = what_if.ask(replace(situation, lead_seconds=86_400.0), 0, None, "big")
     assert what_if.sentence(late).endswith("; new servers would send from 3 March, when it is over")
     with pytest.raises(what_if.UnknownCampaign, match="campaign bug has nothing to send within 48 hours; those that have: spring, big"):
         what_if.ask(situation, 2, None, "bug")
@@ -585,6 +585,9 @@ def test_the_plan_as_an_operator_sees_it(world: World) -> None:
     assert answer["finish_with"] < answer["finish_at"]
     soon = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=6)).isoformat()
     assert " it needs 2 more warm servers; " in says("plan", "what-if", "--finish-by", soon, "--campaign", "big")
+    add_campaign(world, "hopeless", 10_000, finish_by=dt.datetime.now(dt.UTC) + dt.timedelta(minutes=1))
+    planning.make(world.engine, world.settings)
+    assert "hopeless: no number of servers would save its deadline (google: " in says("plan", "show")
 
 
 def test_the_asset_puts_a_plan_into_force_and_shows_it(world: World) -> None:

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mail_pipelines.capacity.far import DAYS, InFlight, Outlook
-from mail_pipelines.capacity.new_servers import NewServer, NextSource, of_source
+from mail_pipelines.capacity.far import InFlight, Outlook
+from mail_pipelines.capacity.horizon import DAYS
+from mail_pipelines.capacity.new_servers import NewServer, of_curve
 from mail_pipelines.capacity.retiring import Candidate, Offer, Policy, choose, judge
 from mail_pipelines.capacity.verdicts import Verdict, from_document, to_document
 
@@ -73,9 +74,9 @@ def test_what_it_lacks_decides_how_far_another_has_to_be_warm() -> None:
 @pytest.mark.parametrize(
     ("one", "flights", "why"),
     [
-        (server(kept_until=NOW + dt.timedelta(hours=1)), [], "kept until 2026-03-02 10:00 UTC (provisioning.minimum_hours)"),
+        (server(kept_until=NOW + dt.timedelta(hours=1)), [], "until 2026-03-02 10:00 UTC (provisioning.minimum_hours)"),
         (server(cost=0.0), [], "it costs nothing"),
-        (server(), [InFlight("default", 2, TODAY)], "2 more are being made for its pool"),
+        (server(), [InFlight("default", 2, TODAY, of_curve("careful"))], "2 more are being made for its pool"),
     ],
 )
 def test_what_is_kept_whatever_it_costs(one: Candidate, flights: list[InFlight], why: str) -> None:
@@ -90,7 +91,7 @@ def test_one_whose_shortest_lifetime_is_just_over_may_go() -> None:
 def test_a_pool_that_never_sent_needs_none_and_a_warm_source_makes_warmth_cheap() -> None:
     nothing = Outlook("default", {}, {}, {})
     assert not judge(nothing, server(), [], OFFER, NOW).keep
-    warm = judge(pool(None), server(), [], Offer(0.1, of_source(NextSource("", 0.1))), NOW)
+    warm = judge(pool(None), server(), [], Offer(0.1, of_curve("")), NOW)
     assert "warm up another one in 4 days" in warm.why
 
 

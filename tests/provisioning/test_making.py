@@ -268,6 +268,26 @@ def test_a_source_whose_hosts_cannot_send_is_set_aside(world: World) -> None:
 
 
 @SQLITE
+def test_a_listed_address_is_its_hosts_and_two_in_a_day_are_the_sources(world: World) -> None:
+    world.verifier.findings = [Finding("block lists", False, "192.0.2.9 is listed by bl.test")]
+
+    def aside() -> list[str]:
+        with reading(world.engine) as connection:
+            return list(store.set_aside(connection))
+
+    assert world.advance(world.request()).reason == "verify: block lists: 192.0.2.9 is listed by bl.test"
+    world.nothing_is_left("mx1")
+    assert aside() == []
+    # Another one of the same source is asked for, whose address is another.
+    assert world.advance("mx2").source == "north"
+    assert aside() == ["north"]
+    world.verifier.findings = []
+    found = world.advance("mx3")
+    assert (found.state, found.source) == (State.ACTIVE, "south")
+    assert set(world.all()) == {"mx1", "mx2", "mx3"}
+
+
+@SQLITE
 def test_a_source_that_switches_hosts_off_is_set_aside(world: World) -> None:
     north, _ = world.hosters
     world.set(boot_seconds=0.1, attempts=1)

@@ -111,6 +111,25 @@ def test_a_shortage_that_stands_is_proposed_once(world: World, tick: Callable[..
     assert (dearer.id, dearer.cost_per_month) == (proposal.id + 2, pytest.approx(43.8))
 
 
+def test_a_proposal_that_nobody_needs_any_more_lapses_when_its_cool_down_is_over(
+    world: World, tick: Callable[..., dg.SensorResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick("propose", LATE)
+    (proposal,) = open_proposals(world)
+    tick("propose")
+    assert open_proposals(world) == [proposal]
+    monkeypatch.setenv("MAIL_PIPELINES_PROVISIONING__COOL_DOWN_MINUTES", "0")
+    tick("propose", LATE)
+    assert open_proposals(world) == [proposal]
+    tick("propose", replace(LATE, pool="north"))
+    (other,) = open_proposals(world)
+    assert other.pool == "north"
+    with pytest.raises(store.ProvisioningError, match=f"proposal {proposal.id} is lapsed"):
+        transact(world.engine, lambda connection: proposals.accept(connection, world.settings.provisioning, proposal.id))
+    tick("off")
+    assert (open_proposals(world), world.all()) == ([], {})
+
+
 def test_auto_orders_what_is_missing_and_counts_what_is_under_way(world: World, tick: Callable[..., dg.SensorResult], instance: dg.DagsterInstance) -> None:
     world.set(cool_down_minutes=0)
     result = tick("auto", LATE)

@@ -24,7 +24,7 @@ from mail_pipelines.database.models import ContactChange
 from mail_pipelines.segments import contact_snapshot, parts
 from mail_pipelines.segments.catalogue import FieldType
 from mail_pipelines.segments.criteria import AllOf, parse
-from mail_pipelines.segments.evaluation import count, members, members_of
+from mail_pipelines.segments.evaluation import count, in_any, members
 from mail_pipelines.segments.manifest import SnapshotInfo
 from mail_pipelines.segments.snapshots import in_turn, open_snapshots, refresh_contacts, refresh_engagement
 from mail_pipelines.segments.store import SnapshotBusy, SnapshotDiskFull, SnapshotMissing, contact_store
@@ -414,9 +414,9 @@ def test_several_segments_give_each_contact_once(world: World) -> None:
         young, news, four = (
             parse(tree, snapshots.catalogue) for tree in ({"field": "age", "op": "<", "value": 5}, {"in_list": "news"}, {"field": "age", "op": "=", "value": 4})
         )
-        table = members_of([young, news], [four], snapshots, now=NOW)
+        table = members(in_any([young, news], [four]), snapshots, now=NOW)
         assert sorted(table["contact_id"].to_pylist()) == [1, 2, 3, 5, 6]
-        assert members_of([], [four], snapshots, now=NOW).num_rows == 0
+        assert members(in_any([], [four]), snapshots, now=NOW).num_rows == 0
         found = count(news, snapshots, now=NOW)
         assert (found.members, found.by_provider) == (4, {"gmx": 2, "google": 2})
         assert (found.contact_version, found.engagement_version) == (1, 1)
