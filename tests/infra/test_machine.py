@@ -1,4 +1,4 @@
-"""The machines of these tests themselves: that they leave nothing behind."""
+"""The machines of these tests themselves: that they leave nothing behind, and reach each other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.infra.installing import ROOT
+from tests.infra.machine import swept
+from tests.parts.hosts import Host, hosts, joined
 from tests.parts.processes import wait_for
 
 # Two whole installations at a time would be too much for two processors.
@@ -57,3 +59,19 @@ def network(place: Path) -> Path | None:
         return place.readlink()
     except OSError:
         return None
+
+
+def test_nobody_is_cut_off_by_a_host_that_joins_later() -> None:
+    with swept(), hosts(3) as (first, second, third):
+        # From now on they know the address of the first one's device.
+        assert [reaches(host, first) for host in (second, third)] == [True, True]
+        with joined(first, 4):
+            # As low as one that is drawn may be.
+            subprocess.run(["ip", "-n", first.namespace, "link", "set", "port4", "address", "02:00:00:00:00:00"], check=True)
+            assert [reaches(host, first) for host in (second, third)] == [True, True]
+
+
+def reaches(host: Host, other: Host) -> bool:
+    """Whether a connection to a port of the other where nobody listens is refused, and not left without an answer."""
+    words = [*host.run, "timeout", "5", "bash", "-c", f"exec 3<>/dev/tcp/{other.address}/9"]
+    return "refused" in subprocess.run(words, capture_output=True, text=True, check=False).stderr
