@@ -50,8 +50,9 @@ def joined(first: Host, number: int) -> Iterator[Host]:
 def _host(number: int) -> Iterator[Host]:
     # Of a network for documentation: the program takes such addresses for public ones, and nobody else has them.
     host = Host(f"mail-pipelines-{os.getpid()}-{number}", f"192.0.2.{number}")
+    # One of this name that is there already is somebody else's, and stays.
+    _ip("netns", "add", host.namespace)
     try:
-        _ip("netns", "add", host.namespace)
         yield host
     finally:
         subprocess.run(["ip", "netns", "delete", host.namespace], check=False)
