@@ -19,12 +19,13 @@ from mail_pipelines.imports import uncollected
 with uncollected():
     # Before the children are forked: they share it.
     import mail_pipelines.definitions  # noqa: F401
-    from mail_pipelines.resources import queues, tasks
+    from mail_pipelines.resources import execution, queues, tasks
 
 # Whoever opens Dagster's storage hears of each table.
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 app = tasks.make_app(config.load(), queues.this_server())
+app.task(name=tasks.EXECUTE_RUN)(execution.execute_run)
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]

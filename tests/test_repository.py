@@ -121,6 +121,12 @@ def test_the_command_line_starts_light() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_making_a_home_starting_a_worker_and_asking_whether_a_host_can_send_loads_no_dagster() -> None:
+    """It costs each of them a second of the processor, several times in a play of a host."""
+    program = "import sys, mail_pipelines.home, mail_pipelines.readiness, mail_pipelines.resources.tasks; sys.exit('dagster' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_playing_destinations_loads_no_database() -> None:
     program = "import sys, mail_pipelines.dispatch.catcher.process; print([name for name in ['cryptography', 'sqlalchemy'] if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

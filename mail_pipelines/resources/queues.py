@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import dagster as dg
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
@@ -21,6 +21,10 @@ from mail_pipelines import config
 from mail_pipelines.database.models import Campaign
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import DispatchError
+
+# Not imported: what only asks for names would take a second longer to start.
+if TYPE_CHECKING:
+    import dagster as dg
 
 # The run tag that names the queue (dagster-celery's name for it; where runs are processes of this host it is a label).
 QUEUE_TAG = "dagster-celery/queue"
@@ -64,7 +68,7 @@ def server_of(queue: str, fleet: Iterable[str]) -> str | None:
 def executes(run: dg.DagsterRun, what: tuple[str, str]) -> bool:
     """Whether a run executes `SENDING` or `AUDIT` and nothing else."""
     job, asset = what
-    return run.asset_selection == {dg.AssetKey(asset)} if run.asset_selection else run.job_name == job
+    return [list(key.path) for key in run.asset_selection] == [[asset]] if run.asset_selection else run.job_name == job
 
 
 def is_for_servers(run: dg.DagsterRun) -> bool:

@@ -1,44 +1,30 @@
-"""The Celery side of a run: the app that launcher and workers share, and the one task there is, which executes a run.
+"""The Celery side of a run: the app that launcher, workers and those who ask the broker share.
 
-What belongs here: settings of Celery, and whether an order is followed. What does not: where runs go (`queues`), publishing (`launcher`),
-what a worker does at its end (`worker`).
+What belongs here: settings of Celery. What does not: what a worker does with an order (`execution`), where runs go (`queues`), publishing (`launcher`),
+what a worker does at its end (`worker`); and Dagster, without which who only asks starts in half the time.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import ssl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import dagster as dg
 from celery import Celery
 from celery.app.control import Control
-from dagster._cli.api import _execute_run_command_body
-from dagster._core.code_pointer import ModuleCodePointer
-from dagster._utils.interrupts import capture_interrupts
 
-from mail_pipelines import config
 from mail_pipelines.config import ConfigError, Settings
-from mail_pipelines.dispatch.files import AlreadyRunning, ServerFolders, is_locked, only_one
-
-# The dialect is named by the URL of Dagster's storage on a server.
-from mail_pipelines.resources import orders, queues, results, views_dialect  # noqa: F401
-from mail_pipelines.resources.orders import OrderRefused
+from mail_pipelines.resources import queues, results
 
 EXECUTE_RUN = "mail_pipelines.execute_run"
+# The result of a second order for a run. It takes the place of the first one's while that works.
+IGNORED = -1
 _FOLDER_BROKER = "mail_pipelines.resources.folder_broker:Transport"
-_DEFINITIONS = "mail_pipelines.definitions"
 # Longer than any run may take (`max_runtime_seconds` in dagster.yaml): a run without a result would be one of which nobody knows whether it works.
 RESULT_SECONDS = 7 * 24 * 3600
 # Children take new definitions only with a new worker, and memory that grew goes with the child.
 _RUNS_OF_A_CHILD = 50
-# The result of a second order for a run. It takes the place of the first one's while that works.
-IGNORED = -1
 
 
 def make_app(settings: Settings, server: str | None = None) -> Celery:
@@ -77,7 +63,6 @@ def make_app(settings: Settings, server: str | None = None) -> Celery:
         task_serializer="json",
         accept_content=["json"],
     )
-    app.task(name=EXECUTE_RUN)(execute_run)
     return app
 
 
@@ -126,96 +111,3 @@ def _broker(url: str, ca: str) -> dict[str, Any]:
         "store_processed": True,
     }
     return {"broker_url": "filesystem://", "broker_transport": _FOLDER_BROKER, "broker_transport_options": options}
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Remember a signal that comes before Dagster is ready for it, and leave behind the handlers of the pool.
-
-    Celery's children ignore SIGINT, and Dagster copies SIGINT's handler to SIGTERM when a run ends: the next run's child could not be ended.
-    """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with capture_interrupts():
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def execute_run(text: object = None, signature: object = None) -> int:
-    """Execute the run of an order; 0 if it ended well, 1 if not, `IGNORED` if it has begun before. Raises `OrderRefused`."""
-    with _own_signals():
-        settings = config.load()
-        if not settings.broker.verify_key:
-            raise OrderRefused("broker.verify_key is not set, so no order can be verified: it is on the centre's `config show`")
-        order = orders.read(text, signature, settings.broker.verify_key)
-        with _speaking_for_one(order.queue) as server, dg.DagsterInstance.get() as instance, _only_here(settings, order.run_id) as alone:
-            record = instance.get_run_record_by_id(order.run_id)
-            if record is None:
-                raise OrderRefused(f"there is no run {order.run_id}")
-            run = record.dagster_run
-            if not alone or run.is_finished or record.start_time is not None:
-                # The broker delivers twice what it is not sure to have delivered.
-                return IGNORED
-            if run.status is dg.DagsterRunStatus.CANCELING:
-                instance.report_run_canceled(run, "Cancelled before it began.")
-                return 0
-            if (reason := refusal(run, order.queue, server)) is not None:
-                instance.report_run_failed(run, reason)
-                raise OrderRefused(reason)
-            # Dagster's own body of a run process, as dagster-celery's task has it.
-            return _execute_run_command_body(run.run_id, instance, lambda _event: None, set_exit_code_on_failure=True)
-
-
-@contextmanager
-def _speaking_for_one(queue: str) -> Iterator[str | None]:
-    """Speak for one of the servers of this host alone, as long as the run from a queue lasts: that whose queue it is.
-
-    A run of the queue of all goes to the server with the fewest sessions. One of nobody's here is for `refusal` to see.
-    """
-    servers = config.servers_of_this_host()
-    if len(servers) < 2:
-        yield queues.this_server()
-        return
-    server = queues.server_of(queue, servers) or min(servers, key=_sessions)
-    before = os.environ[config.SERVER_VARIABLE]
-    os.environ[config.SERVER_VARIABLE] = server
-    try:
-        yield server
-    finally:
-        os.environ[config.SERVER_VARIABLE] = before
-
-
-def _sessions(server: str) -> int:
-    folder = ServerFolders.of(config.load_for(server).server, server).sessions
-    return sum(map(is_locked, folder.glob("*")))
-
-
-@contextmanager
-def _only_here(settings: Settings, run_id: str) -> Iterator[bool]:
-    """Whether no other child has an order for the run at this moment: two that begin at once would both find that it has not begun."""
-    place = Path(settings.server.run_folder) / "orders" / run_id
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(only_one(place, f"run {run_id}"))
-        except AlreadyRunning:
-            yield False
-            return
-        stack.callback(place.unlink, missing_ok=True)
-        yield True
-
-
-def refusal(run: dg.DagsterRun, queue: str, server: str | None) -> str | None:
-    """Why a run must not execute here; None if it may."""
-    # Who can write into Dagster's storage can name any code there.
-    code = run.job_code_origin.repository_origin.code_pointer if run.job_code_origin else None
-    if not isinstance(code, ModuleCodePointer) or code.module != _DEFINITIONS:
-        return f"this run is not of {_DEFINITIONS}, and workers execute nothing else: it is refused"
-    own = queues.own_queues(server)
-    here = f"speaks for server {server}" if server else "is the centre's"
-    if queue not in own:
-        return f"this run is meant for queue {queue}, but this worker {here} (it may execute those of {', '.join(own)}): it is refused"
-    if server and not queues.is_for_servers(run):
-        return f"{run.job_name} executes only at the centre, but this worker {here}: it is refused"
-    return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.infra.fleet import Fleet, making_itself
 from tests.infra.installing import CENTRE, ROOT, SERVER, Installation, Play, installation
 from tests.infra.machine import environment
 
@@ -48,3 +49,10 @@ def first_play(hosts: Installation) -> Play:
 def installed(hosts: Installation, first_play: Play) -> Installation:
     assert (first_play.status, first_play.failed) == ("successful", []), first_play.output
     return hosts
+
+
+@pytest.fixture(scope="session")
+def fleet(installed: Installation, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A centre that makes its servers itself. Its tests come last: they change what the others look at."""
+    with making_itself(installed, tree, tmp_path_factory.mktemp("r")) as running:
+        yield running

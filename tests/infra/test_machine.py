@@ -1,4 +1,4 @@
-"""The machines of these tests themselves: that they leave nothing behind."""
+"""The machines of these tests themselves: that they leave nothing behind, and reach each other."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ from tests.parts.hosts import hosts
 with swept(), hosts(2) as (_, host), machine("one.example.com", host, Path(sys.argv[1]), Path(sys.argv[2])) as running:
     print(running.pid, flush=True)
     sys.stdin.read()
+"""
+# A port where nobody listens refuses, unless there is no answer at all.
+JOIN = """
+import subprocess
+from tests.infra.machine import swept
+from tests.parts.hosts import hosts, joined
+
+def reached(host, other):
+    words = [*host.run, "timeout", "5", "bash", "-c", f"exec 3<>/dev/tcp/{other.address}/9"]
+    return "refused" in subprocess.run(words, capture_output=True, text=True).stderr
+
+with swept(), hosts(3) as (first, second, third):
+    # From now on they know the address of the first one's device.
+    assert reached(second, first) and reached(third, first)
+    with joined(first, 4):
+        # As low as one that is drawn may be.
+        subprocess.run(["ip", "-n", first.namespace, "link", "set", "port4", "address", "02:00:00:00:00:00"], check=True)
+        assert reached(second, first) and reached(third, first)
 """
 
 
@@ -57,3 +75,8 @@ def network(place: Path) -> Path | None:
         return place.readlink()
     except OSError:
         return None
+
+
+def test_nobody_is_cut_off_by_a_host_that_joins_later() -> None:
+    # In a process of its own: in this one there may be hosts of these numbers.
+    subprocess.run([sys.executable, "-c", JOIN], cwd=ROOT, check=True)

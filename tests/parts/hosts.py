@@ -28,8 +28,9 @@ def hosts(count: int) -> Iterator[tuple[Host, ...]]:
     """Hosts that reach each other and nobody else, each by its device `wire`."""
     with ExitStack() as stack:
         first = stack.enter_context(_host(1))
-        # Its device is also what connects them.
-        _ip("-n", first.namespace, "link", "add", "wire", "type", "bridge")
+        # Its device is also what connects them; of its own address, or it would take on the lowest of its ports' whenever one is added, and those who know
+        # the one before would not reach it for half a minute and more.
+        _ip("-n", first.namespace, "link", "add", "wire", "address", "02:00:00:00:00:01", "type", "bridge")
         _up(first)
         yield first, *(stack.enter_context(joined(first, number)) for number in range(2, count + 1))
 
@@ -49,8 +50,9 @@ def joined(first: Host, number: int) -> Iterator[Host]:
 def _host(number: int) -> Iterator[Host]:
     # Of a network for documentation: the program takes such addresses for public ones, and nobody else has them.
     host = Host(f"mail-pipelines-{os.getpid()}-{number}", f"192.0.2.{number}")
+    # One of this name that is there already is somebody else's, and stays.
+    _ip("netns", "add", host.namespace)
     try:
-        _ip("netns", "add", host.namespace)
         yield host
     finally:
         subprocess.run(["ip", "netns", "delete", host.namespace], check=False)

@@ -29,7 +29,7 @@ from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.exim import process
 from mail_pipelines.dispatch.files import ServerFolders, only_one
 from mail_pipelines.doctor import broker, host, waiting
-from mail_pipelines.resources import orders, queues, run_tags, tasks
+from mail_pipelines.resources import execution, orders, queues, run_tags, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.e2e.platform import CAMPAIGN
 from tests.parts.processes import free_port
@@ -127,7 +127,7 @@ def test_the_jobs_of_servers_are_those_that_the_queues_know() -> None:
 def test_a_worker_executes_only_its_own_queues_and_a_server_nothing_of_the_centre() -> None:
     assert queues.own_queues(None) == ("centre",)
     assert queues.own_queues("s1") == ("dispatch", "s1", "s1-ctl")
-    assert "is not of mail_pipelines.definitions" in (tasks.refusal(run_of("maintenance"), "centre", None) or "")
+    assert "is not of mail_pipelines.definitions" in (execution.refusal(run_of("maintenance"), "centre", None) or "")
 
 
 def test_the_centre_has_run_slots_beside_those_for_servers_in_the_making_and_for_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +176,9 @@ def test_a_run_executes_as_the_server_whose_queue_it_is_of_and_never_as_another(
     folder = ServerFolders.of(config.load().server, "s1").sessions
     folder.mkdir(parents=True)
     # s1 has a session, so that it does not get the run that any server may take.
-    with only_one(folder / "run", "a session"), tasks._speaking_for_one(queue) as own:
+    with only_one(folder / "run", "a session"), execution._speaking_for_one(queue) as own:
         assert (own, queues.this_server(), config.load().server.address) == (server, server, f"127.0.0.1{server[1]}")
-        refused = tasks.refusal(ours("send_campaign"), queue, own)
+        refused = execution.refusal(ours("send_campaign"), queue, own)
         assert bool(refused) == (queue in ("s3", "centre"))
     assert config.servers_of_this_host() == ("s1", "s2")
 

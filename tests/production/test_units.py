@@ -15,7 +15,7 @@ import yaml
 
 from mail_pipelines import code_server
 from mail_pipelines.config import SendingSettings
-from mail_pipelines.resources import tasks
+from mail_pipelines.resources import execution
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 UNITS = sorted((ROOT / "infra/systemd").glob("*.service"))
@@ -65,7 +65,7 @@ def test_the_centres_processes_share_the_code_server_of_its_unit() -> None:
     assert location["grpc_server"] == {"socket": code["--socket"], "location_name": code["--location-name"]}
     assert Path(code["--socket"]).parent == Path("/run", *_words_after(ROOT / "infra/systemd/mail-pipelines-code.service", "RuntimeDirectory="))
     # Workers execute runs of no other.
-    assert code["--module-name"] == tasks._DEFINITIONS
+    assert code["--module-name"] == execution._DEFINITIONS
     assert code["--location-name"] == code_server.LOCATION
     told = {name: ROOT / words[words.index("-w") + 1] for name, words in started.items() if "-w" in words}
     assert told == dict.fromkeys(("daemon", "viewer", "web"), WORKSPACE)
