@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from tests.dispatch.world import World
+from tests.parts import forks
 from tests.parts.clock import HostClock
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([__name__, "pymysql"])
 
 
 def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str, clock: HostClock | None) -> None:
@@ -22,9 +19,7 @@ def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard
     from mail_pipelines.dispatch.files import ServerFolders
     from mail_pipelines.dispatch.session import Session, journal_of
 
-    # What is ignored where the tests run (SIGINT is by xdist, and Dagster gives SIGTERM the same) would be ignored here.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    forks.as_started()
     os.environ.update(environ)
     if clock is not None:
         clock.goes_for_python()
@@ -42,7 +37,7 @@ class SessionProcess:
     def __init__(self, world: World, server: str, run_id: str, shard: int = 0, *, clock: HostClock | None = None, **environment: str) -> None:
         environ = {name: value for name, value in os.environ.items() if name.startswith("MAIL_PIPELINES_")} | environment
         self.result = world.settings.home / f"{run_id}.done"
-        self.process: ForkServerProcess = _processes.Process(
+        self.process: ForkServerProcess = forks.processes.Process(
             target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id, clock), daemon=True
         )
         self.process.start()

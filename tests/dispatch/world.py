@@ -50,6 +50,7 @@ from mail_pipelines.messages.content import Content
 from mail_pipelines.messages.keyring import KeyRing, derive
 from mail_pipelines.messages.tokens import DeliveryToken
 from tests.parts.clock import HostClock
+from tests.parts.forks import Command
 from tests.parts.processes import free_port, listens, wait_for
 
 CONTENT = Content(
@@ -346,13 +347,17 @@ class Running:
     def start(self) -> None:
         self.process = self.command("catcher", "run", self.server.key, "--play", str(self.play), port=self.server.port)
 
-    def command(self, *words: str, port: int) -> subprocess.Popen[bytes]:
+    def command(self, *words: str, port: int) -> Command | subprocess.Popen[bytes]:
         """Start a `mail-pipelines` command and wait until it listens on `port`."""
         output = self.folders.log / "process.log"
+        process: Command | subprocess.Popen[bytes]
         # Destinations are other hosts.
-        program = ["tests.parts.clock", str(self.clock.file)] if self.clock is not None and port == self.server.port else ["mail_pipelines"]
-        with output.open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", *program, *words], env=self.environment, stdout=log, stderr=log)
+        if self.clock is not None and port == self.server.port:
+            with output.open("ab") as log:
+                by_the_clock = [sys.executable, "-m", "tests.parts.clock", str(self.clock.file), *words]
+                process = subprocess.Popen(by_the_clock, env=self.environment, stdout=log, stderr=log)
+        else:
+            process = Command(*words, environ=self.environment, output=output)
 
         def ready() -> bool:
             assert process.poll() is None, output.read_text()[-2000:]
@@ -365,7 +370,7 @@ class Running:
     def environment(self) -> dict[str, str]:
         return dict(os.environ)
 
-    def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
+    def serves(self, process: Command | subprocess.Popen[bytes], port: int) -> bool:
         return listens(port)
 
     def connections(self) -> int:
@@ -399,7 +404,7 @@ class RunningExim(Running):
     def as_whom(self) -> tuple[str, ...]:
         return self.server.key, "--hostname", "mail.example.test"
 
-    def serves(self, process: subprocess.Popen[bytes], port: int) -> bool:
+    def serves(self, process: Command | subprocess.Popen[bytes], port: int) -> bool:
         """An Exim that a killed process has left listens, too; and it listens a moment before it writes its first line."""
         if port != self.server.port:
             return listens(port)

@@ -79,6 +79,10 @@ class Platform:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
+    def sensor(self, action: str, name: str) -> None:
+        """`start` or `stop` a sensor. By the code server that runs: with the checkout's workspace the command starts one of its own."""
+        self.command("dagster", "sensor", action, "-w", str(self.settings.dagster_home / "workspace.yaml"), name)
+
     def graphql(self, query: str, variables: Mapping[str, Any] | None = None) -> Any:
         body = json.dumps({"query": query, "variables": variables or {}}).encode()
         request = urllib.request.Request(f"{self.address}/graphql", body, {"Content-Type": "application/json"})

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 from mail_pipelines.home import checkout
 from tests.e2e.platform import Platform
@@ -28,22 +28,30 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture
-def page() -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[BrowserContext]:
+    """One for all: each new one would load and compile the UI's code again."""
     chromium = shutil.which("chromium")
     assert chromium is not None, "script/test installs chromium"
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=OPTIONS)
-        page = browser.new_page(viewport={"width": 1440, "height": 820})
-        page.set_default_timeout(60_000)
+        started = driver.chromium.launch(executable_path=chromium, args=OPTIONS)
+        context = started.new_context(viewport={"width": 1440, "height": 820}, reduced_motion="reduce")
+        context.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
-        yield page
-        browser.close()
+        yield context
+        started.close()
+
+
+@pytest.fixture
+def page(browser: BrowserContext) -> Iterator[Page]:
+    page = browser.new_page()
+    yield page
+    page.close()
 
 
 def test_a_shard_started_from_the_ui_is_seen_to_finish(platform: Platform, page: Page) -> None:
     """The sensor that starts send runs is off: the only run of this campaign is the one a person starts."""
-    platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
+    platform.sensor("stop", "open_shards")
     platform.schedule("by-hand")
     wait_for(lambda: platform.campaign("by-hand").state == "sending", seconds=90, what="the freeze")
     page.goto(f"{platform.address}/assets/send_batches?view=partitions")
@@ -64,7 +72,7 @@ def test_a_shard_started_from_the_ui_is_seen_to_finish(platform: Platform, page:
     assert set(platform.copies("by-hand").values()) == {1}
     page.goto(f"{platform.address}/assets/send_batches?partition=by-hand%7C00&view=partitions")
     expect(page.get_by_text("Materialized", exact=True).first).to_be_visible()
-    platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
+    platform.sensor("start", "open_shards")
 
 
 def test_results_show_numbers_tables_and_a_plot(platform: Platform, page: Page) -> None:

@@ -71,7 +71,7 @@ def test_a_schedule_tick_launches_its_run(platform: Platform) -> None:
 
 def test_a_backfill_from_the_command_line_sends_a_campaign_and_repeats_nothing(platform: Platform) -> None:
     """The sensor that starts send runs is off: the backfill does the whole job. Filling again sends nobody a second copy."""
-    platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
+    platform.sensor("stop", "open_shards")
     platform.schedule("backfilled")
     wait_for(lambda: platform.campaign("backfilled").state == "sending", seconds=90, what="the freeze")
     backfill(platform, "backfilled|00", "backfilled|07", runs=8)
@@ -86,7 +86,7 @@ def test_a_backfill_from_the_command_line_sends_a_campaign_and_repeats_nothing(p
     again = platform.graphql(REEXECUTE, {"run": run})["launchRunReexecution"]["run"]["runId"]
     wait_for(lambda: platform.status(again) == "SUCCESS", seconds=120, what="the run executed again")
     assert platform.copies("backfilled") == copies
-    platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
+    platform.sensor("start", "open_shards")
 
 
 def backfill(platform: Platform, first: str, last: str, *, runs: int) -> None:
@@ -161,12 +161,12 @@ def test_doctor_is_content_and_names_a_stopped_sensor(platform: Platform) -> Non
 
     # A tick of that moment can write the state back that it has read before: Dagster's daemon reads, and then writes, all of it.
     def stopped() -> subprocess.CompletedProcess[str] | None:
-        platform.command("dagster", "sensor", "stop", "-w", "workspace.yaml", "open_shards")
+        platform.sensor("stop", "open_shards")
         said = platform.command("mail-pipelines", "doctor", check=False)
         return said if said.returncode else None
 
     named = wait_for(stopped, seconds=60, what="the stopped sensor named")
-    platform.command("dagster", "sensor", "start", "-w", "workspace.yaml", "open_shards")
+    platform.sensor("start", "open_shards")
     assert named.returncode == 1
     assert "open_shards" in named.stdout + named.stderr
 

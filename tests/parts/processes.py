@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 def wait_for(condition: Callable[[], T], *, seconds: float = 30, what: str | Callable[[], str] = "condition") -> T:
     """Poll until `condition` returns something true, and return that; fail with the last value otherwise, and what was waited for (asked then)."""
-    end = time.monotonic() + seconds
+    begin = time.monotonic()
+    end = begin + seconds
     while True:
         asked = time.monotonic()
         value = condition()
@@ -22,8 +23,8 @@ def wait_for(condition: Callable[[], T], *, seconds: float = 30, what: str | Cal
         now = time.monotonic()
         if now > end:
             raise AssertionError(f"{what if isinstance(what, str) else what()} not met within {seconds} s (last value: {value!r})")
-        # What is waited for needs the processor, too: a condition that takes long to look at is looked at less often.
-        time.sleep(max(0.02, min(4 * (now - asked), 0.2)))
+        # What is waited for needs the processor, too: a condition that takes long to look at is looked at less often, and so is one that is long in coming.
+        time.sleep(max(0.02, min(9 * (now - asked), 0.5), min((now - begin) / 50, 0.2)))
 
 
 def free_port() -> int:
