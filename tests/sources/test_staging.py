@@ -80,7 +80,7 @@ def test_mariadb_is_read_as_lines_as_it_is_read_by_dlt(mariadb: MariaDB) -> None
     engine = sa.create_engine(url)
     table = sa.Table("people", sa.MetaData(), autoload_with=engine)
     found = [
-        {name: [text or None for text in _texts(page, name, name).to_pylist()] for name in columns}
+        {name: [text or None for text in _texts(page, name).to_pylist()] for name in columns}
         for page in (next(sql._written(engine, sql._chosen(table, wanted))), next(sql._arrow(engine, sql.Read(table="people"), wanted)))
     ]
     # dlt gives a DOUBLE ten decimals.
