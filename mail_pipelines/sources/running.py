@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Engine
 
 from mail_pipelines.contacts.portions import ahead, portions
+from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import transact
 from mail_pipelines.dispatch.files import is_locked, only_one
 from mail_pipelines.sources import cursor, deleting, landing, merging, status, suppressing
@@ -30,8 +31,6 @@ from mail_pipelines.sources.status import Standing
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Rows of one transaction: those of new contacts take about a sixth of a second.
-CHUNK_ROWS = 5_000
 # What was merged since is merged again after a kill, and changes nothing then; a note costs a write to the disk, as a chunk does.
 _NOTE_SECONDS = 1.0
 _WORK = ".work"
