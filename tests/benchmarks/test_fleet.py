@@ -39,7 +39,8 @@ def test_where_slots_are_short_processes_and_procedures_count_in_them_alike() ->
     """A claim of a slot that only one of them knows would get nothing."""
     finish, _, slots, lost = short_slots.run(10, (1,), 20)
     assert finish.reference == pytest.approx(20, abs=0.5)
-    assert 3 <= slots.value <= 3 + (finish.value - 20) // 10 + 1
+    # From one slot into the next at least: where the first begins as the campaign does, the last claim, of two seconds, is of the second.
+    assert 2 <= slots.value <= 3 + (finish.value - 20) // 10 + 1
     assert lost.met
     # Here nothing has changed, and each procedure that counts in slots is one that is changed there.
     assert SLOT_SECONDS == short_slots._REAL
