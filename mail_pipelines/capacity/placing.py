@@ -34,8 +34,9 @@ def place(
     hour, day = rooms.hour.copy(), rooms.day.copy()
     left = np.array([item.rows for item in items], dtype=np.int64)
     order = sorted(range(len(items)), key=lambda number: items[number].rank)
-    due = None if amounts is None else {key: _whole(amount) for key, amount in amounts.items()}
+    due = None if amounts is None else _whole(amounts, order)
     parts = [item.opens(slots) for item in items]
+    # What did not fit into the slots before, or less than nothing of who got one too early.
     late: dict[tuple[int, int], int] = {}
     frozen = {place: count for place, count in (previous or {}).items() if place[1] < FROZEN_SLOTS}
     for slot in range(slots):
@@ -49,7 +50,8 @@ def place(
             for pool in item.pools:
                 lines = pool_lines[pool]
                 key = number, pool
-                wanted = int(left[number]) if due is None else min(int(left[number]), late.get(key, 0) + (int(due[key][slot]) if key in due else 0))
+                owed = int(left[number]) if due is None else late.get(key, 0) + (int(due[key][slot]) if key in due else 0)
+                wanted = max(0, min(int(left[number]), owed))
                 most = wanted if part == 1.0 else min(wanted, int(part * rooms.effective[lines, slot].sum()))
                 if (mine := (item.campaign_id, slot)) in frozen:
                     most = min(most, frozen[mine])
@@ -60,7 +62,7 @@ def place(
                 room[lines] -= shares
                 placed[number, slot, lines] += shares
                 left[number] -= given
-                late[key] = wanted - given
+                late[key] = owed - given
         used = placed[:, slot].sum(axis=0)
         hour[:, in_hour] -= used
         day[:, in_day] -= used
@@ -84,7 +86,14 @@ def split(amount: int, rooms: Counts) -> Counts:
     return shares
 
 
-def _whole(amounts: Amounts) -> Counts:
-    """Amounts by slot in whole messages, each prefix rounded, so that the sum stays."""
-    prefixes = np.concatenate([[0], np.round(np.cumsum(amounts)).astype(np.int64)])
-    return np.diff(prefixes)
+def _whole(amounts: Mapping[tuple[int, int], Amounts], order: Sequence[int]) -> dict[tuple[int, int], Counts]:
+    """Amounts by (item, pool) and slot in whole messages: what a pool's items have together up to a slot is rounded, one item more at a time in this order.
+
+    So no room of the pool is lost between items, and each has its sum in the end. In a slot one may have less than nothing: it had one too early.
+    """
+    found: dict[tuple[int, int], Counts] = {}
+    for pool in {pool for _, pool in amounts}:
+        keys = [key for number in order if (key := (number, pool)) in amounts]
+        together = np.round(np.cumsum(np.cumsum([amounts[key] for key in keys], axis=1), axis=0)).astype(np.int64)
+        found |= dict(zip(keys, np.diff(np.diff(together, axis=0, prepend=0), axis=1, prepend=0), strict=True))
+    return found

@@ -50,8 +50,9 @@ def count(engine: Engine, settings: Settings, now: dt.datetime | None = None) ->
         now = now or database_now(connection)
         coming = _segments(connection, Campaign.state.in_(COMING), Campaign.start_at <= now + dt.timedelta(days=DAYS))
         known = _as_before(connection, coming)
-        fresh = {key for key, value, at in _counted(connection) if coming.get(key) == value["segments"] and now - at < _COUNTED_FOR}
-        gone = [str(key) for key, _, _ in _counted(connection) if key not in coming]
+        counted = _counted(connection)
+    fresh = {key for key, value, at in counted if coming.get(key) == value["segments"] and now - at < _COUNTED_FOR}
+    gone = [str(key) for key, _, _ in counted if key not in coming]
     failed, rows = [], []
     for key, segments in coming.items():
         if key in known or key in fresh:

@@ -87,6 +87,15 @@ def test_all_is_sent_up_to_what_all_limits_leave(mailing: tuple[list[Job], list[
     assert cases.exceeded(plan, lines) == []
 
 
+def test_no_message_is_lost_between_campaigns_that_share_all_there_is() -> None:
+    """Each has a third of every slot, which is no whole number of messages."""
+    jobs = [Job(number, f"c{number}", 0, 1, None, NOW - number, None) for number in (1, 2, 3)]
+    lines = [Line(1, 1, "google", 0.01)]
+    most = int(Rooms.of(lines, Horizon.of(NOW)).soonest.sum())
+    demands = [Demand(job, "google", rows) for job, rows in zip(jobs, split(most, np.full(3, most, dtype=np.int64)).tolist(), strict=True)]
+    assert sent(near_plan(jobs, demands, lines, NOW)) == most
+
+
 @EXAMPLES
 @hypothesis.given(cases.mailings(), cases.fleets(), st.lists(st.integers(0, 800), min_size=16, max_size=16), st.sampled_from((20.0, 0.0)))
 def test_what_is_frozen_only_falls(mailing: tuple[list[Job], list[Demand]], fleet: list[Line], before: list[int], seconds: float) -> None:

@@ -90,7 +90,7 @@ def test_the_next_demo_ends_the_servers_that_a_killed_one_has_made(tmp_path: Pat
     own_home.claim(home)
     (home / "run/catchers").mkdir(parents=True)
     # Dagster leaves SIGTERM ignored where its jobs were run, and so would a process that is started there.
-    sleep = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_DFL); print(flush=True); time.sleep(600)"]
+    sleep = [sys.executable, "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL); print(flush=True); signal.pause()"]
     with started([*sleep, "catcher", "run", "catcher-3"]) as made, started([*sleep, "catcher", "run", "mx9"]) as other:
         for key, process in (("catcher-3", made), ("catcher-4", other)):
             (home / "run/catchers" / key).write_text(f"{process.pid}\n")

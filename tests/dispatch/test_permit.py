@@ -14,13 +14,12 @@ from mail_pipelines.dispatch.journal import process_alive
 from tests.parts.processes import wait_for
 
 HOLDER = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from mail_pipelines.dispatch import permit
 held = permit.grant(Path(sys.argv[1]), int(sys.argv[2]), seconds=60)
 print(held.name, flush=True)
-while True:
-    time.sleep(1)
+signal.pause()
 """
 
 

@@ -48,3 +48,11 @@ def killed_at(step: int, url: str, work: Callable[[sa.Engine, Callable[..., None
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
+
+
+def killed_throughout(url: str, work: Callable[[sa.Engine], object], most: int) -> int:
+    """Do `work` in one process after another, each killed a commit later than the one before, until one gets to its end or `most` steps are tried; returns
+    how many were killed. It begins with the second commit: with the first, such work only notes that it has begun.
+    """
+    steps = range(2, most)
+    return next((kills for kills, step in enumerate(steps) if not killed_at(step, url, lambda own, _: work(own), COMMITS)), len(steps))

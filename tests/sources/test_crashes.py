@@ -16,7 +16,7 @@ from mail_pipelines.database.models import Contact, ContactChange, SourceContact
 from mail_pipelines.sources import leftovers, running, staging, status
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.running import Report
-from tests.parts.kills import COMMITS, killed_at
+from tests.parts.kills import killed_at, killed_throughout
 from tests.sources.conftest import Declare, subscribed
 
 pytestmark = pytest.mark.slow
@@ -56,21 +56,14 @@ def test_killed_at_one_commit_after_the_other_it_gets_there(
     monkeypatch.setattr(running, "CHUNK_ROWS", 5)
     monkeypatch.setattr(running, "_NOTE_SECONDS", 0.0)
     url = engine.url.render_as_string(hide_password=False)
-    kills = 0
-    for step in range(2, 30):
-        if not killed_at(step, url, lambda own, _: running.run(own, home, source, "contacts"), COMMITS):
-            break
-        kills += 1
-    assert kills > 5
+    assert killed_throughout(url, lambda own: running.run(own, home, source, "contacts"), 30) > 5
     report = sync(source)
     assert report.standing.counts["unchanged"] == 36
     assert report.standing.rejected == {"address: it has no '@'": 4}
     assert counts(engine) == {"contacts": 36, "subscriptions": 36, "source_contacts": 36, "contact_changes": 36}
     # Once more with records that are gone, the rest changed, and four people who left.
     write(tmp_path / "drop", 30, left=7, city="Bonn")
-    for step in range(2, 30):
-        if not killed_at(step, url, lambda own, _: running.run(own, home, source, "contacts"), COMMITS):
-            break
+    killed_throughout(url, lambda own: running.run(own, home, source, "contacts"), 30)
     sync(source)
     assert subscribed(engine) == {f"p{number}@example.test" for number in range(30) if number % 10 and number % 7}
     with reading(engine) as connection:

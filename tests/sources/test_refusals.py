@@ -18,7 +18,7 @@ from mail_pipelines.database.models import Contact, ContactList, Suppression
 from mail_pipelines.sources import feeds, running, status, telling
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.running import Report
-from tests.parts.kills import COMMITS, killed_at
+from tests.parts.kills import killed_throughout
 from tests.sources.conftest import Declare, ids
 
 pytestmark = pytest.mark.slow
@@ -104,12 +104,7 @@ def test_it_is_told_what_those_refused_whom_it_brings_later(
         assert "pushed" not in telling.run(engine, home, source).counts
     brings(there, ann=20, bob=21, cid=22, dora=23, p1=1)
     url = engine.url.render_as_string(hide_password=False)
-    kills = 0
-    for step in range(2, 30):
-        if not killed_at(step, url, lambda own, _: running.run(own, home, source, "contacts"), COMMITS):
-            break
-        kills += 1
-    assert kills > 2
+    assert killed_throughout(url, lambda own: running.run(own, home, source, "contacts"), 30) > 2
     telling.run(engine, home, source)
     left = [(what, person) for what in ("suppression", "unsubscribe") for person in ("1", "20", "23")]
     assert told(there) == sorted([*left, ("suppression", "21")])

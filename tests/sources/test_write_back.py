@@ -26,7 +26,7 @@ from mail_pipelines.sources import outbox, status, telling
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.running import Report
-from tests.parts.kills import COMMITS, killed_at
+from tests.parts.kills import killed_throughout
 from tests.sources.conftest import PEOPLE, Declare, engaged, ids, subscribed
 from tests.sources.crm import TOKEN, Crm, body, person, serving
 
@@ -309,12 +309,7 @@ def test_killed_at_one_commit_after_the_other_each_event_counts_once(engine: sa.
     bounced(engine, "p2@example.test", 1)
     unsubscribe(engine, "p3@example.test")
     url = engine.url.render_as_string(hide_password=False)
-    kills = 0
-    for step in range(2, 40):
-        if not killed_at(step, url, lambda own, _: telling.run(own, home, source), COMMITS):
-            break
-        kills += 1
-    assert kills > 3
+    assert killed_throughout(url, lambda own: telling.run(own, home, source), 40) > 3
     telling.run(engine, home, source)
     sent = [key for keys in crm.received for key in keys]
     # Killed between sending and noting it: the service got some keys twice, and has each once.
