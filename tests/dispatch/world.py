@@ -117,10 +117,9 @@ class World:
 
     def server(self, key: str = "s1", **limits: Any) -> servers.ServerInfo:
         """Register a server with its incarnation, as its process would."""
-        port = free_port()
-        kind, mode = ("exim", "burst") if self.kind == "burst" else (self.kind, "cutthrough")
-        servers.register(self.engine, key, kind=kind, host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
-        servers.set_limits(self.engine, None, "*", {"connections": 4, "per_second": 500.0, "mode": mode} | limits)
+        kind = "exim" if self.kind == "burst" else self.kind
+        servers.register(self.engine, key, kind=kind, host="127.0.0.1", port=free_port(), now=dt.datetime.now(dt.UTC))
+        self.limit(**limits)
         folders = self.folders(key)
         folders.make()
         incarnation = folders.incarnation()
@@ -130,6 +129,11 @@ class World:
         )
         with reading(self.engine) as connection:
             return servers.find(connection, key)
+
+    def limit(self, **limits: Any) -> None:
+        """Limits of all servers to all providers, from the next session on."""
+        mode = "burst" if self.kind == "burst" else "cutthrough"
+        servers.set_limits(self.engine, None, "*", {"connections": 4, "per_second": 500.0, "mode": mode} | limits)
 
     def sender(self, server: servers.ServerInfo) -> Sender:
         return Sender(server.id, server.key, self.folders(server.key).incarnation(), boot_id(), "run-1")
