@@ -125,6 +125,12 @@ def test_a_login_is_as_the_store_wants_it(read: Read, store: dict[str, Any], giv
     assert read(S3({"shop/a.csv": csv(1)}, **store), **given) == [1]
 
 
+def test_a_login_may_be_where_amazons_own_tools_have_it(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    assert read(S3({"shop/a.csv": csv(1)}), secrets={}) == [1]
+
+
 def test_the_bucket_may_stand_in_the_hosts_name(served: Callable[[S3], str]) -> None:
     store = S3({"shop/a.csv": csv(1)}, bucket="127", virtual=True)
     # The host is then 127.0.0.1 without a name server.

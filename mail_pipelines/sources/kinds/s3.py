@@ -140,6 +140,8 @@ def _meant(words: str) -> SourceError:
     code = answer[4] or answer[1]
     if code in _LOGINS:
         return LoginError(f"the store refuses the login ({code}): {_LOGINS[code]}")
+    if "SSL peer certificate" in words:
+        return SourceError("the store's certificate is not trusted: add its authority to those of this host, or give the name that it is for in the endpoint")
     if code in _WRONG:
         return SourceError(f"the store cannot be read ({code}): {_WRONG[code]}")
     if code in _GONE or answer[2] == "416":
