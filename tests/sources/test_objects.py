@@ -145,7 +145,7 @@ def test_the_bucket_may_stand_in_the_hosts_name(served: Callable[[S3], str]) -> 
     ("store", "given", "error"),
     [
         ({"access_key": "another"}, {}, "does not know the access key; put it into the environment variable of connection.secrets.access_key"),
-        ({"access_key": "another"}, {"glob": "a.csv"}, "refuses the login .* the keys of connection.secrets are wrong, or may not"),
+        ({"access_key": "another"}, {"glob": "a.csv"}, "refuses the login .* the keys of connection.secrets are missing or wrong, or may not"),
         ({}, {"secrets": {}, "anonymous": True}, "refuses the login .* may not list the bucket"),
         ({"token": TOKEN}, {}, "the session token is not valid"),
         ({"region": "fsn1"}, {}, "another region: set connection.options.region to fsn1"),

@@ -121,7 +121,7 @@ def _store(connection: Connection, wanted: Wanted) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         protocol = connection.url.partition("://")[0]
         raise SourceError(f"connection.url: {protocol}:// cannot be read here: {error}") from None
-    return files, root.rstrip("/")
+    return files, root
 
 
 def _found(files: Any, root: str, pattern: str) -> list[str]:
@@ -131,7 +131,7 @@ def _found(files: Any, root: str, pattern: str) -> list[str]:
     if isinstance(files, LocalFileSystem):
         found = [Path(root, name) for name in glob.glob(pattern, root_dir=root, recursive=True)]  # noqa: PTH207 (pathlib takes hidden ones)
         return sorted(str(path) for path in found if path.is_file())
-    return sorted(path for path, info in files.glob(f"{root}/{pattern}", detail=True).items() if info["type"] == "file")
+    return sorted(path for path, info in files.glob(f"{root.rstrip('/')}/{pattern}", detail=True).items() if info["type"] == "file")
 
 
 def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None) -> Iterator[Any]:

@@ -24,7 +24,7 @@ _ANSWER = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during (\w+) o
 _REGION = re.compile(r"expecting '?([a-z0-9-]+)")
 # What the store or the client says: what to do.
 _LOGINS = {
-    "ACCESS_DENIED": "the keys of connection.secrets are wrong, or may not list the bucket and read its objects",
+    "ACCESS_DENIED": "the keys of connection.secrets are missing or wrong, or may not list the bucket and read its objects",
     "INVALID_ACCESS_KEY_ID": "it does not know the access key; put it into the environment variable of connection.secrets.access_key",
     "SIGNATURE_DOES_NOT_MATCH": "the secret key is not that of the access key; put it into the environment variable of connection.secrets.secret_key",
     "INVALID_CLIENT_TOKEN_ID": "the session token is not valid; get another one, with its keys",
