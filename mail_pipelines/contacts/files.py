@@ -244,7 +244,8 @@ def _open_parquet(path: Path, file: BinaryIO) -> ContactFile:
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        # Buffered before, all of the file would be held at once.
+        parquet = pq.ParquetFile(file, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise ContactFileError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
     schema = parquet.schema_arrow

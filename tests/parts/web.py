@@ -16,13 +16,14 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass(frozen=True)
 class Asked:
-    """A request; `path` is as it came, without the query."""
+    """A request; `path` is as it came, without the query, and `target` with it."""
 
     method: str
     path: str
     query: dict[str, str]
     headers: dict[str, str]
     content: bytes
+    target: str = ""
 
     @property
     def json(self) -> Any:
@@ -40,7 +41,7 @@ def says(status: int, document: Any, **headers: str) -> Answer:
 
 @contextmanager
 def serving(answer: Callable[[Asked], Answer]) -> Iterator[str]:
-    """The server's address."""
+    """The server's address. An answer that says that it is longer than it is breaks off there; one to HEAD has no content."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -49,16 +50,18 @@ def serving(answer: Callable[[Asked], Answer]) -> Iterator[str]:
             place = urlparse(self.path)
             query = {name: values[0] for name, values in parse_qs(place.query).items()}
             content = self.rfile.read(int(self.headers["Content-Length"] or 0))
-            self.reply(*answer(Asked(self.command, place.path, query, dict(self.headers.items()), content)))
+            self.reply(*answer(Asked(self.command, place.path, query, dict(self.headers.items()), content, self.path)))
 
-        do_GET = do_POST = do_PATCH = do_PUT = handle_any
+        do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = handle_any
 
         def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
             self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(content))}.items():
+            for name, value in (given := {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
+                self.close_connection = self.close_connection or int(given["Content-Length"]) > len(content)
 
         def log_message(self, *_: Any) -> None:
             return

@@ -18,7 +18,7 @@ from mail_pipelines.contacts import consent, lookup
 from mail_pipelines.contacts.addresses import address_hash
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, ContactChange, ContactList, SourceContact, Suppression
-from mail_pipelines.sources import status
+from mail_pipelines.sources import kinds, status
 from mail_pipelines.sources.errors import GuardStopped, SourceError
 from mail_pipelines.sources.running import Report
 from tests.sources.conftest import Declare, contacts, subscribed
@@ -280,6 +280,18 @@ def test_files_in_a_store_of_objects(engine: sa.Engine, declare: Declare, sync: 
     assert subscribed(engine) == {"ann@example.test", "bob@example.test", "cid@example.test"}
     with pytest.raises(SourceError, match="nowhere:// cannot be read here: Protocol not known"):
         sync(declare(kind="files", connection={"url": "nowhere://exports"}, contacts=contacts_))
+
+
+def test_a_file_that_is_still_written_is_not_merged(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "people.csv").write_text("id,mail\n" + "1,p@example.test\n" * 10_001)
+    (folder / ".people.csv.x7").write_text("half a")
+    pages = kinds.rows("files", {"url": str(folder)}, {"glob": "*"}, kinds.Wanted(("id",), None, None, kinds.secret))
+    assert len(next(pages)) == 10_000
+    with (folder / "people.csv").open("a") as file:
+        file.write("2,q@exam")
+    with pytest.raises(SourceError, match=r"^people\.csv was changed or removed while it was read; nothing of this run was merged"):
+        list(pages)
 
 
 def test_no_file_at_all_is_an_error_and_no_deletion(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:

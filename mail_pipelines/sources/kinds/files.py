@@ -1,4 +1,4 @@
-"""Files: CSV, Parquet or JSON lines, on this host or in object storage (any URL of fsspec whose package is installed: s3fs, gcsfs, adlfs …).
+"""Files: CSV, Parquet or JSON lines, on this host, in a store that speaks S3, or at any other URL of fsspec whose package is installed (gcsfs, adlfs …).
 
 A file is read again in every run; deletions are noticed when a record stands in none of them any more.
 """
@@ -6,27 +6,77 @@ A file is read again in every run; deletions are noticed when a record stands in
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import itertools
 import json
+import urllib.parse
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import pydantic
 
-from mail_pipelines.sources.declaration import EnvironmentName, Form
+from mail_pipelines.sources.declaration import EnvironmentName, Form, first_problem
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.kinds import Wanted
 
 _ROWS = 10_000
+_S3 = "s3://"
+
+
+class S3Options(Form):
+    """`endpoint` is the store's address (`https://HOST`), none for AWS; `path_style` says that a bucket stands in the path and not in the host's name."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool = True
+    anonymous: bool = False
+
+    @pydantic.field_validator("endpoint")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urllib.parse.urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.path.strip("/") or parts.query:
+                raise ValueError("expected the address of the store alone, as https://s3.example.com; the bucket stands in connection.url")
+        return value
+
+
+class S3Secrets(Form):
+    access_key: EnvironmentName
+    secret_key: EnvironmentName
+    session_token: EnvironmentName | None = None
 
 
 class Connection(Form):
-    """`options` go to fsspec as they are, `secrets` with the values of environment variables."""
+    """`options` go to the store of the URL as they are, `secrets` with the values of environment variables: to fsspec, or for `s3://` in the forms above."""
 
     url: str
     options: dict[str, str | int | bool] = pydantic.Field(default={})
     secrets: dict[str, EnvironmentName] = pydantic.Field(default={})
+
+    @pydantic.model_validator(mode="after")
+    def _fits_the_store(self) -> Connection:
+        if self.url.startswith(_S3):
+            if wrong := next((name for name in self.options if name in S3Secrets.model_fields), None):
+                raise ValueError(f"options.{wrong}: stands under secrets, with the name of an environment variable")
+            if not self.url.removeprefix(_S3).strip("/"):
+                raise ValueError("url: expected s3://BUCKET or s3://BUCKET/FOLDER")
+            options = _form(S3Options, "options", self.options)
+            if self.secrets:
+                _form(S3Secrets, "secrets", self.secrets)
+                if options.anonymous:
+                    raise ValueError("options.anonymous: without a login there are no secrets; leave one of them out")
+        return self
+
+
+def _form(form: type[Form], place: str, given: dict[str, Any]) -> Any:
+    try:
+        return form.model_validate(given)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{place}.{first_problem(error)}; expected of {', '.join(form.model_fields)}") from None
 
 
 class Read(Form):
@@ -38,28 +88,50 @@ class Read(Form):
 
 
 def rows(connection: Connection, read: Read, wanted: Wanted) -> Iterator[Any]:
-    from dlt.sources.filesystem import filesystem
-
-    found = filesystem(bucket_url=connection.url, credentials=_file_system(connection, wanted), file_glob=read.glob)
-    items = sorted(found, key=lambda item: str(item["file_url"]))
-    if not items:
+    files, root = _store(connection, wanted)
+    paths = _found(files, root, read.glob)
+    if not paths:
         raise SourceError(f"no file fits {read.glob!r} at the source; nothing is taken for deleted")
-    for item in items:
-        name = str(item["file_name"])
-        with item.open(mode="rb", compression="enable" if name.endswith(".gz") else "disable") as file:
-            yield from pages(file, name, read.format, read.delimiter)
+    for path in paths:
+        name = path.rpartition("/")[2]
+        try:
+            version = files.ukey(path)
+            with files.open(path, "rb", compression="gzip" if name.endswith(".gz") else None) as file:
+                yield from pages(file, name, read.format, read.delimiter)
+            changed = files.ukey(path) != version
+        except FileNotFoundError:
+            changed = True
+        if changed:
+            raise SourceError(f"{name} was changed or removed while it was read; nothing of this run was merged, and the next one reads it anew")
 
 
-def _file_system(connection: Connection, wanted: Wanted) -> Any:
-    import fsspec
+def _store(connection: Connection, wanted: Wanted) -> tuple[Any, str]:
+    """The file system of the URL, and the folder in it."""
+    import fsspec.core
 
-    protocol = connection.url.partition("://")[0] if "://" in connection.url else "file"
     secrets = {key: wanted.secret(name) for key, name in connection.secrets.items()}
+    if connection.url.startswith(_S3):
+        from mail_pipelines.sources.kinds.s3 import S3
+
+        options = S3Options.model_validate(connection.options)
+        return S3(**options.model_dump(), secrets=secrets), connection.url.removeprefix(_S3).strip("/")
     try:
-        kind = fsspec.get_filesystem_class(protocol)
+        # A file system that is kept would go on with the listing of the run before.
+        files, root = fsspec.core.url_to_fs(connection.url, skip_instance_cache=True, **connection.options, **secrets)
     except (ImportError, ValueError) as error:
+        protocol = connection.url.partition("://")[0]
         raise SourceError(f"connection.url: {protocol}:// cannot be read here: {error}") from None
-    return kind(**connection.options, **secrets)
+    return files, root
+
+
+def _found(files: Any, root: str, pattern: str) -> list[str]:
+    """The files below `root` that fit, by name. On this host hidden ones do not: what is still being copied is often one."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if isinstance(files, LocalFileSystem):
+        found = [Path(root, name) for name in glob.glob(pattern, root_dir=root, recursive=True)]  # noqa: PTH207 (pathlib takes hidden ones)
+        return sorted(str(path) for path in found if path.is_file())
+    return sorted(path for path, info in files.glob(f"{root.rstrip('/')}/{pattern}", detail=True).items() if info["type"] == "file")
 
 
 def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None) -> Iterator[Any]:
@@ -70,7 +142,8 @@ def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            for batch in pq.ParquetFile(file).iter_batches(_ROWS):
+            # Buffered before, all of the file is held at once.
+            for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(_ROWS):
                 yield pa.Table.from_batches([batch])
             return
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -82,5 +155,5 @@ def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None
             given = csv.DictReader(text, fieldnames=next(csv.reader([head], delimiter=separator), []), delimiter=separator, strict=True)
         while page := list(itertools.islice(given, _ROWS)):
             yield page
-    except (ValueError, csv.Error, OSError) as error:
+    except (ValueError, csv.Error, OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{name} is no readable {kind}: {type(error).__name__}; nothing of this run was merged") from error
