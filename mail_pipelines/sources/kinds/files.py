@@ -9,7 +9,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, Literal
 
 import pydantic
@@ -19,6 +19,7 @@ from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.kinds import Wanted
 
 _ROWS = 10_000
+_ENDINGS = {"parquet": "parquet", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl"}
 
 
 class Connection(Form):
@@ -64,7 +65,7 @@ def _file_system(connection: Connection, wanted: Wanted) -> Any:
 
 def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None) -> Iterator[Any]:
     """The rows of an open file. Raises `SourceError` if it is not of its format."""
-    kind = format_ or next((ending for ending in ("parquet", "jsonl") if f".{ending}" in name), "csv")
+    kind = format_ or next((kind for ending, kind in _ENDINGS.items() if f".{ending}" in name), "csv")
     try:
         if kind == "parquet":
             import pyarrow as pa
@@ -75,12 +76,28 @@ def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None
             return
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         if kind == "jsonl":
-            given: Iterator[Any] = (json.loads(line) for line in text if line.strip())
+            given: Iterator[Any] = _objects(text, name)
         else:
             head = text.readline()
             separator = delimiter or max(",;\t|", key=head.count)
-            given = csv.DictReader(text, fieldnames=next(csv.reader([head], delimiter=separator), []), delimiter=separator, strict=True)
+            names = next(csv.reader([head], delimiter=separator), [])
+            if any("@" in column for column in names):
+                raise SourceError(f"{name} has no header: its first line holds an address; put a line with the names of the columns above it")
+            given = csv.DictReader(text, fieldnames=names, delimiter=separator, strict=True)
         while page := list(itertools.islice(given, _ROWS)):
             yield page
     except (ValueError, csv.Error, OSError) as error:
         raise SourceError(f"{name} is no readable {kind}: {type(error).__name__}; nothing of this run was merged") from error
+
+
+def _objects(text: Iterable[str], name: str) -> Iterator[Any]:
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise SourceError(f"{name}: line {number:,} is no JSON object, as each line of JSON lines is; nothing of this run was merged")
+        yield found
