@@ -301,6 +301,7 @@ def test_a_small_source_that_deletes_everything_asks_too(engine: sa.Engine, fold
     ("name", "content", "words"),
     [
         ("a.csv", "1,ann@example.test,Ann\n", "has no header"),
+        ("a.csv", 'id,mail\n1,ann@example.test\n2,"b"ob@example.test\n', "no readable csv in line 3 or before"),
         ("a.jsonl", '{"id": 1, "mail": "ann@example.test"}\n3\n', "line 2 is no JSON object"),
         ("a.json", '[{"id": 1, "mail": "ann@example.test"}]\n', "line 1 is no JSON object"),
         ("a.ndjson", '{"id": 1, "mail": "ann@exam', "line 1 is no JSON object"),

@@ -66,6 +66,7 @@ def _file_system(connection: Connection, wanted: Wanted) -> Any:
 def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None) -> Iterator[Any]:
     """The rows of an open file. Raises `SourceError` if it is not of its format."""
     kind = format_ or next((kind for ending, kind in _ENDINGS.items() if f".{ending}" in name), "csv")
+    reader: csv.DictReader[str] | None = None
     try:
         if kind == "parquet":
             import pyarrow as pa
@@ -83,10 +84,16 @@ def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None
             names = next(csv.reader([head], delimiter=separator), [])
             if any("@" in column for column in names):
                 raise SourceError(f"{name} has no header: its first line holds an address; put a line with the names of the columns above it")
-            given = csv.DictReader(text, fieldnames=names, delimiter=separator, strict=True)
+            given = reader = csv.DictReader(text, fieldnames=names, delimiter=separator, strict=True)
         while page := list(itertools.islice(given, _ROWS)):
             yield page
-    except (ValueError, csv.Error, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{name} is no text in UTF-8: have it written so (from a spreadsheet: 'CSV UTF-8'); nothing of this run was merged") from error
+    except csv.Error as error:
+        # Below the header; a quote that never closes swallows what follows.
+        line = reader.reader.line_num + 1 if reader else 1
+        raise SourceError(f"{name} is no readable csv in line {line:,} or before: {error}; nothing of this run was merged") from error
+    except (ValueError, OSError) as error:
         raise SourceError(f"{name} is no readable {kind}: {type(error).__name__}; nothing of this run was merged") from error
 
 
