@@ -152,7 +152,9 @@ class Merge:
 
     def _merge(self, connection: Connection, chunk: Chunk) -> merging.Outcome:
         moved, refused = self._links.follow(connection, chunk.records)
-        left, withdrawn = self._who_says_no(connection, chunk, moved)
+        # Also of those whose rows have no usable address any more, or that of somebody else.
+        astray = chunk.noes.left_ids & {*moved, *chunk.unlinked, *chunk.gone}
+        left = chunk.noes.left | self._links.addresses(connection, astray)
         unwanted = subscribing.refused(connection, self.target.list) if self.target.list else set()
         taken = conflicts.taken(self.source.name, self._rules, chunk.records)
         inserted = updated = unchanged = 0
@@ -172,19 +174,12 @@ class Merge:
         if some_are_known:
             subscribing.note_evidence(connection, chunk.people)
         if self.target.list:
-            subscribing.refuse(connection, self.source.name, self.target.list, left, withdrawn, self.now)
+            subscribing.refuse(connection, self.source.name, self.target.list, left, chunk.noes.withdrawn, self.now)
             if self.source.write_back:
-                refusals.learned(connection, self.source.name, left | withdrawn, self.now)
+                refusals.learned(connection, self.source.name, left | chunk.noes.withdrawn, self.now)
             if some_are_known and self._some_are_gone:
                 subscribing.begin_again(connection, self.source.name, self.target.list, self.now)
         return merging.Outcome(inserted, updated, unchanged, erased)
-
-    def _who_says_no(self, connection: Connection, chunk: Chunk, moved: Collection[str]) -> tuple[set[bytes], set[bytes]]:
-        """Addresses of who left, and of who takes back a yes: also of those whose rows have no usable address any more, or that of somebody else."""
-        astray = {*moved, *chunk.unlinked, *chunk.gone}
-        noes = ((chunk.noes.left, chunk.noes.left_ids), (chunk.noes.withdrawn, chunk.noes.withdrawn_ids))
-        left, withdrawn = (addresses | self._links.addresses(connection, ids & astray) for addresses, ids in noes)
-        return left, withdrawn
 
     def _split(self, chunk: Chunk, refused: Collection[str], unwanted: Collection[bytes]) -> Iterator[tuple[int | None, pa.Table]]:
         """The rows of contacts that may be subscribed with the list, and the others without, and without evidence."""

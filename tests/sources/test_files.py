@@ -176,13 +176,15 @@ def test_who_left_at_the_source_is_refused_whoever_subscribes_them_and_whatever_
 
 
 def test_who_left_is_known_by_their_id_where_the_address_is_gone_or_somebody_elses(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:
-    people = [{"id": number, "mail": f"p{number}@example.test", "out": None} for number in range(1, 6)]
+    people = [{"id": number, "mail": f"p{number}@example.test", "out": None, "news": True} for number in range(1, 6)]
     write(folder, people)
-    given = source(map={"id": "external_id", "mail": "email", "out": "opted_out"}, consent={"subscribe": "always"})
+    given = source(map={"id": "external_id", "mail": "email", "out": "opted_out", "news": "opted_in"}, consent={"subscribe": "opted_in"})
     sync(given)
     # Blanked with the refusal, as some services do; an address that another contact has; one that is new.
     for person, mail in zip(people, (None, "p5@example.test", "new@example.test"), strict=False):
         person |= {"mail": mail, "out": "yes"}
+    # A row that has lost everything has not said that somebody left.
+    people[3] |= {"mail": "", "news": False}
     write(folder, people)
     sync(given)
     assert subscribed(engine) == {"p4@example.test"}
