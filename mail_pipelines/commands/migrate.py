@@ -30,6 +30,13 @@ class System(enum.StrEnum):
     LISTMONK = "listmonk"
 
 
+class Holds(enum.StrEnum):
+    SUBSCRIBERS = "subscribers"
+    BOUNCES = "bounces"
+    COMPLAINTS = "complaints"
+    BLACKLIST = "blacklist"
+
+
 class MigrateError(MailPipelinesError):
     """A move that cannot begin as asked for, or whose counts do not agree."""
 
@@ -39,13 +46,14 @@ def migrate(
     check: Annotated[bool, typer.Option("--check", help="only print what would come")] = False,
     file: Annotated[Path | None, typer.Option(help="read this CSV export instead of a database")] = None,
     list_: Annotated[str | None, typer.Option("--list", help="with --file: name of the list; made if there is none")] = None,
-    state: Annotated[str | None, typer.Option(help="with --file: what its rows are, where no column says it")] = None,
+    state: Annotated[str | None, typer.Option(help="with --file: what its rows are, where no column says that one left, bounced or is blocked")] = None,
+    holds: Annotated[Holds, typer.Option(help="with --file: what its rows are about")] = Holds.SUBSCRIBERS,
     rejects: Annotated[Path | None, typer.Option(help="write the reasons of what did not come to this CSV file")] = None,
 ) -> None:
     """Move lists, fields, subscribers, suppressions and bounces from another system. Nobody who left is subscribed. Can be run again at any time."""
     from mail_pipelines.migration import running
 
-    source = _source(system, file, list_, state)
+    source = _source(system, file, list_, state, holds)
     engine = open_engine()
     with console.status(f"reading {system}") as status:
 
@@ -61,13 +69,17 @@ def migrate(
         raise MigrateError(f"the counts of {system} and ours do not agree; if subscribers changed meanwhile, run the same command again")
 
 
-def _source(system: System, file: Path | None, list_: str | None, state: str | None) -> Source:
-    from mail_pipelines.migration import exports
+def _source(system: System, file: Path | None, list_: str | None, state: str | None, holds: Holds) -> Source:
+    from mail_pipelines.migration import exports, reports
     from mail_pipelines.migration.interspire import Interspire
     from mail_pipelines.migration.listmonk import Listmonk
     from mail_pipelines.migration.mailwizz import MailWizz
     from mail_pipelines.migration.source import open_database
 
+    if file is not None and holds is not Holds.SUBSCRIBERS:
+        if list_ is not None or state is not None:
+            raise MigrateError(f"--list and --state are for subscribers; a file of {holds} has neither")
+        return reports.Report(system, file, holds.value)
     if file is not None:
         if list_ is None:
             raise MigrateError("say with --list which list the rows of the file go to")
@@ -75,8 +87,8 @@ def _source(system: System, file: Path | None, list_: str | None, state: str | N
         if state is not None and known is None:
             raise MigrateError(f"{state!r} is no state; expected one of {', '.join(exports.STATES)}")
         return exports.Export(system, file, list_, known)
-    if list_ is not None or state is not None:
-        raise MigrateError("--list and --state are for --file; a database says both itself")
+    if list_ is not None or state is not None or holds is not Holds.SUBSCRIBERS:
+        raise MigrateError("--list, --state and --holds are for --file; a database says all of it itself")
     url = os.environ.get(URL_VARIABLE)
     if not url:
         raise MigrateError(f"set {URL_VARIABLE} to the URL of its database, like mysql://USER:PASSWORD@HOST/DATABASE, or give an export with --file")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import html
+import ipaddress
 import json
 import re
 
 _NUMBER = re.compile(rb"[ibd]:([^;]*);")
+# A time as programs in Go print it: `2020-01-02 03:04:05.123456 +0000 UTC`.
+_GO_TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(\.\d{1,6})?\d* ([+-]\d{4}) \S+")
 _HEAD = re.compile(rb'a:(\d+):\{|s:(\d+):"|[ibd]:[^;]*;|N;')
 
 
@@ -83,24 +86,37 @@ def unix_time(value: object) -> dt.datetime | None:
 
 
 def time(value: object) -> dt.datetime | None:
-    """A time of a database or file, in UTC if it names no zone; None for none and for those of no calendar (`0000-00-00`)."""
+    """A time of a database or file, in UTC if it names no zone; None for none and for those of no calendar (`0000-00-00`, Go's year 1)."""
     if isinstance(value, str):
+        match = _GO_TIME.fullmatch(value.strip())
         try:
-            value = dt.datetime.fromisoformat(value.strip())
+            value = dt.datetime.fromisoformat(f"{match[1]}{match[2] or ''}{match[3]}" if match else value.strip())
         except ValueError:
             return None
-    if not isinstance(value, dt.datetime):
+    if not isinstance(value, dt.datetime) or value.year == 1:
         return None
     return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
 
 
-def day(value: str) -> str:
-    """A day as YYYY-MM-DD where it is written DD/MM/YYYY; nothing for a day of zeros, and any other text is itself."""
+def day(value: str, *, month_first: bool = False) -> str:
+    """A day as YYYY-MM-DD where it is written DD/MM/YYYY (or MM/DD/YYYY) or YYYY/MM/DD; nothing for a day of zeros, and any other text is itself."""
     cleaned = text(value)
     if not cleaned.strip("0-/ :"):
         return ""
-    match = re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", cleaned)
-    return f"{match[3]}-{int(match[2]):02}-{int(match[1]):02}" if match else cleaned
+    if match := re.fullmatch(r"(\d{4})/(\d{1,2})/(\d{1,2})", cleaned):
+        return f"{match[1]}-{int(match[2]):02}-{int(match[3]):02}"
+    if match := re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", cleaned):
+        number, month = (match[2], match[1]) if month_first else (match[1], match[2])
+        return f"{match[3]}-{int(month):02}-{int(number):02}"
+    return cleaned
+
+
+def ip(value: str) -> str:
+    """An IP address; nothing for words in its place (`Unknown IP Address`)."""
+    try:
+        return str(ipaddress.ip_address(value.strip()))
+    except ValueError:
+        return ""
 
 
 def evidence(**facts: object) -> dict[str, str]:

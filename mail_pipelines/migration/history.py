@@ -92,10 +92,11 @@ def remember(connection: Connection, page: Sequence[Bounce], system: str, now: d
         events.append(_event(row, contact_id, system))
     if events:
         connection.execute(insert_if_absent(DeliveryEvent), events)
-    kept = 0
-    for ids in slices([event["id"] for event in events]):
-        kept += connection.execute(sa.select(sa.func.count()).where(DeliveryEvent.id.in_(ids), DeliveryEvent.campaign_id == NO_CAMPAIGN)).scalar_one()
-    return kept
+    kept: set[object] = set()
+    for ids in slices({event["id"] for event in events}):
+        kept.update(connection.execute(sa.select(DeliveryEvent.id).where(DeliveryEvent.id.in_(ids), DeliveryEvent.campaign_id == NO_CAMPAIGN)).scalars())
+    # A file may have a row twice.
+    return sum(event["id"] in kept for event in events)
 
 
 def _event(row: Bounce, contact_id: int, system: str) -> dict[str, object]:

@@ -40,7 +40,8 @@ class Interspire(DatabaseSource):
         rows, since_left, state = self._subscribers(list_)
         columns = ("emailaddress", "requestdate", "requestip", "confirmdate", "confirmip", "subscribedate", "bounced", "formid")
         unsubscribed = self._unsubscribed()
-        ip = self._of(rows, sa.select(sa.func.max(unsubscribed.c.unsubscribeip)), unsubscribed)
+        said = sa.func.coalesce(sa.func.nullif(unsubscribed.c.unsubscribeip, ""), unsubscribed.c.unsubscriberequestip)
+        ip = self._of(rows, sa.select(sa.func.max(said)), unsubscribed)
         query = sa.select(rows.c.subscriberid.label("id"), *(rows.c[name] for name in columns), since_left.label("left_at"), ip.label("left_ip"), state)
         query = query.where(rows.c.listid == list_.id, (state == "left") if left else (state != "left"))
         for page in self.keyset(query, rows.c.subscriberid):
@@ -100,7 +101,9 @@ class Interspire(DatabaseSource):
             *("bounced", "unsubscribed", "unsubscribeconfirmed", "formid"),
         )
         unsubscribed = self._unsubscribed()
-        asked = sa.func.coalesce(self._of(rows, sa.select(sa.func.max(unsubscribed.c.unsubscribetime)), unsubscribed), 0)
+        # A request that nobody has confirmed yet has only the time of the request.
+        time = sa.func.greatest(unsubscribed.c.unsubscribetime, sa.func.coalesce(unsubscribed.c.unsubscriberequesttime, 0))
+        asked = sa.func.coalesce(self._of(rows, sa.select(sa.func.max(time)), unsubscribed), 0)
         is_left = sa.or_(
             rows.c.unsubscribed > 0,
             rows.c.unsubscribeconfirmed == "1",
@@ -113,7 +116,8 @@ class Interspire(DatabaseSource):
         return query.where(table.c.subscriberid == rows.c.subscriberid, table.c.listid == rows.c.listid).correlate(rows).scalar_subquery()
 
     def _unsubscribed(self) -> sa.TableClause:
-        return self.table("list_subscribers_unsubscribe", "subscriberid", "listid", "unsubscribetime", "unsubscribeip")
+        times, addresses = ("unsubscribetime", "unsubscriberequesttime"), ("unsubscribeip", "unsubscriberequestip")
+        return self.table("list_subscribers_unsubscribe", "subscriberid", "listid", *times, *addresses)
 
     @functools.cached_property
     def _custom(self) -> Mapping[Hashable, sa.Row[Any]]:

@@ -37,10 +37,12 @@ def taken(source: str, rules: Mapping[str, Rule], records: pa.Table) -> Taken | 
             mine = records.filter(pc.and_(records["leads"], pc.is_in(records["address_hash"], value_set=pa.array(differing, pa.binary(16)))))
             times = (changed_at and changed_at.replace(tzinfo=dt.UTC) for changed_at in mine["changed_at"].to_pylist())
             theirs.update(zip(mine["address_hash"].to_pylist(), times, strict=True))
-            for ids in slices(mine["external_id"].to_pylist()):
-                query = sa.select(SourceContact.address_hash, SourceContact.changed_at, SourceContact.merged_at)
+            # By its id: a record whose address has just changed was merged under another one.
+            digests = dict(zip(mine["external_id"].to_pylist(), mine["address_hash"].to_pylist(), strict=True))
+            for ids in slices(digests):
+                query = sa.select(SourceContact.external_id, SourceContact.changed_at, SourceContact.merged_at)
                 found = connection.execute(query.where(SourceContact.source == source, SourceContact.external_id.in_(ids)))
-                last.update({digest: (changed_at, merged_at) for digest, changed_at, merged_at in found})
+                last.update({digests[external_id]: (changed_at, merged_at) for external_id, changed_at, merged_at in found})
 
         def wins(digest: bytes, updated_at: dt.datetime, stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             newer = _is_newer(theirs.get(digest), last.get(digest), updated_at)

@@ -95,7 +95,7 @@ class Consent(Form):
 class Deletions(Form):
     """What follows when a record is gone at the source: the subscription that the source made ends, or is kept.
 
-    More than `share` of the source's records at once (and more than `at_least`) is not believed until somebody says so.
+    More than `share` of the source's records at once (and more than `at_least`), or all of them, is not believed until somebody says so.
     """
 
     then: Literal["end", "keep"] = "end"

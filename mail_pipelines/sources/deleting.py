@@ -53,7 +53,8 @@ def carry_out(engine: Engine, source: Source, resource: Contacts, target: lists.
     """End the subscriptions of missing records; returns how many ended. Raises `GuardStopped`, having changed nothing, if they are too many."""
     rule = resource.deletions
     missing, known = standing(engine, source.name)
-    if missing > max(rule.at_least, rule.share * known) and not accept:
+    is_everything = 0 < missing == known and rule.share < 1
+    if (is_everything or missing > max(rule.at_least, rule.share * known)) and not accept:
         raise GuardStopped(
             f"{missing:,} of {known:,} records are gone at the source, more than {rule.share:.0%}: nothing was ended. If that is meant, run "
             f"`mail-pipelines source run {source.name} --accept-deletions`"

@@ -74,10 +74,10 @@ class Links:
         """The link of a staged record."""
         return sa.and_(SourceContact.source == self.source, SourceContact.external_id == STAGED.c.external_id)
 
-    def follow(self, connection: Connection, records: pa.Table) -> set[str]:
+    def follow(self, connection: Connection, records: pa.Table) -> tuple[set[str], set[str]]:
         """Stage a chunk's records (`external_id`, `email` and the columns of `STAGED`) and move contacts whose address changed at the source.
 
-        Returns the ids of those who left under another address and must not be subscribed.
+        Returns the ids of all whose address changed, and of those who left under another address and must not be subscribed.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -87,7 +87,7 @@ class Links:
         query = select(SourceContact.external_id, SourceContact.contact_id, SourceContact.address_hash).join(SourceContact, self._mine)
         moved = connection.execute(query.where(SourceContact.address_hash != STAGED.c.address_hash)).all()
         if not moved:
-            return set()
+            return set(), set()
         theirs = records.filter(pc.is_in(records["external_id"], value_set=pa.array([row.external_id for row in moved], pa.string())))
         emails = dict(zip(theirs["external_id"].to_pylist(), theirs["email"].to_pylist(), strict=True))
         refused: set[str] = set()
@@ -97,7 +97,15 @@ class Links:
             self._move(connection, row.external_id, row.contact_id, row.address_hash, parse(emails[row.external_id]))
         for ids in slices(refused):
             connection.execute(sa.update(STAGED).where(STAGED.c.external_id.in_(ids)).values(subscribes=False))
-        return refused
+        return {row.external_id for row in moved}, refused
+
+    def addresses(self, connection: Connection, ids: Collection[str]) -> set[bytes]:
+        """By hash, the addresses of the contacts that these records were until now."""
+        found: set[bytes] = set()
+        for some in slices(ids):
+            query = sa.select(Contact.address_hash).join(SourceContact, SourceContact.contact_id == Contact.id)
+            found.update(connection.execute(query.where(SourceContact.source == self.source, SourceContact.external_id.in_(some))).scalars())
+        return found
 
     def _left(self, connection: Connection, contact_id: int) -> bool:
         if self.target is None:

@@ -151,7 +151,10 @@ class Merge:
         return [(ids.get(position, ""), reason) for position, reason in sorted(rejects.items())]
 
     def _merge(self, connection: Connection, chunk: Chunk) -> merging.Outcome:
-        refused = self._links.follow(connection, chunk.records)
+        moved, refused = self._links.follow(connection, chunk.records)
+        # Also of those whose rows have no usable address any more, or that of somebody else.
+        astray = chunk.noes.left_ids & {*moved, *chunk.unlinked, *chunk.gone}
+        left = chunk.noes.left | self._links.addresses(connection, astray)
         unwanted = subscribing.refused(connection, self.target.list) if self.target.list else set()
         taken = conflicts.taken(self.source.name, self._rules, chunk.records)
         inserted = updated = unchanged = 0
@@ -171,9 +174,9 @@ class Merge:
         if some_are_known:
             subscribing.note_evidence(connection, chunk.people)
         if self.target.list:
-            subscribing.refuse(connection, self.source.name, self.target.list, chunk.noes, self.now)
+            subscribing.refuse(connection, self.source.name, self.target.list, left, chunk.noes.withdrawn, self.now)
             if self.source.write_back:
-                refusals.learned(connection, self.source.name, chunk.noes.left | chunk.noes.withdrawn, self.now)
+                refusals.learned(connection, self.source.name, left | chunk.noes.withdrawn, self.now)
             if some_are_known and self._some_are_gone:
                 subscribing.begin_again(connection, self.source.name, self.target.list, self.now)
         return merging.Outcome(inserted, updated, unchanged, erased)

@@ -20,10 +20,14 @@ NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
 
 @dataclass(frozen=True)
 class Noes:
-    """Addresses (by hash) whose rows say no: who `left`, and who no longer says yes (`withdrawn`), which counts only for what the source itself subscribed."""
+    """Addresses (by hash) whose rows say no: who `left`, and who no longer says yes (`withdrawn`), which counts only for what the source itself subscribed.
+
+    `left_ids` are the ids of the rows of who left: where one has no usable address any more, or somebody else's, that is how its person is known.
+    """
 
     left: set[bytes]
     withdrawn: set[bytes]
+    left_ids: set[str]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def read(resource: Contacts, rows: pa.Table) -> Records:
     deleted = texts.that(texts.is_marked, column(DELETED))
     changed_at, undated = texts.moments(column(CHANGED_AT))
     left, withdrawn = _noes(resource.consent, column(OPTED_IN), column(OPTED_OUT))
-    noes = Noes(*(set(addresses["address_hash"].filter(saying).drop_null().to_pylist()) for saying in (left, withdrawn)))
+    said_left, said_no = (set(addresses["address_hash"].filter(saying).drop_null().to_pylist()) for saying in (left, withdrawn))
+    noes = Noes(said_left, said_no, set(ids.filter(left).drop_null().to_pylist()))
     # Two records may have one address: a no of one of them is the person's.
     no = pc.is_in(addresses["address_hash"], value_set=pa.array([*noes.left, *noes.withdrawn], pa.binary(16)))
     subscribes = pc.and_(_yeses(resource.consent, column(OPTED_IN)), pc.invert(no))

@@ -16,7 +16,6 @@ from mail_pipelines.contacts.sets import insert_if_absent, slices
 from mail_pipelines.database.models import Contact, Subscription, Suppression
 from mail_pipelines.database.types import Hash16, LongText
 from mail_pipelines.sources import links, outbox
-from mail_pipelines.sources.records import Noes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -84,18 +83,18 @@ def _scopes(target: MailingList) -> list[consent.Scope]:
     return consent.campaign_scopes(target.brand_id, target.id)
 
 
-def refuse(connection: Connection, source: str, target: MailingList, noes: Noes, now: dt.datetime) -> None:
-    """End, for good, the subscriptions to the list of all who left, and of those whose yes the source itself had brought and takes back.
+def refuse(connection: Connection, source: str, target: MailingList, left: Collection[bytes], withdrawn: Collection[bytes], now: dt.datetime) -> None:
+    """End, for good, the subscriptions to the list of all who left, and of those whose yes the source itself had brought and takes back (addresses by hash).
 
     Who is not subscribed, or not known yet, cannot be subscribed by another source either.
     """
-    for some in slices(noes.left):
+    for some in slices(left):
         own = sa.and_(Subscription.contact_id == Contact.id, Subscription.list_id == target.id)
         query = sa.select(Contact.id).outerjoin(Subscription, own).where(Contact.address_hash.in_(some))
         open_ = connection.execute(query.where(sa.or_(Subscription.contact_id.is_(None), Subscription.subscribed))).scalars().all()
         consent.unsubscribe(connection, open_, scope="list", scope_id=target.id, now=now)
-    consent.suppress(connection, sorted(noes.left), reason="unsubscribe", scope_kind="list", scope_id=target.id, now=now)
-    for some in slices(noes.withdrawn):
+    consent.suppress(connection, sorted(left), reason="unsubscribe", scope_kind="list", scope_id=target.id, now=now)
+    for some in slices(withdrawn):
         brought = sa.and_(Subscription.list_id == target.id, Subscription.subscribed, Subscription.source == source)
         query = sa.select(Contact.id).join(Subscription, Subscription.contact_id == Contact.id).where(Contact.address_hash.in_(some), brought)
         consent.unsubscribe(connection, connection.execute(query).scalars().all(), scope="list", scope_id=target.id, now=now)

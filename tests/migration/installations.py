@@ -21,7 +21,7 @@ CREATE TABLE ss_list_subscribers (subscriberid INT PRIMARY KEY AUTO_INCREMENT, l
   confirmdate INT DEFAULT 0, confirmip VARCHAR(20), subscribedate INT DEFAULT 0, bounced INT DEFAULT 0, unsubscribed INT DEFAULT 0,
   unsubscribeconfirmed CHAR(1) DEFAULT '0', formid INT DEFAULT 0, UNIQUE KEY (emailaddress, listid), KEY (listid)) DEFAULT CHARSET=utf8mb4;
 CREATE TABLE ss_list_subscribers_unsubscribe (subscriberid INT NOT NULL, unsubscribetime INT NOT NULL, unsubscribeip VARCHAR(20),
-  unsubscriberequesttime INT, listid INT NOT NULL, statid INT, KEY (subscriberid, listid));
+  unsubscriberequesttime INT DEFAULT 0, unsubscriberequestip VARCHAR(20), listid INT NOT NULL, statid INT, KEY (subscriberid, listid));
 CREATE TABLE ss_list_subscriber_bounces (bounceid INT PRIMARY KEY AUTO_INCREMENT, subscriberid INT, statid INT, listid INT, bouncetime INT,
   bouncetype VARCHAR(255), bouncerule VARCHAR(255), bouncemessage LONGTEXT);
 CREATE TABLE ss_customfields (fieldid INT PRIMARY KEY AUTO_INCREMENT, name VARCHAR(255), fieldtype VARCHAR(100), fieldsettings MEDIUMTEXT);
@@ -121,7 +121,11 @@ def interspire(engine: sa.Engine) -> None:
         "ss_lists": [{"listid": number, "name": name} for number, name in lists],
         "ss_list_subscribers": people,
         "ss_list_subscribers_unsubscribe": [
-            {"subscriberid": asked, "listid": 1, "unsubscribetime": BEGIN + 3 * DAY, "unsubscribeip": "198.51.100.7"},
+            # Asked, and has not confirmed it yet: as Interspire writes it.
+            {
+                **{"subscriberid": asked, "listid": 1, "unsubscribetime": 0, "unsubscribeip": ""},
+                **{"unsubscriberequesttime": BEGIN + 3 * DAY, "unsubscriberequestip": "198.51.100.7"},
+            },
             {"subscriberid": back, "listid": 1, "unsubscribetime": BEGIN + 3 * DAY, "unsubscribeip": "198.51.100.8"},
         ],
         "ss_list_subscriber_bounces": [

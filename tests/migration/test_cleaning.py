@@ -51,6 +51,10 @@ def test_times_that_no_calendar_has_are_none() -> None:
     assert cleaning.unix_time("x") is None
     assert cleaning.unix_time(86_400) == dt.datetime(1970, 1, 2, tzinfo=dt.UTC)
     assert cleaning.time("2020-01-02T03:04:05+02:00") == dt.datetime(2020, 1, 2, 1, 4, 5, tzinfo=dt.UTC)
+    # As listmonk's export has them.
+    assert cleaning.time("2020-01-02 03:04:05.123456 +0200 CEST") == dt.datetime(2020, 1, 2, 1, 4, 5, 123456, tzinfo=dt.UTC)
+    assert cleaning.time("0001-01-01 00:00:00 +0000 UTC") is None
+    assert (cleaning.day("01/02/2020", month_first=True), cleaning.day("2020/1/2")) == ("2020-01-02", "2020-01-02")
     assert cleaning.time(dt.datetime(2020, 1, 2)) == dt.datetime(2020, 1, 2, tzinfo=dt.UTC)
     assert (cleaning.day("31/12/1999"), cleaning.day("00/00/0000"), cleaning.day("1999-12-31"), cleaning.day("soon")) == (
         "1999-12-31",

@@ -22,20 +22,40 @@ from mail_pipelines.migration.exports import STATES, Columns, document
 from mail_pipelines.migration.source import MigrationError
 from tests.migration.installations import MANY
 
+# As each system writes them: listmonk 6 (Go's times), MailWizz 2, Interspire 6 (month first, unless another column is chosen).
 LISTMONK = """uuid,email,name,attributes,status,created_at,updated_at
-1,Ann@Example.test,Ann,"{""city"": ""Köln"", ""age"": 7}",enabled,2020-01-02T03:04:05Z,2020-01-02T03:04:05Z
-2,bob@example.test,Bob,{},blocklisted,2020-01-02T03:04:05Z,2021-01-02T03:04:05Z
-3,cid@example.test,Cid,{},sleeping,,
+1,Ann@Example.test,Ann,"{""city"": ""Köln"", ""age"": 7}",enabled,2020-01-02 03:04:05.123456 +0000 UTC,2020-01-02 03:04:05.123456 +0000 UTC
+2,bob@example.test,Bob,{},blocklisted,2020-01-02 03:04:05 +0200 CEST,2021-01-02 03:04:05 +0200 CEST
+3,cid@example.test,Cid,{},sleeping,0001-01-01 00:00:00 +0000 UTC,0001-01-01 00:00:00 +0000 UTC
 4,no address,Dan,"{""late"": true}",enabled,,
 """
-MAILWIZZ = """"EMAIL","FNAME","COLOURS","status","ip_address","source","date_added"
-"ann@example.test","Ann","red, blue","confirmed","192.0.2.1","web","2020-01-02 03:04:05"
-"left@example.test","Left","","unsubscribed","","import","0000-00-00 00:00:00"
-"wait@example.test","","","unconfirmed","","web",""
+_HISTORY = "OPTIN_IP,OPTIN_DATE,OPTIN_CONFIRM_IP,OPTIN_CONFIRM_DATE,OPTOUT_IP,OPTOUT_DATE,OPTOUT_CONFIRM_IP,OPTOUT_CONFIRM_DATE"
+MAILWIZZ = f"""EMAIL,FNAME,COLOURS,SOURCE,STATUS,IP_ADDRESS,DATE_ADDED,{_HISTORY}
+ann@example.test,Ann,"red, blue",web,confirmed,192.0.2.1,"2020-01-02 03:04:05",192.0.2.1,"2020-01-02 03:04:05",192.0.2.2,"2020-01-03 03:04:05",,,,
+left@example.test,Left,,import,unsubscribed,,"0000-00-00 00:00:00",,,,,192.0.2.9,"2021-05-05 10:00:00",192.0.2.9,"2021-05-05 10:00:09"
+wait@example.test,,,web,unconfirmed,,,,,,,,,,
+jo***@example.test,Jo,,web,confirmed,,"2020-01-02 03:04:05",,,,,,,,
 """
-INTERSPIRE = """Email Address,Format,Subscribe Date,First Name,Colours
-ann@example.test,HTML,31/12/2019,MÃ¼ller,"a:1:{i:0;s:3:""Red"";}"
-bob@example.test,Text,,Bob &amp; Co,
+BOUNCES = """Email,"Bounce type",Message,"Date added"
+ann@example.test,Hard,"550 5.1.1 <ann@example.test> unknown","2020-03-04 05:06:07"
+ann@example.test,Soft,"452 4.2.2 full","2020-03-01 05:06:07"
+ann@example.test,Soft,"452 4.2.2 full","2020-03-01 05:06:07"
+stranger@example.test,Hard,,"2020-03-04 05:06:07"
+"""
+COMPLAINTS = """Email,Message,"Date added"
+wait@example.test,"Feedback loop","2020-06-06 00:00:00"
+"""
+BLACKLIST = """Email,Reason,"Date added"
+dead@example.test,"550 5.1.1 No such user","2020-03-03 00:00:00"
+angry@example.test,"Abuse complaint","2020-03-03 00:00:00"
+d41d8cd98f00b204e9800998ecf8427e,,"2020-03-03 00:00:00"
+"""
+INTERSPIRE = """"Email Address","Format","Confirmed","Subscribe Date (mm/dd/yyyy)","Contacts IP Address","First Name","Colours"
+"ann@example.test","HTML","Confirmed","12/31/2019","192.0.2.1","MÃ¼ller","Red"
+"bob@example.test","Text","Unconfirmed","02/01/2020","Unknown IP Address","Bob &amp; Co",""
+"""
+INTERSPIRE_BOUNCED = """"Email Address","Format","Confirmed","Subscribe Date (dd/mm/yyyy)","Contacts IP Address","Time of Bounce","Type of Bounce"
+"dead@example.test","HTML","Confirmed","31/12/2019","192.0.2.1","2021/03/04","Email Address doesn't exist (hard bounce)"
 """
 
 
@@ -71,29 +91,62 @@ def contacts(engine: sa.Engine) -> int:
         return connection.execute(sa.select(sa.func.count()).select_from(Contact)).scalar_one()
 
 
+def standings(engine: sa.Engine, email: str) -> list[tuple[bool, str, str]]:
+    return [(row.subscribed, row.source, f"{row.changed_at:%F}") for row in profile(engine, email).lists]
+
+
 def test_export_of_listmonk(engine: sa.Engine, tmp_path: Path) -> None:
     path = file(tmp_path, LISTMONK)
-    checked = says("listmonk", "--file", path, "--list", "News", "--check")
+    # Who is enabled there may have left the list, which the file does not say.
+    result = invoke("listmonk", "--file", path, "--list", "News")
+    assert isinstance(result.exception, MigrationError)
+    assert "say with --state" in str(result.exception)
+    checked = says("listmonk", "--file", path, "--list", "News", "--state", "active", "--check")
     assert "would come" in checked
     assert contacts(engine) == 0
     rejects = tmp_path / "why.csv"
-    said = says("listmonk", "--file", path, "--list", "News", "--rejects", str(rejects))
+    said = says("listmonk", "--file", path, "--list", "News", "--state", "active", "--rejects", str(rejects))
     assert "its state is none that is known" in said
     assert "address: it has no '@'" in rejects.read_text()
     ann = profile(engine, "ann@example.test")
     assert ann.attributes == {"name": "Ann", "city": "Köln", "age": 7}
-    assert [(row.list_key, row.subscribed, f"{row.changed_at:%F}") for row in ann.lists] == [("news", True, "2020-01-02")]
+    assert standings(engine, "ann@example.test") == [(True, "import", "2020-01-02")]
     assert [(row.where, row.reason) for row in profile(engine, "bob@example.test").suppressions] == [("all", "unsubscribe")]
     assert contacts(engine) == 2
+    says("listmonk", "--file", path, "--list", "Shop", "--state", "left")
+    assert [(row.list_key, row.subscribed) for row in profile(engine, "ann@example.test").lists] == [("news", True), ("shop", False)]
 
 
 def test_export_of_mailwizz(engine: sa.Engine, tmp_path: Path) -> None:
-    says("mailwizz", "--file", file(tmp_path, MAILWIZZ), "--list", "News")
-    assert profile(engine, "ann@example.test").attributes == {"fname": "Ann", "colours": "red, blue"}
-    left = profile(engine, "left@example.test")
-    assert [(row.subscribed, row.source) for row in left.lists] == [(False, "unsubscribe")]
-    assert [(row.where, row.reason) for row in left.suppressions] == [("list News", "unsubscribe")]
+    said = says("mailwizz", "--file", file(tmp_path, MAILWIZZ), "--list", "News")
+    assert "address: it is masked" in said
+    ann = profile(engine, "ann@example.test")
+    assert ann.attributes == {"fname": "Ann", "colours": "red, blue"}
+    assert standings(engine, "ann@example.test") == [(True, "import", "2020-01-03")]
+    assert standings(engine, "left@example.test") == [(False, "unsubscribe", "2021-05-05")]
+    assert [(row.where, row.reason) for row in profile(engine, "left@example.test").suppressions] == [("list News", "unsubscribe")]
     assert [(row.subscribed, row.source) for row in profile(engine, "wait@example.test").lists] == [(False, "unconfirmed")]
+    assert contacts(engine) == 3
+
+
+def test_reports_of_mailwizz(engine: sa.Engine, tmp_path: Path) -> None:
+    says("mailwizz", "--file", file(tmp_path, MAILWIZZ), "--list", "News")
+    for _ in range(2):
+        said = says("mailwizz", "--file", file(tmp_path, BOUNCES), "--holds", "bounces")
+        assert "bounces: 4 in mailwizz, 3 here" in said
+        assert "there is no such contact here" in said
+        assert "bounces: 1 in mailwizz, 1 here" in says("mailwizz", "--file", file(tmp_path, COMPLAINTS), "--holds", "complaints")
+        assert "bans: 3 in mailwizz, 2 here" in says("mailwizz", "--file", file(tmp_path, BLACKLIST), "--holds", "blacklist")
+    ann = profile(engine, "ann@example.test")
+    assert [(bounce.kind, bounce.reply, f"{bounce.occurred_at:%F}") for bounce in ann.bounces] == [
+        ("hard", "550 5.1.1 <***@example.test> unknown", "2020-03-04"),
+        ("soft", "452 4.2.2 full", "2020-03-01"),
+    ]
+    assert ann.suppressions == []
+    reasons = {name: [row.reason for row in profile(engine, f"{name}@example.test").suppressions] for name in ("wait", "dead", "angry")}
+    assert reasons == {"wait": ["complaint"], "dead": ["bounce"], "angry": ["complaint"]}
+    refused = invoke("listmonk", "--file", file(tmp_path, BOUNCES), "--holds", "bounces")
+    assert "listmonk exports no bounces" in str(refused.exception)
 
 
 def test_export_of_interspire_says_who_left_by_an_option_only(engine: sa.Engine, tmp_path: Path) -> None:
@@ -108,6 +161,19 @@ def test_export_of_interspire_says_who_left_by_an_option_only(engine: sa.Engine,
     assert not any(row.subscribed for row in ann.lists)
     assert ann.attributes == {"first_name": "Müller", "colours": "Red"}
     assert profile(engine, "bob@example.test").attributes == {"first_name": "Bob & Co"}
+
+
+def test_export_of_interspire_says_who_confirmed_and_what_bounced(engine: sa.Engine, tmp_path: Path) -> None:
+    says("interspire", "--file", file(tmp_path, INTERSPIRE), "--list", "News", "--state", "active")
+    assert standings(engine, "ann@example.test") == [(True, "import", "2019-12-31")]
+    assert standings(engine, "bob@example.test") == [(False, "unconfirmed", "2020-02-01")]
+    for _ in range(2):
+        said = says("interspire", "--file", file(tmp_path, INTERSPIRE_BOUNCED), "--list", "News", "--state", "bounced")
+        assert "bounces: 1 in interspire, 1 here" in said
+    dead = profile(engine, "dead@example.test")
+    assert dead.attributes == {}
+    assert [(row.where, row.reason, f"{row.created_at:%F}") for row in dead.suppressions] == [("all", "bounce", "2021-03-04")]
+    assert [(bounce.kind, f"{bounce.occurred_at:%F}") for bounce in dead.bounces] == [("hard", "2021-03-04")]
 
 
 @pytest.mark.server
@@ -129,6 +195,8 @@ def test_database_of_interspire_by_the_environment(engine: sa.Engine, interspire
         (("interspire", "--list", "News"), "are for --file"),
         (("mailwizz", "--file", "x.csv"), "--list"),
         (("mailwizz", "--file", "x.csv", "--list", "News", "--state", "happy"), "'happy' is no state"),
+        (("mailwizz", "--holds", "bounces"), "are for --file"),
+        (("mailwizz", "--file", "x.csv", "--holds", "bounces", "--list", "News"), "are for subscribers"),
     ],
 )
 def test_what_is_missing_is_named(words: tuple[str, ...], error: str) -> None:

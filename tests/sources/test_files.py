@@ -18,7 +18,7 @@ from mail_pipelines.contacts import consent, lookup
 from mail_pipelines.contacts.addresses import address_hash
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Contact, ContactChange, ContactList, SourceContact, Suppression
-from mail_pipelines.sources import kinds, status
+from mail_pipelines.sources import kinds, landing, status
 from mail_pipelines.sources.errors import GuardStopped, SourceError
 from mail_pipelines.sources.running import Report
 from tests.sources.conftest import Declare, contacts, subscribed
@@ -175,6 +175,24 @@ def test_who_left_at_the_source_is_refused_whoever_subscribes_them_and_whatever_
     assert subscribed(engine) == {"p5@example.test", "p6@example.test"}
 
 
+def test_who_left_is_known_by_their_id_where_the_address_is_gone_or_somebody_elses(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:
+    people = [{"id": number, "mail": f"p{number}@example.test", "out": None, "news": True} for number in range(1, 6)]
+    write(folder, people)
+    given = source(map={"id": "external_id", "mail": "email", "out": "opted_out", "news": "opted_in"}, consent={"subscribe": "opted_in"})
+    sync(given)
+    # Blanked with the refusal, as some services do; an address that another contact has; one that is new.
+    for person, mail in zip(people, (None, "p5@example.test", "new@example.test"), strict=False):
+        person |= {"mail": mail, "out": "yes"}
+    # A row that has lost everything has not said that somebody left.
+    people[3] |= {"mail": "", "news": False}
+    write(folder, people)
+    sync(given)
+    assert subscribed(engine) == {"p4@example.test"}
+    with reading(engine) as connection:
+        suppressed = set(connection.execute(sa.select(Suppression.address_hash)).scalars())
+    assert {address_hash(f"{name}@example.test") for name in ("p1", "p2", "new", "p5")} == suppressed
+
+
 def test_a_changed_address_is_the_same_person_with_the_same_refusals(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:
     write(folder, ROWS)
     sync(source())
@@ -229,6 +247,11 @@ def test_who_wins_is_the_fields_rule(engine: sa.Engine, folder: Path, source: An
         sync(given)
         assert contacts(engine)["ann@example.test"]["first_name"] == "Annie"
         assert contacts(engine)["bob@example.test"]["first_name"] == "Bobby"
+        # Changed there while the last run was under way, its address too: nothing was changed here since.
+        seen = start + dt.timedelta(days=1, minutes=1)
+        write(folder, [rows[0], {**rows[1], "mail": "robert@example.test", "name": "Robert", "changed": seen.isoformat()}])
+        sync(given)
+        assert contacts(engine)["robert@example.test"]["first_name"] == "Robert"
 
 
 def test_what_is_gone_ends_only_what_the_source_began_and_comes_back_unless_refused(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:
@@ -263,6 +286,36 @@ def test_a_source_that_deletes_everything_stops_and_asks(engine: sa.Engine, fold
     assert report.ended == 28
     assert subscribed(engine) == {"p0@example.test", "p1@example.test"}
     assert report.standing.error is None
+
+
+def test_a_small_source_that_deletes_everything_asks_too(engine: sa.Engine, folder: Path, source: Any, sync: Sync) -> None:
+    write(folder, ROWS[:2], "csv")
+    given = source(types={"orders": "number"})
+    sync(given)
+    (folder / "people.csv").write_text("id,mail,name,city,orders\n")
+    with pytest.raises(GuardStopped, match="2 of 2 records are gone"):
+        sync(given)
+    assert len(subscribed(engine)) == 2
+    assert sync(given, accept_deletions=True).ended == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "1,ann@example.test,Ann\n", "has no header"),
+        ("a.csv", 'id,mail\n1,ann@example.test\n2,"b"ob@example.test\n', "no readable csv in line 3 or before"),
+        ("a.jsonl", '{"id": 1, "mail": "ann@example.test"}\n3\n', "line 2 is no JSON object"),
+        ("a.json", '[{"id": 1, "mail": "ann@example.test"}]\n', "line 1 is no JSON object"),
+        ("a.ndjson", '{"id": 1, "mail": "ann@exam', "line 1 is no JSON object"),
+    ],
+)
+def test_a_file_of_another_form_is_named_and_nobody_in_it(folder: Path, source: Any, name: str, content: str, words: str) -> None:
+    folder.mkdir()
+    (folder / name).write_text(content)
+    declared = source(map={"id": "external_id", "mail": "email"})
+    with pytest.raises(SourceError, match=words) as caught:
+        landing.check(declared, declared.contacts)
+    assert "ann@" not in str(caught.value)
 
 
 def test_files_in_a_store_of_objects(engine: sa.Engine, declare: Declare, sync: Sync) -> None:

@@ -12,7 +12,7 @@ import itertools
 import json
 import urllib.parse
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -24,6 +24,7 @@ from mail_pipelines.sources.kinds import Wanted
 
 _ROWS = 10_000
 _S3 = "s3://"
+_ENDINGS = {"parquet": "parquet", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl"}
 
 
 class S3Options(Form):
@@ -136,7 +137,8 @@ def _found(files: Any, root: str, pattern: str) -> list[str]:
 
 def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None) -> Iterator[Any]:
     """The rows of an open file. Raises `SourceError` if it is not of its format."""
-    kind = format_ or next((ending for ending in ("parquet", "jsonl") if f".{ending}" in name), "csv")
+    kind = format_ or next((kind for ending, kind in _ENDINGS.items() if f".{ending}" in name), "csv")
+    reader: csv.DictReader[str] | None = None
     try:
         if kind == "parquet":
             import pyarrow as pa
@@ -148,12 +150,34 @@ def pages(file: IO[bytes], name: str, format_: str | None, delimiter: str | None
             return
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         if kind == "jsonl":
-            given: Iterator[Any] = (json.loads(line) for line in text if line.strip())
+            given: Iterator[Any] = _objects(text, name)
         else:
             head = text.readline()
             separator = delimiter or max(",;\t|", key=head.count)
-            given = csv.DictReader(text, fieldnames=next(csv.reader([head], delimiter=separator), []), delimiter=separator, strict=True)
+            names = next(csv.reader([head], delimiter=separator), [])
+            if any("@" in column for column in names):
+                raise SourceError(f"{name} has no header: its first line holds an address; put a line with the names of the columns above it")
+            given = reader = csv.DictReader(text, fieldnames=names, delimiter=separator, strict=True)
         while page := list(itertools.islice(given, _ROWS)):
             yield page
-    except (ValueError, csv.Error, OSError, EOFError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{name} is no text in UTF-8: have it written so (from a spreadsheet: 'CSV UTF-8'); nothing of this run was merged") from error
+    except csv.Error as error:
+        # Below the header; a quote that never closes swallows what follows.
+        line = reader.reader.line_num + 1 if reader else 1
+        raise SourceError(f"{name} is no readable csv in line {line:,} or before: {error}; nothing of this run was merged") from error
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{name} is no readable {kind}: {type(error).__name__}; nothing of this run was merged") from error
+
+
+def _objects(text: Iterable[str], name: str) -> Iterator[Any]:
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise SourceError(f"{name}: line {number:,} is no JSON object, as each line of JSON lines is; nothing of this run was merged")
+        yield found
