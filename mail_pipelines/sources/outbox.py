@@ -100,13 +100,13 @@ def external_ids(connection: Connection, source: str, contact_ids: Iterable[int]
 
 def due(connection: Connection, source: str, now: dt.datetime, most: int) -> Rows:
     """The next rows, with the e-mail of the contact (None: it was erased)."""
-    # Many have one time, and go in the order of their key then: the index has it, so none of them is sorted for each page.
+    # Many may be due at one time: in the order of the index, so they are not sorted for each page.
     query = (
         sa.select(*SyncOutbox.__table__.columns, Contact.email)
         .outerjoin(Contact, Contact.id == SyncOutbox.contact_id)
         .where(SyncOutbox.source == source, SyncOutbox.state == WAITING, SyncOutbox.due_at <= now)
     )
-    return connection.execute(query.order_by(SyncOutbox.due_at, SyncOutbox.kind, SyncOutbox.event_id).limit(most)).all()
+    return connection.execute(query.order_by(SyncOutbox.due_at).limit(most)).all()
 
 
 def _these(model: type[SyncOutbox] | type[SyncDeadLetter], source: str, keys: Collection[tuple[str, int]]) -> Iterable[sa.ColumnElement[bool]]:
@@ -182,10 +182,3 @@ def standing(connection: Connection, source: str) -> Standing:
     waiting, oldest = connection.execute(counted).tuples().one()
     dead = connection.execute(sa.select(sa.func.count()).select_from(SyncDeadLetter).where(SyncDeadLetter.source == source)).scalar_one()
     return Standing(waiting, dead, oldest)
-
-
-def prune(connection: Connection, source: str, kept: Mapping[str, dt.timedelta], read_at: dt.datetime) -> None:
-    """Forget what was told and no feed comes back to, when all were read at `read_at`: of each kind in `kept` what is so old. The others stay for good."""
-    for kind, age in kept.items():
-        past = sa.and_(SyncOutbox.kind == kind, SyncOutbox.recorded_at < read_at - age)
-        connection.execute(sa.delete(SyncOutbox).where(SyncOutbox.source == source, SyncOutbox.state == TOLD, past))

@@ -59,7 +59,6 @@ def run(engine: Engine, home: Path, source: Source) -> Report:
             own = _own_list(engine, source)
             for told in wanted.what:
                 _take(engine, source.name, wanted, told, own, counts)
-            _forget(engine, source.name, wanted)
             with kinds.writer(source.kind, source.connection, wanted.send) as write:
                 _Telling(engine, source.name, wanted, kinds.check_send(source.kind, wanted.send).batch, write, counts).all()
         except Exception as error:
@@ -106,12 +105,6 @@ def _add(engine: Engine, source: str, kind: str, events: Sequence[Event]) -> int
         known = outbox.known(connection, source, kind, [event.event_id for event in events])
     new = [event for event in events if event.event_id not in known]
     return transact(engine, lambda connection: outbox.add(connection, source, kind, new)) if new else 0
-
-
-def _forget(engine: Engine, source: str, wanted: WriteBack) -> None:
-    """Once every feed was read again, what was told before its last reading comes no more."""
-    times = [status.position(engine, source, told).read_at for told in wanted.what]
-    transact(engine, lambda connection: outbox.prune(connection, source, feeds.KEPT, min(at for at in times if at is not None)))
 
 
 # --- from the outbox to the service -----------------------------------------------------------------------------
