@@ -133,7 +133,8 @@ def test_old_events_are_rolled_up_and_the_night_says_how_many(world: World, inst
         (metadata,) = [event.step_output_data.metadata for event in result.events_for_node(op) if event.is_successful_output]
         return {name: entry.value for name, entry in metadata.items()}
 
-    assert told("retire_events") == {"events_rolled_up": 3, "deferrals_dropped": 1, "partitions_dropped": 0}
+    retired = told("retire_events")
+    assert (retired["events_rolled_up"], retired["deferrals_dropped"]) == (3, 1)
     pruned = told("prune_bookkeeping")
     assert (pruned["contact_changes"], pruned["sync_outbox"], pruned["sync_dead_letters"], pruned["claims"]) == (5, 0, 0, 0)
     with reading(world.engine) as connection:
