@@ -3,6 +3,7 @@
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from sqlalchemy.engine import Engine
@@ -22,6 +23,11 @@ _WORDS: dict[Section, str] = {
     "contacts": "Contacts of the external source {name}, merged under the rules of consent. Nobody who left is subscribed again.",
     "suppressions": "Addresses that the external source {name} says must not be mailed. They are only ever added to, never taken back.",
 }
+# Of what is read, and of what is told.
+_CHECKED = (
+    "The last run could read and merge the source; if not, the reason.",
+    "The source took all that was due, and nothing is in the dead letters; if not, the reason.",
+)
 
 
 def declared(home: Path) -> list[Source]:
@@ -36,124 +42,127 @@ def declared(home: Path) -> list[Source]:
 
 
 def synced_assets(sources: Sequence[Source]) -> list[dg.AssetsDefinition]:
-    """One asset for each section of each source, `[<source>, <section>]`, suppressions before contacts, and `[<source>, engagement]`."""
-    read = [_asset(source, section) for source in sources for section in source.sections]
-    return read + [_told(source) for source in sources if source.write_back]
+    """One asset for each section of each source, `[<source>, <section>]`, suppressions before contacts, and `[<source>, engagement]`.
+
+    Those of a source are one step: what it is told follows what is read of it, also where that failed, which a step of its own could not.
+    """
+    return [_assets(source) for source in sources]
 
 
-def _asset(source: Source, section: Section) -> dg.AssetsDefinition:
-    key = dg.AssetKey([source.name, section])
-    before = [dg.AssetKey([source.name, "suppressions"])] if section == "contacts" and source.suppressions else []
-    checked = dg.AssetCheckSpec(CHECK, asset=key, description="The last run could read and merge the source; if not, the reason.")
+def _assets(source: Source) -> dg.AssetsDefinition:
+    keys: dict[Part, dg.AssetKey] = {part: dg.AssetKey([source.name, part]) for part in source.parts}
 
-    @dg.asset(
-        key=key,
-        deps=before,
-        group_name=GROUP,
-        owners=OWNERS,
-        kinds={"dlt", "sql"},
+    @dg.multi_asset(
+        name=f"sync_{source.name.replace('-', '_')}",
+        specs=[_spec(source, part) for part in source.parts],
+        check_specs=[dg.AssetCheckSpec(CHECK, asset=keys[part], description=_CHECKED[part == ENGAGEMENT]) for part in source.parts],
+        can_subset=True,
         pool=SOURCES_POOL,
-        description=_WORDS[section].format(name=source.name),
-        metadata={"dagster/column_schema": _columns(source.sections[section])},
-        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=source.fresh_hours)),
-        check_specs=[checked],
     )
     def synced(context: dg.AssetExecutionContext, database: CentralDatabase) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-        # The source is built anew in every run: dlt fails on one that ran before in the process.
-        from mail_pipelines.sources import running
+        from mail_pipelines.sources import turns
 
         engine, home = database.engine, database.settings.home
-        try:
-            report = running.run(engine, home, declaration.load(home, source.name), section)
-        except Exception as error:
-            yield from _failed(engine, source, section, error)
-            # A word of ours says it all, and what lies behind it may have a secret in it.
+
+        def bring_up_to_date(part: Part) -> dg.MaterializeResult:
+            return _tell(context, engine, home, source) if part == ENGAGEMENT else _read(context, engine, home, source, part)
+
+        errors: list[Exception] = []
+        for part, outcome in turns.in_turn([part for part in source.parts if keys[part] in context.selected_asset_keys], bring_up_to_date):
+            if isinstance(outcome, Exception):
+                errors.append(outcome)
+                yield from _failed(engine, source, part, outcome)
+            else:
+                yield outcome
+        if errors:
+            error = turns.together(errors)
             if isinstance(error, MailPipelinesError):
+                # A word of ours says it all, and what lies behind it may have a secret in it. What waits to be told is sent by the next run.
                 raise dg.Failure(str(error), allow_retries=False) from None
-            raise
-        standing = report.standing
-        context.log.info("%s", ", ".join(f"{count:,} {name}" for name, count in standing.counts.items() if count) or "nothing new")
-        rejected = sum(standing.rejected.values())
-        yield dg.MaterializeResult(
-            asset_key=key,
-            metadata={
-                "dagster/row_count": standing.merged,
-                "rows_in": standing.counts.get("read", 0),
-                "merged": standing.merged,
-                **{name: count for name, count in standing.counts.items() if name != "read"},
-                "rejected": rejected,
-                "rejected_by_reason": _reasons(standing.rejected),
-                "subscriptions_ended": report.ended,
-                "lag_seconds": report.lag_seconds,
-                "seconds": standing.seconds,
-                "cursor": standing.cursor or "",
-            },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name=CHECK,
-                    asset_key=key,
-                    passed=standing.note is None,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=standing.note or "in step",
-                    metadata={"rejected": rejected},
-                )
-            ],
-        )
+            raise error
 
     return synced
 
 
-def _told(source: Source) -> dg.AssetsDefinition:
-    key = dg.AssetKey([source.name, ENGAGEMENT])
-    checked = dg.AssetCheckSpec(CHECK, asset=key, description="The source took all that was due, and nothing is in the dead letters; if not, the reason.")
+def _spec(source: Source, part: Part) -> dg.AssetSpec:
+    common: dict[str, Any] = {
+        "group_name": GROUP,
+        "owners": OWNERS,
+        "freshness_policy": dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=source.fresh_hours)),
+    }
+    key = dg.AssetKey([source.name, part])
+    if part == ENGAGEMENT:
+        read = [dg.AssetKey([source.name, section]) for section in source.sections]
+        told = f"What the external source {source.name} is told: each event at least once, always under the same key."
+        return dg.AssetSpec(key, deps=read, description=told, kinds={"sql"}, **common)
+    before = [dg.AssetKey([source.name, "suppressions"])] if part == "contacts" and source.suppressions else []
+    columns = {"dagster/column_schema": _columns(source.sections[part])}
+    return dg.AssetSpec(key, deps=before, description=_WORDS[part].format(name=source.name), kinds={"dlt", "sql"}, metadata=columns, **common)
 
-    @dg.asset(
-        key=key,
-        deps=[dg.AssetKey([source.name, section]) for section in source.sections],
-        group_name=GROUP,
-        owners=OWNERS,
-        kinds={"sql"},
-        pool=SOURCES_POOL,
-        description=f"What the external source {source.name} is told: each event at least once, always under the same key.",
-        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=source.fresh_hours)),
-        check_specs=[checked],
+
+def _read(context: dg.AssetExecutionContext, engine: Engine, home: Path, source: Source, section: Section) -> dg.MaterializeResult:
+    # The source is built anew in every run: dlt fails on one that ran before in the process.
+    from mail_pipelines.sources import running
+
+    key = dg.AssetKey([source.name, section])
+    report = running.run(engine, home, declaration.load(home, source.name), section)
+    standing = report.standing
+    context.log.info("%s: %s", section, ", ".join(f"{count:,} {name}" for name, count in standing.counts.items() if count) or "nothing new")
+    rejected = sum(standing.rejected.values())
+    return dg.MaterializeResult(
+        asset_key=key,
+        metadata={
+            "dagster/row_count": standing.merged,
+            "rows_in": standing.counts.get("read", 0),
+            "merged": standing.merged,
+            **{name: count for name, count in standing.counts.items() if name != "read"},
+            "rejected": rejected,
+            "rejected_by_reason": _reasons(standing.rejected),
+            "subscriptions_ended": report.ended,
+            "lag_seconds": report.lag_seconds,
+            "seconds": standing.seconds,
+            "cursor": standing.cursor or "",
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name=CHECK,
+                asset_key=key,
+                passed=standing.note is None,
+                severity=dg.AssetCheckSeverity.WARN,
+                description=standing.note or "in step",
+                metadata={"rejected": rejected},
+            )
+        ],
     )
-    def told(context: dg.AssetExecutionContext, database: CentralDatabase) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-        from mail_pipelines.sources import telling
 
-        engine, home = database.engine, database.settings.home
-        try:
-            report = telling.run(engine, home, declaration.load(home, source.name))
-        except Exception as error:
-            yield from _failed(engine, source, ENGAGEMENT, error)
-            # What waits is sent by the next run.
-            if isinstance(error, MailPipelinesError):
-                raise dg.Failure(str(error), allow_retries=False) from None
-            raise
-        standing, counts = report.standing, report.counts
-        context.log.info("%s", ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing new")
-        yield dg.MaterializeResult(
-            asset_key=key,
-            metadata={
-                "dagster/row_count": counts.get("pushed", 0),
-                **counts,
-                "waiting": standing.waiting,
-                "dead_letters": standing.dead,
-                "lag_seconds": round(report.lag_seconds, 3),
-                "seconds": report.seconds,
-            },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name=CHECK,
-                    asset_key=key,
-                    passed=not standing.dead,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=f"{standing.dead:,} dead letters: `mail-pipelines source dead-letters {source.name}`" if standing.dead else "in step",
-                )
-            ],
-        )
 
-    return told
+def _tell(context: dg.AssetExecutionContext, engine: Engine, home: Path, source: Source) -> dg.MaterializeResult:
+    from mail_pipelines.sources import telling
+
+    key = dg.AssetKey([source.name, ENGAGEMENT])
+    report = telling.run(engine, home, declaration.load(home, source.name))
+    standing, counts = report.standing, report.counts
+    context.log.info("%s: %s", ENGAGEMENT, ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing new")
+    return dg.MaterializeResult(
+        asset_key=key,
+        metadata={
+            "dagster/row_count": counts.get("pushed", 0),
+            **counts,
+            "waiting": standing.waiting,
+            "dead_letters": standing.dead,
+            "lag_seconds": round(report.lag_seconds, 3),
+            "seconds": report.seconds,
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name=CHECK,
+                asset_key=key,
+                passed=not standing.dead,
+                severity=dg.AssetCheckSeverity.WARN,
+                description=f"{standing.dead:,} dead letters: `mail-pipelines source dead-letters {source.name}`" if standing.dead else "in step",
+            )
+        ],
+    )
 
 
 def _failed(engine: Engine, source: Source, part: Part, error: Exception) -> Iterator[dg.AssetCheckResult]:

@@ -14,7 +14,9 @@ from rich.table import Table
 from mail_pipelines.commands.context import console, open_engine, settings
 
 if TYPE_CHECKING:
-    from mail_pipelines.sources.declaration import Source
+    from sqlalchemy.engine import Engine
+
+    from mail_pipelines.sources.declaration import Part, Section, Source
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -80,27 +82,46 @@ def run(
     accept_deletions: Annotated[bool, typer.Option("--accept-deletions", help="records that are gone at the source are meant to be, however many")] = False,
 ) -> None:
     """Bring a source up to date now, and tell it what is new here."""
-    from mail_pipelines.sources import running, telling
+    from mail_pipelines.sources import turns
+    from mail_pipelines.sources.declaration import ENGAGEMENT
 
     source, engine = _named(name), open_engine()
-    for section in source.sections:
-        report = running.run(engine, settings().home, source, section, whole=whole, accept_deletions=accept_deletions)
-        counts = ", ".join(f"{number:,} {what}" for what, number in report.standing.counts.items() if number) or "nothing new"
-        console.print(f"{source.name} {section}: {counts}", markup=False)
-        for reason, number in sorted(report.standing.rejected.items(), key=lambda item: -item[1]):
-            console.print(f"  {number:,} rejected: {reason}", markup=False, style="yellow")
-        if report.reject_file:
-            console.print(f"  which ones: {report.reject_file}", markup=False)
-        if report.ended:
-            console.print(f"  {report.ended:,} subscriptions ended: gone at the source", markup=False)
-        if report.standing.note:
-            console.print(f"  {report.standing.note}", markup=False, style="yellow")
-    if source.write_back:
-        told = telling.run(engine, settings().home, source)
-        counts = ", ".join(f"{number:,} {what}" for what, number in told.counts.items() if number) or "nothing new"
-        console.print(f"{source.name} engagement: {counts}", markup=False)
-        if told.standing.dead:
-            console.print(f"  {told.standing.dead:,} dead letters: mail-pipelines source dead-letters {source.name}", markup=False, style="yellow")
+
+    def bring_up_to_date(part: Part) -> None:
+        if part == ENGAGEMENT:
+            _tell(engine, source)
+        else:
+            _read(engine, source, part, whole=whole, accept_deletions=accept_deletions)
+
+    errors = [outcome for _, outcome in turns.in_turn(source.parts, bring_up_to_date) if outcome]
+    if errors:
+        raise turns.together(errors)
+
+
+def _read(engine: Engine, source: Source, section: Section, *, whole: bool, accept_deletions: bool) -> None:
+    from mail_pipelines.sources import running
+
+    report = running.run(engine, settings().home, source, section, whole=whole, accept_deletions=accept_deletions)
+    counts = ", ".join(f"{number:,} {what}" for what, number in report.standing.counts.items() if number) or "nothing new"
+    console.print(f"{source.name} {section}: {counts}", markup=False)
+    for reason, number in sorted(report.standing.rejected.items(), key=lambda item: -item[1]):
+        console.print(f"  {number:,} rejected: {reason}", markup=False, style="yellow")
+    if report.reject_file:
+        console.print(f"  which ones: {report.reject_file}", markup=False)
+    if report.ended:
+        console.print(f"  {report.ended:,} subscriptions ended: gone at the source", markup=False)
+    if report.standing.note:
+        console.print(f"  {report.standing.note}", markup=False, style="yellow")
+
+
+def _tell(engine: Engine, source: Source) -> None:
+    from mail_pipelines.sources import telling
+
+    told = telling.run(engine, settings().home, source)
+    counts = ", ".join(f"{number:,} {what}" for what, number in told.counts.items() if number) or "nothing new"
+    console.print(f"{source.name} engagement: {counts}", markup=False)
+    if told.standing.dead:
+        console.print(f"  {told.standing.dead:,} dead letters: mail-pipelines source dead-letters {source.name}", markup=False, style="yellow")
 
 
 @app.command()

@@ -151,7 +151,10 @@ class Suppression(Base):
 
 
 class ContactChange(Base):
-    """Change feed of everything a contact snapshot holds, written in the transaction of the change. `op` is upsert or delete."""
+    """Change feed of everything a contact snapshot holds, written in the transaction of the change. `op` is upsert or delete.
+
+    Old ones go, but the newest row always stays: SQLite numbers the next one by it.
+    """
 
     __tablename__ = "contact_changes"
     seq: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
@@ -824,7 +827,8 @@ class SyncOutbox(Base):
 
     `kind` is open, click, bounce, unsubscribe or suppression; `event_id` its number there, which with the kind is the key that the service gets.
     `recorded_at` is when the feed had it. `facts` has what is told besides whose it is, and names no person. `state`: 0 waiting until `due_at`, 1 told (or
-    learned from the source itself: a suppression has the contact 0 then), 2 refused (then it has a dead letter). `attempts` counts those that failed.
+    learned from the source itself: a suppression has the contact 0 then), 2 refused (then it has a dead letter, for as long as these are kept). `attempts`
+    counts those that failed.
     """
 
     __tablename__ = "sync_outbox"

@@ -4,16 +4,13 @@ send windows."""
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.engine import Engine
 
-from mail_pipelines.database.bulk import CHUNK_ROWS
-from mail_pipelines.database.engine import reading, transact
-from mail_pipelines.database.models import Allotment, Base, Campaign, Claim, ProviderUsage, Reputation, WarmUpDay, WindowRows, WindowSpan
+from mail_pipelines.database import pruning
+from mail_pipelines.database.engine import reading
+from mail_pipelines.database.models import Allotment, Campaign, Claim, ProviderUsage, Reputation, WarmUpDay, WindowRows, WindowSpan
 from mail_pipelines.delivery.recording import USAGE_WINDOWS
 
 KEEP_CLAIMS = dt.timedelta(days=14)
@@ -35,23 +32,25 @@ def prune(engine: Engine, now: dt.datetime) -> dict[str, int]:
     past, past_days = int((now - KEEP_WINDOWS).timestamp()), int((now - KEEP_DAYS).timestamp())
     return {
         "claims": _prune_claims(engine),
-        "allotments": _delete(
+        "allotments": pruning.delete(
             engine, Allotment, (Allotment.slot_start, Allotment.campaign_id, Allotment.server_id, Allotment.provider), Allotment.slot_start < past
         ),
-        "provider_usage": _delete(
+        "provider_usage": pruning.delete(
             engine,
             ProviderUsage,
             (ProviderUsage.server_id, ProviderUsage.provider, ProviderUsage.window_seconds, ProviderUsage.window_start),
             ProviderUsage.window_start + ProviderUsage.window_seconds < sa.case((ProviderUsage.window_seconds == max(USAGE_WINDOWS), past_days), else_=past),
         ),
-        "warm_up_days": _delete(
+        "warm_up_days": pruning.delete(
             engine, WarmUpDay, (WarmUpDay.server_id, WarmUpDay.provider, WarmUpDay.day), WarmUpDay.day < int((now - KEEP_WARM_UP_DAYS).timestamp())
         ),
-        "reputation": _delete(
+        "reputation": pruning.delete(
             engine, Reputation, (Reputation.source, Reputation.subject, Reputation.day), Reputation.day < int((now - KEEP_REPUTATION).timestamp())
         ),
-        "window_spans": _delete(engine, WindowSpan, (WindowSpan.campaign_id, WindowSpan.time_zone, WindowSpan.opens_at), WindowSpan.campaign_id.in_(over)),
-        "window_rows": _delete(
+        "window_spans": pruning.delete(
+            engine, WindowSpan, (WindowSpan.campaign_id, WindowSpan.time_zone, WindowSpan.opens_at), WindowSpan.campaign_id.in_(over)
+        ),
+        "window_rows": pruning.delete(
             engine, WindowRows, (WindowRows.campaign_id, WindowRows.provider, WindowRows.time_zone, WindowRows.opens_at), WindowRows.campaign_id.in_(over)
         ),
     }
@@ -62,42 +61,11 @@ def _prune_claims(engine: Engine) -> int:
         newest = connection.execute(sa.select(Claim.server_id, sa.func.max(Claim.opened_at)).group_by(Claim.server_id)).tuples().all()
     running = sa.select(Campaign.id).where(Campaign.state.in_(("sending", "paused")))
     return sum(
-        _delete(
+        pruning.delete(
             engine,
             Claim,
             (Claim.id,),
             sa.and_(Claim.server_id == server_id, Claim.state == "closed", Claim.opened_at <= last - KEEP_CLAIMS, Claim.campaign_id.not_in(running)),
         )
         for server_id, last in newest
-    )
-
-
-def _delete(engine: Engine, table: type[Base], order: Sequence[InstrumentedAttribute[Any]], condition: sa.ColumnElement[bool]) -> int:
-    """Delete the rows that meet the condition, one stretch of the unique `order` after the other; returns how many."""
-    deleted = 0
-    begin: Sequence[Any] | None = None
-    while True:
-        where = [condition] if begin is None else [condition, order[0] >= begin[0], ~_before(order, begin)]
-        with reading(engine) as connection:
-            end = connection.execute(sa.select(*order).where(*where).order_by(*order).offset(CHUNK_ROWS).limit(1)).one_or_none()
-        if end is not None:
-            where += [order[0] <= end[0], _before(order, end)]
-        statement = sa.delete(table).where(*where)
-
-        def work(connection: Connection, statement: sa.Delete = statement) -> int:
-            return connection.execute(statement).rowcount
-
-        deleted += transact(engine, work)
-        if end is None:
-            return deleted
-        begin = end
-
-
-def _before(order: Sequence[InstrumentedAttribute[Any]], place: Sequence[Any]) -> sa.ColumnElement[bool]:
-    """Rows that come before `place`, a value for each column of the order."""
-    return sa.or_(
-        *(
-            sa.and_(*(earlier == value for earlier, value in zip(order[:number], place[:number], strict=True)), column < place[number])
-            for number, column in enumerate(order)
-        )
     )

@@ -8,14 +8,14 @@ import dagster as dg
 
 from mail_pipelines import partitions
 from mail_pipelines.campaigns import archiving, lifecycle, overdue, putting_off
-from mail_pipelines.contacts import importing
+from mail_pipelines.contacts import changes, importing
 from mail_pipelines.database import partitions as table_partitions
 from mail_pipelines.database.engine import reading
 from mail_pipelines.delivery import retention, suppression, upkeep
 from mail_pipelines.dispatch.archive import Archive, ArchiveError
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.segments import snapshots
-from mail_pipelines.sources import leftovers
+from mail_pipelines.sources import forgetting, leftovers
 
 KEEP_RUNS_DAYS = 30
 # Twice as many as a day has at most, so that an installation that was off for a while catches up.
@@ -57,8 +57,11 @@ def extend_partitions(context: dg.OpExecutionContext, database: CentralDatabase)
 
 @dg.op(out=dg.Out(dg.Nothing))
 def prune_bookkeeping(context: dg.OpExecutionContext, database: CentralDatabase) -> None:
-    """Drop closed claims, past allotments and past usage windows that nothing refers to any more."""
-    pruned = upkeep.prune(database.engine, dt.datetime.now(dt.UTC))
+    """Drop closed claims, past allotments and past usage windows that nothing refers to any more, changes of contacts that were read, and what external
+    sources were told."""
+    engine, now = database.engine, dt.datetime.now(dt.UTC)
+    pruned = {**upkeep.prune(engine, now), "contact_changes": changes.prune(engine, now), **forgetting.prune(engine, now)}
+    context.add_output_metadata(pruned)
     context.log.info("pruned: %s", pruned)
 
 

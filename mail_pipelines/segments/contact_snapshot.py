@@ -4,7 +4,8 @@ Columns: contact_id, domain, provider, time_zone, created_at, `f<id>` for each c
 and in deltas `deleted`. No address, and text only folded (`text.fold`). Times are naive UTC.
 
 The state of a changed contact is read anew from the database, after the feed: whatever the feed's rows said and in whatever order they came,
-what is written is at least as new as they are, and a contact that is gone becomes a tombstone.
+what is written is at least as new as they are, and a contact that is gone becomes a tombstone. Where changes went unread (`contacts.changes`), everything is
+made anew.
 
 What does not belong here: consent. The freeze and each claim ask the database; snapshots only make lists. Imports pyarrow: import this inside functions.
 """
@@ -24,13 +25,14 @@ import pyarrow.compute as pc
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from mail_pipelines.contacts import changes
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Contact, ContactChange, Subscription
 from mail_pipelines.segments import parts
 from mail_pipelines.segments.catalogue import CustomField, FieldType, KnownList, read_fields, read_lists
 from mail_pipelines.segments.compilation import connect
 from mail_pipelines.segments.criteria import AllOf, as_instant
-from mail_pipelines.segments.feed import Feed, Reading
+from mail_pipelines.segments.feed import OVERLAP, Feed, Reading
 from mail_pipelines.segments.manifest import ContactManifest, FeedPosition, Layer, SnapshotInfo, rows_of
 from mail_pipelines.segments.matching import ContactMatcher
 from mail_pipelines.segments.store import Writer, contact_store
@@ -206,7 +208,11 @@ def refresh(engine: Engine, folder: Any, *, now: dt.datetime, min_free_mb: int, 
             fields, lists = read_fields(connection), read_lists(connection)
         reader = ContactReader(fields, lists)
         old = writer.current
-        contact_ids, manifest = _build(engine, writer, reader, progress) if old is None else _advance(engine, writer, reader, old, progress)
+        changed = None if old is None else _changes(engine, writer, old.position)
+        if old is None or changed is None or _has_missed(engine, old.position):
+            old, (contact_ids, manifest) = None, _build(engine, writer, reader, progress)
+        else:
+            contact_ids, manifest = _advance(engine, writer, reader, old, *changed, progress)
         rewritten = old is None or manifest.base != old.base
         manifest = dataclasses.replace(manifest, rows=_count(writer, manifest))
         writer.publish(manifest)
@@ -222,6 +228,13 @@ def _changes(engine: Engine, writer: Writer[ContactManifest], after: FeedPositio
         feed = Reading(CHANGES, connection, writer.path, after, writer.now)
         chunks = [np.fromiter((row[2] for row in chunk), np.int64, len(chunk)) for chunk in feed]
     return np.unique(np.concatenate([np.empty(0, np.int64), *chunks])), feed.position(writer.new_name("seen"))
+
+
+def _has_missed(engine: Engine, position: FeedPosition) -> bool:
+    """Whether changes went that a reading up to `position` had not seen. To be asked after the reading that follows it."""
+    with reading(engine) as connection:
+        gone = changes.gone(connection)
+    return gone is not None and (position.last < gone.seq or position.read_at - OVERLAP < gone.created_before)
 
 
 def _build(engine: Engine, writer: Writer[ContactManifest], reader: ContactReader, progress: Progress) -> tuple[int, ContactManifest]:
@@ -240,8 +253,15 @@ def _build(engine: Engine, writer: Writer[ContactManifest], reader: ContactReade
     return done, ContactManifest(writer.version, writer.now, position, tuple(reader.fields), tuple(reader.lists), 0, layer.layer())
 
 
-def _advance(engine: Engine, writer: Writer[ContactManifest], reader: ContactReader, old: ContactManifest, progress: Progress) -> tuple[int, ContactManifest]:
-    ids, position = _changes(engine, writer, old.position)
+def _advance(
+    engine: Engine,
+    writer: Writer[ContactManifest],
+    reader: ContactReader,
+    old: ContactManifest,
+    ids: np.ndarray,
+    position: FeedPosition,
+    progress: Progress,
+) -> tuple[int, ContactManifest]:
     layer = parts.LayerWriter(writer.path, writer.new_name, "delta", slim)
     done = 0
     for table in reader.some(engine, ids):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,15 +25,14 @@ from sqlalchemy.orm import InstrumentedAttribute
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Campaign, CampaignCounter, Contact, ContactChange, DeliveryEvent, EngagementEvent, Link, State, Suppression
 from mail_pipelines.delivery import events
-from mail_pipelines.sources import refusals
+from mail_pipelines.sources import outbox, refusals
 from mail_pipelines.sources.declaration import Told
-from mail_pipelines.sources.outbox import Item
+from mail_pipelines.sources.outbox import Event
 
 OVERLAP = dt.timedelta(minutes=15)
 WHOLE_EACH = dt.timedelta(days=1)
 # So long is what was told remembered, by kind of event. A bounce that is read again later goes out once more, with the same key.
 KEPT = {"open": OVERLAP, "click": OVERLAP, "bounce": dt.timedelta(days=60)}
-_CHUNK = 5_000
 _BOUNCES = (events.BOUNCED, events.BOUNCE_REPORT, events.LATE_REFUSAL)
 
 
@@ -80,7 +79,18 @@ def _highest(connection: Connection, number: InstrumentedAttribute[int]) -> int:
     return connection.execute(sa.select(sa.func.coalesce(sa.func.max(number), 0))).scalar_one()
 
 
-Feed = Callable[[Connection, Position, dt.datetime], Iterator[list[Item]]]
+Query = sa.Select[*tuple[Any, ...]]
+# From where it is read on, since when something has to have happened to be told, and the key of the list whose ends alone are told, if it is one.
+QueryOf = Callable[[Connection, Position, dt.datetime, str | None], Query]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The events of one kind: the query of those to be read, and what makes an event of the five columns of its row."""
+
+    kind: str
+    query: QueryOf
+    event: Callable[..., Event] = Event
 
 
 def bounced(connection: Connection) -> dict[int, int]:
@@ -94,68 +104,49 @@ def _again(time: InstrumentedAttribute[dt.datetime], position: Position, since: 
     return time >= (since if position.read_at is None else max(since, position.read_at - OVERLAP))
 
 
-def _stream(connection: Connection, query: sa.Select[*tuple[Any, ...]], item: Callable[[Any], Item]) -> Iterator[list[Item]]:
-    for rows in connection.execution_options(stream_results=True, yield_per=_CHUNK).execute(query).partitions():
-        yield [item(row) for row in rows]
-
-
-def _engagement(kind: str) -> Feed:
+def _engagement(kind: str) -> QueryOf:
     """What people did; what machines fetched tells nothing of anybody."""
 
-    def item(row: Any) -> Item:
-        return Item(kind, row.id, row.contact_id, row.occurred_at, row.recorded_at, {"campaign": row.key, "url": row.url})
-
-    def read(connection: Connection, position: Position, since: dt.datetime) -> Iterator[list[Item]]:
+    def query(_connection: Connection, position: Position, since: dt.datetime, _own: str | None) -> Query:
         event = EngagementEvent
-        query = (
-            sa.select(event.id, event.contact_id, event.occurred_at, event.recorded_at, Campaign.key, Link.url)
+        facts = outbox.facts(campaign=Campaign.key, url=Link.url)
+        return (
+            sa.select(event.id, event.contact_id, event.occurred_at, event.recorded_at, facts)
             .outerjoin(Campaign, Campaign.id == event.campaign_id)
             .outerjoin(Link, Link.id == event.link_id)
             .where(event.kind == kind, sa.not_(event.machine), _again(event.recorded_at, position, since))
         )
-        return _stream(connection, query, item)
 
-    return read
-
-
-def _bounces(connection: Connection, position: Position, since: dt.datetime) -> Iterator[list[Item]]:
-    event = DeliveryEvent
-
-    def item(row: Any) -> Item:
-        facts = {"campaign": row.key, "code": row.code, "enhanced": row.enhanced, "reason": row.reason, "text": row.text}
-        return Item("bounce", row.id, row.contact_id, row.occurred_at, row.occurred_at, facts)
-
-    for campaign_id, count in bounced(connection).items():
-        if position.bounced.get(campaign_id) != count:
-            query = (
-                sa.select(event.id, event.contact_id, event.occurred_at, Campaign.key, event.code, event.enhanced, event.reason, event.text)
-                .outerjoin(Campaign, Campaign.id == event.campaign_id)
-                .where(event.campaign_id == campaign_id, event.kind.in_(_BOUNCES), event.occurred_at >= since)
-            )
-            yield from _stream(connection, query, item)
+    return query
 
 
-def _unsubscribes(connection: Connection, position: Position, since: dt.datetime) -> Iterator[list[Item]]:
+def _bounces(connection: Connection, position: Position, since: dt.datetime, _own: str | None) -> Query:
+    event, at = DeliveryEvent, DeliveryEvent.occurred_at
+    moved = [campaign_id for campaign_id, count in bounced(connection).items() if position.bounced.get(campaign_id) != count]
+    facts = outbox.facts(campaign=Campaign.key, code=event.code, enhanced=event.enhanced, reason=event.reason, text=event.text)
+    query = sa.select(event.id, event.contact_id, at, at.label("recorded_at"), facts).outerjoin(Campaign, Campaign.id == event.campaign_id)
+    return query.where(event.campaign_id.in_(moved), event.kind.in_(_BOUNCES), at >= since)
+
+
+def _unsubscribes(_connection: Connection, position: Position, since: dt.datetime, own: str | None) -> Query:
     people = sa.select(Contact.id).select_from(Contact)
     if position.settled is not None:
         changed = sa.select(ContactChange.contact_id).where(ContactChange.seq > position.settled.change).distinct().subquery()
         people = sa.select(Contact.id).select_from(changed).join(Contact, Contact.id == changed.c.contact_id)
         # Few have changed, which a database does not know of a subquery: it would begin with all ended subscriptions.
         people = people.prefix_with("STRAIGHT_JOIN", dialect="mysql").prefix_with("STRAIGHT_JOIN", dialect="mariadb")
-    return _stream(connection, refusals.unsubscribes(people, since), refusals.unsubscribe)
+    return refusals.unsubscribes(people, since, own)
 
 
-def _suppressions(connection: Connection, position: Position, since: dt.datetime) -> Iterator[list[Item]]:
-    query = refusals.suppressions(sa.select(Contact.id).select_from(Contact), since)
-    if position.settled is not None:
-        query = query.where(Suppression.id > position.settled.suppression)
-    return _stream(connection, query, refusals.suppression)
+def _suppressions(_connection: Connection, position: Position, since: dt.datetime, own: str | None) -> Query:
+    query = refusals.suppressions(sa.select(Contact.id).select_from(Contact), since, own)
+    return query if position.settled is None else query.where(Suppression.id > position.settled.suppression)
 
 
 FEEDS: dict[Told, Feed] = {
-    "opens": _engagement("open"),
-    "clicks": _engagement("click"),
-    "bounces": _bounces,
-    "unsubscribes": _unsubscribes,
-    "suppressions": _suppressions,
+    "opens": Feed("open", _engagement("open")),
+    "clicks": Feed("click", _engagement("click")),
+    "bounces": Feed("bounce", _bounces),
+    "unsubscribes": Feed("unsubscribe", _unsubscribes, refusals.KINDS["unsubscribes"].event),
+    "suppressions": Feed("suppression", _suppressions),
 }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from mail_pipelines.contacts.sets import insert_if_absent, slices
+from mail_pipelines.database import bulk
 from mail_pipelines.database.engine import database_now
 from mail_pipelines.database.models import Contact, SourceContact, Suppression, SyncDeadLetter, SyncOutbox
 from mail_pipelines.sources.links import PRESENT
@@ -28,16 +29,14 @@ _REASON_LENGTH = 500
 _LATER_STEPS = 10
 
 
-@dataclass(frozen=True)
-class Item:
-    """One event; see `SyncOutbox`."""
+class Event(NamedTuple):
+    """What a source is told once, of one kind; see `SyncOutbox`. `facts` is the text of a JSON object."""
 
-    kind: str
     event_id: int
     contact_id: int
     occurred_at: dt.datetime
     recorded_at: dt.datetime
-    facts: dict[str, Any]
+    facts: str = "{}"
 
 
 @dataclass(frozen=True)
@@ -49,31 +48,43 @@ class Standing:
     oldest: dt.datetime | None
 
 
-def _row(source: str, item: Item, state: int) -> dict[str, Any]:
-    # Due in the order of the events.
-    return {**dataclasses.asdict(item), "source": source, "state": state, "attempts": 0, "due_at": item.recorded_at}
+def facts(**values: Any) -> sa.ColumnElement[str]:
+    """The facts of an event, put together by the database."""
+    return sa.func.json_object(*itertools.chain.from_iterable(values.items()))
 
 
-def add(connection: Connection, source: str, items: Sequence[Item], state: int = WAITING) -> int:
-    """Take events that are not in it yet; returns how many."""
-    if not items:
+def add(connection: Connection, source: str, kind: str, events: Sequence[Event], state: int = WAITING) -> int:
+    """Take up to `bulk.CHUNK_ROWS` events that are not in it yet; returns how many."""
+    import pyarrow as pa
+
+    if not events:
         return 0
-    rows = sorted((_row(source, item, state) for item in items), key=lambda row: row["event_id"])
-    return connection.execute(insert_if_absent(SyncOutbox), rows).rowcount
+    time = pa.timestamp("us", "UTC")
+    types = (pa.int64(), pa.int64(), time, time, pa.string())
+    columns = dict(zip(Event._fields, map(pa.array, zip(*events, strict=True), types), strict=True))
+    # Due in the order of the events.
+    columns["due_at"] = columns["recorded_at"]
+    columns |= {name: pa.repeat(value, len(events)) for name, value in {"source": source, "kind": kind, "state": state, "attempts": 0}.items()}
+    return bulk.load(connection, SyncOutbox.metadata.tables[SyncOutbox.__tablename__], pa.table(columns).sort_by("event_id"), ignore_duplicates=True)
 
 
-def fresh(connection: Connection, source: str, items: Sequence[Item]) -> list[Item]:
-    """Those that are not in it yet. Of what a feed reads again that is little, and to look costs less than to add."""
-    known: set[tuple[str, int]] = set()
-    for these in _these(SyncOutbox, source, [(item.kind, item.event_id) for item in items]):
-        known.update(connection.execute(sa.select(SyncOutbox.kind, SyncOutbox.event_id).where(these)).tuples())
-    return [item for item in items if (item.kind, item.event_id) not in known]
+def known(connection: Connection, source: str, kind: str, event_ids: Collection[int]) -> set[int]:
+    """Those that are in it. Of what a feed reads again that is most, and to look costs less than to add."""
+    found: set[int] = set()
+    for these in _these(SyncOutbox, source, [(kind, event_id) for event_id in event_ids]):
+        found.update(connection.execute(sa.select(SyncOutbox.event_id).where(these)).scalars())
+    return found
 
 
 def is_learned(source: str) -> sa.ColumnElement[bool]:
     """True for a row of `Suppression` in the outer query that the source said itself."""
     key = sa.and_(SyncOutbox.source == source, SyncOutbox.kind == "suppression", SyncOutbox.event_id == Suppression.id)
     return sa.exists().where(key, SyncOutbox.contact_id == NOBODY)
+
+
+def is_known_there(source: str, contact_id: sa.ColumnElement[int]) -> sa.ColumnElement[bool]:
+    """True for a contact of the outer query whom the source knows."""
+    return sa.exists().where(SourceContact.contact_id == contact_id, SourceContact.source == source, SourceContact.state == PRESENT)
 
 
 def external_ids(connection: Connection, source: str, contact_ids: Iterable[int]) -> dict[int, str]:
@@ -89,12 +100,13 @@ def external_ids(connection: Connection, source: str, contact_ids: Iterable[int]
 
 def due(connection: Connection, source: str, now: dt.datetime, most: int) -> Rows:
     """The next rows, with the e-mail of the contact (None: it was erased)."""
+    # Many may be due at one time: in the order of the index, so they are not sorted for each page.
     query = (
         sa.select(*SyncOutbox.__table__.columns, Contact.email)
         .outerjoin(Contact, Contact.id == SyncOutbox.contact_id)
         .where(SyncOutbox.source == source, SyncOutbox.state == WAITING, SyncOutbox.due_at <= now)
     )
-    return connection.execute(query.order_by(SyncOutbox.due_at, SyncOutbox.event_id).limit(most)).all()
+    return connection.execute(query.order_by(SyncOutbox.due_at).limit(most)).all()
 
 
 def _these(model: type[SyncOutbox] | type[SyncDeadLetter], source: str, keys: Collection[tuple[str, int]]) -> Iterable[sa.ColumnElement[bool]]:
@@ -170,10 +182,3 @@ def standing(connection: Connection, source: str) -> Standing:
     waiting, oldest = connection.execute(counted).tuples().one()
     dead = connection.execute(sa.select(sa.func.count()).select_from(SyncDeadLetter).where(SyncDeadLetter.source == source)).scalar_one()
     return Standing(waiting, dead, oldest)
-
-
-def prune(connection: Connection, source: str, kept: Mapping[str, dt.timedelta], read_at: dt.datetime) -> None:
-    """Forget what was told and no feed comes back to, when all were read at `read_at`: of each kind in `kept` what is so old. The others stay for good."""
-    for kind, age in kept.items():
-        past = sa.and_(SyncOutbox.kind == kind, SyncOutbox.recorded_at < read_at - age)
-        connection.execute(sa.delete(SyncOutbox).where(SyncOutbox.source == source, SyncOutbox.state == TOLD, past))

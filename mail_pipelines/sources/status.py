@@ -112,6 +112,14 @@ def position(engine: Engine, source: str, told: Told) -> Position:
     return Position() if value is None else _POSITION.validate_python(value)
 
 
+def positions(engine: Engine) -> list[tuple[str, Told, Position]]:
+    """Where each feed was read to for each source."""
+    query = sa.select(SyncState.source, SyncState.key, SyncState.value).where(SyncState.source.startswith(PREFIX), SyncState.key.startswith(_FEED))
+    with reading(engine) as connection:
+        rows = connection.execute(query).tuples().all()
+    return [(source.removeprefix(PREFIX), key.removeprefix(_FEED), _POSITION.validate_python(value)) for source, key, value in rows]
+
+
 def move(engine: Engine, source: str, told: Told, position: Position) -> None:
     """The feed was read to `position`, and all of it is in the outbox."""
     value = _POSITION.dump_python(position, mode="json")

@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
 from mail_pipelines.contacts import lists
+from mail_pipelines.database.bulk import CHUNK_ROWS
 from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.dispatch.files import only_one
 from mail_pipelines.sources import feeds, kinds, outbox, refusals, status
 from mail_pipelines.sources.declaration import ENGAGEMENT, Source, Told, WriteBack
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.kinds import Refused, Unavailable, Verdict, Writer
-from mail_pipelines.sources.outbox import Item
+from mail_pipelines.sources.outbox import Event
 from mail_pipelines.sources.running import lock, work_folder
 
 # An event that failed so often within a batch is sent alone from then on: it may be what the batch fails by.
@@ -57,7 +59,6 @@ def run(engine: Engine, home: Path, source: Source) -> Report:
             own = _own_list(engine, source)
             for told in wanted.what:
                 _take(engine, source.name, wanted, told, own, counts)
-            _forget(engine, source.name, wanted)
             with kinds.writer(source.kind, source.connection, wanted.send) as write:
                 _Telling(engine, source.name, wanted, kinds.check_send(source.kind, wanted.send).batch, write, counts).all()
         except Exception as error:
@@ -84,32 +85,26 @@ def _own_list(engine: Engine, source: Source) -> str | None:
 
 
 def _take(engine: Engine, source: str, wanted: WriteBack, told: Told, own: str | None, counts: Counter[str]) -> None:
-    before = status.position(engine, source, told)
+    before, feed = status.position(engine, source, told), feeds.FEEDS[told]
     with reading(engine) as connection:
         after = feeds.here(connection, before)
     begin = feeds.Position() if told in refusals.KINDS and after.is_whole else before
     with reading(engine) as connection:
-        for items in feeds.FEEDS[told](connection, begin, wanted.begin):
-            _add(engine, source, wanted, refusals.of_list(items, own), counts)
+        query = feed.query(connection, begin, wanted.begin, own)
+        is_told_of = outbox.is_known_there(source, query.selected_columns.contact_id) if wanted.unknown == "skip" else sa.true()
+        rows = connection.execution_options(stream_results=True, yield_per=CHUNK_ROWS).execute(query.add_columns(is_told_of))
+        for portion in rows.partitions():
+            events = [feed.event(*event) for *event, is_told in portion if is_told]
+            counts.update(taken_up=_add(engine, source, feed.kind, events), unknown=len(portion) - len(events))
     status.move(engine, source, told, after)
 
 
-def _add(engine: Engine, source: str, wanted: WriteBack, items: list[Item], counts: Counter[str]) -> None:
-    # Before the transaction: most events are in the outbox, or of people whom the source does not know, and nobody has to wait for that to be found out.
+def _add(engine: Engine, source: str, kind: str, events: Sequence[Event]) -> int:
+    # Before the transaction: of what is read again most is in the outbox, and nobody has to wait for that to be found out.
     with reading(engine) as connection:
-        items = outbox.fresh(connection, source, items)
-        known = items
-        if wanted.unknown == "skip":
-            ids = outbox.external_ids(connection, source, (item.contact_id for item in items))
-            known = [item for item in items if item.contact_id in ids]
-    added = transact(engine, lambda connection: outbox.add(connection, source, known)) if known else 0
-    counts.update(taken_up=added, unknown=len(items) - len(known))
-
-
-def _forget(engine: Engine, source: str, wanted: WriteBack) -> None:
-    """Once every feed was read again, what was told before its last reading comes no more."""
-    times = [status.position(engine, source, told).read_at for told in wanted.what]
-    transact(engine, lambda connection: outbox.prune(connection, source, feeds.KEPT, min(at for at in times if at is not None)))
+        known = outbox.known(connection, source, kind, [event.event_id for event in events])
+    new = [event for event in events if event.event_id not in known]
+    return transact(engine, lambda connection: outbox.add(connection, source, kind, new)) if new else 0
 
 
 # --- from the outbox to the service -----------------------------------------------------------------------------

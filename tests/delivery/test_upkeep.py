@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from mail_pipelines.database import pruning
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Allotment, Base, Claim, ProviderUsage, WindowRows, WindowSpan
 from mail_pipelines.delivery import upkeep
@@ -80,7 +81,7 @@ def test_a_server_that_was_idle_for_a_month_is_not_refused(engine: sa.Engine, tm
 
 
 def test_old_rows_of_every_table_go_in_bounded_transactions_and_young_ones_stay(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(pruning, "CHUNK_ROWS", 20)
     campaign = make_campaign(engine, state="finished")
     second = int(NOW.timestamp())
     old, young = second - 4 * 86400, second - 2 * 86400

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from mail_pipelines import partitions
 from mail_pipelines.assets.sending import send_batches
 from mail_pipelines.campaigns import archiving
+from mail_pipelines.contacts import changes
 from mail_pipelines.database.engine import is_mysql, reading, transact
 from mail_pipelines.database.models import DeliveryEvent, EngagementEvent, EngagementSum, State
 from mail_pipelines.definitions import build_defs
@@ -123,9 +124,18 @@ def test_old_events_are_rolled_up_and_the_night_says_how_many(world: World, inst
         connection.execute(sa.insert(DeliveryEvent).values(event | {"id": 9, "attempt": 0, "kind": "deferred"}))
 
     transact(world.engine, write)
+    transact(world.engine, lambda connection: changes.record(connection, range(5), "upsert", now=at))
+    transact(world.engine, lambda connection: changes.record(connection, [1], "upsert", now=dt.datetime.now(dt.UTC)))
     job = build_defs().resolve_job_def("maintenance")
     result = job.execute_in_process(instance=instance, resources={"database": DATABASE})
-    (told,) = [event.step_output_data.metadata for event in result.events_for_node("retire_events") if event.is_successful_output]
-    assert (told["events_rolled_up"].value, told["deferrals_dropped"].value) == (3, 1)
+
+    def told(op: str) -> dict[str, object]:
+        (metadata,) = [event.step_output_data.metadata for event in result.events_for_node(op) if event.is_successful_output]
+        return {name: entry.value for name, entry in metadata.items()}
+
+    retired = told("retire_events")
+    assert (retired["events_rolled_up"], retired["deferrals_dropped"]) == (3, 1)
+    pruned = told("prune_bookkeeping")
+    assert (pruned["contact_changes"], pruned["sync_outbox"], pruned["sync_dead_letters"], pruned["claims"]) == (5, 0, 0, 0)
     with reading(world.engine) as connection:
         assert connection.execute(sa.select(EngagementSum.count)).scalars().all() == [3]

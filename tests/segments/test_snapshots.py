@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.database.engine import transact
+from mail_pipelines.contacts import changes
+from mail_pipelines.database.engine import create_engine, transact
 from mail_pipelines.database.models import ContactChange
 from mail_pipelines.segments import contact_snapshot, parts
 from mail_pipelines.segments.catalogue import FieldType
@@ -476,3 +477,32 @@ with open_snapshots(engine, folder) as snapshots:
     found = count(parse({"field": "n", "op": "=", "value": 1}, snapshots.catalogue), snapshots, now=now).members
 print(found, info.changed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+
+
+def test_what_went_unread_is_read_from_the_contacts(world: World) -> None:
+    """A snapshot that was not refreshed for longer than changes are kept, and one whose changes go while it reads them."""
+    world.contacts([(number, {"city": "Berlin"}, []) for number in (1, 2, 3)])
+    world.refresh()
+    tomorrow, later = NOW + dt.timedelta(days=1), NOW + changes.KEPT + dt.timedelta(hours=1)
+    world.contacts([(1, {"city": "Bonn"}, [])], at=tomorrow)
+    world.refresh(tomorrow)
+    assert changes.prune(world.engine, later) == 3
+    # They were read: nothing is made anew.
+    info = refresh_contacts(world.engine, world.folder, now=later, min_free_mb=0)
+    assert (info.changed, info.rewritten) == (0, False)
+    world.contacts([(2, {"city": "Bonn"}, [])], at=later)
+    world.erase(3, at=later)
+    much_later = later + changes.KEPT + dt.timedelta(hours=1)
+    other = create_engine(world.engine.url.render_as_string(hide_password=False))
+    pruned = []
+
+    def prune(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if "FROM contact_changes" in statement and not pruned:
+            pruned.append(changes.prune(other, much_later))
+
+    sa.event.listen(world.engine, "before_cursor_execute", prune)
+    info = refresh_contacts(world.engine, world.folder, now=much_later, min_free_mb=0)
+    assert (pruned, info.rewritten) == ([2], True)
+    assert world.members(BERLIN, much_later) == set()
+    assert world.members(EVERYBODY, much_later) == {1, 2}
+    other.dispose()

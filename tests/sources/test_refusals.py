@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.contacts import consent
+from mail_pipelines.contacts import changes, consent
 from mail_pipelines.contacts.addresses import address_hash, parse
 from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import Contact, ContactList, Suppression
-from mail_pipelines.sources import feeds, running, status, telling
+from mail_pipelines.sources import feeds, refusals, running, status, telling
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.running import Report
 from tests.parts.kills import killed_throughout
@@ -159,3 +159,25 @@ def test_it_is_told_what_was_written_slowly_and_in_a_day_whatever_was_missed(
     status.move(engine, "crm", "suppressions", dataclasses.replace(position, whole_at=position.whole_at - feeds.WHOLE_EACH))
     telling.run(engine, home, source)
     assert told(there) == sorted([("suppression", "None"), *expected])
+
+
+def test_a_source_that_was_off_for_longer_than_changes_are_kept_is_told_all(
+    engine: sa.Engine, home: Path, told_later: Callable[..., Source], database_there: tuple[Source, sa.Engine], sync: Sync
+) -> None:
+    source, there = told_later(), database_there[1]
+    sync(source)
+    for _ in range(2):
+        telling.run(engine, home, source)
+    away = changes.KEPT + dt.timedelta(days=2)
+    for told_of in refusals.KINDS:
+        # As if that had been so long ago.
+        at = status.position(engine, "crm", told_of)
+        moved = {name: getattr(at, name) - away for name in ("read_at", "whole_at")}
+        moved |= {name: dataclasses.replace(numbers, at=numbers.at - away) for name in ("settled", "young") if (numbers := getattr(at, name))}
+        status.move(engine, "crm", told_of, dataclasses.replace(at, **moved))
+    for name in ("p3", "p4"):
+        unsubscribe(engine, name)
+    assert changes.prune(engine, dt.datetime.now(dt.UTC) + changes.KEPT) > 0
+    for _ in range(2):
+        telling.run(engine, home, source)
+    assert told(there) == [(what, person) for what in ("suppression", "unsubscribe") for person in ("3", "4")]

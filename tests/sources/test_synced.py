@@ -22,8 +22,9 @@ from dagster._core.test_utils import freeze_time
 from mail_pipelines.database.engine import transact
 from mail_pipelines.definitions import build_defs
 from mail_pipelines.resources.queues import SOURCES_POOL
-from mail_pipelines.sources import status
-from mail_pipelines.sources.declaration import Source
+from mail_pipelines.sources import status, turns
+from mail_pipelines.sources.declaration import Part, Source
+from mail_pipelines.sources.errors import SourceError
 from tests.sources.conftest import Declare, engaged, subscribed
 from tests.sources.crm import Crm, serving
 
@@ -214,6 +215,31 @@ def test_a_broken_declaration_keeps_none_of_the_others_and_dlt_is_not_loaded(sou
     assert "pyarrow" not in found.stdout.splitlines()[1]
 
 
+@pytest.mark.parametrize(
+    ("failing", "ran"),
+    [
+        ("suppressions", ["suppressions", "engagement"]),
+        ("contacts", ["suppressions", "contacts", "engagement"]),
+        ("engagement", ["suppressions", "contacts", "engagement"]),
+    ],
+)
+def test_what_is_told_waits_for_no_reading_but_contacts_wait_for_who_left(failing: str, ran: list[str]) -> None:
+    begun: list[str] = []
+
+    def run(part: Part) -> None:
+        begun.append(part)
+        if part == failing:
+            raise SourceError(f"{part} is away")
+
+    outcomes = dict(turns.in_turn(("suppressions", "contacts", "engagement"), run))
+    assert (begun, list(outcomes)) == (ran, ran)
+    assert [part for part, outcome in outcomes.items() if outcome] == [failing]
+    errors = [outcome for outcome in outcomes.values() if outcome]
+    assert str(turns.together([*errors, *errors])) == f"{failing} is away"
+    assert str(turns.together([*errors, SourceError("more")])) == f"{failing} is away; more"
+    assert isinstance(turns.together([*errors, TypeError("a fault")]), TypeError)
+
+
 def test_what_a_source_is_told_is_an_asset_after_what_is_read_of_it(
     database_there: tuple[Source, sa.Engine], home: Path, instance: dg.DagsterInstance, engine: sa.Engine
 ) -> None:
@@ -240,7 +266,17 @@ def test_what_a_source_is_told_is_an_asset_after_what_is_read_of_it(
     checks = {check.asset_key.to_user_string(): check for check in result.get_asset_check_evaluations()}
     assert not checks["crm/engagement"].passed
     assert "1 dead letters" in (checks["crm/engagement"].description or "")
+    # What cannot be read is told all the same, and the run says why it failed.
     with there.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE people RENAME TO persons")
+    engaged(engine, range(30, 33))
+    failed = job.execute_in_process(instance=instance, raise_on_error=False)
+    assert not failed.success
+    assert [event.asset_key.to_user_string() for event in failed.get_asset_materialization_events() if event.asset_key] == ["crm/engagement"]
+    assert not {check.asset_key.to_user_string(): check for check in failed.get_asset_check_evaluations()}["crm/contacts"].passed
+    with there.begin() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM happened").scalar_one() == 9
+        connection.exec_driver_sql("ALTER TABLE persons RENAME TO people")
         connection.exec_driver_sql("DROP TABLE happened")
     engaged(engine, range(7, 8))
     failed = job.execute_in_process(instance=instance, raise_on_error=False)

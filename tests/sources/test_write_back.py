@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.contacts import consent
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database import pruning
+from mail_pipelines.database.engine import is_mysql, reading, transact
 from mail_pipelines.database.models import (
     CampaignCounter,
     Contact,
@@ -22,7 +24,7 @@ from mail_pipelines.database.models import (
     SyncDeadLetter,
     SyncOutbox,
 )
-from mail_pipelines.sources import outbox, status, telling
+from mail_pipelines.sources import feeds, forgetting, outbox, status, telling
 from mail_pipelines.sources.declaration import Source
 from mail_pipelines.sources.errors import SourceError
 from mail_pipelines.sources.running import Report
@@ -145,7 +147,9 @@ def test_what_is_committed_late_is_told_and_what_was_told_is_forgotten_in_time(e
     telling.run(engine, home, source)
     telling.run(engine, home, source)
     assert crm.received == [["open-1", "open-2", "open-3"], ["open-10"]]
-    assert states(engine) == {outbox.TOLD: 1}
+    assert forgetting.prune(engine, dt.datetime.now(dt.UTC)) == {"sync_outbox": 3, "sync_dead_letters": 0}
+    telling.run(engine, home, source)
+    assert (states(engine), crm.posts) == ({outbox.TOLD: 1}, 2)
 
 
 def test_people_it_does_not_know_are_left_out_or_made(engine: sa.Engine, home: Path, crm: Crm, declared: Declared, sync: Sync) -> None:
@@ -302,7 +306,11 @@ def test_somebody_who_was_erased_is_not_told_of(engine: sa.Engine, home: Path, c
     assert states(engine) == {outbox.TOLD: 2}
 
 
-def test_killed_at_one_commit_after_the_other_each_event_counts_once(engine: sa.Engine, home: Path, crm: Crm, declared: Declared, sync: Sync) -> None:
+def test_killed_at_one_commit_after_the_other_each_event_counts_once(
+    engine: sa.Engine, home: Path, crm: Crm, declared: Declared, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that the events of one feed are taken up in several transactions.
+    monkeypatch.setattr(telling, "CHUNK_ROWS", 5)
     source = declared()
     sync(source)
     engaged(engine, range(1, 13))
@@ -316,6 +324,60 @@ def test_killed_at_one_commit_after_the_other_each_event_counts_once(engine: sa.
     assert len(sent) > len(set(sent))
     assert len(crm.events) == len(set(sent)) == 15
     assert states(engine) == {outbox.TOLD: 15}
+
+
+def test_what_is_told_is_spelled_as_it_was_and_found_without_sorting(engine: sa.Engine, home: Path, crm: Crm, declared: Declared, sync: Sync) -> None:
+    """Facts are put together by the database."""
+    source = declared(what=["bounces", "suppressions"])
+    sync(source)
+    bounced(engine, "p2@example.test", 1)
+    words = "\"550\\5.1.1\" <ünbekannt>,\n\tno\u2028 such \N{GRINNING FACE} 'user'"
+    transact(engine, lambda connection: connection.execute(sa.update(DeliveryEvent).values(text=words, enhanced=None)))
+    unsubscribe(engine, "p3@example.test")
+    crm.at_post = lambda number, events: (503, {}, b"")
+    with pytest.raises(SourceError):
+        telling.run(engine, home, source)
+    with reading(engine) as connection:
+        facts = dict(connection.execute(sa.select(SyncOutbox.kind, SyncOutbox.facts)).tuples().all())
+        plans: list[str] = []
+
+        def explain(_connection: object, cursor: Any, statement: str, parameters: Any, *_rest: object) -> None:
+            cursor.execute(f"EXPLAIN {'' if is_mysql(engine) else 'QUERY PLAN '}{statement}", parameters)
+            plans.extend(str(row) for row in cursor.fetchall())
+
+        sa.event.listen(engine, "before_cursor_execute", explain)
+        outbox.due(connection, "crm", dt.datetime.now(dt.UTC), 100)
+        sa.event.remove(engine, "before_cursor_execute", explain)
+    assert facts["bounce"] == {"campaign": None, "code": 550, "enhanced": None, "reason": "no_mailbox", "text": words}
+    assert facts["suppression"] == {"reason": "unsubscribe", "scope": "list news", "list": "news"}
+    assert plans
+    assert not [plan for plan in plans if "filesort" in plan or "TEMP B-TREE" in plan]
+
+
+def test_dead_letters_are_given_up_in_time_but_what_was_refused_is_not_told_again(
+    engine: sa.Engine, home: Path, crm: Crm, declared: Declared, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "CHUNK_ROWS", 3)
+    source = declared(what=["opens", "unsubscribes"])
+    sync(source)
+    long_ago = dt.datetime.now(dt.UTC) - dt.timedelta(hours=2)
+    engaged(engine, range(1, 9), recorded_at=long_ago)
+    unsubscribe(engine, "p3@example.test")
+    crm.at_post = lambda number, events: (422, {}, b"no")
+    telling.run(engine, home, source)
+    assert len(dead(engine)) == 9
+    now = dt.datetime.now(dt.UTC)
+    assert forgetting.prune(engine, now + forgetting.KEEP_DEAD_LETTERS - dt.timedelta(hours=1)) == {"sync_outbox": 0, "sync_dead_letters": 0}
+    url, later = engine.url.render_as_string(hide_password=False), now + forgetting.KEEP_DEAD_LETTERS + dt.timedelta(hours=1)
+    engine.dispose()
+    assert killed_throughout(url, lambda own: forgetting.prune(own, later), 20) > 2
+    assert (dead(engine), states(engine)) == ({}, {outbox.DEAD: 1})
+    position = status.position(engine, "crm", "unsubscribes")
+    assert position.whole_at is not None
+    status.move(engine, "crm", "unsubscribes", dataclasses.replace(position, whole_at=position.whole_at - feeds.WHOLE_EACH))
+    crm.at_post = None
+    telling.run(engine, home, source)
+    assert crm.events == {}
 
 
 def test_a_database_is_told_by_rows(engine: sa.Engine, home: Path, database_there: tuple[Source, sa.Engine], sync: Sync) -> None:
