@@ -191,7 +191,7 @@ def unschedule(key: Key) -> None:
 def deadline(
     key: Key,
     at: Annotated[
-        str | None, typer.Argument(help="time with its zone, as in 2026-03-02T15:00:00+01:00; without it the campaign has no deadline any more")
+        str | None, typer.Argument(help="time with its zone, as in 2026-03-02T15:00:00+01:00; none: no deadline")
     ] = None,
 ) -> None:
     """Set the time to finish by that the capacity plan aims at, also while the campaign is sending."""
