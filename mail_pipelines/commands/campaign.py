@@ -190,9 +190,7 @@ def unschedule(key: Key) -> None:
 @app.command()
 def deadline(
     key: Key,
-    at: Annotated[
-        str | None, typer.Argument(help="time with its zone, as in 2026-03-02T15:00:00+01:00; none: no deadline")
-    ] = None,
+    at: Annotated[str | None, typer.Argument(help="time with its zone, as in 2026-03-02T15:00:00+01:00; none: no deadline")] = None,
 ) -> None:
     """Set the time to finish by that the capacity plan aims at, also while the campaign is sending."""
     from mail_pipelines.campaigns import store
