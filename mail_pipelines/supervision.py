@@ -119,8 +119,8 @@ class Processes:
             if time.monotonic() > end:
                 logs = ", ".join(str(child.log) for child in self._children)
                 raise ProcessError(f"{what} is not ready after {seconds:.0f} s; see {logs}")
-            # What is waited for needs the processor, too: of which looking at it takes no more than a fiftieth.
-            time.sleep(min(max(POLL_SECONDS, (time.thread_time() - asked) * 50), _LONGEST_POLL_SECONDS))
+            # What is waited for needs the processor, too: of which looking at it takes a hundredth at most.
+            time.sleep(min(max(POLL_SECONDS, (time.thread_time() - asked) * 100), _LONGEST_POLL_SECONDS))
 
     def wait(self, seconds: float = math.inf) -> None:
         """Wait so long, by default for ever: ends earlier by what `check` raises."""
