@@ -57,8 +57,9 @@ SLOW = "google"
 # What is to go to the slow provider takes two servers so many seconds, but at least so many times as long as the audience took: sensors and runs, on which it
 # depends when the third one sends, are as slow as this machine is.
 SLOW_SECONDS, SLOW_STARTS = 90.0, 7.0
-# Of what is left two servers send so much by the deadline. Three need three quarters of the time, and a third of that until the third one sends.
-IN_TIME = 0.92
+# Two servers need the time until the deadline, divided by this. From the third one the provider takes so many times as much as from each of them, so that it is
+# in time although it begins late.
+IN_TIME, FRESH = 0.92, 3
 _SERVERS = 2
 _WAIT_SECONDS = 300.0
 
@@ -100,11 +101,10 @@ class Shortage:
         self.server = asked.key
         self._say(f"sensor capacity_shortage: {asked.key} is ordered; job provision_server makes it")
         self._follow(asked)
-        self._wait(lambda: self.server in self._sent() or self._state() is CampaignState.FINISHED, f"messages of {self.server}")
-        self._say(f"{self.server} {'takes part in the running campaign' if self.server in self._sent() else 'comes too late: all is out'}")
-        # Not before: the run would be in the way of the third server's on a small machine.
         self.expected_with = _finish(self._plan())
         self._say(f"asset capacity_plan: with {self.server} it will be out {_at(self.expected_with)}")
+        self._wait(lambda: self.server in self._sent() or self._state() is CampaignState.FINISHED, f"messages of {self.server}")
+        self._say(f"{self.server} {'takes part in the running campaign' if self.server in self._sent() else 'comes too late: all is out'}")
 
     def retire(self) -> None:
         """Give the third server back, as `mail-pipelines server remove` does, and wait until it is gone."""
@@ -137,7 +137,7 @@ class Shortage:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def _slow_down(self) -> float:
-        """Let one provider take little from each server, and return how much a second: by the limit that an operator sets by `server limits`.
+        """Let one provider take little from each server that is there, and return how much a second: by the limits that an operator sets by `server limits`.
 
         Now, that it is known how much is to be sent; and before sessions begin, which keep the limits that they began with.
         """
@@ -146,8 +146,9 @@ class Shortage:
             raise MailPipelinesError(f"there is no story in {rows} messages to {SLOW}: more --contacts make one")
         seconds = max(SLOW_SECONDS, SLOW_STARTS * (time.monotonic() - self.begun))
         per_second = round(rows / (seconds * _SERVERS), 2)
-        servers.set_limits(self.engine, None, SLOW, {"connections": 5, "messages_per_connection": 50, "per_second": per_second})
-        self._say(f"{SLOW} takes only {per_second:g} messages a second from each server, and {rows:,} are to go there")
+        for name, rate in ((None, per_second * FRESH), *((name, per_second) for name in self.settings.server.catchers)):
+            servers.set_limits(self.engine, name, SLOW, {"connections": 5, "messages_per_connection": 50, "per_second": rate})
+        self._say(f"{SLOW} takes only {per_second:g} messages a second from each server (of a new one {FRESH} times as many), and {rows:,} are to go there")
         return per_second
 
     def _set_deadline(self, seconds: float) -> None:
