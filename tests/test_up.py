@@ -51,7 +51,7 @@ def _started(settings: config.Settings) -> dict[str, int]:
     return {name: int(pid) for name, pid in (line.split() for line in lines)}
 
 
-def test_everything_runs_once_answers_and_ends_with_ctrl_c(running: tuple[subprocess.Popen[str], str], settings: config.Settings) -> None:
+def test_everything_runs_once_answers_and_ends_with_a_child_that_dies(running: tuple[subprocess.Popen[str], str], settings: config.Settings) -> None:
     process, address = running
     with urllib.request.urlopen(f"{address}/server_info") as reply:
         assert b"dagster_webserver" in reply.read()
@@ -65,18 +65,24 @@ def test_everything_runs_once_answers_and_ends_with_ctrl_c(running: tuple[subpro
     assert second.returncode == 1
     assert "is held by processes of an earlier start" in second.stderr
 
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
-
-
-def test_a_child_that_dies_ends_it_all_and_is_named(running: tuple[subprocess.Popen[str], str], settings: config.Settings) -> None:
-    process, _ = running
-    pids = _started(settings)
     os.kill(pids["daemon"], signal.SIGKILL)
     assert process.stderr is not None
     assert "daemon was ended by signal 9" in process.stderr.read()
     assert process.wait(60) == 1
+    assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_ctrl_c_ends_it_while_it_starts_too(settings: config.Settings) -> None:
+    """When all runs it does so to the demo, which is the same processes (`tests/demo/test_demo.py`)."""
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(lambda: (settings.home / "up.lock").exists() and "code" in _started(settings), seconds=60, what="the code server's start")
+            pids = _started(settings)
+            process.send_signal(signal.SIGINT)
+            told = process.communicate(timeout=60)
+        finally:
+            stop(process, 60)
+    assert (process.returncode, told) == (0, ("stopped\n", ""))
     assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
 
 

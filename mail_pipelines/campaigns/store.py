@@ -54,6 +54,20 @@ def update(connection: Connection, definition: Definition, now: dt.datetime) -> 
     return load(connection, definition.key)
 
 
+def move_deadline(connection: Connection, key: str, finish_by: dt.datetime | None, now: dt.datetime) -> Campaign:
+    """Set the time that planning aims at (None: none), in any state in which something may still be sent: the next plan follows it, no message does.
+
+    Raises `StateError` if the campaign is over, `CampaignError` if the time is.
+    """
+    campaign = load(connection, key, for_update=True)
+    if campaign.state.is_terminal:
+        raise StateError(f"campaign {key} is {campaign.state}: nothing is sent any more, so no time to finish by can be set")
+    if finish_by is not None and finish_by <= now:
+        raise CampaignError(f"{finish_by.isoformat()} is over already; name a time to come")
+    connection.execute(sa.update(models.Campaign).where(models.Campaign.id == campaign.id).values(finish_by=finish_by, updated_at=now))
+    return load(connection, key)
+
+
 def _back_to_draft(campaign: Campaign) -> str:
     return f"; `mail-pipelines campaign unschedule {campaign.key}` makes it one again" if campaign.state is CampaignState.SCHEDULED else ""
 

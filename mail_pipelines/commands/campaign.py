@@ -188,6 +188,21 @@ def unschedule(key: Key) -> None:
 
 
 @app.command()
+def deadline(
+    key: Key,
+    at: Annotated[str | None, typer.Argument(help="time with its zone, as in 2026-03-02T15:00:00+01:00; none: no deadline")] = None,
+) -> None:
+    """Set the time to finish by that the capacity plan aims at, also while the campaign is sending."""
+    from mail_pipelines.campaigns import store
+    from mail_pipelines.campaigns.yaml_form import parse_time
+    from mail_pipelines.database.engine import transact
+
+    finish_by = None if at is None else parse_time(at, "AT")
+    transact(open_engine(), lambda connection: store.move_deadline(connection, key, finish_by, _now()))
+    console.print(f"campaign {key} {'has no deadline' if finish_by is None else f'is to finish by {_time(finish_by)}'}; the next plan follows", markup=False)
+
+
+@app.command()
 def pause(key: Key) -> None:
     """Stop a sending campaign."""
     from mail_pipelines.campaigns import scheduling

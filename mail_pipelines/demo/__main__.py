@@ -82,11 +82,11 @@ def fill(engine: Engine, settings: Settings, contacts: int, segments: Sequence[s
     check()
 
 
-def schedule(engine: Engine, settings: Settings, include: Sequence[str] = (), finish_by: dt.datetime | None = None) -> None:
+def schedule(engine: Engine, settings: Settings, include: Sequence[str] = ()) -> None:
     """Put the campaign in as a marketer does, to start now, with the segments `include` besides. From here on Dagster's sensors do everything."""
     now = dt.datetime.now(dt.UTC)
     document = yaml_form.parse(campaign.CAMPAIGN)
-    definition = replace(document.definition, include=(*document.definition.include, *include), finish_by=finish_by)
+    definition = replace(document.definition, include=(*document.definition.include, *include))
     transact(engine, lambda connection: store.create(connection, definition, now))
     assert document.content is not None
     versions.set_content(engine, campaign.KEY, document.content, now)
@@ -198,11 +198,10 @@ def with_shortage(engine: Engine, settings: Settings, processes: Processes, cont
     """The campaign, with two servers that would be late and a third one that is made: as `with_crm`."""
     Path(settings.provisioning.hosts).write_text(shortage.HOSTS, encoding="utf-8")
     fill(engine, settings, contacts, campaign.SEGMENTS, processes.check)
-    begun = time.monotonic()
     address = start_platform(engine, settings, processes)
     show_ui(processes, address)
-    story = shortage.Shortage(engine, settings, processes, console, address, shortage.deadline(time.monotonic() - begun))
-    schedule(engine, settings, finish_by=story.finish_by)
+    story = shortage.Shortage(engine, settings, processes, console, address)
+    schedule(engine, settings)
     story.tell()
     follow(engine, processes, story.finish_by)
     story.retire()

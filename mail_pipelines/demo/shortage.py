@@ -20,11 +20,11 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines import up
 from mail_pipelines.campaigns import store as campaigns
 from mail_pipelines.campaigns.states import CampaignState
-from mail_pipelines.capacity import in_force, planning
+from mail_pipelines.capacity import in_force
 from mail_pipelines.capacity.in_force import Kept
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import database_now, reading, transact
-from mail_pipelines.database.models import Allotment, CampaignMinute, Server, State
+from mail_pipelines.database.models import Allotment, CampaignCounter, CampaignMinute, Server, State
 from mail_pipelines.delivery.recording import slot_at
 from mail_pipelines.demo.campaign import KEY
 from mail_pipelines.demo.summary import Summary
@@ -54,17 +54,14 @@ name = "this-machine"
 kind = "catcher"
 """
 SLOW = "google"
-# The deadline is so long after the start of the campaign, by so many times as this machine's Dagster took to start, but at least so many seconds.
-DEADLINE_SECONDS, DEADLINE_STARTS = 100.0, 7.0
-# Two servers would take so many times as long as there is time left; three take two thirds of that, and the time until the third one sends.
-TOO_LONG = 1.1
+# What is to go to the slow provider takes two servers so many seconds, but at least so many times as long as the audience took: sensors and runs, on which it
+# depends when the third one sends, are as slow as this machine is.
+SLOW_SECONDS, SLOW_STARTS = 90.0, 7.0
+# Two servers need the time until the deadline, divided by this. From the third one the provider takes so many times as much as from each of them, so that it is
+# in time although it begins late.
+IN_TIME, FRESH = 0.92, 3
 _SERVERS = 2
 _WAIT_SECONDS = 300.0
-
-
-def deadline(start_seconds: float) -> dt.datetime:
-    """When a campaign that begins now is to be out, on a machine whose Dagster took so long to start."""
-    return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=max(DEADLINE_SECONDS, DEADLINE_STARTS * start_seconds))
 
 
 @dataclass
@@ -76,19 +73,23 @@ class Shortage:
     processes: Processes
     console: Console
     address: str
-    finish_by: dt.datetime
     begun: float = field(default_factory=time.monotonic)
     why: str = ""
     server: str = ""
+    finish_by: dt.datetime = field(init=False)
     expected_without: dt.datetime | None = None
     expected_with: dt.datetime | None = None
 
     def tell(self) -> None:
         """From the frozen audience to the first messages of the third server. Raises `MailPipelinesError` if the platform does not do its part."""
         self._wait(lambda: self._state() is CampaignState.SENDING, "the audience")
-        self._slow_down()
+        per_second = self._slow_down()
         first = self._wait(lambda: sent if len(sent := self._sent()) >= _SERVERS else None, "the first messages")
-        self._say(f"{' and '.join(sorted(first))} send the campaign, which is to be out by {self.finish_by:%H:%M:%S} (UTC)")
+        self._say(f"{' and '.join(sorted(first))} send the campaign")
+        # Only then do they keep the pace by which they are planned.
+        left = self._wait(lambda: self._waiting() if not self._waiting(others=True) else None, "the end of what goes elsewhere")
+        self._set_deadline(left / (per_second * _SERVERS))
+        self._say(f"all is out but {left:,} messages to {SLOW}; from now on the campaign is to be out by {self.finish_by:%H:%M:%S} (UTC)")
         plan = self._plan()
         order = next((order for order in plan.document["orders"] if order["campaign"] == KEY), None)
         if order is None:
@@ -135,20 +136,31 @@ class Shortage:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def _slow_down(self) -> None:
-        """Let one provider take so little from each server that all are late: by the limit that an operator sets by `server limits`.
+    def _slow_down(self) -> float:
+        """Let one provider take little from each server that is there, and return how much a second: by the limits that an operator sets by `server limits`.
 
-        Now, that it is known how much is to be sent in which time; and before sessions begin, which keep the limits that they began with.
+        Now, that it is known how much is to be sent; and before sessions begin, which keep the limits that they began with.
         """
-        with reading(self.engine) as connection:
-            situation = planning.read(connection, self.settings)
-        rows = sum(demand.rows for demand in situation.demands if demand.provider == SLOW)
-        left = (self.finish_by - situation.now).total_seconds()
-        if rows < 100 or left < 10:
-            raise MailPipelinesError(f"this machine is too slow or too fast for the story: {left:.0f} s before the deadline {rows:,} messages are to be sent")
-        per_second = round(rows / (left * TOO_LONG * _SERVERS), 2)
-        servers.set_limits(self.engine, None, SLOW, {"connections": 5, "messages_per_connection": 50, "per_second": per_second})
-        self._say(f"{SLOW} takes only {per_second:g} messages a second from each server, and {rows:,} are to go there")
+        rows = self._waiting()
+        if rows < 100:
+            raise MailPipelinesError(f"there is no story in {rows} messages to {SLOW}: more --contacts make one")
+        seconds = max(SLOW_SECONDS, SLOW_STARTS * (time.monotonic() - self.begun))
+        per_second = round(rows / (seconds * _SERVERS), 2)
+        for name, rate in ((None, per_second * FRESH), *((name, per_second) for name in self.settings.server.catchers)):
+            servers.set_limits(self.engine, name, SLOW, {"connections": 5, "messages_per_connection": 50, "per_second": rate})
+        self._say(f"{SLOW} takes only {per_second:g} messages a second from each server (of a new one {FRESH} times as many), and {rows:,} are to go there")
+        return per_second
+
+    def _set_deadline(self, seconds: float) -> None:
+        """Want the campaign out before two servers can be done, which takes them so many seconds: as `campaign deadline` does."""
+
+        def move(connection: Connection) -> dt.datetime:
+            now = database_now(connection)
+            finish_by = (now + dt.timedelta(seconds=seconds * IN_TIME)).replace(microsecond=0)
+            campaigns.move_deadline(connection, KEY, finish_by, now)
+            return finish_by
+
+        self.finish_by = transact(self.engine, move)
 
     def _plan(self) -> Kept:
         """Materialise `capacity_plan`, as an operator does who does not wait for the schedule, and return the plan that is in force then."""
@@ -197,6 +209,14 @@ class Shortage:
             mine = (minutes.campaign_id == campaigns.load(connection, KEY).id, minutes.state == int(State.DELIVERED))
             query = sa.select(Server.key, sa.func.sum(minutes.count)).join(Server, Server.id == minutes.server_id).where(*mine).group_by(Server.key)
             return {key: int(count) for key, count in connection.execute(query) if count > 0}
+
+    def _waiting(self, *, others: bool = False) -> int:
+        """Messages that wait to be sent to the slow provider, or to all others."""
+        counters = CampaignCounter
+        with reading(self.engine) as connection:
+            mine = (counters.campaign_id == campaigns.load(connection, KEY).id, counters.state == int(State.PENDING))
+            provider = counters.provider != SLOW if others else counters.provider == SLOW
+            return int(connection.execute(sa.select(sa.func.coalesce(sa.func.sum(counters.count), 0)).where(*mine, provider)).scalar_one())
 
     def _state(self) -> CampaignState:
         with reading(self.engine) as connection:

@@ -31,6 +31,8 @@ FAILURES_UNTIL_HELD = 3
 # as long as that run is known, and longer than unknown rows of a cancelled campaign stay open.
 _REPORT_FOR = dt.timedelta(days=14)
 _KEY_FOR = dt.timedelta(days=30)
+# What there is to show of a campaign that has just begun is little, and the run would be in the way of its first sessions.
+_PROGRESS_AFTER = dt.timedelta(minutes=5)
 # With 64 shards each below the 100,000 partitions of an asset above which Dagster's pages and ticks get slow.
 _CAMPAIGN_KEYS = 1_000
 
@@ -86,7 +88,7 @@ def _campaign_keys(connection: Connection, now: dt.datetime) -> Sequence[str]:
 
 
 def finished_campaigns(context: dg.SensorEvaluationContext, database: CentralDatabase) -> dg.SensorResult:
-    """Finish campaigns without open rows and ask for their results once; refresh those of running ones every hour.
+    """Finish campaigns without open rows and ask for their results once; refresh those of ones that run for minutes every hour.
 
     A cancelled campaign is over when its last row has ended, which may be days after the cancel. The cursor holds the run keys that
     were asked for; should it be lost, Dagster still runs a run key once.
@@ -101,7 +103,8 @@ def finished_campaigns(context: dg.SensorEvaluationContext, database: CentralDat
         windows_closed = putting_off.closing(connection, now, database.settings.sending.lease_seconds)
     finished = [campaign.key for campaign in ended if not opened.get(campaign.id)]
     finished += [campaign.key for campaign in running if not opened[campaign.id] and lifecycle.finish_if_done(engine, campaign.id, now)]
-    requested = report_requests(finished, [campaign.key for campaign in running if campaign.key not in finished], now)
+    begun = [campaign.key for campaign in running if campaign.started_at is not None and campaign.started_at <= now - _PROGRESS_AFTER]
+    requested = report_requests(finished, [key for key in begun if key not in finished], now)
     instance = instance_of(context)
     known = set(instance.get_dynamic_partitions(partitions.campaigns.name or ""))
     asked = set(json.loads(context.cursor or "[]"))

@@ -81,6 +81,9 @@ def test_from_file_to_the_end(command: Command, engine: sa.Engine) -> None:
     assert "nothing was frozen now: it is sending" in command.says("build", "spring-sale")
     assert "is paused" in command.says("pause", "spring-sale")
     assert "is sending" in command.says("resume", "spring-sale")
+    assert "is to finish by 2100-03-02 08:00:00 UTC" in command.says("deadline", "spring-sale", "2100-03-02T09:00:00+01:00")
+    assert "2100-03-02 08:00:00 UTC" in command.says("show", "spring-sale")
+    assert "has no deadline" in command.says("deadline", "spring-sale")
     status = command.says("status", "spring-sale")
     assert [line.split("│")[1:3] for line in status.splitlines() if "pending" in line] == [[" pending    ", "         30 "]]
     assert "30 waiting recipients will not get it" in command.says("cancel", "spring-sale")

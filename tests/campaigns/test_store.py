@@ -108,6 +108,24 @@ def test_a_draft_can_be_edited_and_nothing_else(engine: sa.Engine) -> None:
             assert unchanged == frozen
 
 
+def test_a_deadline_can_be_moved_until_the_campaign_is_over(engine: sa.Engine) -> None:
+    for state in CampaignState:
+        campaign = make_campaign(engine, f"deadline-{state}", state=state.value)
+
+        def move(finish_by: dt.datetime | None, key: str = campaign.key) -> Campaign:
+            return transact(engine, lambda connection: store.move_deadline(connection, key, finish_by, NOW))
+
+        if state.is_terminal:
+            with pytest.raises(StateError, match=f"is {state}: nothing is sent any more"):
+                move(LATER)
+            assert load(engine, campaign.key) == campaign
+            continue
+        assert move(LATER).definition == replace(campaign.definition, finish_by=LATER)
+        with pytest.raises(CampaignError, match="is over already"):
+            move(NOW)
+        assert move(None).definition.finish_by is None
+
+
 def test_content_becomes_a_compiled_version_with_its_links(engine: sa.Engine) -> None:
     make_campaign(engine)
     version = versions.set_content(engine, "spring-sale", CONTENT, NOW)

@@ -39,8 +39,11 @@ def test_the_demo_mails_everybody_once_is_in_step_with_its_crm_and_names_nobody(
             wait_for(lambda: "Ctrl-C ends it" in told.read_text(), what="the last words")
             with urllib.request.urlopen(json.loads(line)["crm"]["address"], timeout=10) as page:
                 assert "changes twice a second" in page.read().decode()
+            pids = dict(words.split() for words in (home / "up.lock").read_text().splitlines())
+            assert {"code", "daemon", "web", "catcher-1", "catcher-2", "crm"} < set(pids)
             demo.send_signal(signal.SIGINT)
             assert demo.wait(60) == 0, told.read_text()[-4000:]
+            assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
         finally:
             stop(demo, 30)
     result = json.loads(line)

@@ -40,13 +40,15 @@ PER_SECOND = 200.0
 SETTINGS = {
     "MAIL_PIPELINES_OPERATION__SENSOR_SECONDS": "2",
     "MAIL_PIPELINES_OPERATION__UI_PORT": "0",
-    "MAIL_PIPELINES_OPERATION__SNAPSHOT_CRON": "* * * * *",
     "MAIL_PIPELINES_SENDING__FIRST_RETRY_SECONDS": "6",
     "MAIL_PIPELINES_SENDING__LINGER_SECONDS": "20",
     "MAIL_PIPELINES_SENDING__LEASE_SECONDS": "30",
     "MAIL_PIPELINES_SENDING__REPLY_TIMEOUT_SECONDS": "15",
     "MAIL_PIPELINES_SERVER__HEARTBEAT_SECONDS": "3",
 }
+SENSOR = "query($sensor: SensorSelector!) { sensorOrError(sensorSelector: $sensor) { ... on Sensor { sensorState { id } } } }"
+START = "mutation($sensor: SensorSelector!) { done: startSensor(sensorSelector: $sensor) { ... on Sensor { state: sensorState { status } } } }"
+STOP = "mutation($id: String!) { done: stopSensor(id: $id) { ... on StopSensorMutationResult { state: instigationState { status } } } }"
 CAMPAIGN = """
 name: {name}
 key: {key}
@@ -80,8 +82,11 @@ class Platform:
         return done
 
     def sensor(self, action: str, name: str) -> None:
-        """`start` or `stop` a sensor. By the code server that runs: with the checkout's workspace the command starts one of its own."""
-        self.command("dagster", "sensor", action, "-w", str(self.settings.dagster_home / "workspace.yaml"), name)
+        """`start` or `stop` a sensor, as its switch in the UI does."""
+        sensor = {"repositoryLocationName": "mail_pipelines", "repositoryName": "__repository__", "sensorName": name}
+        found = self.graphql(SENSOR, {"sensor": sensor})["sensorOrError"]["sensorState"]["id"]
+        done = self.graphql(*{"start": (START, {"sensor": sensor}), "stop": (STOP, {"id": found})}[action])
+        assert done["done"]["state"]["status"] == {"start": "RUNNING", "stop": "STOPPED"}[action]
 
     def graphql(self, query: str, variables: Mapping[str, Any] | None = None) -> Any:
         body = json.dumps({"query": query, "variables": variables or {}}).encode()
@@ -152,7 +157,9 @@ class Platform:
 
 def make(folder: Path, processes: Processes, *, production: bool = False, contacts: int = CONTACTS) -> Platform:
     """A home with contacts, lists, segments and two catchers; Dagster is not started yet."""
-    os.environ.update(SETTINGS | {"MAIL_PIPELINES_HOME": str(folder)})
+    # Once in a run of these tests.
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=2)
+    os.environ.update(SETTINGS | {"MAIL_PIPELINES_HOME": str(folder), "MAIL_PIPELINES_OPERATION__SNAPSHOT_CRON": f"{soon.minute} * * * *"})
     home.make(os.environ, production=production)
     settings = config.load(os.environ)
     engine = open_engine(settings.database)

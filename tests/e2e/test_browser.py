@@ -20,6 +20,8 @@ PICTURE = checkout() / "docs" / "images" / "ui.png"
 OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
+    # Else each frame is drawn by an emulated graphics card.
+    "--disable-software-rasterizer",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

@@ -387,8 +387,10 @@ def test_finished_shards_materialises_what_the_ledger_calls_final_once(world: Wo
 
 def test_results_are_asked_for_once_when_the_ledger_says_finished(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
     instance.add_dynamic_partitions("campaigns", ["spring"])
+    assert asked_for(campaigns.finished_campaigns(context(instance, repository), DATABASE)) == []
+    world.set_campaign(started_at=dt.datetime.now(dt.UTC) - dt.timedelta(minutes=6))
     first = campaigns.finished_campaigns(context(instance, repository), DATABASE)
-    assert [request.run_key for request in first.run_requests or []] == [f"spring:{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}"]
+    assert asked_for(first) == [("report_campaign", f"spring:{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}")]
     for shard in range(4):
         end_rows(world, shard)
     for _ in range(3):
@@ -797,8 +799,9 @@ def test_a_tick_stays_bounded_with_300_campaigns(world: World, instance: dg.Dags
         rows.append(
             {"id": 1_000 + number, "key": f"c{number}", "name": "c", "state": state, "brand_id": 1, "segments": {"include": [], "exclude": []}}
             | {"unsubscribe": "all", "on_unknown": "hold", "priority": 1, "start_at": now, "expire_at": now + dt.timedelta(days=1), "shards": 4}
-            | {"version_id": 1, "created_at": now, "updated_at": now, "finished_at": ended}
+            | {"version_id": 1, "created_at": now, "updated_at": now, "started_at": now - dt.timedelta(hours=1), "finished_at": ended}
         )
+    world.set_campaign(started_at=now - dt.timedelta(hours=1))
     counts = [
         {"campaign_id": 1_000 + number, "shard": shard, "provider": provider, "server_id": server, "state": int(state), "count": 1}
         for number in range(300)
