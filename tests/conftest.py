@@ -32,9 +32,16 @@ for _name in [name for name in os.environ if name.startswith(("MAIL_PIPELINES_",
     del os.environ[_name]
 
 
+# Hardly anything that is made until all tests are known is garbage.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """What is there now stays to the end: else each full garbage collection looks through all of it again, over 400 000 objects."""
     gc.freeze()
+    gc.enable()
+    # By default it looks through what a test still needs at every 700th new object.
+    gc.set_threshold(20_000, 10, 10)
 
 
 class _Compiled(dict[Any, Any]):
