@@ -5,9 +5,13 @@ A user's mistake ends with one line on standard error and exit status 1; a trace
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
+import typer.main
 
 from mail_pipelines.commands import (
     alert,
@@ -73,9 +77,15 @@ app.command("metrics")(metrics.metrics)
 app.add_typer(bench.app, name="bench")
 
 
+@functools.cache
+def command() -> Callable[..., Any]:
+    """All commands with their options as Typer reads them from the functions: made once in a process, also for those that are forked of it."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     try:
-        app()
+        command()()
     except MailPipelinesError as error:
         errors.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)

@@ -46,14 +46,16 @@ def upgrade(engine: Engine) -> None:
 
     Raises `SchemaOutdated` for one that is newer than this version.
     """
-    from alembic import command
-
     found = revision(engine)
     _require_here(found)
     if found is not None and found > newest_revision():
         raise SchemaOutdated(f"the central database is at schema {found}, which mail_pipelines {__version__} does not know: install the version that made it")
-    with explained(engine):
-        command.upgrade(alembic_config(engine), "head")
+    if found != newest_revision():
+        # Alembic loads all migrations before it finds that there is nothing to do.
+        from alembic import command
+
+        with explained(engine):
+            command.upgrade(alembic_config(engine), "head")
     transact(engine, installation.install_missing)
     transact(engine, _renew_boundary)
     transact(engine, _seed)

@@ -67,10 +67,9 @@ def is_member(criteria: Criteria, snapshots: Snapshots, contact_id: int, *, now:
 
 
 def _engagement(snapshots: Snapshots, now: dt.datetime, only: int | None = None) -> EngagementMarker:
-    from mail_pipelines.segments.compilation import connect
     from mail_pipelines.segments.matching import EngagementMarker
 
-    return EngagementMarker(connect(), snapshots.engagement_folder, snapshots.engagement, now, only)
+    return EngagementMarker(snapshots.connection, snapshots.engagement_folder, snapshots.engagement, now, only)
 
 
 def _match(criteria: Criteria, snapshots: Snapshots, now: dt.datetime, engagement: EngagementMarker) -> pa.Table:

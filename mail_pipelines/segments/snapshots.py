@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import Engine
 
@@ -15,6 +17,9 @@ from mail_pipelines.delivery.ledger_archive import LedgerArchive
 from mail_pipelines.segments.catalogue import Catalogue
 from mail_pipelines.segments.manifest import ContactManifest, EngagementManifest, SnapshotInfo
 from mail_pipelines.segments.store import SnapshotBusy, SnapshotMissing, contact_store, engagement_store
+
+if TYPE_CHECKING:
+    import duckdb
 
 # Called with what is being read, how much is done, and of how much if that is known.
 Progress = Callable[[str, int, int | None], None]
@@ -51,6 +56,13 @@ class Snapshots:
     def catalogue(self) -> Catalogue:
         """What criteria may speak of on these versions."""
         return Catalogue(self.contacts.fields, self.contacts.lists, self.engagement.campaigns)
+
+    @functools.cached_property
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """What these versions are read with: made once, which takes longer than a question about one contact. For one thread."""
+        from mail_pipelines.segments.compilation import connect
+
+        return connect()
 
 
 @contextlib.contextmanager

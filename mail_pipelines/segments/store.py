@@ -14,6 +14,7 @@ import contextlib
 import datetime as dt
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -72,7 +73,7 @@ class Store(Generic[M]):
     engine: Engine
     folder: Path
     kind: str
-    manifest_type: type[M]
+    form: pydantic.TypeAdapter[M]
 
     @property
     def path(self) -> Path:
@@ -96,8 +97,7 @@ class Store(Generic[M]):
     def _decode(self, pointer: Pointer, document: bytes) -> M:
         if hashlib.sha256(document).hexdigest() != pointer.sha256:
             raise self._missing(f"{self.path / pointer.manifest} was changed since it was published")
-        manifest: M = pydantic.TypeAdapter(self.manifest_type).validate_python(json.loads(document)["manifest"])
-        return manifest
+        return self.form.validate_python(json.loads(document)["manifest"])
 
     def _missing(self, what: str) -> SnapshotMissing:
         return SnapshotMissing(f"no usable snapshot of {self.kind}: {what}; run `mail-pipelines segment refresh`")
@@ -189,9 +189,7 @@ class Writer(Generic[M]):
 
     def publish(self, manifest: M) -> None:
         """Make `manifest` the version that counts. Raises `SnapshotBusy` if another writer was faster."""
-        document = json.dumps(
-            {"files": sorted(set(manifest.files())), "manifest": pydantic.TypeAdapter(self.store.manifest_type).dump_python(manifest, mode="json")}
-        ).encode()
+        document = json.dumps({"files": sorted(set(manifest.files())), "manifest": self.store.form.dump_python(manifest, mode="json")}).encode()
         name = f"manifest-{manifest.version:06}-{self.nonce}.json"
         with (self.path / name).open("xb") as file:
             file.write(document)
@@ -252,8 +250,19 @@ def sync_folder(path: Path) -> None:
 
 
 def contact_store(engine: Engine, folder: Path) -> Store[ContactManifest]:
-    return Store(engine, folder, "contacts", ContactManifest)
+    return Store(engine, folder, "contacts", _contact_form())
 
 
 def engagement_store(engine: Engine, folder: Path) -> Store[EngagementManifest]:
-    return Store(engine, folder, "engagement", EngagementManifest)
+    return Store(engine, folder, "engagement", _engagement_form())
+
+
+# Made once in a process, when first used: that takes longer than to read a manifest.
+@functools.cache
+def _contact_form() -> pydantic.TypeAdapter[ContactManifest]:
+    return pydantic.TypeAdapter(ContactManifest)
+
+
+@functools.cache
+def _engagement_form() -> pydantic.TypeAdapter[EngagementManifest]:
+    return pydantic.TypeAdapter(EngagementManifest)

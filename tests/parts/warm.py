@@ -20,3 +20,4 @@ _NAMES = [
 with uncollected():
     for _name in _NAMES:
         importlib.import_module(_name)
+    importlib.import_module("mail_pipelines.cli").command()

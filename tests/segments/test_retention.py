@@ -16,10 +16,10 @@ from mail_pipelines.contacts import consent
 from mail_pipelines.database.engine import reading, transact
 from mail_pipelines.database.models import Campaign, EngagementEvent, EngagementSum, Link
 from mail_pipelines.delivery import engagement, retention
+from mail_pipelines.segments import evaluation
 from mail_pipelines.segments.criteria import AllOf
-from mail_pipelines.segments.evaluation import members
 from mail_pipelines.segments.snapshots import engagement_read_until, open_snapshots, refresh_engagement
-from tests.segments.world import NOW, World, rank_of, truth
+from tests.segments.world import NOW, World, members, rank_of, truth
 
 DAY = dt.timedelta(days=1)
 PEOPLE = range(1, 41)
@@ -81,11 +81,11 @@ class Past:
 
     def check(self, now: dt.datetime = NOW) -> None:
         """Every criterion, and everybody's rank, by the snapshot as it is."""
-        for tree in CRITERIA:
-            expected = {number for number, person in self.people.items() if truth(tree, person, now, LAST)}
-            assert self.world.members(tree, now) == expected, tree
         with open_snapshots(self.world.engine, self.world.folder) as snapshots:
-            ranks = {row["contact_id"]: row["engagement_rank"] for row in members(AllOf(()), snapshots, now=now).to_pylist()}
+            for tree in CRITERIA:
+                expected = {number for number, person in self.people.items() if truth(tree, person, now, LAST)}
+                assert members(snapshots, tree, now) == expected, tree
+            ranks = {row["contact_id"]: row["engagement_rank"] for row in evaluation.members(AllOf(()), snapshots, now=now).to_pylist()}
         for number, person in self.people.items():
             engaged = [time for _, time, machine in (*person["opened"], *person["clicked"]) if not machine]
             assert ranks[number] == (rank_of((now - max(engaged)).days) if engaged else 9999)

@@ -28,7 +28,7 @@ from mail_pipelines.database.models import (
 )
 from mail_pipelines.segments import evaluation
 from mail_pipelines.segments.criteria import parse
-from mail_pipelines.segments.snapshots import open_snapshots, refresh_contacts, refresh_engagement
+from mail_pipelines.segments.snapshots import Snapshots, open_snapshots, refresh_contacts, refresh_engagement
 
 NOW = dt.datetime(2026, 3, 10, 12, tzinfo=dt.UTC)
 FIELDS = {"city": "text", "age": "number", "vip": "boolean", "born": "date", "seen": "datetime"}
@@ -136,12 +136,16 @@ class World:
         refresh_engagement(self.engine, self.folder, now=now, min_free_mb=0)
 
     def members(self, tree: Any, now: dt.datetime = NOW) -> set[int]:
-        """Ids of those who match by the newest snapshots; each must come once."""
+        """Ids of those who match by the newest snapshots."""
         with open_snapshots(self.engine, self.folder) as snapshots:
-            table = evaluation.members(parse(tree, snapshots.catalogue), snapshots, now=now)
-        ids = table["contact_id"].to_pylist()
-        assert len(set(ids)) == len(ids)
-        return set(ids)
+            return members(snapshots, tree, now)
+
+
+def members(snapshots: Snapshots, tree: Any, now: dt.datetime = NOW) -> set[int]:
+    """Ids of those who match; each must come once."""
+    ids = evaluation.members(parse(tree, snapshots.catalogue), snapshots, now=now)["contact_id"].to_pylist()
+    assert len(set(ids)) == len(ids)
+    return set(ids)
 
 
 def _contact(contact_id: int, attributes: Mapping[str, Any]) -> dict[str, Any]:
