@@ -1,0 +1,51 @@
+"""Dagster's daemon or web server, over a storage that keeps its connections: `python -m mail_pipelines.dagster_process daemon|web …` with Dagster's own options.
+
+The code server and the runs that they begin get the same storage from them. Whatever else uses the home (the command `dagster`, `doctor`) has Dagster's own, which
+sees the same files or tables.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mail_pipelines.imports import uncollected
+
+if TYPE_CHECKING:
+    from dagster._core.instance.ref import InstanceRef
+
+_COMMANDS = {"daemon": ("dagster._daemon.cli", "run_command"), "web": ("dagster_webserver.cli", "dagster_webserver")}
+_KEPT = {
+    "DagsterSqliteStorage": ("mail_pipelines.resources.kept_sqlite", "KeptSqliteStorage"),
+    "DagsterMySQLStorage": ("mail_pipelines.resources.kept_mysql", "KeptMySQLStorage"),
+}
+
+
+def kept(dagster_home: str) -> InstanceRef:
+    """The instance that a home's `dagster.yaml` describes, with our form of its storage; another storage than Dagster's two is left as it is."""
+    from dagster._core.instance.ref import InstanceRef
+    from dagster._serdes import ConfigurableClassData
+
+    reference = InstanceRef.from_dir(dagster_home)
+    storage = reference.storage_data
+    if storage is None or storage.class_name not in _KEPT:
+        return reference
+    return reference._replace(storage_data=ConfigurableClassData(*_KEPT[storage.class_name], storage.config_yaml))
+
+
+def main(what: str, arguments: Sequence[str]) -> None:
+    """Run until SIGTERM. DAGSTER_HOME has to be set."""
+    module, command = _COMMANDS[what]
+    with uncollected():
+        run = getattr(importlib.import_module(module), command)
+    from dagster._serdes import serialize_value
+
+    # Not in the command line, which every program of the host may read: a storage's address may have a password.
+    run(["--instance-ref", serialize_value(kept(os.environ["DAGSTER_HOME"])), *arguments], prog_name=f"dagster-{what}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
