@@ -1,7 +1,7 @@
-"""Dagster's daemon or web server, over a storage that keeps its connections: `python -m mail_pipelines.dagster_process daemon|web …` with Dagster's own options.
+"""Dagster's daemon or web server over a storage that keeps its connections: `python -m mail_pipelines.dagster_process daemon …`, with Dagster's own options.
 
-The code server and the runs that they begin get the same storage from them. Whatever else uses the home (the command `dagster`, `doctor`) has Dagster's own, which
-sees the same files or tables.
+They tell the code server, and the runs that it begins, which storage to use. Whatever else uses the home (the command `dagster`, `doctor`, workers) has Dagster's
+own, which sees the same files or tables.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ def kept(dagster_home: str) -> InstanceRef:
 
 
 def main(what: str, arguments: Sequence[str]) -> None:
-    """Run until SIGTERM. DAGSTER_HOME has to be set."""
+    """Run until SIGTERM the daemon or web server of the home in DAGSTER_HOME; without it, Dagster itself says what it needs."""
     module, command = _COMMANDS[what]
     with uncollected():
         run = getattr(importlib.import_module(module), command)
     from dagster._serdes import serialize_value
 
     # Not in the command line, which every program of the host may read: a storage's address may have a password.
-    run(["--instance-ref", serialize_value(kept(os.environ["DAGSTER_HOME"])), *arguments], prog_name=f"dagster-{what}")
+    of_home = ["--instance-ref", serialize_value(kept(os.environ["DAGSTER_HOME"]))] if "DAGSTER_HOME" in os.environ else []
+    run([*of_home, *arguments], prog_name=f"dagster-{what}")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from dagster._serdes import ConfigurableClassData
 from dagster_mysql.event_log import MySQLEventLogStorage
 from dagster_mysql.run_storage import MySQLRunStorage
 from dagster_mysql.schedule_storage import MySQLScheduleStorage
-from dagster_mysql.utils import mysql_isolation_level, mysql_url_from_config
+from dagster_mysql.utils import mysql_url_from_config
 
 from mail_pipelines.resources.kept_schema import KeptEvents, KeptRuns, KeptSchedules
 
 
-class _Runs(KeptRuns, MySQLRunStorage):
+class _Runs(KeptRuns, MySQLRunStorage):  # type: ignore[misc]
     pass
 
 
@@ -35,7 +35,7 @@ class KeptMySQLStorage(CompositeStorage):
         storages = _Runs(mysql_url), _Events(mysql_url), _Schedules(mysql_url)
         # The database may have been started again, or have closed what was idle (`wait_timeout`): a connection is tried before it is used. Two are kept
         # open; nobody waits for one.
-        engine = sa.create_engine(mysql_url, isolation_level=mysql_isolation_level(), pool_size=2, max_overflow=-1, pool_pre_ping=True)
+        engine = sa.create_engine(mysql_url, isolation_level="REPEATABLE READ", pool_size=2, max_overflow=-1, pool_pre_ping=True)
         for storage in storages:
             storage._engine = engine
         super().__init__(*storages, inst_data)

@@ -33,7 +33,7 @@ class KeptRuns(_Remembering, SqlRunStorage):
 
 class KeptEvents(_Remembering, SqlEventLogStorage):
     def has_table(self, table_name: str) -> bool:
-        return self._once(("table", table_name), lambda: super(KeptEvents, self).has_table(table_name))
+        return self._once(("table", table_name), lambda: super(KeptEvents, self).has_table(table_name))  # type: ignore[safe-super]
 
     def has_secondary_index(self, name: str) -> bool:
         return self._once(("index", name), lambda: super(KeptEvents, self).has_secondary_index(name))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -42,7 +42,7 @@ def _of_run(url: str) -> sa.Engine:
 
 def _made(engine: sa.Engine) -> bool:
     """Whether a file has its tables. Dagster's own look at it reads each of its migrations first, 15 ms for each file."""
-    if not os.path.exists(str(engine.url.database)):
+    if not Path(str(engine.url.database)).exists():
         return False
     with engine.connect() as connection:
         return sa.inspect(connection).has_table("alembic_version") and connection.scalar(sa.text("SELECT count(*) FROM alembic_version")) > 0
@@ -92,8 +92,8 @@ class KeptSqliteStorage(CompositeStorage):
     """The files are those of Dagster's own `DagsterSqliteStorage`, and so is the configuration: `base_dir`, the folder."""
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
-        history, schedules = os.path.join(base_dir, "history"), os.path.join(base_dir, "schedules")
-        super().__init__(_Runs.from_local(history), _Events(os.path.join(history, "runs")), _Schedules.from_local(schedules), inst_data)
+        runs, events, schedules = (str(Path(base_dir, folder)) for folder in ("history", "history/runs", "schedules"))
+        super().__init__(_Runs.from_local(runs), _Events(events), _Schedules.from_local(schedules), inst_data)
 
     @classmethod
     def config_type(cls) -> Any:
