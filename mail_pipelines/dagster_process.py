@@ -1,7 +1,7 @@
 """Dagster's daemon or web server over a storage that keeps its connections: `python -m mail_pipelines.dagster_process daemon …`, with Dagster's own options.
 
-They tell the code server, and the runs that it begins, which storage to use. Whatever else uses the home (the command `dagster`, `doctor`, workers) has Dagster's
-own, which sees the same files or tables.
+They tell the code server, and the runs that it begins, which storage to use. Whatever else uses the home (the command `dagster`, `doctor`, workers) has
+Dagster's own, which sees the same files or tables.
 """
 
 from __future__ import annotations
