@@ -17,7 +17,7 @@ from mail_pipelines.imports import uncollected
 if TYPE_CHECKING:
     from dagster._core.instance.ref import InstanceRef
 
-_COMMANDS = {"daemon": ("dagster._daemon.cli", "run_command"), "web": ("dagster_webserver.cli", "dagster_webserver")}
+_COMMANDS = {"daemon": ("dagster._daemon.cli", ["dagster-daemon", "run"]), "web": ("dagster_webserver.cli", ["dagster-webserver"])}
 _KEPT = {
     "DagsterSqliteStorage": ("mail_pipelines.resources.kept_sqlite", "KeptSqliteStorage"),
     "DagsterMySQLStorage": ("mail_pipelines.resources.kept_mysql", "KeptMySQLStorage"),
@@ -40,12 +40,13 @@ def main(what: str, arguments: Sequence[str]) -> None:
     """Run until SIGTERM the daemon or web server of the home in DAGSTER_HOME; without it, Dagster itself says what it needs."""
     module, command = _COMMANDS[what]
     with uncollected():
-        run = getattr(importlib.import_module(module), command)
+        cli = importlib.import_module(module)
     from dagster._serdes import serialize_value
 
-    # Not in the command line, which every program of the host may read: a storage's address may have a password.
     of_home = ["--instance-ref", serialize_value(kept(os.environ["DAGSTER_HOME"]))] if "DAGSTER_HOME" in os.environ else []
-    run([*of_home, *arguments], prog_name=f"dagster-{what}")
+    # Only here, and not in the command line that every program of the host may read: a storage's address may have a password.
+    sys.argv = [*command, *of_home, *arguments]
+    cli.main()
 
 
 if __name__ == "__main__":
