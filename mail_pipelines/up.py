@@ -61,7 +61,7 @@ def begin_dagster(processes: Processes, settings: Settings) -> str:
     host, port = settings.operation.ui_host, _ui_port(settings)
     _start_code(processes, settings)
     start_daemon(processes, settings)
-    _start(processes, settings, "web", ["dagster_webserver", "-w", str(_workspace(settings)), "-h", host, "-p", str(port)])
+    _start(processes, settings, "web", ["mail_pipelines.dagster_process", "web", "-w", str(_workspace(settings)), "-h", host, "-p", str(port)])
     return f"http://{'[' + host + ']' if ':' in host else host}:{port}"
 
 
@@ -81,7 +81,7 @@ def _start_code(processes: Processes, settings: Settings) -> None:
 
 def start_daemon(processes: Processes, settings: Settings) -> None:
     """Start the daemon, which needs the code server."""
-    _start(processes, settings, "daemon", ["dagster._daemon", "run", "-w", str(_workspace(settings))])
+    _start(processes, settings, "daemon", ["mail_pipelines.dagster_process", "daemon", "-w", str(_workspace(settings))])
 
 
 def _workspace(settings: Settings) -> Path:

@@ -51,12 +51,18 @@ def _started(settings: config.Settings) -> dict[str, int]:
     return {name: int(pid) for name, pid in (line.split() for line in lines)}
 
 
+def _has_open(pid: int, file: Path) -> bool:
+    return file in [opened.resolve() for opened in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 def test_everything_runs_once_answers_and_ends_with_a_child_that_dies(running: tuple[subprocess.Popen[str], str], settings: config.Settings) -> None:
     process, address = running
     with urllib.request.urlopen(f"{address}/server_info") as reply:
         assert b"dagster_webserver" in reply.read()
     pids = _started(settings)
     assert set(pids) == {"parent", "code", "daemon", "web", *settings.server.catchers}
+    ticks = settings.dagster_home / "schedules/schedules.db"
+    wait_for(lambda: all(_has_open(pids[name], ticks) for name in ("daemon", "web")), seconds=60, what="connections that are kept")
     wait_for(lambda: not [finding for finding in examination.examine() if finding.check in ("daemon", "servers")], seconds=60, what="a clean doctor")
     with reading(open_engine(settings.database)) as connection:
         assert {server.key for server in servers.all_servers(connection)} == set(settings.server.catchers)

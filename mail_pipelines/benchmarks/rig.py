@@ -217,7 +217,9 @@ class Rig:
 
     def start_dagster(self) -> None:
         """Start Dagster's daemon, whose sensors start send runs. What an earlier daemon has left running goes on."""
-        self.dagster = self.spawn("dagster._daemon", "run", "-w", str(home.checkout() / "workspace.yaml"), output="dagster.out", new_session=True)
+        self.dagster = self.spawn(
+            "mail_pipelines.dagster_process", "daemon", "-w", str(home.checkout() / "workspace.yaml"), output="dagster.out", new_session=True
+        )
         self._daemons.append(self.dagster)
 
     def stop_dagster(self) -> None:

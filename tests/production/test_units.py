@@ -49,8 +49,11 @@ def test_a_unit_starts_what_there_is_and_is_restarted(unit: Path) -> None:
     program, *words = service["ExecStart"].split()
     assert program.startswith(INSTALLED)
     options = [word for word in words if word.startswith("-")]
-    depth = {"dagster-webserver": 0, "dagster-daemon": 1}.get(Path(program).name, 2)
-    command = [word for word in words if not word.startswith(("-", "$"))][:depth]
+    if words[0] == "-m":
+        command, options = words[:3], options[1:]
+    else:
+        depth = 0 if Path(program).name == "dagster-webserver" else 2
+        command = [word for word in words if not word.startswith(("-", "$"))][:depth]
     described = help_of(Path(program).name, *command)
     assert all(re.search(rf"(?<![\w-]){re.escape(option)}\b", described) for option in options), described
     assert service["Restart"] == "always"
