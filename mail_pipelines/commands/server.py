@@ -33,6 +33,7 @@ def add(
     kind: Annotated[Kind, typer.Option(help="what serves there")] = Kind.CATCHER,
     pool: Annotated[str | None, typer.Option(help="its pool; without it the default one")] = None,
     curve: Annotated[str, typer.Option("--warm-up", help="curve by which a new address is warmed up: careful, normal, fast, manual")] = "none",
+    with_account: Annotated[bool, typer.Option("--account", help="make its accounts, too, as `server account` does")] = False,
 ) -> None:
     """Register the server NAME (started by `mail-pipelines catcher run NAME` or `mail-pipelines exim run NAME`)."""
     from mail_pipelines.capacity import warm_up
@@ -48,6 +49,8 @@ def add(
 
     server = transact(open_engine(), work)
     console.print(f"server {server.key} at {server.host}:{server.port} is {server.state}")
+    if with_account:
+        account(name)
 
 
 @app.command("warm-up")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -88,8 +89,9 @@ class Installation:
                 found.failed.append(f"{where}: {data['res']}")
             return True
 
-        work = self.folder / "play"
-        (work / "env").mkdir(parents=True)
+        # One of its own for each, since there may be several at a time.
+        work = Path(tempfile.mkdtemp(dir=self.folder))
+        (work / "env").mkdir()
         (work / "env/settings").write_text('{"pexpect_timeout": 1}', encoding="utf-8")
         run = ansible_runner.run(
             private_data_dir=str(work),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -70,6 +72,31 @@ def test_the_program_takes_the_environment_that_it_writes(tmp_path: Path) -> Non
     assert settings.broker.management_url == "http://centre-accounts:of broker.accounts@127.0.0.1:15672"
     assert (settings.sending.public_url, settings.sending.bounce_host) == ("https://mail.example.com", "mx.example.com")
     assert environ["DAGSTER_MYSQL_URL"] == "mysql+pymysql://dagster:of dagster@db.example.com/dagster?ssl_ca=/etc/mail-pipelines/tls/ca.pem"
+
+
+def test_a_file_is_written_where_content_or_mode_differ_and_a_check_only_says_so(tmp_path: Path) -> None:
+    new, other, same = tmp_path / "folder/new", tmp_path / "other", tmp_path / "same"
+    owner, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
+    wanted = json.dumps([{"path": str(path), "content": "now\n", "mode": "0400", "owner": owner, "group": group} for path in (new, other, same)])
+    for path, mode in ((other, 0o644), (same, 0o400)):
+        path.write_text("now\n")
+        path.chmod(mode)
+
+    def put(*options: str) -> list[str]:
+        return subprocess.run([sys.executable, FOLDER / "put.py", *options], input=wanted, capture_output=True, text=True, check=True).stdout.split()
+
+    assert put("--check") == put("--check") == [str(new), str(other)]
+    before = same.stat()
+    assert put() == [str(new), str(other)]
+    assert put() == put("--check") == []
+    assert same.stat() == before
+    assert {(path.read_text(), oct(path.stat().st_mode)) for path in (new, other, same)} == {("now\n", "0o100400")}
+    # One that its program does not take.
+    wanted = json.dumps([{"path": str(same), "content": "bad\n", "mode": "0400", "owner": owner, "group": group, "validate": ["grep", "now"]}])
+    with pytest.raises(subprocess.CalledProcessError):
+        put()
+    assert same.stat() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "new", "other", "same"]
 
 
 def test_it_gives_a_server_the_rights_at_the_broker_that_the_program_gives() -> None:
