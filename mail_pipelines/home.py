@@ -14,10 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mail_pipelines import config, config_text
-from mail_pipelines.capacity import limits
-from mail_pipelines.database import engine, migrate
 from mail_pipelines.errors import MailPipelinesError
-from mail_pipelines.resources import orders, queues
+from mail_pipelines.resources import queues
 
 TOKEN_KEY_FILE = "{home}/secrets/token_key"
 SIGNING_KEY_FILE = "{home}/secrets/signing_key"
@@ -91,6 +89,8 @@ def _unwritable_is_said(home: Path) -> Iterator[None]:
 
 def _first_configuration(home: Path, *, production: bool, is_server: bool) -> bool:
     """Write `config.toml` and the keys it refers to. A key is made only with the file: a new one would void all links ever mailed."""
+    from mail_pipelines.resources import orders
+
     if (home / config.CONFIG_FILE).exists():
         return False
     given = {"sending.token_key": f'token_key_file = "{TOKEN_KEY_FILE}"'}
@@ -140,6 +140,10 @@ def _write_new(path: Path, text: str, mode: int) -> bool:
 
 def upgrade_central_database(settings: config.Settings) -> list[str]:
     """Bring the central database to this version's schema; returns a line if there was something to do."""
+    # Not above: a worker, which asks only for `environment`, becomes another program before it needs any of them.
+    from mail_pipelines.capacity import limits
+    from mail_pipelines.database import engine, migrate
+
     opened = engine.open_engine(settings.database)
     before, newest = migrate.revision(opened), migrate.newest_revision()
     migrate.upgrade(opened)
@@ -162,6 +166,7 @@ def _upgrade_dagster(dagster_home: Path) -> None:
 
 def _renew_server_storage(settings: config.Settings) -> None:
     """What servers see of Dagster's storage follows its tables."""
+    from mail_pipelines.database import engine
     from mail_pipelines.resources import server_storage
 
     opened = engine.open_engine(settings.database)

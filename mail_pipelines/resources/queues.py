@@ -14,17 +14,12 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import sqlalchemy as sa
-from sqlalchemy.engine import Connection
-
 from mail_pipelines import config
-from mail_pipelines.database.models import Campaign
-from mail_pipelines.dispatch import servers
-from mail_pipelines.dispatch.files import DispatchError
 
-# Not imported: what only asks for names would take a second longer to start.
+# Not imported: what only asks for names would take a second and a half longer to start.
 if TYPE_CHECKING:
     import dagster as dg
+    from sqlalchemy.engine import Connection
 
 # The run tag that names the queue (dagster-celery's name for it; where runs are processes of this host it is a label).
 QUEUE_TAG = "dagster-celery/queue"
@@ -80,6 +75,12 @@ def choose(connection: Connection, run: dg.DagsterRun, heartbeat_seconds: float)
 
     A send run goes to the server with most unspent grant for its campaign: the centre knows that better than the server that is idle.
     """
+    import sqlalchemy as sa
+
+    from mail_pipelines.database.models import Campaign
+    from mail_pipelines.dispatch import servers
+    from mail_pipelines.dispatch.files import DispatchError
+
     if (named := run.tags.get(QUEUE_TAG)) is not None:
         return named
     if executes(run, AUDIT) and (server := run.tags.get(PARTITION_TAG)):

@@ -1,4 +1,4 @@
-"""One fleet for all tests of this folder, for each broker."""
+"""One fleet for all tests of this folder, for each broker: on RabbitMQ a whole one, on a broker of files its workers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from contextlib import ExitStack
 import dagster as dg
 import pytest
 
+from mail_pipelines.config import OperationSettings
 from mail_pipelines.resources import tasks
 from mail_pipelines.supervision import Processes
 from tests.e2e.platform import make
 from tests.production.backing import BACKINGS
 from tests.production.fleet import CONTACTS, SERVERS, Fleet
+from tests.production.workers import Workers
 
 
 @pytest.fixture(scope="package", params=BACKINGS)
@@ -29,15 +31,20 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         os.environ.update(backing.environ)
         os.environ["MAIL_PIPELINES_SENDING__ALLOW_UNVERIFIED"] = "true"
         platform = make(folder / "home", processes, production=True, contacts=CONTACTS)
+        # As often as in production: the freeze of a campaign brings them up to date, and nothing else here reads them.
+        platform.environ = {**platform.environ, "MAIL_PIPELINES_OPERATION__SNAPSHOT_CRON": OperationSettings().snapshot_cron}
         os.environ.update({name: value for name, value in platform.environ.items() if name.startswith(("MAIL_PIPELINES_", "DAGSTER_"))})
         instance = stack.enter_context(dg.DagsterInstance.from_config(str(platform.settings.dagster_home)))
-        running = Fleet(platform, instance, tasks.make_app(platform.settings), backing)
+        whole = backing.database is not None
+        running = (Fleet if whole else Workers)(platform, instance, tasks.make_app(platform.settings), backing)
         running.start_worker("worker of the centre", None)
         backing.give_accounts(platform.engine)
         for name in SERVERS:
-            running.restart_catcher(name)
+            if whole:
+                running.restart_catcher(name)
             running.start_worker(f"worker of {name}", name)
-        platform.start_dagster()
+        if whole:
+            platform.start_dagster()
         for name in ("the centre", *SERVERS):
             running.wait_for_worker(f"worker of {name}")
         # Tests that want no fleet are of this process, too; those that do get its environment back.

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,13 @@ import dagster as dg
 import sqlalchemy as sa
 import yaml
 from celery import Celery
+from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
 from mail_pipelines import home, up
 from mail_pipelines.campaigns.progress import Totals
 from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import Claim, Delivery, State
+from mail_pipelines.database.models import Claim, Delivery, Server, State
 from mail_pipelines.supervision import Child, Processes
 from tests.e2e.platform import Platform
 from tests.parts.processes import wait_for
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from tests.production.backing import Backing
 
 CONTACTS = 2_000
+DEFINITIONS = "mail_pipelines.definitions"
 FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 SERVERS = ("catcher-1", "catcher-2")
 TERMINATE = "mutation($run: String!) { terminateRun(runId: $run) { __typename ... on PythonError { message } } }"
@@ -40,6 +43,7 @@ class Fleet:
     instance: dg.DagsterInstance
     app: Celery
     backing: Backing
+    _begun: set[str] = field(default_factory=set)
 
     @property
     def processes(self) -> Processes:
@@ -119,6 +123,21 @@ class Fleet:
             what=lambda: "\n".join(said.format(run_id, self.status(run_id), self.messages(run_id)) for run_id in working()),
         )
 
+    def begin(self, campaign: str, per_second: float) -> None:
+        """Let a campaign begin, sent so slowly, unless it has."""
+        if campaign not in self._begun:
+            self._begun.add(campaign)
+            self.platform.limit(per_second)
+            self.schedule(campaign)
+
+    def schedule(self, campaign: str) -> None:
+        self.platform.schedule(campaign)
+
+    def add_run(self, job: str, **tags: str) -> str:
+        """A run that Dagster knows and nobody has ordered."""
+        origin = JobPythonOrigin(job, RepositoryPythonOrigin(sys.executable, ModuleCodePointer(DEFINITIONS, "defs", None), None, None, None))
+        return self.instance.add_run(dg.DagsterRun(job_name=job, tags=tags, job_code_origin=origin)).run_id
+
     def launch(self, job: str, **tags: str) -> str:
         return up.launch(self.platform.address, job, tags)
 
@@ -149,6 +168,12 @@ class Fleet:
         before = len(self.platform.copies(campaign))
         wait_for(lambda: len(self.platform.copies(campaign)) > before + 10, what="messages under way")
         return run
+
+    def busy(self) -> set[str]:
+        """Servers that have messages under way."""
+        with reading(self.platform.engine) as connection:
+            claimed = sa.select(Server.key).join(Claim, Claim.server_id == Server.id).where(Claim.state == "open").distinct()
+            return set(connection.execute(claimed).scalars())
 
     def _sending(self, campaign: str) -> Iterator[dg.DagsterRun]:
         with reading(self.platform.engine) as connection:

@@ -7,14 +7,10 @@ import os
 import shutil
 import signal
 import time
-import uuid
 
 import dagster as dg
 import pytest
-import sqlalchemy as sa
 
-from mail_pipelines.database.engine import reading
-from mail_pipelines.database.models import Claim, Server
 from mail_pipelines.resources import orders, run_tags, tasks
 from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.parts.processes import wait_for
@@ -28,11 +24,14 @@ Status = dg.DagsterRunStatus
 CAMPAIGN = "steady"
 
 
-@pytest.fixture(scope="module")
+# Sensors, ends of sessions, tags, accounts: what a broker carries, and how, is nothing to them.
+WHOLE = pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True)
+
+
+@pytest.fixture
 def campaign(fleet: Fleet) -> str:
     """One campaign for all that strikes, sent slowly enough to be under way when they do."""
-    fleet.platform.limit(20.0)
-    fleet.platform.schedule(CAMPAIGN)
+    fleet.begin(CAMPAIGN, 20.0)
     return CAMPAIGN
 
 
@@ -43,12 +42,7 @@ def order_for(fleet: Fleet, run_id: str, queue: str, *, signing_key: str | None 
 
 
 def test_workers_of_both_servers_send_at_once(fleet: Fleet, campaign: str) -> None:
-    def busy() -> set[str]:
-        with reading(fleet.platform.engine) as connection:
-            claimed = sa.select(Server.key).join(Claim, Claim.server_id == Server.id).where(Claim.state == "open").distinct()
-            return set(connection.execute(claimed).scalars())
-
-    wait_for(lambda: busy() == set(SERVERS), seconds=120, what="both servers at work")
+    wait_for(lambda: fleet.busy() == set(SERVERS), seconds=120, what="both servers at work")
     assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.send_runs(campaign)} == set(SERVERS)
     assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.runs("build_audience")} == {"centre"}
 
@@ -69,6 +63,7 @@ def test_a_killed_process_fails_its_run_and_its_claims_are_settled(fleet: Fleet,
     wait_for(lambda: fleet.open_claims(run.run_id) == 0, what="settlement")
 
 
+@WHOLE
 def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fleet, campaign: str) -> None:
     run = fleet.sending(campaign)
     name = f"worker of {run.tags[QUEUE_TAG]}"
@@ -81,6 +76,7 @@ def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fl
     fleet.start_worker(name, run.tags[QUEUE_TAG])
 
 
+@WHOLE
 def test_a_send_run_without_a_queue_goes_to_a_server(fleet: Fleet, campaign: str) -> None:
     tags = {"dagster/partition": f"{campaign}|00", "dagster/partition/campaign": campaign, "dagster/partition/shard": "00"}
     fleet.sending(campaign)
@@ -96,6 +92,7 @@ def test_a_send_run_without_a_queue_goes_to_a_server(fleet: Fleet, campaign: str
     assert int(run.tags[run_tags.ATTEMPT]) >= 1
 
 
+@WHOLE
 def test_runs_are_found_by_campaign_server_and_attempt(fleet: Fleet, campaign: str) -> None:
     for server in SERVERS:
         first = fleet.runs("send_campaign", **{run_tags.CAMPAIGN: campaign, run_tags.SERVER: server, run_tags.ATTEMPT: "1"})
@@ -105,6 +102,7 @@ def test_runs_are_found_by_campaign_server_and_attempt(fleet: Fleet, campaign: s
     assert fleet.runs("build_audience", **{run_tags.CAMPAIGN: campaign})
 
 
+@WHOLE
 def test_after_all_of_it_every_recipient_has_one_copy(fleet: Fleet, campaign: str) -> None:
     fleet.quicken(campaign)
     # Doubt may be about the messages that a killed process had at their destinations.
@@ -163,6 +161,7 @@ def test_an_order_that_comes_twice_is_followed_once(fleet: Fleet) -> None:
     assert fleet.status(run_id) is Status.SUCCESS
 
 
+@WHOLE
 def test_one_worker_for_two_servers_speaks_for_each_by_its_own_account(fleet: Fleet) -> None:
     own = fleet.platform.settings.home / "servers"
     own.mkdir()
@@ -182,7 +181,4 @@ def test_one_worker_for_two_servers_speaks_for_each_by_its_own_account(fleet: Fl
 
 def waiting_run(fleet: Fleet) -> str:
     """A run of the centre that Dagster knows and nobody has ordered."""
-    first = fleet.launch("refresh_snapshots")
-    run = fleet.wait_for_status(first, Status.SUCCESS)
-    assert run.tags[QUEUE_TAG] == "centre"
-    return fleet.instance.add_run(run._replace(run_id=str(uuid.uuid4()), status=Status.NOT_STARTED)).run_id
+    return fleet.add_run("refresh_snapshots", **{QUEUE_TAG: "centre"})
