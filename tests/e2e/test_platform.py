@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from mail_pipelines.database.engine import reading
 from mail_pipelines.database.models import Claim, Delivery, Server, State
+from tests.e2e.conftest import HANGING
 from tests.e2e.platform import Platform
 from tests.e2e.privacy import dagster_files, people_named
 from tests.parts.processes import wait_for
@@ -21,6 +22,16 @@ from tests.parts.processes import wait_for
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
 
 TERMINATE = "mutation($run: String!) { terminateRun(runId: $run) { __typename } }"
+LAUNCH = """
+mutation($source: String!) {
+  launchRun(executionParams: {
+    selector: {
+      repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", pipelineName: "sync_external", assetSelection: [{path: [$source, "contacts"]}]
+    }
+    mode: "default"
+  }) { __typename ... on LaunchRunSuccess { run { runId } } }
+}
+"""
 REEXECUTE = """
 mutation($run: String!) {
   launchRunReexecution(reexecutionParams: {parentRunId: $run, strategy: ALL_STEPS}) { ... on LaunchRunSuccess { run { runId } } }
@@ -63,6 +74,20 @@ def test_a_campaign_due_in_a_while_goes_out_without_a_click(platform: Platform) 
     wait_for(lambda: platform.reported("first"), seconds=90, what="results")
     finished = [run for run in runs(platform) if run[0] == "report_campaign" and run[2] == "first"]
     assert len(finished) <= 2, "results are asked for once when finished, and hourly before"
+
+
+def test_sources_that_hang_keep_no_campaign_from_going_out(platform: Platform) -> None:
+    """They have two places between them, and the third waits for one of these."""
+    reading_them = [platform.graphql(LAUNCH, {"source": name})["launchRun"]["run"]["runId"] for name in HANGING]
+    wait_for(lambda: sorted(map(str, map(platform.status, reading_them))) == ["QUEUED", "STARTED", "STARTED"], seconds=60, what="sources that are being read")
+    platform.schedule("beside")
+    totals = platform.wait_finished("beside")
+    assert totals.open == 0
+    assert set(platform.copies("beside").values()) == {1}
+    assert sorted(map(str, map(platform.status, reading_them))) == ["QUEUED", "STARTED", "STARTED"]
+    for run in reading_them:
+        platform.graphql(TERMINATE, {"run": run})
+    wait_for(lambda: {platform.status(run) for run in reading_them} == {"CANCELED"}, seconds=60, what="the end of these runs")
 
 
 def test_a_schedule_tick_launches_its_run(platform: Platform) -> None:
