@@ -14,9 +14,10 @@ from tests.parts import web
 
 HANGING = ("crm", "shop", "billing")
 _SOURCE = """
+name: {name}
 kind: rest
 connection: {{url: {address}}}
-contacts: {{read: {{path: people, records: people}}, map: {{id: external_id, mail: email}}}}
+contacts: {{read: {{path: people, records: people}}, map: {{id: external_id, mail: email}}, consent: {{subscribe: never}}}}
 """
 
 
@@ -37,7 +38,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         folder = running.settings.home / "sources"
         folder.mkdir(exist_ok=True)
         for name in HANGING:
-            (folder / f"{name}.yaml").write_text(_SOURCE.format(address=address), encoding="utf-8")
+            (folder / f"{name}.yaml").write_text(_SOURCE.format(name=name, address=address), encoding="utf-8")
         running.start_dagster()
         yield running
         over.set()

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping
@@ -91,8 +92,11 @@ class Platform:
     def graphql(self, query: str, variables: Mapping[str, Any] | None = None) -> Any:
         body = json.dumps({"query": query, "variables": variables or {}}).encode()
         request = urllib.request.Request(f"{self.address}/graphql", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return json.load(reply)["data"]
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return json.load(reply)["data"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
 
     def schedule(self, key: str, *, seconds: float = 0) -> None:
         """A campaign to everybody, to start in so many seconds."""

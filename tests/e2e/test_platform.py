@@ -29,7 +29,7 @@ mutation($source: String!) {
       repositoryLocationName: "mail_pipelines", repositoryName: "__repository__", pipelineName: "sync_external", assetSelection: [{path: [$source, "contacts"]}]
     }
     mode: "default"
-  }) { __typename ... on LaunchRunSuccess { run { runId } } }
+  }) { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } }
 }
 """
 REEXECUTE = """
