@@ -48,28 +48,29 @@ def _made(engine: sa.Engine) -> bool:
         return sa.inspect(connection).has_table("alembic_version") and connection.scalar(sa.text("SELECT count(*) FROM alembic_version")) > 0
 
 
-class _Runs(KeptRuns, SqliteRunStorage):
+class _OneFile:
+    """A storage of one file, `_conn_string`."""
+
+    _conn_string: str
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        with _kept(self._conn_string).begin() as connection:
+            yield connection
+
+
+class _Runs(_OneFile, KeptRuns, SqliteRunStorage):
     @classmethod
     def from_local(cls, base_dir: str, inst_data: ConfigurableClassData | None = None) -> _Runs:
         url = create_db_conn_string(base_dir, "runs")
         return cls(url, inst_data) if _made(_kept(url)) else super().from_local(base_dir, inst_data)
 
-    @contextmanager
-    def connect(self) -> Iterator[Connection]:
-        with _kept(self._conn_string).begin() as connection:
-            yield connection
 
-
-class _Schedules(KeptSchedules, SqliteScheduleStorage):
+class _Schedules(_OneFile, KeptSchedules, SqliteScheduleStorage):
     @classmethod
     def from_local(cls, base_dir: str, inst_data: ConfigurableClassData | None = None) -> SqliteScheduleStorage:
         url = create_db_conn_string(base_dir, "schedules")
         return cls(url, inst_data) if _made(_kept(url)) else super().from_local(base_dir, inst_data)
-
-    @contextmanager
-    def connect(self) -> Iterator[Connection]:
-        with _kept(self._conn_string).begin() as connection:
-            yield connection
 
 
 class _Events(KeptEvents, SqliteEventLogStorage):

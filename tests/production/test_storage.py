@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -73,10 +72,10 @@ def test_it_is_encrypted_and_trusts_the_authority_that_it_is_given_and_no_other(
 
 
 def test_it_is_not_told_to_a_database_without_tls(mariadb: MariaDB, authorities: tuple[str, str], tmp_path: Path) -> None:
-    """As somebody between the two would have it. MariaDB 11.4 and newer has TLS, with a certificate that it makes itself."""
+    """As somebody between the two would have it."""
     with pytest.raises(sa.exc.OperationalError) as refused:
         instance(tmp_path, mariadb, ssl_ca=authorities[0])
-    assert re.search("SSL is required|CERTIFICATE_VERIFY_FAILED", str(refused.value.orig))
+    assert "SSL is required" in str(refused.value.orig)
 
 
 def test_doctor_names_a_centre_with_the_driver_of_dagsters_documents() -> None:

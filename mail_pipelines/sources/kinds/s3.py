@@ -37,6 +37,8 @@ _WRONG = {
     "NETWORK_CONNECTION": f"it does not answer, {ATTEMPTS} times in a row: check connection.options.endpoint and the network",
 }
 CHANGED = "an object was changed or removed while it was read; nothing of this run was merged, and the next one reads it anew"
+# One answer: of the same one the client reads the words, or only the status.
+_BUSY = frozenset({"SLOW_DOWN", "SERVICE_UNAVAILABLE"})
 _GONE = frozenset({"NO_SUCH_KEY", "RESOURCE_NOT_FOUND"})
 _ELSEWHERE = frozenset({"AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect"})
 
@@ -152,5 +154,7 @@ def _meant(words: str) -> SourceError:
     if answer[2] == "400":
         # An answer to HEAD has no words.
         return SourceError("the store takes the request for a wrong one (status 400): check connection.options.region, and the session token if there is one")
+    if code in _BUSY:
+        return SourceError(f"the store is too busy for {answer[3]} (status 503), {ATTEMPTS} times in a row; it is read again in the next run")
     status = f", status {answer[2]}" if answer[2] else ""
     return SourceError(f"the store answers {code}{status} to {answer[3]}, {ATTEMPTS} times in a row if it is one that passes; it is read again in the next run")
