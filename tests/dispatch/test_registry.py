@@ -98,10 +98,9 @@ def test_a_server_taken_out_at_full_speed_ends_what_it_has_in_hand(at_work: tupl
         assert "state drained" in says("server", "show", "s1")
         with pytest.raises(ServerStateError, match="its log has lines that were not read"):
             retire_when_told(world)
-        journal = journal_of(mail_server.folders, mail_server.server.kind)
-        wait_for(lambda: beat_tells(world, journal.end().offset), what="a beat")
-        audit.run(world.engine, world.settings, mail_server.server, journal, dt.datetime.now(dt.UTC))
-        assert says("server", "retire", "s1") == "server s1 is retired\n"
+        # Exim says a message is done after it has said that it is delivered, so the log may still grow by some lines.
+        wait_for(lambda: retires_once_read(world, mail_server), seconds=60, what="the end of the log is read")
+        assert state_of(world) is ServerState.RETIRED
     else:
         says("server", "activate", "s1")
         assert isinstance(world.claim(mail_server.server, limit=1), OpenClaim)
@@ -117,6 +116,19 @@ def retire_when_told(world: World) -> None:
     """The end of the log is known from the next beat on."""
     wait_for(lambda: beat_tells(world, world.folders("s1").journal.stat().st_size), seconds=30, what="a beat")
     says("server", "retire", "s1")
+
+
+def retires_once_read(world: World, mail_server: Running) -> bool:
+    """Read the log to its end and retire the server, as the hourly audit and an operator do; False if the log has grown since."""
+    journal = journal_of(mail_server.folders, mail_server.server.kind)
+    audit.run(world.engine, world.settings, mail_server.server, journal, dt.datetime.now(dt.UTC))
+    if not beat_tells(world, journal.end().offset):
+        return False
+    try:
+        return says("server", "retire", "s1") == "server s1 is retired\n"
+    except ServerStateError as error:
+        assert "its log has lines that were not read" in str(error)
+        return False
 
 
 def test_a_server_with_something_in_hand_does_not_retire(world: World) -> None:
