@@ -177,9 +177,10 @@ class Session:
                         raise SessionOver(f"campaign {key} has a higher priority and waits for a slot of this server")
                     if (errand := await in_thread(self.errands.look, not any(lane.has_claims for lane in lanes.values()))) is not None:
                         raise SessionOver(f"an errand for campaign {errand.campaign}")
-                around = not running or time.monotonic() >= next_around
+                looked = time.monotonic()
+                around = not running or looked >= next_around
                 if around:
-                    next_around = time.monotonic() + _LOOK_AROUND_SECONDS
+                    next_around = looked + _LOOK_AROUND_SECONDS
                 for provider, shards in (await in_thread(self._due_shards, around)).items():
                     lane = lanes.get(provider) or lanes.setdefault(provider, self._lane(provider, await in_thread(self.limits, provider)))
                     if provider in running:
@@ -202,11 +203,12 @@ class Session:
                 if progress != before or any(lane.has_claims for lane in lanes.values()):
                     last_progress = time.monotonic()
                     continue
-                waited = time.monotonic() - last_progress
+                # In vain up to its last look: what has passed since, while it slept or the host stood still, was not waited in vain.
+                waited = looked - last_progress
                 if running and waited <= self._linger_seconds + self.settings.sending.reply_timeout_seconds:
                     # What a lane asks for is due. A mail server or a database that is busy may take longer over the answer than a session lingers.
                     continue
-                if (reason := await in_thread(self._idle_reason, lanes, waited)) is not None:
+                if (reason := await in_thread(self._idle_reason, lanes, waited, looked)) is not None:
                     raise SessionOver(reason)
         except SessionOver as over:
             self.report.reason = str(over)
@@ -252,8 +254,9 @@ class Session:
     def _linger_seconds(self) -> float:
         return errands.LINGER_SECONDS if self.is_errand else self.settings.sending.linger_seconds
 
-    def _idle_reason(self, lanes: Mapping[str, Lane], waited: float) -> str | None:
-        """Why to end now that no lane has anything to do and none has had for `waited` seconds; None if it is worth waiting."""
+    def _idle_reason(self, lanes: Mapping[str, Lane], waited: float, looked: float) -> str | None:
+        """Why to end now that no lane has anything to do and none has had for `waited` seconds before the session `looked` last (monotonic); None if it is
+        worth waiting."""
         with reading(self.engine) as connection:
             due = due_times(connection, self.campaign_id, server_id=self.server.id)
             second = database_now(connection).timestamp()
@@ -266,8 +269,8 @@ class Session:
         # When each is due, and when it is worth asking for.
         waits = [(moment - second, lanes[provider].wait_until - asked if provider in lanes else 0) for (_, provider), moment in due.items()]
         linger = self._linger_seconds
-        # What is due after so long has been asked for in vain; what falls due only now has not.
-        if not any(max(wait) <= linger and (waited <= linger or wait[0] > 0) for wait in waits):
+        # What was due at the last look after so long has been asked for in vain; what has fallen due since, or falls due only now, has not.
+        if not any(max(wait) <= linger and (waited <= linger or wait[0] > looked - asked) for wait in waits):
             refusals = {lane.reason for lane in lanes.values() if lane.reason}
             return "; ".join(sorted(refusals)) or "nothing falls due soon"
         return f"campaign {waiting} waits for a slot of this server" if waiting is not None and not self.is_errand else None

@@ -129,9 +129,20 @@ def test_an_older_version_goes_on_with_a_newer_schema_until_that_needs_more(engi
         migrate.require_schema(engine)
 
 
+def made_on(engine: sa.Engine) -> dt.date | None:
+    """The day on which a schema of MariaDB was made."""
+    if not is_mysql(engine):
+        return None
+    with engine.connect() as connection:
+        query = "SELECT DATE(MIN(create_time)) FROM information_schema.tables WHERE table_schema = DATABASE()"
+        return connection.exec_driver_sql(query).scalar_one()
+
+
 def test_partitions_are_made_ahead_and_once(engine: sa.Engine) -> None:
     today = dt.datetime.now(dt.UTC).date()
-    assert partitions.extend(engine, today) == []
+    assert partitions.extend(engine, made_on(engine) or today) == []
+    # The tables may be of the last month, if tests ran at its end.
+    partitions.extend(engine, today)
     with engine.begin() as connection:
         now = dt.datetime.now(dt.UTC)
         connection.execute(

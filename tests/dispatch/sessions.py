@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.dispatch.world import World
 from tests.parts import forks
 from tests.parts.clock import HostClock
+from tests.parts.processes import wait_for
 
 
 def _run(environ: dict[str, str], server: str, campaign_id: int, key: str, shard: int, run_id: str, clock: HostClock | None) -> None:
@@ -36,6 +37,7 @@ class SessionProcess:
 
     def __init__(self, world: World, server: str, run_id: str, shard: int = 0, *, clock: HostClock | None = None, **environment: str) -> None:
         environ = {name: value for name, value in os.environ.items() if name.startswith("MAIL_PIPELINES_")} | environment
+        self.world, self.run_id = world, run_id
         self.result = world.settings.home / f"{run_id}.done"
         self.process: ForkServerProcess = forks.processes.Process(
             target=_run, args=(environ, server, world.campaign_id, world.campaign_key, shard, run_id, clock), daemon=True
@@ -53,6 +55,17 @@ class SessionProcess:
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
+
+    def stop_at_work(self) -> int:
+        """Have it stand still (SIGSTOP) at a moment in which it has claims; returns how many. From then on it neither notices nor ends anything."""
+
+        def stopped() -> int:
+            self.signal(signal.SIGSTOP)
+            if not (claims := self.world.open_claims(self.run_id)):
+                self.signal(signal.SIGCONT)
+            return claims
+
+        return wait_for(stopped, what=f"{self.run_id} with a claim")
 
     def wait(self, seconds: float = 120) -> str:
         """Wait for the end; returns the session's reason."""

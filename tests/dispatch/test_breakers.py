@@ -68,7 +68,9 @@ def test_a_provider_that_blocks_one_server_is_left_alone_and_tried_again(engine:
     reports: list[Report] = []
     sending = threading.Thread(target=session, args=(world, server, "run-1", reports))
     sending.start()
-    (opened,) = wait_for(lambda: breakers.judge(engine, dt.datetime.now(dt.UTC)), what=lambda: f"the breaker of a session that ended so: {reports}")
+    (opened,) = wait_for(
+        lambda: breakers.judge(engine, dt.datetime.now(dt.UTC)), seconds=120, what=lambda: f"the breaker of a session that ended so: {reports}"
+    )
     sending.join(60)
     assert (opened.server_id, opened.provider, opened.state, opened.rule) == (server.id, "microsoft", OPEN, "blocked")
     ends = providers(world)

@@ -55,7 +55,7 @@ class Held:
         class Slow(Draft):
             def sign(self) -> bytes:
                 held.begun.set()
-                assert held.go.wait(10)
+                assert held.go.wait(60)
                 return super().sign()
 
         made = drafted(row)
@@ -104,7 +104,7 @@ def test_the_loop_goes_on_while_signatures_are_computed(pool: ThreadPoolExecutor
 
     async def others() -> None:
         asked = asyncio.create_task(made.next())
-        assert await asyncio.to_thread(held.begun.wait, 10)
+        assert await asyncio.to_thread(held.begun.wait, 60)
         # Nothing is left of the rows, but what is being signed is still to come.
         assert made.busy
         assert not asked.done()
@@ -121,7 +121,7 @@ def test_what_is_signed_after_the_end_is_given_to_nobody(pool: ThreadPoolExecuto
 
     async def ended() -> object:
         asked = asyncio.create_task(made.next())
-        assert await asyncio.to_thread(held.begun.wait, 10)
+        assert await asyncio.to_thread(held.begun.wait, 60)
         made.end()
         assert not made.busy
         held.go.set()

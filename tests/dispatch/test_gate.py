@@ -24,7 +24,7 @@ async def ask(folder: Path, question: str) -> str:
     return answer.decode()
 
 
-def at_gate(folder: Path, talk: Talk, *, per_second: float = 1000.0, seconds: float = 5.0) -> None:
+def at_gate(folder: Path, talk: Talk, *, per_second: float = 1000.0, seconds: float = 100.0) -> None:
     async def run() -> None:
         pacer = Pacer(folder, "small", per_second=per_second, connections=1)
         gate = Gate(folder, "c1.99", ["a", "b", "c"], pacer, time.monotonic() + seconds)
@@ -71,7 +71,7 @@ def test_after_its_time_nothing_goes_out(tmp_path: Path) -> None:
         gate.deadline = time.monotonic()
         assert [await ask(folder, "turn a"), await ask(folder, "body a")] == ["no", "no"]
 
-    at_gate(tmp_path, talk, per_second=1, seconds=0.5)
+    at_gate(tmp_path, talk, per_second=0.001)
 
 
 def test_a_closing_gate_leaves_nobody_waiting(tmp_path: Path) -> None:
@@ -83,11 +83,12 @@ def test_a_closing_gate_leaves_nobody_waiting(tmp_path: Path) -> None:
         begin = time.monotonic()
         await gate.close()
         assert await waiting in ("", "no")
-        assert time.monotonic() - begin < 1
+        # Long before the turn that it waits for.
+        assert time.monotonic() - begin < 40
         with pytest.raises(FileNotFoundError):
             await ask(folder, "body a")
 
-    at_gate(tmp_path, talk, per_second=0.1)
+    at_gate(tmp_path, talk, per_second=0.02)
 
 
 def test_a_path_too_long_for_a_socket_says_what_to_set(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def retries_for_another_server(world: World) -> None:
     "other",
     [
         lambda world: retries(world, priority=1),
-        lambda world: retries(world, since=ERRAND_AFTER_SECONDS - 10),
+        lambda world: retries(world, since=0),
         lambda world: retries(world, state="paused"),
         no_grant_for_retries,
         retries_of_a_held_provider,

@@ -21,7 +21,7 @@ from tests.dispatch.test_session import session
 from tests.dispatch.world import Servers, make_world, write_play
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.crosswise, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.server, pytest.mark.crosswise, pytest.mark.timeout(480)]
 
 
 def by_server(message: Kept) -> bool:
@@ -58,9 +58,9 @@ def acts_within_five_seconds(engine: sa.Engine, tmp_path: Path, kind: str, runni
     threads = [threading.Thread(target=lambda server=server: reports.append(session(world, server, f"run-{server.key}").run())) for server in fleet]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(world.kept()) > 60, what="sending")
-    held_at = time.time()
+    wait_for(lambda: len(world.kept()) > 60, seconds=120, what="sending")
     world.hold(scope)
+    held_at = time.time()
     for thread in threads:
         thread.join(120)
     assert len(reports) == len(fleet)
@@ -88,10 +88,11 @@ def acts_within_five_seconds(engine: sa.Engine, tmp_path: Path, kind: str, runni
 def test_a_hold_outlives_the_restart_of_everything(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     recipients = 400
     world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, linger_seconds=1)
-    server = world.server(connections=8, per_second=50.0)
+    # So slow that it is not through with it, however long the hold takes.
+    server = world.server(connections=8, per_second=8.0)
     mail_server = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.01, 0.1]))
     run = SessionProcess(world, server.key, "first")
-    wait_for(lambda: len(world.kept()) > 50, what="sending")
+    wait_for(lambda: len(world.kept()) > 50, seconds=120, what="sending")
     world.hold(Kind.EVERYTHING)
     run.kill()
     mail_server.kill()
@@ -106,6 +107,7 @@ def test_a_hold_outlives_the_restart_of_everything(engine: sa.Engine, tmp_path: 
     assert len(world.kept()) == before
     assert world.open_claims() == 0
     world.release(Kind.EVERYTHING)
+    world.limit(connections=8, per_second=50.0)
     finish(world, mail_server)
     check_promise(world, recipients)
     assert len(world.kept()) > before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,7 +78,9 @@ def test_a_campaign_under_way_goes_on_in_the_other_database(engine: sa.Engine, t
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.0, 0.1]))
     world.grant(server)
     session = SessionProcess(world, server.key, "before")
-    wait_for(lambda: len(world.kept()) > 300, what="messages under way")
+    wait_for(lambda: len(world.kept()) > 300, seconds=120, what="messages under way")
+    # While they are counted it opens no more.
+    session.signal(signal.SIGSTOP)
     connections = catcher.connections()
     session.kill()
 
@@ -87,7 +90,7 @@ def test_a_campaign_under_way_goes_on_in_the_other_database(engine: sa.Engine, t
     catcher.process.terminate()
     catcher.process.wait()
     # What it settled of the killed session's rows, or did not, goes along.
-    wait_for(lambda: "still work" not in copy_once(target), seconds=20, what="the silence of the server")
+    wait_for(lambda: "still work" not in copy_once(target), seconds=90, what="the silence of the server")
     assert count(target, "deliveries") < RECIPIENTS
     assert world.hold_of_everything() is not None
 
@@ -112,11 +115,15 @@ def test_a_campaign_under_way_goes_on_in_the_other_database(engine: sa.Engine, t
 
 
 def copy_once(target: sa.Engine) -> str:
-    """Give the command, and kill it when it has copied something; returns what it said until then."""
-    process = subprocess.Popen([sys.executable, "-m", "mail_pipelines", *command(target)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: process.poll() is not None or count(target, "contacts") >= 5_000, what="some of the copy")
-    process.kill()
-    said, _ = process.communicate()
+    """Give the command, and kill it when it has copied something and waits for the ledger, which is locked; returns what it said until then."""
+    migrate.upgrade(target)
+    with target.connect() as locking:
+        locking.exec_driver_sql("LOCK TABLES deliveries READ")
+        process = subprocess.Popen([sys.executable, "-m", "mail_pipelines", *command(target)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for(lambda: process.poll() is not None or count(target, "contacts") >= 5_000, seconds=90, what="some of the copy")
+        process.kill()
+        said, _ = process.communicate()
+        locking.exec_driver_sql("UNLOCK TABLES")
     assert "has it all" not in said
     return said
 

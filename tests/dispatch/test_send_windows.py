@@ -31,7 +31,7 @@ ZONES = {"Europe/Berlin": ((-3600, 140), (160, 7200)), "Asia/Kolkata": ((-9000, 
 @pytest.fixture
 def world(engine: sa.Engine, tmp_path: Path) -> World:
     """Recipients of three zones and of none, all rows pending; claims are for 12 seconds."""
-    return make_world(engine, tmp_path / "home", recipients=RECIPIENTS, reply_timeout_seconds=2, lease_seconds=12)
+    return make_world(engine, tmp_path / "home", recipients=RECIPIENTS, lease_seconds=12)
 
 
 def open_windows(world: World, zones: dict[str, tuple[tuple[int, int], ...]]) -> dict[str, list[tuple[int, int]]]:
@@ -100,7 +100,8 @@ def test_nobody_is_mailed_outside_of_his_window_and_everybody_in_the_end(world: 
     states = world.states()
     # What was in flight when the sender was killed may be unknown.
     assert states[State.DELIVERED] + states[State.UNKNOWN] == RECIPIENTS
-    assert states[State.UNKNOWN] <= 8
+    # A reply that did not come within four seconds makes another, until its late line is found.
+    wait_for(lambda: world.states()[State.UNKNOWN] <= 8, seconds=120, what="late lines")
     assert Counter(zone for zone, _ in arrivals(world)).keys() == set(ZONES)
 
 
@@ -131,7 +132,7 @@ def test_rows_are_put_off_at_once_when_their_window_closes(world: World) -> None
     """Pending ones and retries, so that claims need not meet them; who is claimed is his sender's."""
     server = world.server()
     world.grant(server)
-    spans = open_windows(world, {"Europe/Berlin": ((-60, 13), (600, 7200)), "America/New_York": ((-60, 7200),)})
+    spans = open_windows(world, {"Europe/Berlin": ((-60, 300), (600, 7200)), "America/New_York": ((-60, 7200),)})
     claimed = world.claim(server, limit=4)
     assert not isinstance(claimed, NothingClaimed)
     now = dt.datetime.fromtimestamp(spans["Europe/Berlin"][0][1], dt.UTC)

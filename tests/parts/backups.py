@@ -21,6 +21,9 @@ class Backup:
                 table: [dict(row._mapping) for row in connection.execute(sa.select(table))] for table in Base.metadata.sorted_tables
             }
 
+    def rows(self, table: sa.FromClause) -> list[dict[str, Any]]:
+        return next(rows for known, rows in self._rows.items() if known is table)
+
     def restore(self, engine: sa.Engine) -> None:
         with engine.begin() as connection:
             self.put_back(connection)
@@ -39,7 +42,7 @@ class Backup:
 
     def restore_table(self, engine: sa.Engine, table: sa.FromClause) -> None:
         with engine.begin() as connection:
-            connection.execute(sa.insert(Base.metadata.tables[str(table)]), next(rows for known, rows in self._rows.items() if known is table))
+            connection.execute(sa.insert(Base.metadata.tables[str(table)]), self.rows(table))
 
 
 def dump(engine: sa.Engine, path: Path) -> None:
