@@ -130,7 +130,7 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Zone]:
     monkeypatch.delenv("MAIL_PIPELINES_SENDING__ALLOW_UNVERIFIED")
     with serving(Zone()) as zone:
         monkeypatch.setenv("MAIL_PIPELINES_DNS__SERVERS", zone.address)
-        monkeypatch.setenv("MAIL_PIPELINES_DNS__TIMEOUT_SECONDS", "1")
+        monkeypatch.setenv("MAIL_PIPELINES_DNS__TIMEOUT_SECONDS", "10")
         yield zone
 
 

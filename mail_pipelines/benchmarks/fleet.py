@@ -28,8 +28,9 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns, session, short_slots
 from mail_pipelines.benchmarks.contract import Result, judge
-from mail_pipelines.benchmarks.mariadb import MariaDB, free_port
+from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.benchmarks.plan import lower_bound
+from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.capacity import allotments, planning
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine, database_now, reading

@@ -54,7 +54,7 @@ class SessionProcess:
         self.process.kill()
         self.process.join()
 
-    def wait(self, seconds: float = 120) -> str:
+    def wait(self, seconds: float = 300) -> str:
         """Wait for the end; returns the session's reason."""
         self.process.join(seconds)
         assert self.process.exitcode == 0, f"session ended with {self.process.exitcode}"

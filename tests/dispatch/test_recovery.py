@@ -71,7 +71,8 @@ def test_after_a_restore_the_servers_stop_and_recover_completes_the_ledger(engin
     play = write_play(
         tmp_path / "play.toml", reply_seconds=[0.05, 0.3], refuse_percent=4, greylist_percent=6, greylist_seconds=2, silent_percent=1, silent_seconds=9
     )
-    fleet = [world.server(key, connections=6, per_second=60.0) for key in ("s1", "s2")]
+    # So slow that much is still to be sent when the backup is made.
+    fleet = [world.server(key, connections=6, per_second=8.0) for key in ("s1", "s2")]
     started: list[Running] = [running.start(world, server, play) for server in fleet]
     first = [SessionProcess(world, server.key, f"first-{server.key}") for server in fleet]
     wait_for(lambda: len(world.kept()) > 50, what="sending")
@@ -83,10 +84,10 @@ def test_after_a_restore_the_servers_stop_and_recover_completes_the_ledger(engin
     wait_for(lambda: len(waiting.intersection(world.copies())) > 110, what="sending")
 
     backup.restore(engine)
-    first[1].process.join(60)
+    first[1].process.join()
     # The processes that speak for the servers end by themselves, as their next beat finds another past.
     for server in started:
-        server.process.wait(30)
+        server.process.wait(120)
     mailed = world.copies()
     assert len(mailed.keys() & unsent(world)) > 100
     for server in fleet:
@@ -96,6 +97,7 @@ def test_after_a_restore_the_servers_stop_and_recover_completes_the_ledger(engin
             Heartbeat(engine, server.key, world.folders(server.key), 10).start()
     assert world.copies() == mailed
 
+    world.limit(connections=6, per_second=60.0)
     states = recover_and_finish(world, started, recipients)
     # Of the killed session and of destinations that said nothing.
     assert Counter(states.values())[State.UNKNOWN] <= 45
@@ -116,7 +118,7 @@ def recover_and_finish(world: World, stopped: Sequence[Running], recipients: int
     wait_for(lambda: _generation_is_new(world.engine), what="the recovery")
     for server in stopped:
         server.start()
-    operator.join(90)
+    operator.join(250)
     assert output, "the recovery has not ended"
     assert "The ledger is complete" in output[0]
     states = states_by_contact(world)

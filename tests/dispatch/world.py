@@ -367,7 +367,7 @@ class Running:
             assert process.poll() is None, output.read_text()[-2000:]
             return self.serves(process, port)
 
-        wait_for(ready, seconds=30, what=" ".join(words[:3]))
+        wait_for(ready, what=" ".join(words[:3]))
         return process
 
     @property
@@ -389,7 +389,8 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        # Exim waits for what is at its destinations.
+        self.process.wait(120)
 
 
 class RunningExim(Running):
@@ -414,7 +415,7 @@ class RunningExim(Running):
             return listens(port)
         try:
             parent = int(Path(f"/proc/{self.daemon()}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return False
         return parent == process.pid and listens(port) and self.folders.journal.exists()
 
@@ -448,7 +449,7 @@ class RunningExim(Running):
         super().stop()
         assert instance.living(self.daemon()) == []
         self.destinations.terminate()
-        self.destinations.wait(20)
+        self.destinations.wait(120)
 
 
 class RunningTwo(RunningExim):
