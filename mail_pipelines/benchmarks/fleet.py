@@ -55,7 +55,7 @@ _SHARDS = 8
 # At least as often in a slot as in operation, so that short campaigns are planned anew, too.
 _PLAN_SECONDS = min(60.0, SLOT_SECONDS / 3)
 _LOOK_SECONDS = 1.0
-_START_SECONDS, _END_SECONDS = 60, 60
+_START_SECONDS, _END_SECONDS = 180, 180
 _PLAY = '[[rule]]\ndomains = ["*"]\nreply_seconds = [0.05, 0.05]\n'
 # As a worker that is warm, which forks a process for each run.
 _CONTEXT = multiprocessing.get_context("forkserver")
