@@ -127,7 +127,8 @@ def retires_once_read(world: World, mail_server: Running) -> bool:
     try:
         return says("server", "retire", "s1") == "server s1 is retired\n"
     except ServerStateError as error:
-        assert "its log has lines that were not read" in str(error)
+        if "its log has lines that were not read" not in str(error):
+            raise
         return False
 
 
