@@ -106,9 +106,16 @@ def test_what_is_killed_of_one_server_is_settled_without_touching_the_other(engi
     # What was not offered is pending again, whatever the other server has delivered meanwhile under a key of its own.
     assert len(unknown(world)) <= limits["s2"]["connections"]
     assert {key for contact, key in senders(world).items() if contact in unknown(world)} <= {"s2"}
-    permits = {path.name.partition(".")[0] for path in worlds["s1"].folders("s1").permits.glob("c*")}
     # Not those of the last look: a claim has its permit a moment after it is in the ledger.
-    assert permits >= {f"c{claim}" for claim in set().union(*under_way[:-1]).intersection(open_claims(world, "s1"))}
+    before = set().union(*under_way[:-1])
+
+    def keep_permits() -> bool:
+        """A claim whose session is about to record it has none any more, and soon is not open either."""
+        permits = {path.name.partition(".")[0] for path in worlds["s1"].folders("s1").permits.glob("c*")}
+        return permits >= {f"c{claim}" for claim in before.intersection(open_claims(world, "s1"))}
+
+    wait_for(keep_permits, what="permits of the first server's claims, or their end")
+    assert first.process.is_alive()
 
     # Now all of it at once, in the middle of the first server's mail.
     wait_for(lambda: bool(open_claims(world, "s1")), what="the first server's mail")

@@ -58,7 +58,7 @@ def on_servers() -> Attack:
 
 def test_connections_are_used_for_many_messages_at_the_providers_pace(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     """Two sessions at once, which share pace and connections."""
-    recipients, per_second = 160, 50.0
+    recipients, per_second = 160, 25.0
     world = make_world(engine, tmp_path / "home", recipients=recipients, kind=kind, domains=ONE)
     server = world.server(connections=4, per_second=per_second, messages_per_connection=40)
     exim = running.start(world, server, write_play(tmp_path / "play.toml"))
