@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,15 @@ BACKENDS = ["sqlite", pytest.param("mariadb", marks=pytest.mark.server)]
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path) -> Iterator[None]:
-    """No test writes into the checkout, asks the real DNS, or leaves settings to the next."""
+    """No test writes into the checkout, asks the real DNS, or leaves settings or signals to the next."""
     before = dict(os.environ)
     os.environ["MAIL_PIPELINES_HOME"] = str(tmp_path / "home")
     os.environ["MAIL_PIPELINES_SENDING__ALLOW_UNVERIFIED"] = "true"
     os.environ["MAIL_PIPELINES_DNS__BLOCK_LIST_HOURS"] = "0"
+    # Dagster does with SIGTERM as with SIGINT, which is ignored where tests run in the background, and so would what later tests start.
+    heeds = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, heeds)
     os.environ.clear()
     os.environ.update(before)
 

@@ -22,7 +22,8 @@ from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns, claim, compose
 from mail_pipelines.benchmarks.cpu import Meter
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from mail_pipelines.benchmarks.postfix import free_port, wait_for_port
+from mail_pipelines.benchmarks.ports import free_port
+from mail_pipelines.benchmarks.postfix import wait_for_port
 from mail_pipelines.benchmarks.sign import OFFERS
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine, transact

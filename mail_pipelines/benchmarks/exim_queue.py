@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mail_pipelines.benchmarks.postfix import free_port, wait_for_port
+from mail_pipelines.benchmarks.ports import free_port
+from mail_pipelines.benchmarks.postfix import wait_for_port
 from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.errors import MailPipelinesError
 

@@ -28,8 +28,9 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns, session, short_slots
 from mail_pipelines.benchmarks.contract import Result, judge
-from mail_pipelines.benchmarks.mariadb import MariaDB, free_port
+from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.benchmarks.plan import lower_bound
+from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.capacity import allotments, planning
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine, database_now, reading
@@ -54,7 +55,7 @@ _SHARDS = 8
 # At least as often in a slot as in operation, so that short campaigns are planned anew, too.
 _PLAN_SECONDS = min(60.0, SLOT_SECONDS / 3)
 _LOOK_SECONDS = 1.0
-_START_SECONDS, _END_SECONDS = 60, 60
+_START_SECONDS, _END_SECONDS = 180, 180
 _PLAY = '[[rule]]\ndomains = ["*"]\nreply_seconds = [0.05, 0.05]\n'
 # As a worker that is warm, which forks a process for each run.
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.config import project_folder
 from mail_pipelines.errors import MailPipelinesError
 
@@ -56,11 +57,6 @@ def source(port: int, data: bytes, messages: int, connections: int) -> float:
         # -d: connections are kept open.
         subprocess.run([program, "-d", "-F", file.name, "-m", str(messages), "-s", str(connections), f"127.0.0.1:{port}"], env=environment, check=True)
         return time.perf_counter() - begin
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from mail_pipelines.benchmarks.mariadb import free_port
+from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.errors import MailPipelinesError
 
 VHOST = "mail"

@@ -32,6 +32,7 @@ import sqlalchemy as sa
 from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns
 from mail_pipelines.benchmarks.mariadb import MariaDB
+from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.database.engine import create_engine, reading
 from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.dispatch import servers
@@ -53,11 +54,6 @@ _SAMPLE_SECONDS = 0.1
 # First argument: the file with the boot id. Then the program.
 _BOOTED = ("unshare", "--mount", "sh", "-c", f'mount --bind "$1" {_BOOT_ID} && shift && exec "$@"', "boot")
 OPEN_STATES = (State.PENDING, State.CLAIMED, State.DEFERRED)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], object], *, seconds: float, what: str) -> None:
@@ -142,14 +138,14 @@ class Rig:
         self.settings = config.load(self.environ)
         self.engine = create_engine(self.settings.database.url)
         self.folders = ServerFolders.of(self.settings.server, SERVER)
-        port = _free_port()
+        port = free_port()
         servers.register(self.engine, SERVER, kind="exim", host="127.0.0.1", port=port, now=dt.datetime.now(dt.UTC))
         servers.set_limits(self.engine, None, "*", {"mode": self.mode, "connections": self.connections, "per_second": 1e5})
-        self._far_port = _free_port()
+        self._far_port = free_port()
         (self.folder / "play.toml").write_text("[[rule]]\ndomains = ['*']\n" + "".join(f"{name} = {value}\n" for name, value in self.play.items()))
         self._far = self._run("catcher", "destinations", _FAR, "--port", str(self._far_port), "--play", str(self.folder / "play.toml"))
         self._servers.append(self._far)
-        wait_for(lambda: _listens(self._far_port), seconds=30, what="the destinations listen")
+        wait_for(lambda: _listens(self._far_port), seconds=120, what="the destinations listen")
         self.start_exim()
         threading.Thread(target=self._watch_journal, daemon=True).start()
 
@@ -186,7 +182,7 @@ class Rig:
         def ready() -> bool:
             if self.exim.poll() is not None:
                 raise MailPipelinesError(f"Exim did not start: {(self.folder / 'exim.out').read_text()[-1000:]}")
-            with contextlib.suppress(FileNotFoundError, ValueError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
                 parent = int(Path(f"/proc/{self.daemon()}/stat").read_bytes().rpartition(b")")[2].split()[1])
                 return parent == self.exim.pid and _listens(port)
             return False

@@ -61,7 +61,7 @@ CAMPAIGNS = (
 TO_ALL_KEY = "to-everybody"
 TO_ALL = _CAMPAIGN.format(key=TO_ALL_KEY, name="To everybody", segments="{include: [everybody]}", priority="normal", **_WINTER)
 # A small audience is sent so slowly that it takes about as long as this, or it would be over before the last server has begun.
-_LEAST_SECONDS = 20
+_LEAST_SECONDS = 40
 _MOST_PER_SECOND = 100.0
 
 

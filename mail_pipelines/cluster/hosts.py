@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlalchemy.engine import Engine
 
 from mail_pipelines import config, home, up
-from mail_pipelines.benchmarks.mariadb import free_port
+from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.cluster.backing import CENTRE
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import open_engine

@@ -67,7 +67,7 @@ class SessionProcess:
 
         return wait_for(stopped, what=f"{self.run_id} with a claim")
 
-    def wait(self, seconds: float = 120) -> str:
+    def wait(self, seconds: float = 300) -> str:
         """Wait for the end; returns the session's reason."""
         self.process.join(seconds)
         assert self.process.exitcode == 0, f"session ended with {self.process.exitcode}"

@@ -26,7 +26,7 @@ from tests.dispatch.sessions import SessionProcess
 from tests.dispatch.world import Attack, Running, Servers, World, make_world, write_play
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.timeout(560), pytest.mark.server]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.server]
 
 
 def settle(world: World, catcher: Running, wait_seconds: float = 20) -> settlement.Settled:
@@ -163,7 +163,8 @@ def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_pa
     """Failure scenario 3: a sender stopped beyond its lease wakes up when others have sent its rows."""
     recipients = 400
     world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, lease_seconds=16)
-    server = world.server(connections=6, per_second=60.0)
+    # So slow that much is still to be sent when it is stopped.
+    server = world.server(connections=6, per_second=10.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     zombie = SessionProcess(world, server.key, "zombie")
     wait_for(lambda: len(world.kept()) > 40, seconds=120, what="sending")
@@ -176,10 +177,28 @@ def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_pa
     zombie.process.join(60)
     with pytest.raises(ProcessLookupError):
         zombie.signal(signal.SIGCONT)
+    world.limit(connections=6, per_second=60.0)
     finish(world, catcher)
     states = check_promise(world, recipients)
     assert sum(state is State.UNKNOWN for state in states.values()) <= 6
     assert zombie.process.exitcode == -signal.SIGKILL
+
+
+def withdraw_permits_of(run: SessionProcess, catcher: Running) -> None:
+    """While it is stopped; then wait for its end."""
+
+    def withdrawn() -> int:
+        run.signal(signal.SIGSTOP)
+        # Between two claims it has none.
+        if not (permits := permit.revoke_all(catcher.folders.permits)):
+            run.signal(signal.SIGCONT)
+        return permits
+
+    wait_for(withdrawn, what="a permit")
+    run.signal(signal.SIGCONT)
+    run.process.join()
+    if run.process.exitcode != 0:
+        ended_by_the_settler(catcher)
 
 
 @pytest.mark.crosswise
@@ -187,16 +206,13 @@ def test_a_withdrawn_permit_stops_a_sender_that_nobody_could_kill(engine: sa.Eng
     """The fence alone: permits vanish while the sender sleeps; what it still offers is refused and goes out later, once."""
     recipients = 300
     world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients)
-    server = world.server(connections=6, per_second=60.0)
+    # So slow that much is still to be sent by then.
+    server = world.server(connections=6, per_second=8.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "sleeper")
-    wait_for(lambda: len(world.kept()) > 40, seconds=120, what="sending")
-    run.signal(signal.SIGSTOP)
-    assert permit.revoke_all(catcher.folders.permits) > 0
-    run.signal(signal.SIGCONT)
-    run.process.join(120)
-    if run.process.exitcode != 0:
-        ended_by_the_settler(catcher)
+    wait_for(lambda: len(world.kept()) > 40, what="sending")
+    withdraw_permits_of(run, catcher)
+    world.limit(connections=6, per_second=60.0)
     finish(world, catcher)
     check_promise(world, recipients)
     assert world.states() == {State.DELIVERED: recipients}
@@ -208,11 +224,12 @@ def test_a_sender_that_wakes_after_its_lease_offers_nothing_more_of_it(engine: s
     """
     recipients = 300
     world = make_world(engine, tmp_path / "home", kind=kind, recipients=recipients, lease_seconds=16)
-    server = world.server(connections=6, per_second=60.0)
+    # So slow that much is still to be sent when it is stopped.
+    server = world.server(connections=6, per_second=10.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "sleeper")
     wait_for(lambda: len(world.kept()) > 40, seconds=120, what="sending")
-    run.signal(signal.SIGSTOP)
+    run.stop_at_work()
     with reading(engine) as connection:
         lease = connection.execute(sa.select(sa.func.max(Claim.lease_until)).where(Claim.state == "open")).scalar_one()
 

@@ -43,7 +43,7 @@ class Told:
     """What an endpoint said at one moment."""
 
     def __init__(self, port: int) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as reply:
             self.text = reply.read().decode()
         families = list(text_string_to_metric_families(self.text))
         self.names = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
@@ -75,7 +75,7 @@ def ledger(world: World) -> dict[tuple[str, str], int]:
 def test_a_server_and_the_centre_tell_what_the_ledger_has(
     engine: sa.Engine, tmp_path: Path, kind: str, running: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=160, kind=kind, linger_seconds=0)
+    world = make_world(engine, tmp_path / "home", recipients=160, kind=kind)
     server = world.server(connections=4)
     play = tmp_path / "play.toml"
     play.write_text(PLAY, encoding="utf-8")
@@ -139,6 +139,6 @@ def test_a_server_and_the_centre_tell_what_the_ledger_has(
         assert stopped.by("campaign_sending", "campaign") == {}
         assert stopped.by("outcomes_total", "server", "provider", "outcome") == told.by("outcomes_total", "server", "provider", "outcome")
         centre.send_signal(signal.SIGTERM)
-        assert centre.wait(10) == 0
+        assert centre.wait(120) == 0
     finally:
         stop(centre)

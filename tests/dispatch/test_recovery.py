@@ -87,10 +87,10 @@ def test_after_a_restore_the_servers_stop_and_recover_completes_the_ledger(engin
     wait_for(lambda: len(waiting.intersection(world.copies())) > 110, seconds=60, what="sending")
 
     backup.restore(engine)
-    first[1].process.join(60)
+    first[1].process.join()
     # The processes that speak for the servers end by themselves, as their next beat finds another past.
     for server in started:
-        server.process.wait(60)
+        server.process.wait(120)
     mailed = world.copies()
     assert len(mailed.keys() & unsent(world)) > 100
     for server in fleet:
@@ -121,7 +121,7 @@ def recover_and_finish(world: World, stopped: Sequence[Running], recipients: int
     wait_for(lambda: _generation_is_new(world.engine), seconds=120, what="the recovery")
     for server in stopped:
         server.start()
-    operator.join(90)
+    operator.join(250)
     assert output, "the recovery has not ended"
     assert "The ledger is complete" in output[0]
     states = states_by_contact(world)

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.server
 
 def test_a_killed_sessions_claims_are_settled_by_the_server_itself(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
     world = make_world(engine, tmp_path / "home", recipients=300, kind=kind)
-    server = world.server(connections=6, per_second=60.0)
+    # So slow that much is still to be sent when it is killed.
+    server = world.server(connections=6, per_second=10.0)
     running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     run = SessionProcess(world, server.key, "run-1")
     wait_for(lambda: len(world.kept()) > 20, seconds=120, what="sending")

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.server, pytest.mark.crosswise]
 def refused(world: World, *words: str, environ: dict[str, str]) -> str:
     """What a command says that must not start."""
     command = [sys.executable, "-m", "mail_pipelines", *words]
-    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode != 0, done.stdout
     return done.stdout + done.stderr
 
@@ -50,8 +50,7 @@ def test_a_second_start_and_a_cloned_disk_stop_themselves_and_the_first_goes_on(
     assert "already running" in refused(world, *start, environ={})
     settings = world.settings.server
     clone = {f"MAIL_PIPELINES_SERVER__{name}_FOLDER": str(tmp_path / "clone" / name.lower()) for name in ("RUN", "LOG")}
-    # A reboot empties /run.
-    # Without what is there only until it gets its name.
+    # A reboot empties /run; and without what is there only until it gets its name.
     passing = shutil.ignore_patterns("*.sock", "heartbeat.*", "*.json.*")
     shutil.copytree(settings.log_folder, clone["MAIL_PIPELINES_SERVER__LOG_FOLDER"], ignore=passing)
     copied = json.loads((Path(clone["MAIL_PIPELINES_SERVER__LOG_FOLDER"]) / server.key / "heartbeat").read_text(encoding="ascii"))["tokens"]

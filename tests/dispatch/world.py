@@ -374,7 +374,7 @@ class Running:
             assert process.poll() is None, output.read_text()[-2000:]
             return self.serves(process, port)
 
-        wait_for(ready, seconds=90, what=" ".join(words[:3]))
+        wait_for(ready, what=" ".join(words[:3]))
         return process
 
     @property
@@ -396,7 +396,8 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(60)
+        # Exim waits for what is at its destinations.
+        self.process.wait(120)
 
 
 class RunningExim(Running):
@@ -421,7 +422,7 @@ class RunningExim(Running):
             return listens(port)
         try:
             parent = int(Path(f"/proc/{self.daemon()}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return False
         return parent == process.pid and listens(port) and self.folders.journal.exists()
 
@@ -455,7 +456,7 @@ class RunningExim(Running):
         super().stop()
         assert instance.living(self.daemon()) == []
         self.destinations.terminate()
-        self.destinations.wait(60)
+        self.destinations.wait(120)
 
 
 class RunningTwo(RunningExim):

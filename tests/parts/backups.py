@@ -7,6 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from mail_pipelines.database.engine import transact
 from mail_pipelines.database.models import Base
 
 
@@ -25,8 +26,8 @@ class Backup:
         return next(rows for known, rows in self._rows.items() if known is table)
 
     def restore(self, engine: sa.Engine) -> None:
-        with engine.begin() as connection:
-            self.put_back(connection)
+        # Whoever still sends has locks, and the database ends one of two that wait for each other.
+        transact(engine, self.put_back)
 
     def put_back(self, connection: sa.Connection) -> None:
         """Within the caller's transaction."""

@@ -17,6 +17,8 @@ import dns.rdatatype
 import dns.rrset
 import dns.zonefile
 
+from tests.parts.processes import free_port
+
 Place = tuple[dns.name.Name, dns.rdatatype.RdataType]
 
 
@@ -97,9 +99,10 @@ def serving(zone: Zone, host: str = "127.0.0.1", port: int = 0) -> Iterator[Zone
     class TcpServer(socketserver.ThreadingTCPServer):
         allow_reuse_address = True
 
-    # TCP first: a free port of the busier kind is free for UDP nearly always.
-    with TcpServer((host, port), Tcp) as tcp, socketserver.ThreadingUDPServer(tcp.server_address, Udp) as udp:
-        zone.address = f"{host}:{tcp.server_address[1]}"
+    # Nobody else has one of ours, for UDP either.
+    port = port or free_port()
+    with TcpServer((host, port), Tcp) as tcp, socketserver.ThreadingUDPServer((host, port), Udp) as udp:
+        zone.address = f"{host}:{port}"
         threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in (udp, tcp)]
         for thread in threads:
             thread.start()

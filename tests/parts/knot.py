@@ -37,7 +37,7 @@ class Knot:
 
     def has(self, name: str, kind: str) -> list[str]:
         """The values that it answers with, as texts."""
-        answer = dns.query.tcp(dns.message.make_query(name, dns.rdatatype.from_text(kind)), "127.0.0.1", port=self.port, timeout=5)
+        answer = dns.query.tcp(dns.message.make_query(name, dns.rdatatype.from_text(kind)), "127.0.0.1", port=self.port, timeout=60)
         return sorted(record.to_text() for rrset in answer.answer for record in rrset)
 
 

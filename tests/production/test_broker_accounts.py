@@ -16,7 +16,7 @@ import pytest
 from kombu import Connection
 
 from mail_pipelines import config
-from mail_pipelines.benchmarks.mariadb import free_port
+from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.benchmarks.rabbitmq import MANAGER, VHOST, RabbitMQ
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.doctor.broker import check_broker

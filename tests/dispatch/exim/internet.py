@@ -84,7 +84,7 @@ async def _send(own: instance.Instance, recipient: str, number: int, mode: str) 
     token = sign_delivery(DeliveryToken(1, number, 0), b"a key for tests")
     journal = Journal(own.folders.journal, log.parse, log.continues)
     position = journal.end()
-    granted = permit.grant(own.folders.permits, number, seconds=60)
+    granted = permit.grant(own.folders.permits, number, seconds=600)
     try:
         if mode == "burst":
             await _through_queue(own, granted.name, recipient, token)
@@ -100,7 +100,7 @@ async def _send(own: instance.Instance, recipient: str, number: int, mode: str) 
 
 def _offer(own: instance.Instance, greeting: str, recipient: str, token: str) -> None:
     try:
-        with smtplib.SMTP(own.address, own.port, local_hostname=greeting, timeout=60) as client:
+        with smtplib.SMTP(own.address, own.port, local_hostname=greeting, timeout=120) as client:
             client.sendmail(f"b+{token}@bounces.example.test", [recipient], b"Subject: x\r\n\r\nHello.\r\n")
     except smtplib.SMTPException:
         pass
@@ -110,7 +110,7 @@ async def _through_queue(own: instance.Instance, name: str, recipient: str, toke
     folder = own.folders.gates / "other"
     folder.mkdir(exist_ok=True)
     pacer = Pacer(own.folders.pacers, "other", per_second=100, connections=1)
-    gate = Gate(folder, name, [token], pacer, time.monotonic() + 60)
+    gate = Gate(folder, name, [token], pacer, time.monotonic() + 600)
     await gate.open()
     await asyncio.to_thread(_offer, own, f"{name}.other", recipient, token)
     while list(own.spool.glob("other/input/*-D")):

@@ -27,11 +27,11 @@ from tests.parts import clock
 from tests.parts.clock import HostClock
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(180), pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(400), pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
 # Of so many recipients a quarter is at each provider.
 RECIPIENTS = 160
 # Limits of the server whose clock is off, and of the other one.
-PER_SECOND, YAHOO_PER_HOUR = 4.0, 6
+PER_SECOND, YAHOO_PER_HOUR = 3.0, 6
 OTHER_PER_SECOND, OTHER_YAHOO_PER_SECOND = 0.5, 4.0
 # Beside the turn that it has, a message may wait for a late reply to the one before on its connection.
 LONGEST_REPLY_SECONDS = 1.0
@@ -59,6 +59,12 @@ def _clean() -> Iterator[None]:
     """Begins before the servers, and so ends after them."""
     yield
     clock.clean()
+
+
+def clock_errors_of(world: World) -> dict[str, str]:
+    """What the last beats told of the servers' clocks."""
+    with reading(world.engine) as connection:
+        return {server.key: server.clock_error for server in servers.all_servers(connection)}
 
 
 def times_of(world: World, key: str, words: str) -> list[float]:
@@ -106,16 +112,19 @@ def test_a_clock_that_is_off_and_is_set_loses_repeats_and_exceeds_nothing(
     host.set(-ahead)
     killed.kill()
     wait_for(lambda: not open_claims_of(world, "run-2"), what="settlement by a server whose clock was set since")
+    before = arrived()
     world.release(Kind.PROVIDER, "google")
     last = SessionProcess(world, "s2", "run-3", clock=host)
-    before = arrived()
     wait_for(lambda: arrived() > before + 15 and open_claims_of(world, "run-3"), what="sending")
     before = arrived()
     host.set(ahead)
-    wait_for(lambda: not set(world.states()) - {State.DELIVERED, State.UNKNOWN}, seconds=90, what=lambda: f"the end: {world.states()}")
+    wait_for(lambda: not set(world.states()) - {State.DELIVERED, State.UNKNOWN}, what=lambda: f"the end: {world.states()}")
     end = time.time()
     for session in (of_right, last):
         session.wait()
+    # To within half of a round trip, which on a busy machine may be long: one of the beats is quick.
+    clock_errors = {"s1": "", "s2": f"the clock of s2 is 300 s {'ahead of' if ahead > 0 else 'behind'} the database's"}
+    wait_for(lambda: clock_errors_of(world) == clock_errors, what=lambda: f"a beat that tells the clock: {clock_errors_of(world)}")
 
     assert arrived() > before + 5
     states = check_promise(world, RECIPIENTS)
@@ -141,12 +150,9 @@ def test_a_clock_that_is_off_and_is_set_loses_repeats_and_exceeds_nothing(
         of_hours = (ProviderUsage.server_id == wrong.id, ProviderUsage.provider == "yahoo", ProviderUsage.window_seconds == 3600)
         hours = connection.execute(sa.select(ProviderUsage.used).where(*of_hours)).scalars().all()
         minutes = set(connection.execute(sa.select(CampaignMinute.minute).where(CampaignMinute.state == int(State.DELIVERED))).scalars())
-        fleet = {server.key: server for server in servers.all_servers(connection)}
     assert 0 < max(hours) <= YAHOO_PER_HOUR
     assert 0 < len(by_domain["yahoo.test"]) <= sum(hours)
     # What leaves the host is dated by the database.
     assert set(range(int(begin) // 60, int(end) // 60 + 1)) >= minutes
     dates = [email.utils.parsedate_to_datetime(email.message_from_bytes(message.data())["Date"]).timestamp() for message in kept.values()]
     assert begin - 2 <= min(dates) <= max(dates) <= end + 2
-    assert fleet["s2"].clock_error == f"the clock of s2 is 300 s {'ahead of' if ahead > 0 else 'behind'} the database's"
-    assert fleet["s1"].clock_error == ""

@@ -65,7 +65,7 @@ def signed(sources: list[Source]) -> dict[str, Message]:
 
 async def offer(exim: RunningExim, greeting: str, messages: list[Message]) -> list[Ending]:
     """All over one connection, each envelope with the body before it."""
-    connection = Connection(exim.server.host, exim.server.port, 30)
+    connection = Connection(exim.server.host, exim.server.port, 120)
     await connection.open()
     await connection.greet(greeting)
     following = [*messages[1:], None]
@@ -78,7 +78,7 @@ async def through_queue(exim: RunningExim, name: str, messages: list[Message]) -
     folder = exim.folders.gates / "google"
     folder.mkdir(exist_ok=True)
     pacer = Pacer(exim.folders.pacers, "google", per_second=1000, connections=1)
-    gate = Gate(folder, name, [message.token for message in messages], pacer, time.monotonic() + 60)
+    gate = Gate(folder, name, [message.token for message in messages], pacer, time.monotonic() + 600)
     await gate.open()
     endings = await offer(exim, f"{name}.google", messages)
     while list((exim.folders.run / "spool").glob("google/input/*-D")):
@@ -106,7 +106,7 @@ def test_whatever_arrives_verifies_and_any_change_does_not(engine: sa.Engine, tm
     messages = signed([*drawn(32), *EDGES, *EDGES])
     whole = list(messages.values())
     queued = len(EDGES)
-    granted = permit.grant(exim.folders.permits, 1, seconds=60)
+    granted = permit.grant(exim.folders.permits, 1, seconds=600)
     try:
         endings = asyncio.run(offer(exim, granted.name, whole[:-queued])) + asyncio.run(through_queue(exim, granted.name, whole[-queued:]))
     finally:

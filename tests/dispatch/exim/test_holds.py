@@ -14,7 +14,7 @@ from tests.dispatch.test_holds import (
 )
 from tests.dispatch.world import Servers
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(240), pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
 
 
 @pytest.fixture(params=["exim", "burst"])

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from mail_pipelines.benchmarks.silence import silent_port
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import Contact, Delivery, DeliveryEvent, DomainHealth, State
 from mail_pipelines.dispatch.servers import ServerInfo
 from tests.dispatch.test_session import session
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.server
 
 @pytest.mark.parametrize("kind", ["exim", "burst"])
 def test_no_connection_costs_no_attempt(engine: sa.Engine, tmp_path: Path, kind: str, running: Servers) -> None:
-    world = make_world(engine, tmp_path / "home", recipients=12, kind=kind, first_retry_seconds=3, linger_seconds=1)
+    world = make_world(engine, tmp_path / "home", recipients=12, kind=kind, first_retry_seconds=60, linger_seconds=1)
     server = world.server()
     exim = running.start(world, server, write_play(tmp_path / "play.toml"))
     exim.destinations.terminate()
-    exim.destinations.wait(20)
+    exim.destinations.wait(120)
     begin = time.time()
     session(world, server).run()
     assert world.states() == {State.DEFERRED: 12}
@@ -32,13 +32,13 @@ def test_no_connection_costs_no_attempt(engine: sa.Engine, tmp_path: Path, kind:
         rows = connection.execute(sa.select(Delivery.attempt, Delivery.reason, Delivery.code, Delivery.sort_key)).all()
         kinds = connection.execute(sa.select(DeliveryEvent.kind, sa.func.count()).group_by(DeliveryEvent.kind)).all()
     assert {(row.attempt, row.reason, row.code) for row in rows} == {(0, "no_connection", None)}
-    assert all(row.sort_key >= int(begin) + 3 for row in rows)
+    assert all(row.sort_key >= int(begin) + 60 for row in rows)
     assert kinds == [("unreachable", 12)]
-    # They come back by themselves, each with the Message-ID that nobody has seen yet.
+    # They come back when it is time, each with the Message-ID that nobody has seen yet.
     exim.destinations = exim.command("catcher", "destinations", "far-s1", "--port", str(exim.far), "--play", str(exim.play), port=exim.far)
-    while world.states() != {State.DELIVERED: 12}:
-        assert time.time() < begin + 60
-        session(world, server, f"run-{time.time_ns()}").run()
+    fall_due(engine)
+    session(world, server, "run-2").run()
+    assert world.states() == {State.DELIVERED: 12}
     assert world.copies() == dict.fromkeys(range(1, 13), 1)
     world.check_counters()
 
@@ -47,7 +47,7 @@ def fall_due(engine: sa.Engine) -> None:
     """Let the time come at which domains are tried again, and their rows with them."""
 
     def work(connection: sa.Connection) -> None:
-        connection.execute(sa.update(DomainHealth).values(dead_until=sa.func.utc_timestamp(6)))
+        connection.execute(sa.update(DomainHealth).values(dead_until=database_now(connection)))
         connection.execute(sa.update(Delivery).where(Delivery.state == int(State.DEFERRED)).values(sort_key=int(time.time())))
 
     transact(engine, work)
@@ -71,7 +71,7 @@ def test_a_silent_domain_is_met_once_asked_later_and_delivered_to_when_it_answer
         begin = time.monotonic()
         session(world, server).run()
         # 5 s for the one connection that waits, and not ten times that.
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 50
         assert world.states() == {State.DELIVERED: 280, State.DEFERRED: 40}
         assert times_tried(world, server, "silent.test") == 1
         with reading(engine) as connection:
@@ -100,7 +100,7 @@ def test_a_silent_domain_is_met_once_asked_later_and_delivered_to_when_it_answer
         session(world, server, "run-4").run()
     finally:
         late.terminate()
-        late.wait(20)
+        late.wait(120)
     assert world.states() == {State.DELIVERED: 320}
     assert world.copies() == dict.fromkeys(range(1, 321), 1)
     world.check_counters()
