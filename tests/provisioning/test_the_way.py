@@ -34,7 +34,7 @@ from mail_pipelines.sensors.capacity import capacity_sensor
 from tests.parts.knot import KEY, Knot
 from tests.parts.knot import running as knot_running
 from tests.provisioning import hoster
-from tests.provisioning.world import PLAYBOOK, REMOVAL, Hoster
+from tests.provisioning.world import ANSIBLE_CFG, PLAYBOOK, REMOVAL, Hoster
 
 ON_MARIADB = pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
 HOSTS = """
@@ -69,7 +69,7 @@ def settings(
     project.mkdir(parents=True)
     (project / "server.yml").write_text(PLAYBOOK)
     (project / "remove.yml").write_text(REMOVAL)
-    (project / "ansible.cfg").write_text("[defaults]\ninterpreter_python = /usr/bin/python3\n[ssh_connection]\npipelining = True\n")
+    (project / "ansible.cfg").write_text(ANSIBLE_CFG)
     monkeypatch.setattr(config, "project_folder", lambda: tmp_path / "checkout")
     given = {
         "DATABASE__URL": database_url,

@@ -50,6 +50,8 @@ PLAYBOOK = """
     - name: Ready
       ansible.builtin.copy: {content: "{{ servers[0].hostname }} {{ servers[0].address }}", dest: "{{ place }}/{{ servers[0].name }}/ready", mode: "0600"}
 """
+# Hosts of a busy machine may take long to answer.
+ANSIBLE_CFG = "[defaults]\ninterpreter_python = /usr/bin/python3\ntimeout = 120\n[ssh_connection]\npipelining = True\n"
 REMOVAL = """
 - hosts: servers
   gather_facts: false
@@ -233,7 +235,7 @@ class World:
         project.mkdir(exist_ok=True)
         (project / "server.yml").write_text(PLAYBOOK)
         (project / "remove.yml").write_text(REMOVAL)
-        (project / "ansible.cfg").write_text("[defaults]\ninterpreter_python = /usr/bin/python3\n[ssh_connection]\npipelining = True\n")
+        (project / "ansible.cfg").write_text(ANSIBLE_CFG)
         self.players(exim=Ansible(self.settings, project, {"place": str(self.place)}))
 
     def request(self, why: str = "for a test") -> str:
