@@ -16,7 +16,7 @@ import pymysql
 from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.errors import MailPipelinesError
 
-_START_SECONDS = 60
+_START_SECONDS = 180
 _STOP_SECONDS = 30
 _numbers = itertools.count(1)
 

@@ -23,7 +23,7 @@ MANAGER = "centre-accounts"
 _PASSWORD = "for tests"
 # Not the script that Debian puts on the path: that one wants to be root or rabbitmq.
 _SERVER = "/usr/lib/rabbitmq/bin/rabbitmq-server"
-_START_SECONDS = 90
+_START_SECONDS = 180
 _STOP_SECONDS = 15
 
 

@@ -26,8 +26,8 @@ def check_broker(settings: config.Settings) -> Iterator[Finding]:
         app.conf.result_backend_always_retry = False
         if given.signing_key and orders.verify_key_of(given.signing_key) != given.verify_key:
             yield Finding("broker", "broker.verify_key is not that of broker.signing_key: every order is refused", "restore both from the backup of the centre")
-        with app.connection_for_read() as connection:
-            connection.ensure_connection(max_retries=1, timeout=5)
+        with app.connection_for_read(connect_timeout=waiting.STORAGE_SECONDS) as connection:
+            connection.ensure_connection(max_retries=1, timeout=waiting.STORAGE_SECONDS)
     except config.ConfigError as error:
         yield Finding("broker", str(error), "set them on every host, each server with its own account")
         return

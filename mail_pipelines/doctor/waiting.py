@@ -18,7 +18,7 @@ from mail_pipelines.doctor.finding import Finding
 
 # A database that takes connections may never answer. No question of ours takes it long.
 ANSWER_SECONDS = 10.0
-# Dagster and Celery connect to theirs themselves, several times, and wait without an end.
+# Dagster and Celery connect to theirs themselves, several times, and wait without an end. A broker on a busy host is no quicker.
 STORAGE_SECONDS = 30.0
 HANGS = "look at its database and the host of that (full disk? no memory?)"
 

@@ -52,14 +52,16 @@ def sweep() -> None:
 
 
 def _is_locked(path: Path) -> bool:
+    # Just made, and locked in a moment; or parts that a worker has made again after the end.
+    if time.time() - path.parent.stat().st_mtime < 60:
+        return True
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except FileNotFoundError:
-        # Just made, or parts that a worker has made again after the end.
-        return time.time() - path.parent.stat().st_mtime < 60
+        pass
     return False
 
 
@@ -80,7 +82,7 @@ def end_children() -> None:
 
 class Play:
     def __init__(self, given: dict[str, Any], work: Path) -> None:
-        self.given, self.work, self.parent, self.cancelled = given, work, os.getppid(), False
+        self.given, self.work, self.cancelled = given, work, False
 
     def run(self) -> None:
         import ansible_runner
@@ -117,7 +119,7 @@ class Play:
         self.cancelled = True
 
     def _is_over(self) -> bool:
-        return self.cancelled or os.getppid() != self.parent
+        return self.cancelled or os.getppid() != self.given["caller"]
 
     def _heard(self, event: dict[str, Any]) -> bool:
         data = event.get("event_data", {})

@@ -101,6 +101,8 @@ class Ansible:
 
     def _run(self, playbook: str, target: Target, secrets: Secrets, say: Say, keep: Callable[[str], object]) -> Played:
         given = {
+            # With whom it ends, also if that has ended before it looks.
+            "caller": os.getpid(),
             "project": str(self.project),
             "playbook": playbook,
             "inventory": inventory(target, self.settings, self.variables),

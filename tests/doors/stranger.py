@@ -20,8 +20,8 @@ from typing import Any
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 from websockets.sync.client import connect
 
-SECONDS = 20.0
-PATIENCE = 120.0
+SECONDS = 120.0
+PATIENCE = 240.0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from tests.parts.hosts import Host, two_hosts
 from tests.parts.processes import wait_for
 from tests.production.test_units import INSTALLED
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("centre")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("centre")]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKSPACE, RUNTIME = "infra/dagster/production/workspace.yaml", "/run/mail-pipelines-code"
@@ -100,7 +100,7 @@ class Centre:
 
     def wait_for_ports(self, *ports: int) -> None:
         pid = str(self.processes._children[-1].process.pid)
-        wait_for(lambda: set(ports) <= {listener.port for listener in doors.listening(pid)}, seconds=120, what=f"ports {ports}")
+        wait_for(lambda: set(ports) <= {listener.port for listener in doors.listening(pid)}, what=f"ports {ports}")
 
     def start(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
         return self.processes.start(name, [*self.host.run, *words], env=self.environ, log=self.folder / f"{name}.log")
@@ -243,7 +243,7 @@ def test_a_viewers_login_is_no_operators(centre: Centre) -> None:
 def test_a_killed_code_server_that_is_started_again_is_found_by_daemon_and_web_servers(centre: Centre) -> None:
     """As systemd starts it again. The button in the UI then loads its definitions anew."""
     daemon = centre.start("daemon", command_of("daemon", centre.folder))
-    wait_for(lambda: centre.newest_tick() > 0, seconds=120, what="a sensor")
+    wait_for(lambda: centre.newest_tick() > 0, what="a sensor")
     (code,) = (child.process for child in centre.processes._children if child.name == "code")
     code.kill()
     code.wait()
@@ -251,11 +251,11 @@ def test_a_killed_code_server_that_is_started_again_is_found_by_daemon_and_web_s
     again = time.time()
     centre.start("code", command_of("code", centre.folder))
     for area in AREAS:
-        wait_for(lambda area=area: centre.plans(area), seconds=120, what=area)  # type: ignore[misc]
-    wait_for(lambda: centre.newest_tick() > again, seconds=120, what="a sensor")
+        wait_for(lambda area=area: centre.plans(area), what=area)  # type: ignore[misc]
+    wait_for(lambda: centre.newest_tick() > again, what="a sensor")
     assert daemon.poll() is None
     daemon.terminate()
-    daemon.wait(30)
+    daemon.wait(120)
     reloaded = centre.graphql("dagster", RELOAD)["reloadRepositoryLocation"]
     assert reloaded == {"loadStatus": "LOADED", "locationOrLoadError": {"__typename": "RepositoryLocation"}}
     assert centre.plans("dagster")

@@ -84,7 +84,7 @@ for place in /run/netns/$1*; do
   ip netns pids "${place##*/}" | xargs --no-run-if-empty kill -s KILL
   ip netns delete "${place##*/}"
 done
-for try in $(seq 100); do
+for try in $(seq 1200); do
   unshare --mount sh -c "$LEAVE" leave "$1*" && exit
   sleep 0.1
 done

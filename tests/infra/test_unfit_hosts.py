@@ -21,7 +21,7 @@ from tests.infra.fleet import HOME, Fleet, bare, hosts_file, left_on, put
 from tests.infra.installing import AS_UNIT
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("machines")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(3600), pytest.mark.xdist_group("machines")]
 
 # What is wrong with a host, and why its server fails.
 REASONS = {
@@ -48,6 +48,9 @@ def say(line):
 with ThreadPoolExecutor(count) as threads:
     list(threads.map(lambda key: making.advance(parts, key, say), keys))
 """
+# Packages are not installed before somebody says so; it is told that they are next.
+STANDS = 'DPkg::Pre-Invoke {"touch /run/stands; while [ ! -e /run/goes-on ]; do sleep 0.1; done";};'
+STANDS_IN = "/etc/apt/apt.conf.d/99stands"
 # The player that plays on a host, by the lock of its folder.
 PLAYER = r"""
 folder=$(grep -lF "\"$1\"" /dev/shm/mail-pipelines-play-*/inventory/hosts.json) && folder=${folder%/inventory/*}
@@ -67,15 +70,17 @@ def test_each_failure_ends_with_its_reason_and_nothing_is_left(fleet: Fleet, tre
             "killed": fleet.rack["rack1"],
         }
         on["lacking"].run("sh", "-c", "rm /var/cache/apt/archives/exim4-daemon-light_*")
+        on["killed"].run("sh", "-c", f"cat >{STANDS_IN}", text=STANDS)
         addresses = {name: one.host.address for name, one in on.items()}
         put(installed, f"{HOME}/hosts.toml", hosts_file(installed, addresses.values()))
         last = fleet.value("SELECT COALESCE(MAX(id), 0) FROM provisions")
         with ThreadPoolExecutor(1) as thread:
             making = thread.submit(centre.run, "sh", "-c", AS_UNIT, "sh", MAKE)
-            wait_for(lambda: making.done() or on["killed"].run("pgrep", "-x", "dpkg|apt-get", check=False).stdout, seconds=180, what=fleet.log)
+            wait_for(lambda: making.done() or on["killed"].run("ls", "/run/stands", check=False).stdout, seconds=300, what=fleet.log)
             killed = centre.run("sh", "-c", PLAYER, "sh", addresses["killed"]).stdout.split()
             assert killed, making.result()
             centre.run("kill", "-KILL", *killed)
+            on["killed"].run("sh", "-c", f"rm {STANDS_IN} && touch /run/goes-on")
             making.result()
         rows = fleet.sql("SELECT host_id, state, step, ended_at IS NOT NULL, reason FROM provisions WHERE id > %s", last)
         ended = {identity.removesuffix(":22"): row for identity, *row in rows}
@@ -86,7 +91,7 @@ def test_each_failure_ends_with_its_reason_and_nothing_is_left(fleet: Fleet, tre
         reasons = {name: ended[address][3] for name, address in addresses.items()}
         for name, words in REASONS.items():
             assert re.search(words, reasons[name]), reasons
-        wait_for(lambda: not centre.run("pgrep", "--list-full", "-f", "ansible|player.py|ssh ", check=False).stdout, seconds=60, what="the end of all plays")
+        wait_for(lambda: not centre.run("pgrep", "--list-full", "-f", "ansible|player.py|ssh ", check=False).stdout, what="the end of all plays")
         for name, one in on.items():
             assert (name, left_on(one)) == (name, "")
         # Nobody has an account of a server that is not there.

@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], T], *, seconds: float = 120, what: str | Callable[[], str] = "condition") -> T:
-    """Poll until `condition` returns something true, and return that; fail with the last value otherwise, and what was waited for (asked then)."""
+    """Poll until `condition` returns something true, and return that; fail with the last value otherwise, and what was waited for (asked then).
+
+    `seconds` is no promise of anybody: whatever is waited for may stand still for a while on a busy machine, and a wait ends with it.
+    """
     begin = time.monotonic()
     end = begin + seconds
     while True:

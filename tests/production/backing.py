@@ -15,6 +15,7 @@ from mail_pipelines.benchmarks.rabbitmq import RabbitMQ
 from mail_pipelines.dispatch import accounts
 from mail_pipelines.resources import server_storage
 from mail_pipelines.resources.broker_accounts import rights
+from tests.parts.processes import free_port
 from tests.production.fleet import SERVERS, dagster_yaml
 
 _ACCOUNT = "dagster"
@@ -53,7 +54,8 @@ def filesystem(folder: Path, stack: ExitStack) -> Backing:
 def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
     """As in production."""
     dagster_yaml(folder / "home", embedded=False)
-    database = MariaDB(folder / "mariadb", options=("--max-connections=400",))
+    # Both are killed and started again, at the same ports.
+    database = MariaDB(folder / "mariadb", free_port(), options=("--max-connections=400",))
     database.folder.mkdir()
     database.start()
     stack.callback(database.stop)
@@ -61,7 +63,8 @@ def rabbitmq(folder: Path, stack: ExitStack) -> Backing:
         cursor.execute("CREATE DATABASE dagster CHARACTER SET utf8mb4")
         cursor.execute("CREATE USER %s@'127.0.0.1' IDENTIFIED BY %s", (_ACCOUNT, _PASSWORD))
         cursor.execute("GRANT ALL ON dagster.* TO %s@'127.0.0.1'", (_ACCOUNT,))
-    broker = RabbitMQ(folder, {name: rights(name) for name in SERVERS}, management=True)
+    ports = {name: free_port() for name in ("port", "management_port", "_mapper_port")}
+    broker = RabbitMQ(folder, {name: rights(name) for name in SERVERS}, management=True, **ports)
     stack.callback(broker.stop)
     broker.start()
     results = database.database()

@@ -31,8 +31,13 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         os.environ.update(backing.environ)
         os.environ["MAIL_PIPELINES_SENDING__ALLOW_UNVERIFIED"] = "true"
         platform = make(folder / "home", processes, production=True, contacts=CONTACTS)
-        # As often as in production: the freeze of a campaign brings them up to date, and nothing else here reads them.
-        platform.environ = {**platform.environ, "MAIL_PIPELINES_OPERATION__SNAPSHOT_CRON": OperationSettings().snapshot_cron}
+        different = {
+            # As often as in production: the freeze of a campaign brings them up to date, and nothing else here reads them.
+            "MAIL_PIPELINES_OPERATION__SNAPSHOT_CRON": OperationSettings().snapshot_cron,
+            # Runs of a silent server are given up: a busy machine makes none silent.
+            "MAIL_PIPELINES_SERVER__HEARTBEAT_SECONDS": "20",
+        }
+        platform.environ = {**platform.environ, **different}
         os.environ.update({name: value for name, value in platform.environ.items() if name.startswith(("MAIL_PIPELINES_", "DAGSTER_"))})
         instance = stack.enter_context(dg.DagsterInstance.from_config(str(platform.settings.dagster_home)))
         whole = backing.database is not None

@@ -72,13 +72,17 @@ class Fleet:
 
     def wait_for_worker(self, name: str, times: int = 1) -> None:
         """Until it has begun to work for so many times."""
-        wait_for(lambda: self.log(name).read_text().count(" ready.") >= times, seconds=90, what=f"the {name}")
+        wait_for(lambda: self.log(name).read_text().count(" ready.") >= times, what=f"the {name}")
 
     def restart_worker(self, server: str | None) -> None:
         """As an update of its host does: its sessions end in order, and another process comes."""
         name = f"worker of {server or 'the centre'}"
+        self.end(name)
+        self.start_worker_again(name, server)
+
+    def start_worker_again(self, name: str, server: str | None) -> None:
+        """Once more, and wait until it works."""
         times = self.log(name).read_text().count(" ready.")
-        self.end(name, seconds=90)
         self.start_worker(name, server)
         self.wait_for_worker(name, times + 1)
 
@@ -88,11 +92,11 @@ class Fleet:
     def child(self, name: str) -> Child:
         return next(child for child in self.processes._children if child.name == name)
 
-    def end(self, name: str, number: int = signal.SIGTERM, seconds: float = 30) -> None:
+    def end(self, name: str, number: int = signal.SIGTERM) -> None:
         """End a process by its id and wait for it."""
         child = self.child(name)
         child.process.send_signal(number)
-        child.process.wait(seconds)
+        child.process.wait(120)
         self.processes._children.remove(child)
 
     def restart_dagster(self) -> None:
@@ -119,7 +123,6 @@ class Fleet:
         said = "end of {} ({}):\n{}"
         wait_for(
             lambda: not working(),
-            seconds=90,
             what=lambda: "\n".join(said.format(run_id, self.status(run_id), self.messages(run_id)) for run_id in working()),
         )
 
@@ -151,8 +154,8 @@ class Fleet:
         assert run is not None
         return run.status
 
-    def wait_for_status(self, run_id: str, status: dg.DagsterRunStatus, seconds: float = 60) -> dg.DagsterRun:
-        wait_for(lambda: self.status(run_id) is status, seconds=seconds, what=lambda: f"{status} of {run_id}, which is {self.status(run_id)}")
+    def wait_for_status(self, run_id: str, status: dg.DagsterRunStatus) -> dg.DagsterRun:
+        wait_for(lambda: self.status(run_id) is status, what=lambda: f"{status} of {run_id}, which is {self.status(run_id)}")
         run = self.instance.get_run_by_id(run_id)
         assert run is not None
         return run
@@ -164,7 +167,7 @@ class Fleet:
 
     def sending(self, campaign: str) -> dg.DagsterRun:
         """A run that is sending the campaign at this moment, with messages under way."""
-        run = wait_for(lambda: next(self._sending(campaign), None), seconds=90, what=f"a session that sends {campaign}")
+        run = wait_for(lambda: next(self._sending(campaign), None), what=f"a session that sends {campaign}")
         before = len(self.platform.copies(campaign))
         wait_for(lambda: len(self.platform.copies(campaign)) > before + 10, what="messages under way")
         return run
@@ -213,9 +216,9 @@ class Fleet:
         with reading(self.platform.engine) as connection:
             return connection.execute(sa.select(sa.func.count()).where(Claim.run_id == run_id, Claim.state != "closed")).scalar_one()
 
-    def holds_promise(self, campaign: str, *, seconds: float = 200, unknown: int = 0) -> None:
+    def holds_promise(self, campaign: str, *, unknown: int = 0) -> None:
         """Promise 1 at the far end: every recipient accounted for, and nobody has two copies."""
-        totals = wait_for(lambda: self._over(campaign), seconds=seconds, what=f"campaign {campaign}")
+        totals = wait_for(lambda: self._over(campaign), seconds=300, what=f"campaign {campaign}")
         copies = self.platform.copies(campaign)
         assert set(copies.values()) == {1}
         assert totals.delivered <= len(copies) <= totals.delivered + totals.unknown

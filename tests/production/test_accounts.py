@@ -32,7 +32,7 @@ from tests.production.fleet import SERVERS, Fleet
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.xdist_group("centre"),
     # A broker of files knows no accounts.
     pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),

@@ -16,18 +16,17 @@ import pytest
 from kombu import Connection
 
 from mail_pipelines import config
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.benchmarks.rabbitmq import MANAGER, VHOST, RabbitMQ
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.doctor.broker import check_broker
 from mail_pipelines.home import checkout
 from mail_pipelines.resources.broker_accounts import BrokerAccountError, BrokerAccounts
-from tests.parts.processes import wait_for
+from tests.parts.processes import free_port, wait_for
 from tests.production.fleet import SERVERS, Fleet
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.xdist_group("centre"),
     # A broker of files knows no accounts.
     pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),

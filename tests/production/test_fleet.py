@@ -16,7 +16,7 @@ from mail_pipelines.resources.queues import QUEUE_TAG
 from tests.parts.processes import wait_for
 from tests.production.fleet import FINISHED, SERVERS, Fleet
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300), pytest.mark.xdist_group("centre")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900), pytest.mark.xdist_group("centre")]
 
 Status = dg.DagsterRunStatus
 
@@ -30,19 +30,19 @@ WHOLE = pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True)
 
 @pytest.fixture
 def campaign(fleet: Fleet) -> str:
-    """One campaign for all that strikes, sent slowly enough to be under way when they do."""
-    fleet.begin(CAMPAIGN, 20.0)
+    """One campaign for all that strikes, sent so slowly that on a busy machine as well it is under way when they do."""
+    fleet.begin(CAMPAIGN, 1.0)
     return CAMPAIGN
 
 
-def order_for(fleet: Fleet, run_id: str, queue: str, *, signing_key: str | None = None, seconds: float = 60) -> tuple[str, str]:
+def order_for(fleet: Fleet, run_id: str, queue: str, *, signing_key: str | None = None, seconds: float = 600) -> tuple[str, str]:
     key = signing_key or fleet.platform.settings.broker.signing_key
     assert key
     return orders.sign(orders.Order(run_id, queue, time.time() + seconds), key)
 
 
 def test_workers_of_both_servers_send_at_once(fleet: Fleet, campaign: str) -> None:
-    wait_for(lambda: fleet.busy() == set(SERVERS), seconds=120, what="both servers at work")
+    wait_for(lambda: fleet.busy() == set(SERVERS), what="both servers at work")
     assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.send_runs(campaign)} == set(SERVERS)
     assert {record.dagster_run.tags[QUEUE_TAG] for record in fleet.runs("build_audience")} == {"centre"}
 
@@ -73,7 +73,7 @@ def test_a_worker_that_is_stopped_ends_its_sessions_early_and_in_order(fleet: Fl
     assert fleet.open_claims(run.run_id) == 0
     assert fleet.rows_of_run(run.run_id) == {}
     assert "asked to end" in fleet.messages(run.run_id)
-    fleet.start_worker(name, run.tags[QUEUE_TAG])
+    fleet.start_worker_again(name, run.tags[QUEUE_TAG])
 
 
 @WHOLE
@@ -83,7 +83,7 @@ def test_a_send_run_without_a_queue_goes_to_a_server(fleet: Fleet, campaign: str
     run_id = fleet.launch("send_campaign", **tags)
     # Past the point where it knows its server, on which it may not write tags.
     begun = f"sending shard 00 of {campaign} through"
-    wait_for(lambda: begun in fleet.messages(run_id) or fleet.status(run_id) in FINISHED, seconds=60, what="the run's begin")
+    wait_for(lambda: begun in fleet.messages(run_id) or fleet.status(run_id) in FINISHED, what="the run's begin")
     assert begun in fleet.messages(run_id), fleet.messages(run_id)
     run = fleet.instance.get_run_by_id(run_id)
     assert run is not None
@@ -97,8 +97,14 @@ def test_runs_are_found_by_campaign_server_and_attempt(fleet: Fleet, campaign: s
     for server in SERVERS:
         first = fleet.runs("send_campaign", **{run_tags.CAMPAIGN: campaign, run_tags.SERVER: server, run_tags.ATTEMPT: "1"})
         assert [record.dagster_run.tags[QUEUE_TAG] for record in first] == [server]
-    every = fleet.runs("send_campaign", **{run_tags.CAMPAIGN: campaign})
-    assert {record.dagster_run.run_id for record in every} == {record.dagster_run.run_id for record in fleet.send_runs(campaign)}
+
+    def identities(records: list[dg.RunRecord]) -> set[str]:
+        return {record.dagster_run.run_id for record in records}
+
+    # While others may begin.
+    before = identities(fleet.send_runs(campaign))
+    every = identities(fleet.runs("send_campaign", **{run_tags.CAMPAIGN: campaign}))
+    assert before <= every <= identities(fleet.send_runs(campaign))
     assert fleet.runs("build_audience", **{run_tags.CAMPAIGN: campaign})
 
 
@@ -152,11 +158,10 @@ def test_what_the_centre_did_not_sign_is_refused_by_the_centre(fleet: Fleet) -> 
 def test_an_order_that_comes_twice_is_followed_once(fleet: Fleet) -> None:
     run_id = waiting_run(fleet)
     order = order_for(fleet, run_id, "centre")
-    for _ in range(3):
-        fleet.app.send_task(tasks.EXECUTE_RUN, order, queue="centre")
+    sent = [fleet.app.send_task(tasks.EXECUTE_RUN, order, queue="centre") for _ in range(3)]
     fleet.wait_for_status(run_id, Status.SUCCESS)
-    last = fleet.app.send_task(tasks.EXECUTE_RUN, order, queue="centre")
-    assert last.get(30) == tasks.IGNORED
+    sent.append(fleet.app.send_task(tasks.EXECUTE_RUN, order, queue="centre"))
+    assert sorted(result.get(120) for result in sent) == [tasks.IGNORED] * 3 + [0]
     assert fleet.messages(run_id).count("Started process for run") == 1
     assert fleet.status(run_id) is Status.SUCCESS
 
@@ -174,7 +179,7 @@ def test_one_worker_for_two_servers_speaks_for_each_by_its_own_account(fleet: Fl
     fleet.start_worker(name, ",".join(SERVERS), "--control")
     audits = {server: fleet.launch("audit_delivery_logs", **{"dagster/partition": server}) for server in SERVERS}
     for server, run_id in audits.items():
-        assert fleet.wait_for_status(run_id, Status.SUCCESS, 90).tags[QUEUE_TAG] == f"{server}-ctl"
+        assert fleet.wait_for_status(run_id, Status.SUCCESS).tags[QUEUE_TAG] == f"{server}-ctl"
     fleet.end(name)
     shutil.rmtree(own)
 

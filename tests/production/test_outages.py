@@ -15,7 +15,7 @@ HELD = "google"
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
     pytest.mark.xdist_group("centre"),
     pytest.mark.parametrize("fleet", ["rabbitmq"], indirect=True),
 ]
@@ -26,6 +26,7 @@ def test_killed_surroundings_neither_lose_nor_repeat_nor_release_a_hold(fleet: F
     fleet.platform.limit(1.0)
     fleet.platform.schedule("outages")
     fleet.sending("outages")
+    wait_for(lambda: arrived(fleet), what="a message of those that will be held")
     fleet.platform.command("mail-pipelines", "hold", "--provider", HELD, "--reason", "complaints")
     wait_for(lambda: not open_claims(fleet), what="the end of what was on its way")
     before, recipients = arrived(fleet), held_recipients(fleet)

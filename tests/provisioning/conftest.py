@@ -7,11 +7,18 @@ from collections.abc import Iterator
 import pytest
 
 from mail_pipelines.config import DnsSettings
+from mail_pipelines.provisioning import host_checks
 from tests.dispatch.world import Servers
 from tests.parts.dns import Zone, serving
 from tests.provisioning.world import hosters, key_file, world
 
 __all__ = ["dns", "hosters", "key_file", "running", "world", "zone"]
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mail server of these tests is silent for good."""
+    monkeypatch.setattr(host_checks, "SECONDS", 120.0)
 
 
 @pytest.fixture
@@ -22,7 +29,8 @@ def zone() -> Iterator[Zone]:
 
 @pytest.fixture
 def dns(zone: Zone) -> DnsSettings:
-    return DnsSettings(servers=[zone.address], timeout_seconds=1)
+    """So patient that only a name that is to get no answer gets none."""
+    return DnsSettings(servers=[zone.address], timeout_seconds=60)
 
 
 @pytest.fixture

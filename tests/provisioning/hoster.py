@@ -42,19 +42,33 @@ def create(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     (host / "host_key").write_text(asked["host_key"])
     (host / "host_key").chmod(0o600)
     (host / "authorized_keys").write_text(asked["public_key"] + "\n")
+    # Where Debian's unit makes it.
+    Path("/run/sshd").mkdir(exist_ok=True)
+    # Somebody else may be quicker to take a free port.
+    while not _serves(host):
+        pass
+    return found(host)
+
+
+def _serves(host: Path) -> bool:
+    """Start its SSH server on a free port; whether it has got that."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     (host / "port").write_text(str(port))
     (host / "sshd_config").write_text(CONFIG.format(port=port, folder=host))
-    # Where Debian's unit makes it.
-    Path("/run/sshd").mkdir(exist_ok=True)
     with (host / "log").open("w") as log:
-        subprocess.Popen(
-            ["/usr/sbin/sshd", "-D", "-e", "-f", str(host / "sshd_config")], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    while not (host / "pid").exists():
+        words = ["/usr/sbin/sshd", "-D", "-e", "-f", str(host / "sshd_config")]
+        server = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    while not _is_written(host / "pid"):
+        if server.poll() is not None:
+            assert "Address already in use" in (host / "log").read_text(), (host / "log").read_text()
+            return False
         time.sleep(0.02)
-    return found(host)
+    return True
+
+
+def _is_written(place: Path) -> bool:
+    return place.exists() and place.read_text().endswith("\n")
 
 
 def found(host: Path) -> dict[str, Any]:
@@ -63,7 +77,7 @@ def found(host: Path) -> dict[str, Any]:
 
 def delete(host: Path) -> None:
     """SSH servers of connections that are open end with it: they are of its session."""
-    if (host / "pid").exists():
+    if _is_written(host / "pid"):
         pid = int((host / "pid").read_text())
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
@@ -84,7 +98,7 @@ def main() -> None:
     if verb == "create":
         answer: object = create(folder, asked)
     elif verb == "find":
-        answer = found(host) if (host / "pid").exists() else None
+        answer = found(host) if _is_written(host / "pid") else None
     else:
         delete(host)
         answer = None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.database.engine import DatabaseUnreachable, create_engine, database_now, reading, transact
+from mail_pipelines.database.engine import DatabaseUnreachable, create_engine, reading, transact
 from mail_pipelines.database.models import Server
 from mail_pipelines.dispatch.accounts import Account
-from mail_pipelines.provisioning import budget, store
+from mail_pipelines.provisioning import budget, reserving, steps, store
 from mail_pipelines.provisioning.credentials import Accounts, folder
 from mail_pipelines.provisioning.states import State
 from tests.provisioning.world import World
@@ -67,11 +68,13 @@ def test_its_account_works_while_it_serves_and_ends_with_it(world: World, given:
         connection.exec_driver_sql("SELECT 1")
 
 
-def test_two_that_are_made_at_once_do_not_spend_the_same_money(world: World) -> None:
+def test_two_that_are_made_at_once_do_not_spend_the_same_money(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     north, _ = world.hosters
     world.use(north.source(cost_per_hour=1.0))
-    with reading(world.engine) as connection:
-        now = database_now(connection)
+    # The money of what is left of a month is little at its end, and that of another one after it.
+    now = dt.datetime.now(dt.UTC).replace(day=15)
+    for module in (reserving, steps):
+        monkeypatch.setattr(module, "database_now", lambda connection: now)
     # Enough for one of them until the end of the month, and not for two.
     world.set(budget=budget.cost_of_one_more(1.0, now) * 1.5, at_once=2)
     keys = [world.request(), world.request()]

@@ -144,7 +144,7 @@ def test_a_command_whose_caller_was_killed_is_waited_for_and_its_host_taken(worl
     assert again.is_alive()
     assert north.created == []
     (north.folder / "slow").unlink()
-    again.join(30)
+    again.join(120)
     assert ended == [State.ACTIVE]
     assert north.created == [key]
 

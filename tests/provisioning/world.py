@@ -50,6 +50,8 @@ PLAYBOOK = """
     - name: Ready
       ansible.builtin.copy: {content: "{{ servers[0].hostname }} {{ servers[0].address }}", dest: "{{ place }}/{{ servers[0].name }}/ready", mode: "0600"}
 """
+# Hosts of a busy machine may take long to answer.
+ANSIBLE_CFG = "[defaults]\ninterpreter_python = /usr/bin/python3\ntimeout = 120\n[ssh_connection]\npipelining = True\n"
 REMOVAL = """
 - hosts: servers
   gather_facts: false
@@ -70,7 +72,7 @@ class Hoster:
 
     def source(self, **options: Any) -> Command:
         words = [sys.executable, hoster.__file__, str(self.folder)]
-        given = {"user": "root", "key_file": str(self.key_file), "cost_per_hour": self.cost_per_hour, "seconds": 30} | options
+        given = {"user": "root", "key_file": str(self.key_file), "cost_per_hour": self.cost_per_hour, "seconds": 120} | options
         return Command(self.name, words, **given)
 
     @property
@@ -125,7 +127,7 @@ class Ssh:
         self._run(target, f"rm -rf {self.place}/{target.name}")
 
     def _run(self, target: Target, words: str) -> None:
-        over_ssh.run(target.host, ["sh", "-c", words], seconds=30).check_returncode()
+        over_ssh.run(target.host, ["sh", "-c", words], seconds=120).check_returncode()
 
 
 @dataclass
@@ -233,7 +235,7 @@ class World:
         project.mkdir(exist_ok=True)
         (project / "server.yml").write_text(PLAYBOOK)
         (project / "remove.yml").write_text(REMOVAL)
-        (project / "ansible.cfg").write_text("[defaults]\ninterpreter_python = /usr/bin/python3\n[ssh_connection]\npipelining = True\n")
+        (project / "ansible.cfg").write_text(ANSIBLE_CFG)
         self.players(exim=Ansible(self.settings, project, {"place": str(self.place)}))
 
     def request(self, why: str = "for a test") -> str:
@@ -250,7 +252,7 @@ class World:
                 making.advance(replace(self.parts, engine=create_engine(database_url)), key, lambda _: None)
             finally:
                 os._exit(1)
-        wait_for(reached.exists, seconds=60, what=what)
+        wait_for(reached.exists, what=what)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
@@ -299,7 +301,7 @@ def one_of_old() -> Any:
 def world(engine: sa.Engine, tmp_path: Path, hosters: tuple[Hoster, Hoster]) -> Iterator[World]:
     (tmp_path / "home" / "secrets").mkdir(parents=True)
     settings = config.load()
-    given = {"domain": "example.com", "retry_seconds": 0, "attempts": 2, "boot_seconds": 5, "play_minutes": 1, "minimum_hours": 0}
+    given = {"domain": "example.com", "retry_seconds": 0, "attempts": 2, "minimum_hours": 0}
     sending = settings.sending.model_copy(update={"allow_unverified": False})
     settings = settings.model_copy(update={"provisioning": settings.provisioning.model_copy(update=given), "sending": sending})
     place = tmp_path / "place"

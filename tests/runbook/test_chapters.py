@@ -46,7 +46,7 @@ from tests.runbook.conftest import Daemon, wrong_with_servers
 from tests.runbook.document import chapters
 from tests.runbook.operator import Operator, started
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 ON_MARIADB = pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
 NOW = dt.datetime.now(dt.UTC)
@@ -90,7 +90,7 @@ def test_a_provider_that_blocked_a_server_takes_its_mail_again(opens: Opens, wor
     play.write_text(play.read_text() + ACCEPTS)
     catcher = running.start(world, server, play)
     run = SessionProcess(world, "s1", "blocked")
-    wait_for(lambda: any("has stopped sending" in problem for problem in wrong_with_servers()), seconds=90, what="the breaker")
+    wait_for(lambda: any("has stopped sending" in problem for problem in wrong_with_servers()), what="the breaker")
     run.wait()
 
     daemon.beat()
@@ -108,7 +108,7 @@ def test_a_provider_that_blocked_a_server_takes_its_mail_again(opens: Opens, wor
         SessionProcess(world, "s1", "trial").wait()
         return not wrong_with_servers()
 
-    wait_for(taken, seconds=90, what=lambda: f"the end of the block, instead of {wrong_with_servers()},")
+    wait_for(taken, seconds=300, what=lambda: f"the end of the block, instead of {wrong_with_servers()},")
     finish(world, catcher)
     daemon.beat()
     operator.types()
@@ -138,7 +138,7 @@ def test_a_listed_server_is_drained_and_comes_back(opens: Opens, world: World, d
     assert isinstance(claim, OpenClaim)
     domain = store.add(world.engine, Names.of("shop.test"), world.settings.token_key(), NOW)
     with serving(Zone()) as zone:
-        for name, value in {"DNS__SERVERS": zone.address, "DNS__TIMEOUT_SECONDS": "2", "DNS__BLOCK_LIST_HOURS": "6"}.items():
+        for name, value in {"DNS__SERVERS": zone.address, "DNS__TIMEOUT_SECONDS": "60", "DNS__BLOCK_LIST_HOURS": "6"}.items():
             monkeypatch.setenv(f"MAIL_PIPELINES_{name}", value)
         listed = f"9.2.0.192.{lists[0].zone}"
         zone.publish(
@@ -192,10 +192,11 @@ def test_a_listed_server_is_drained_and_comes_back(opens: Opens, world: World, d
 @ON_SQLITE
 @pytest.mark.parametrize("world", [240], indirect=True)
 def test_nothing_more_leaves_of_a_wrong_campaign(opens: Opens, world: World, daemon: Daemon, running: Servers, tmp_path: Path) -> None:
-    server = world.server(connections=4, per_second=6.0)
+    # Most of them are left when somebody notices, on a busy machine as well.
+    server = world.server(connections=4, per_second=2.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml"))
     run = SessionProcess(world, "s1", "wrong")
-    wait_for(lambda: len(world.kept()) > 10, seconds=90, what="sending")
+    wait_for(lambda: len(world.kept()) > 10, what="sending")
     operator = opens({"CAMPAIGN": world.campaign_key})
     operator.types()
     held_at = time.time()
@@ -224,7 +225,7 @@ def starts(catcher: Running) -> None:
             return False
         return True
 
-    wait_for(attempt, seconds=60, what="the start of the mail server")
+    wait_for(attempt, what="the start of the mail server")
 
 
 @of(Chapter.RESTORED)
@@ -233,21 +234,26 @@ def starts(catcher: Running) -> None:
 def test_after_a_restore_nobody_is_mailed_twice_and_nobody_forgotten(
     opens: Opens, world: World, daemon: Daemon, running: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = world.server(connections=4, per_second=10.0)
+    # Enough are left after the backup, on a busy machine as well.
+    server = world.server(connections=4, per_second=2.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     sessions = [SessionProcess(world, "s1", "first")]
-    wait_for(lambda: len(world.kept()) > 20, seconds=90, what="sending")
+    wait_for(lambda: len(world.kept()) > 20, what="sending")
     backup = tmp_path / "backup.sql"
     dump(world.engine, backup)
     at_backup, beat_at_backup = len(world.kept()), servers.last_beat(world.folders("s1"))
     assert beat_at_backup is not None
-    wait_for(lambda: len(world.kept()) > at_backup + 60, seconds=90, what="sending after the backup")
+    wait_for(lambda: len(world.kept()) > at_backup + 60, what="sending after the backup")
     # A server process knows by its beats that the database went back, a session also by its claims.
     wait_for(lambda: (servers.last_beat(world.folders("s1")) or beat_at_backup) > beat_at_backup, what="a beat after the backup")
 
+    def works() -> None:
+        world.limit(per_second=200.0)
+        sessions.append(SessionProcess(world, "s1", "after"))
+
     units = {
         "mail-pipelines-exim": (lambda: starts(catcher), catcher.stop),
-        "mail-pipelines-worker": (lambda: sessions.append(SessionProcess(world, "s1", "after")), lambda: [end(session) for session in sessions]),
+        "mail-pipelines-worker": (works, lambda: [end(session) for session in sessions]),
     }
     names = {"SERVER": "s1", "CAMPAIGN": world.campaign_key, "DATABASE": str(world.engine.url.database), "BACKUP": str(backup)}
     operator = opens(names, units)
@@ -259,7 +265,7 @@ def test_after_a_restore_nobody_is_mailed_twice_and_nobody_forgotten(
     operator.types()
     assert len(mailed) > sum(count for state, count in world.states().items() if state is State.DELIVERED) + 40
     # A server that somebody starts now says so, and ends.
-    too_early = subprocess.run([sys.executable, "-m", "mail_pipelines", "catcher", "run", "s1"], capture_output=True, text=True, timeout=60)
+    too_early = subprocess.run([sys.executable, "-m", "mail_pipelines", "catcher", "run", "s1"], capture_output=True, text=True, timeout=120)
     assert too_early.returncode == 1
     operator.sees(too_early.stderr)
     recovering = operator.types_and_waits()
@@ -276,7 +282,7 @@ def test_after_a_restore_nobody_is_mailed_twice_and_nobody_forgotten(
     daemon.beat()
     operator.types()
     operator.sees()
-    sessions[-1].process.join(60)
+    sessions[-1].process.join(120)
     finish(world, catcher)
     states = check_promise(world, 240)
     assert sum(state is State.UNKNOWN for state in states.values()) <= 8
@@ -286,7 +292,7 @@ def end(session: SessionProcess) -> None:
     """As a worker ends its sessions."""
     if session.process.is_alive():
         session.signal(signal.SIGTERM)
-        session.process.join(30)
+        session.process.join(120)
 
 
 @of(Chapter.STOLEN)
@@ -350,7 +356,7 @@ def test_a_server_sends_again_when_its_disk_has_room(opens: Opens, world: World,
             while (free := shutil.disk_usage(folder).free - ((journal.MIN_FREE_MB - 20) << 20)) > 0:
                 file.write(bytes(min(free + 4096, 1 << 20)))
         assert "the log disk of s1" in SessionProcess(world, "s1", "full").wait()
-        wait_for(lambda: any("log disk" in problem for problem in wrong_with_servers()), seconds=90, what="a heartbeat that tells")
+        wait_for(lambda: any("log disk" in problem for problem in wrong_with_servers()), what="a heartbeat that tells")
         assert world.kept() == []
         daemon.beat()
         operator = opens({"SERVER": "s1", "FOLDER": str(folder), "FILE": str(ballast)})
@@ -358,7 +364,7 @@ def test_a_server_sends_again_when_its_disk_has_room(opens: Opens, world: World,
         operator.sees()
         assert str(ballast) in operator.types()
         operator.types()
-        wait_for(lambda: not wrong_with_servers(), seconds=90, what="a heartbeat that tells of the room")
+        wait_for(lambda: not wrong_with_servers(), what="a heartbeat that tells of the room")
         operator.types()
         operator.sees()
         finish(world, catcher)

@@ -102,12 +102,10 @@ def stop(run_folder: Path, name: str) -> None:
     except (FileNotFoundError, ValueError):
         return
     end = time.monotonic() + _STOP_SECONDS
-    if _is_catcher(pid, name):
-        os.kill(pid, signal.SIGTERM)
+    _signal(pid, name, signal.SIGTERM)
     while _is_catcher(pid, name):
         if time.monotonic() > end:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _signal(pid, name, signal.SIGKILL)
         time.sleep(0.1)
     place.unlink(missing_ok=True)
 
@@ -120,6 +118,13 @@ def stop_all(run_folder: Path) -> None:
 
 def _process_file(run_folder: Path, name: str) -> Path:
     return run_folder / "catchers" / name
+
+
+def _signal(pid: int, name: str, number: signal.Signals) -> None:
+    """It may end by itself meanwhile."""
+    if _is_catcher(pid, name):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _is_catcher(pid: int, name: str) -> bool:
