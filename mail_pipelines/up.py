@@ -28,8 +28,11 @@ from mail_pipelines.home import environment
 from mail_pipelines.supervision import Processes
 
 LOOPBACK = "127.0.0.1"
-START_SECONDS = 90
+# Whoever waits hears at once of a child that ends: this is for a host that is busy with something else.
+START_SECONDS = 300
 _ANSWER_SECONDS = 10
+# Who asks again does not know whether there are two runs then.
+_LAUNCH_SECONDS = 120
 LOAD_QUERY = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus locationOrLoadError { ... on PythonError { message } } } } } }"
 _LAUNCH = """
 mutation($job: String!, $tags: [ExecutionTag!]!) {
@@ -131,11 +134,11 @@ def _ui_port(settings: Settings) -> int:
         raise UpError(f"the UI cannot listen on {host} port {port}: {reason}; set operation.ui_host and operation.ui_port") from error
 
 
-def graphql(address: str, query: str, variables: Mapping[str, object] | None = None) -> Any:
-    """Ask the web server at an address; raises `OSError` if it does not answer."""
+def graphql(address: str, query: str, variables: Mapping[str, object] | None = None, *, seconds: float = _ANSWER_SECONDS) -> Any:
+    """Ask the web server at an address; raises `OSError` if it does not answer within so many seconds."""
     body = json.dumps({"query": query, "variables": variables or {}}).encode()
     request = urllib.request.Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as reply:
+    with urllib.request.urlopen(request, timeout=seconds) as reply:
         return json.load(reply)["data"]
 
 
@@ -143,7 +146,7 @@ def launch(address: str, job: str, tags: Mapping[str, str] | None = None) -> str
     """Launch a job by the web server at an address, and return the id of the run. Raises `UpError`."""
     given = [{"key": key, "value": value} for key, value in (tags or {}).items()]
     try:
-        done = graphql(address, _LAUNCH, {"job": job, "tags": given})["launchRun"]
+        done = graphql(address, _LAUNCH, {"job": job, "tags": given}, seconds=_LAUNCH_SECONDS)["launchRun"]
     except OSError as error:
         raise UpError(f"{job} could not be launched: the web server at {address} does not answer: {error}") from error
     if done["__typename"] != "LaunchRunSuccess":
