@@ -24,6 +24,7 @@ from mail_pipelines.database.engine import reading
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import check_port, free_port
 from mail_pipelines.home import environment
 from mail_pipelines.supervision import Processes
 
@@ -75,7 +76,7 @@ def wait_for_ui(processes: Processes, address: str) -> None:
 
 def _start_code(processes: Processes, settings: Settings) -> None:
     """Start the code server and wait until it has loaded the definitions."""
-    port = _free_port(LOOPBACK)
+    port = free_port(LOOPBACK)
     place = {"host": LOOPBACK, "port": port, "location_name": code_server.LOCATION}
     _workspace(settings).write_text(yaml.safe_dump({"load_from": [{"grpc_server": place}]}), encoding="utf-8")
     _start(processes, settings, "code", ["mail_pipelines.code_server", LOOPBACK, str(port)])
@@ -105,17 +106,12 @@ def catchers(engine: Engine, settings: Settings) -> list[str]:
 
 def start_catcher(processes: Processes, engine: Engine, settings: Settings, name: str) -> None:
     """Register a catcher on a free port of the loopback and start it there."""
-    servers.register(engine, name, kind="catcher", host=LOOPBACK, port=_free_port(LOOPBACK), now=dt.datetime.now(dt.UTC))
+    servers.register(engine, name, kind="catcher", host=LOOPBACK, port=free_port(LOOPBACK), now=dt.datetime.now(dt.UTC))
     _start(processes, settings, name, ["mail_pipelines", "catcher", "run", name])
 
 
 def _start(processes: Processes, settings: Settings, name: str, module: list[str]) -> None:
     processes.start(name, [sys.executable, "-m", *module], env={**os.environ, **environment(settings)}, log=settings.home / "log" / f"{name}.log")
-
-
-def _free_port(host: str, port: int = 0) -> int:
-    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        return int(probe.getsockname()[1])
 
 
 def listens(port: int) -> bool:
@@ -127,7 +123,10 @@ def listens(port: int) -> bool:
 def _ui_port(settings: Settings) -> int:
     host, port = settings.operation.ui_host, settings.operation.ui_port
     try:
-        return _free_port(host, port)
+        if port == 0:
+            return free_port(host)
+        check_port(host, port)
+        return port
     except OSError as error:
         # Python adds words of its own to `strerror`.
         reason = os.strerror(error.errno) if error.errno else str(error)

@@ -6,7 +6,6 @@ import getpass
 import itertools
 import os
 import shutil
-import socket
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -15,15 +14,11 @@ from pathlib import Path
 import pymysql
 
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 
 _START_SECONDS = 60
 _STOP_SECONDS = 30
 _numbers = itertools.count(1)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -52,11 +52,11 @@ def context(instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, c
 
 
 def alive(world: World, *keys: str) -> None:
-    """Servers that have just beaten."""
-    now = dt.datetime.now(dt.UTC)
+    """Servers that beat, for as long as a test may take."""
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)
     for key in keys:
         world.server(key)
-        transact(world.engine, lambda c, key=key: c.execute(sa.update(Server).where(Server.key == key).values(heartbeat_at=now)))
+        transact(world.engine, lambda c, key=key: c.execute(sa.update(Server).where(Server.key == key).values(heartbeat_at=later)))
 
 
 @contextlib.contextmanager
@@ -95,9 +95,10 @@ def test_open_shards_fills_the_free_slots_of_living_servers(world: World, instan
     alive(world, "s1", "s2")
     world.server("silent")
     instance.add_dynamic_partitions("campaigns", ["spring"])
-    begin = time.monotonic()
+    # The processor time of this process: other work on the machine does not count.
+    begin = time.process_time()
     result = shards.open_shards(context(instance, repository), DATABASE)
-    assert time.monotonic() - begin < 1
+    assert time.process_time() - begin < 1
     assert isinstance(result, dg.SensorResult)
     requests = result.run_requests or []
     assert Counter(request.tags[QUEUE_TAG] for request in requests) == {"s1": 2, "s2": 2}
@@ -389,8 +390,10 @@ def test_results_are_asked_for_once_when_the_ledger_says_finished(world: World, 
     instance.add_dynamic_partitions("campaigns", ["spring"])
     assert asked_for(campaigns.finished_campaigns(context(instance, repository), DATABASE)) == []
     world.set_campaign(started_at=dt.datetime.now(dt.UTC) - dt.timedelta(minutes=6))
+    before = hour()
     first = campaigns.finished_campaigns(context(instance, repository), DATABASE)
-    assert asked_for(first) == [("report_campaign", f"spring:{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}")]
+    # It may have struck meanwhile.
+    assert asked_for(first) in [[("report_campaign", f"spring:{at}")] for at in (before, hour())]
     for shard in range(4):
         end_rows(world, shard)
     for _ in range(3):
@@ -552,6 +555,8 @@ def test_dropped_files_are_imported_oldest_first_and_not_twice_at_a_time(
 ) -> None:
     folder = inbox_files(world, "a.csv", "a.csv.rejected.csv", "b.parquet", "notes.txt")
     (folder / "still-written.csv").write_bytes(b"email\n")
+    # And it will be, however long this test takes.
+    os.utime(folder / "still-written.csv", (time.time() + 600, time.time() + 600))
     requests = imports(instance, repository)
     assert [Path(request.run_config["ops"]["import_file"]["config"]["path"]).name for request in requests] == ["a.csv", "b.parquet"]
     assert {request.run_config["ops"]["import_file"]["config"]["list_name"] for request in requests} == {"news"}
@@ -660,6 +665,7 @@ def test_a_killed_run_of_the_centre_is_marked_failed_and_a_living_or_young_one_i
     run_lock(world.settings, killed.run_id).parent.mkdir(parents=True, exist_ok=True)
     run_lock(world.settings, killed.run_id).touch()
     with only_one(run_lock(world.settings, living.run_id), "the other run"):
+        monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 600)
         servers.server_health(context(instance, repository), DATABASE)
         assert status(instance, killed) is dg.DagsterRunStatus.STARTED
         monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 0)
@@ -747,6 +753,10 @@ def test_failed_results_of_the_end_are_asked_for_again_but_not_for_ever(world: W
     assert asked == ["spring:finished:1", "spring:finished:2", None]
 
 
+def hour() -> str:
+    return f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}"
+
+
 # --- the end ------------------------------------------------------------------------------------------------------
 
 
@@ -759,8 +769,9 @@ def test_results_of_a_cancelled_campaign_wait_for_its_last_row(world: World, ins
     now = dt.datetime.now(dt.UTC)
     end_rows(world, 0, State.UNKNOWN)
     assert lifecycle.cancel(world.engine, "spring", now) == 90
+    before = hour()
     result = campaigns.finished_campaigns(context(instance, repository), DATABASE)
-    assert asked_for(result) == [("close_open_rows", f"unknown:{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}")]
+    assert asked_for(result) in [[("close_open_rows", f"unknown:{at}")] for at in (before, hour())]
     long_ago = int((now - dt.timedelta(hours=73)).timestamp())
     transact(world.engine, lambda c: c.execute(sa.update(Delivery).where(Delivery.state == int(State.UNKNOWN)).values(sort_key=long_ago)))
     job = build_defs().resolve_job_def("close_open_rows")

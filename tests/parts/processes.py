@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from mail_pipelines.free_ports import free_port as free_port
+
 T = TypeVar("T")
 
 
@@ -25,12 +27,6 @@ def wait_for(condition: Callable[[], T], *, seconds: float = 30, what: str | Cal
             raise AssertionError(f"{what if isinstance(what, str) else what()} not met within {seconds} s (last value: {value!r})")
         # What is waited for needs the processor, too: a condition that takes long to look at is looked at less often, and so is one that is long in coming.
         time.sleep(max(0.02, min(9 * (now - asked), 0.5), min((now - begin) / 50, 0.2)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def listens(port: int) -> bool:
