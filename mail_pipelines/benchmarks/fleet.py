@@ -28,7 +28,7 @@ from sqlalchemy.engine import Connection, Engine
 from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns, session, short_slots
 from mail_pipelines.benchmarks.contract import Result, judge
-from mail_pipelines.benchmarks.mariadb import MariaDB, free_port
+from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.benchmarks.plan import lower_bound
 from mail_pipelines.capacity import allotments, planning
 from mail_pipelines.config import Settings
@@ -41,6 +41,7 @@ from mail_pipelines.dispatch.catcher.store import Kept, kept
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 from mail_pipelines.supervision import Processes
 
 FLEETS, QUICK_FLEETS = (1, 2, 4, 8), (4,)

@@ -16,10 +16,10 @@ import pytest
 from kombu import Connection
 
 from mail_pipelines import config
-from mail_pipelines.benchmarks.mariadb import free_port
 from mail_pipelines.benchmarks.rabbitmq import MANAGER, VHOST, RabbitMQ
 from mail_pipelines.dispatch import registry, servers
 from mail_pipelines.doctor.broker import check_broker
+from mail_pipelines.free_ports import free_port
 from mail_pipelines.home import checkout
 from mail_pipelines.resources.broker_accounts import BrokerAccountError, BrokerAccounts
 from tests.parts.processes import wait_for
