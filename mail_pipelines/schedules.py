@@ -18,6 +18,7 @@ from mail_pipelines.reputation.readings import configured
 from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.resources.queues import QUEUE_TAG, control_queue
 from mail_pipelines.resources.run_tags import SOURCE
+from mail_pipelines.sensors.runs import unfinished
 from mail_pipelines.sources import running
 from mail_pipelines.sources.declaration import Source
 
@@ -26,8 +27,6 @@ _AUDIT_CRON = "20 * * * *"
 # Between two plans the rule of every tick serves what is new (`capacity.allotments`).
 _PLAN_CRON = "*/5 * * * *"
 _FAR_PLAN_AT = (4, 0)
-# A run that began has the lock of its source instead.
-_NOT_BEGUN = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
 
 
 def due_audits(context: dg.ScheduleEvaluationContext, database: CentralDatabase) -> list[dg.RunRequest] | dg.SkipReason:
@@ -70,8 +69,9 @@ def sync_schedules(sources: Sequence[Source], job: dg.UnresolvedAssetJobDefiniti
 def _sync_schedule(source: Source, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
     def due(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         keys = [dg.AssetKey([source.name, section]) for section in source.parts]
-        # One that waits for its turn or is starting, also by hand, holds no lock yet.
-        asked_for = (run.asset_selection for run in context.instance.get_runs(dg.RunsFilter(job_name=SYNC_EXTERNAL, statuses=list(_NOT_BEGUN))))
+        # One that waits for its turn or is starting, also by hand, has no lock yet, and one that works has none between two parts. One that was killed is soon
+        # called failed.
+        asked_for = (run.asset_selection for run in unfinished(context.instance, SYNC_EXTERNAL))
         if running.is_running(config.load().home, source.name) or any(selection is None or selection & set(keys) for selection in asked_for):
             return dg.SkipReason("the run before is still under way, or waits for its turn")
         run_key = f"{source.name}:{context.scheduled_execution_time:%Y-%m-%dT%H:%M}"

@@ -24,12 +24,16 @@ from mail_pipelines.database.engine import reading
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.files import ServerFolders, is_locked
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import check_port, free_port
 from mail_pipelines.home import environment
 from mail_pipelines.supervision import Processes
 
 LOOPBACK = "127.0.0.1"
-START_SECONDS = 90
+# Whoever waits hears at once of a child that ends: this is for a host that is busy with something else.
+START_SECONDS = 300
 _ANSWER_SECONDS = 10
+# Who asks again does not know whether there are two runs then.
+_LAUNCH_SECONDS = 120
 LOAD_QUERY = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus locationOrLoadError { ... on PythonError { message } } } } } }"
 _LAUNCH = """
 mutation($job: String!, $tags: [ExecutionTag!]!) {
@@ -72,7 +76,7 @@ def wait_for_ui(processes: Processes, address: str) -> None:
 
 def _start_code(processes: Processes, settings: Settings) -> None:
     """Start the code server and wait until it has loaded the definitions."""
-    port = _free_port(LOOPBACK)
+    port = free_port(LOOPBACK)
     place = {"host": LOOPBACK, "port": port, "location_name": code_server.LOCATION}
     _workspace(settings).write_text(yaml.safe_dump({"load_from": [{"grpc_server": place}]}), encoding="utf-8")
     _start(processes, settings, "code", ["mail_pipelines.code_server", LOOPBACK, str(port)])
@@ -102,17 +106,12 @@ def catchers(engine: Engine, settings: Settings) -> list[str]:
 
 def start_catcher(processes: Processes, engine: Engine, settings: Settings, name: str) -> None:
     """Register a catcher on a free port of the loopback and start it there."""
-    servers.register(engine, name, kind="catcher", host=LOOPBACK, port=_free_port(LOOPBACK), now=dt.datetime.now(dt.UTC))
+    servers.register(engine, name, kind="catcher", host=LOOPBACK, port=free_port(LOOPBACK), now=dt.datetime.now(dt.UTC))
     _start(processes, settings, name, ["mail_pipelines", "catcher", "run", name])
 
 
 def _start(processes: Processes, settings: Settings, name: str, module: list[str]) -> None:
     processes.start(name, [sys.executable, "-m", *module], env={**os.environ, **environment(settings)}, log=settings.home / "log" / f"{name}.log")
-
-
-def _free_port(host: str, port: int = 0) -> int:
-    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        return int(probe.getsockname()[1])
 
 
 def listens(port: int) -> bool:
@@ -124,18 +123,21 @@ def listens(port: int) -> bool:
 def _ui_port(settings: Settings) -> int:
     host, port = settings.operation.ui_host, settings.operation.ui_port
     try:
-        return _free_port(host, port)
+        if port == 0:
+            return free_port(host)
+        check_port(host, port)
+        return port
     except OSError as error:
         # Python adds words of its own to `strerror`.
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UpError(f"the UI cannot listen on {host} port {port}: {reason}; set operation.ui_host and operation.ui_port") from error
 
 
-def graphql(address: str, query: str, variables: Mapping[str, object] | None = None) -> Any:
-    """Ask the web server at an address; raises `OSError` if it does not answer."""
+def graphql(address: str, query: str, variables: Mapping[str, object] | None = None, *, seconds: float = _ANSWER_SECONDS) -> Any:
+    """Ask the web server at an address; raises `OSError` if it does not answer within so many seconds."""
     body = json.dumps({"query": query, "variables": variables or {}}).encode()
     request = urllib.request.Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as reply:
+    with urllib.request.urlopen(request, timeout=seconds) as reply:
         return json.load(reply)["data"]
 
 
@@ -143,7 +145,7 @@ def launch(address: str, job: str, tags: Mapping[str, str] | None = None) -> str
     """Launch a job by the web server at an address, and return the id of the run. Raises `UpError`."""
     given = [{"key": key, "value": value} for key, value in (tags or {}).items()]
     try:
-        done = graphql(address, _LAUNCH, {"job": job, "tags": given})["launchRun"]
+        done = graphql(address, _LAUNCH, {"job": job, "tags": given}, seconds=_LAUNCH_SECONDS)["launchRun"]
     except OSError as error:
         raise UpError(f"{job} could not be launched: the web server at {address} does not answer: {error}") from error
     if done["__typename"] != "LaunchRunSuccess":

@@ -128,7 +128,7 @@ def test_what_is_run_elsewhere_is_run_there(command: str) -> None:
 # One whole installation at a time: two cores are too few for all of them.
 @pytest.mark.xdist_group("centre")
 @pytest.mark.server
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind.startswith("bash")}), ids=lambda page: page.name)
 def test_the_commands_of_the_page_work_in_their_order(page: Path, checkout: Path, tmp_path: Path) -> None:
     # The reader's environment: without what makes other tests easier.
@@ -170,9 +170,9 @@ def _run_until_ctrl_c(block: Block, folder: Path, environ: dict[str, str]) -> No
             else:
                 pytest.fail(f"{block} ended by itself:\n{said[-3000:]}")
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0, f"{block}\n{said[-3000:]}{process.stdout.read()[-3000:]}"
+            assert process.wait(180) == 0, f"{block}\n{said[-3000:]}{process.stdout.read()[-3000:]}"
         finally:
-            stop(process, 30)
+            stop(process, 120)
 
 
 # --- examples ---------------------------------------------------------------------------------------------------

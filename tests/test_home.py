@@ -25,7 +25,6 @@ from mail_pipelines.dispatch import servers
 from mail_pipelines.doctor import daemon, examination, waiting
 from mail_pipelines.runbook import Chapter
 from tests.campaigns.parts import make_campaign
-from tests.parts.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,9 +159,12 @@ def test_doctor_names_an_old_schema(made: config.Settings) -> None:
 
 
 def test_doctor_names_an_unreachable_database(made: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
-    monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", f"mysql+pymysql://mail:hunter2@127.0.0.1:{port}/mail")
-    (problem,) = _findings("database")
+    # Taken, and nobody listens.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", f"mysql+pymysql://mail:hunter2@127.0.0.1:{port}/mail")
+        (problem,) = _findings("database")
     assert "no connection to" in problem
     assert str(port) in problem
     assert "hunter2" not in problem
@@ -285,9 +287,11 @@ def _register(url: str, key: str, state: str, heartbeat_at: dt.datetime | None) 
 def test_doctor_names_silent_servers_and_their_absence(made: config.Settings, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", database_url)
     now = dt.datetime.now(dt.UTC)
+    # It beats for as long as this test may take.
+    later = now + dt.timedelta(hours=1)
     _register(database_url, "gone", "retired", None)
     assert _findings("servers") == ["no dispatch server is active: nothing can be sent"]
-    _register(database_url, "alive", "active", now)
+    _register(database_url, "alive", "active", later)
     assert _findings("servers") == []
     _register(database_url, "late", "active", now - dt.timedelta(minutes=2))
     _register(database_url, "never", "active", None)
@@ -298,7 +302,7 @@ def test_doctor_names_servers_without_room_for_their_log(made: config.Settings, 
     """By their heartbeats: the disk may be another host's."""
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", database_url)
     for key, free_mb in (("mx1", 99), ("mx2", 100)):
-        _register(database_url, key, "active", dt.datetime.now(dt.UTC))
+        _register(database_url, key, "active", dt.datetime.now(dt.UTC) + dt.timedelta(hours=1))
         with create_engine(database_url).begin() as connection:
             connection.execute(sa.update(Server).where(Server.key == key).values(health={"free_mb": free_mb}))
     assert _findings("servers") == ["the log disk of mx1 has 99 MB free, fewer than 100: it sends nothing until there is room"]

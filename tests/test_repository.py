@@ -142,7 +142,8 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
     for path in _tracked():
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, FileNotFoundError):
+            # What another test had here for a moment is no file of the project.
             continue
         found += [f"{path.relative_to(ROOT)}:{number}" for number, line in enumerate(text.splitlines(), 1) if homes.search(line)]
     assert found == []

@@ -43,7 +43,7 @@ def running(settings: config.Settings) -> Iterator[tuple[subprocess.Popen[str], 
             assert line.startswith("Dagster UI: "), process.stderr.read()
             yield process, line.split()[2]
         finally:
-            stop(process, 60)
+            stop(process, 120)
 
 
 def _started(settings: config.Settings) -> dict[str, int]:
@@ -62,8 +62,8 @@ def test_everything_runs_once_answers_and_ends_with_a_child_that_dies(running: t
     pids = _started(settings)
     assert set(pids) == {"parent", "code", "daemon", "web", *settings.server.catchers}
     ticks = settings.dagster_home / "schedules/schedules.db"
-    wait_for(lambda: all(_has_open(pids[name], ticks) for name in ("daemon", "web")), seconds=60, what="connections that are kept")
-    wait_for(lambda: not [finding for finding in examination.examine() if finding.check in ("daemon", "servers")], seconds=60, what="a clean doctor")
+    wait_for(lambda: all(_has_open(pids[name], ticks) for name in ("daemon", "web")), seconds=180, what="connections that are kept")
+    wait_for(lambda: not [finding for finding in examination.examine() if finding.check in ("daemon", "servers")], seconds=180, what="a clean doctor")
     with reading(open_engine(settings.database)) as connection:
         assert {server.key for server in servers.all_servers(connection)} == set(settings.server.catchers)
 
@@ -74,7 +74,7 @@ def test_everything_runs_once_answers_and_ends_with_a_child_that_dies(running: t
     os.kill(pids["daemon"], signal.SIGKILL)
     assert process.stderr is not None
     assert "daemon was ended by signal 9" in process.stderr.read()
-    assert process.wait(60) == 1
+    assert process.wait(180) == 1
     assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
 
 
@@ -82,12 +82,12 @@ def test_ctrl_c_ends_it_while_it_starts_too(settings: config.Settings) -> None:
     """When all runs it does so to the demo, which is the same processes (`tests/demo/test_demo.py`)."""
     with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_for(lambda: (settings.home / "up.lock").exists() and "code" in _started(settings), seconds=60, what="the code server's start")
+            wait_for(lambda: (settings.home / "up.lock").exists() and "code" in _started(settings), seconds=180, what="the code server's start")
             pids = _started(settings)
             process.send_signal(signal.SIGINT)
-            told = process.communicate(timeout=60)
+            told = process.communicate(timeout=180)
         finally:
-            stop(process, 60)
+            stop(process, 120)
     assert (process.returncode, told) == (0, ("stopped\n", ""))
     assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
 

@@ -22,7 +22,6 @@ from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns, claim, compose
 from mail_pipelines.benchmarks.cpu import Meter
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.benchmarks.postfix import wait_for_port
 from mail_pipelines.benchmarks.sign import OFFERS
 from mail_pipelines.config import Settings
@@ -34,6 +33,7 @@ from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.domains import store
 from mail_pipelines.domains.domain import Names
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 from mail_pipelines.supervision import Processes
 
 _TMPFS = Path("/dev/shm")

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.benchmarks.postfix import wait_for_port
+from mail_pipelines.free_ports import free_port
 
 _SEGMENT_BYTES = 1448
 # Linux waits no less for an acknowledgement, beside the round trip.

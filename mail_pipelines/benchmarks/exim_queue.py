@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.benchmarks.postfix import wait_for_port
 from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 
 _CONFIGURATION = """
 primary_hostname = bench.example.test

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from mail_pipelines.benchmarks import distance
 from mail_pipelines.benchmarks.certificates import contexts
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.benchmarks.postfix import wait_for_port
+from mail_pipelines.free_ports import free_port
 
 _ACCEPTED = b"250 2.0.0 Ok\r\n"
 

@@ -30,7 +30,6 @@ from mail_pipelines.benchmarks import campaigns, session, short_slots
 from mail_pipelines.benchmarks.contract import Result, judge
 from mail_pipelines.benchmarks.mariadb import MariaDB
 from mail_pipelines.benchmarks.plan import lower_bound
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.capacity import allotments, planning
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import create_engine, database_now, reading
@@ -42,6 +41,7 @@ from mail_pipelines.dispatch.catcher.store import Kept, kept
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.openings import Opening
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 from mail_pipelines.supervision import Processes
 
 FLEETS, QUICK_FLEETS = (1, 2, 4, 8), (4,)

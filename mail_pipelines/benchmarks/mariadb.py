@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pymysql
 
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 
 _START_SECONDS = 180
 _STOP_SECONDS = 30

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.config import project_folder
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 
 _START_SECONDS = 60
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 
 VHOST = "mail"
 MANAGER = "centre-accounts"

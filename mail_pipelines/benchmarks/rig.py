@@ -32,7 +32,6 @@ import sqlalchemy as sa
 from mail_pipelines import config, home
 from mail_pipelines.benchmarks import campaigns
 from mail_pipelines.benchmarks.mariadb import MariaDB
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.database.engine import create_engine, reading
 from mail_pipelines.database.models import Claim, Delivery, State
 from mail_pipelines.dispatch import servers
@@ -42,6 +41,7 @@ from mail_pipelines.dispatch.exim import instance
 from mail_pipelines.dispatch.files import ServerFolders
 from mail_pipelines.dispatch.journal import Kind
 from mail_pipelines.errors import MailPipelinesError
+from mail_pipelines.free_ports import free_port
 from mail_pipelines.messages.tokens import read_delivery
 
 SERVER = "bench"

@@ -15,12 +15,12 @@ from pathlib import Path
 from sqlalchemy.engine import Engine
 
 from mail_pipelines import config, home, up
-from mail_pipelines.benchmarks.ports import free_port
 from mail_pipelines.cluster.backing import CENTRE
 from mail_pipelines.config import Settings
 from mail_pipelines.database.engine import open_engine
 from mail_pipelines.dispatch import accounts, servers
 from mail_pipelines.dispatch.files import ServerFolders, replace_file
+from mail_pipelines.free_ports import free_port
 from mail_pipelines.messages.keyring import derive
 from mail_pipelines.resources import server_storage
 from mail_pipelines.supervision import Processes

@@ -3,7 +3,7 @@
 * MySQL/MariaDB: READ COMMITTED (checked at connect), UTC, strict mode; lock time-outs (1205), deadlocks (1213) and
   changed-record errors (1020) are retried.
 * SQLite: WAL, `synchronous=FULL`, a busy time-out of 30 s, and `BEGIN IMMEDIATE` for every write. The standard driver
-  would begin deferred, and turning a read into a write then fails at once instead of waiting.
+  would begin deferred, and turning a read into a write then fails at once instead of waiting. Writers take turns (`turns`).
 
 Use `transact` for every write and `reading` for reads.
 """
@@ -14,7 +14,7 @@ import datetime as dt
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
 from mail_pipelines.config import DatabaseSettings, mask_url
+from mail_pipelines.database import turns
 from mail_pipelines.database.types import utc_now
 from mail_pipelines.errors import MailPipelinesError
 
@@ -159,13 +160,18 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     with explained(engine):
         for attempt in range(RETRIES):
             try:
-                with engine.connect().execution_options(writing=True) as connection, connection.begin():
+                with _in_turn(engine), engine.connect().execution_options(writing=True) as connection, connection.begin():
                     return work(connection)
             except sa.exc.OperationalError as error:
                 if not is_transient(error) or attempt == RETRIES - 1:
                     raise
                 time.sleep(random.uniform(0, 0.02 * 2**attempt))
     raise AssertionError("unreachable")
+
+
+def _in_turn(engine: Engine) -> AbstractContextManager[None]:
+    file = engine.url.database
+    return nullcontext() if is_mysql(engine) or file in (None, "", ":memory:") else turns.turn(file, BUSY_TIMEOUT_SECONDS)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 What belongs here: scopes, placing and releasing, and which hold is over what. Whoever moves rows asks: claims (the procedure `claim_rows` in its
 own words), late messages and bursts, openings, grants. What does not: when a campaign is held (`campaigns.states`, `campaigns.stopping`).
 
-Nobody waits for a claim that is under way: nothing of it is offered later than `lane.OFFER_SECONDS` after it was asked for, and bursts ask again.
+Nobody waits for a claim that is under way: nothing of it is offered later than `lane.OFFER_SECONDS` after the database was asked for it, and bursts ask again.
 """
 
 from __future__ import annotations

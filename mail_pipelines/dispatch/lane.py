@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CLAIM_SECONDS = 2.0
 CLAIM_ROWS = 500
-# Nothing of a claim is offered later than this after it was asked for, and no body sent without asking again: it bounds how long a pause or a
+# Nothing of a claim is offered later than this after the database was asked for it, and no body sent without asking again: it bounds how long a pause or a
 # suppression takes to act.
 OFFER_SECONDS = 4.0
 # The next claim is opened when the rows that are left are sent in this time and that of a claim.
@@ -202,7 +202,8 @@ class Lane:
             # A database that is far away is asked so much earlier as this answer took; a row of this claim goes out before that.
             took = time.monotonic() - asked
             low_water = min(int(pace * (self.early_seconds + took)), max(0, len(answer.rows) - 1))
-            deadline = asked + self.offer_seconds
+            # The turn of a claim in the database may be long in coming: it is nothing that was looked at.
+            deadline = answer.opened + self.offer_seconds
             batch = Batch(answer, granted, watch, tokens, drafts, session.signing, deadline, low_water, self._meetings, self._end_offer)
         finally:
             if batch is None:

@@ -45,7 +45,7 @@ def ask(crm: Crm) -> Iterator[Ask]:
         body = None if told is None else told if isinstance(told, bytes) else json.dumps(told).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{server.server_port}{path}", body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=10) as reply:
+            with urllib.request.urlopen(request, timeout=60) as reply:
                 content = reply.read().decode()
                 return reply.status, json.loads(content) if reply.headers["Content-Type"] == "application/json" else content
         except urllib.error.HTTPError as error:

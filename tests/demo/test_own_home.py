@@ -22,7 +22,7 @@ from mail_pipelines.supervision import ProcessError, Processes
 def demo(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """A start that is refused before anything is made."""
     environ = os.environ | settings | {"MAIL_PIPELINES_HOME": str(folder)}
-    return subprocess.run([sys.executable, "-m", "mail_pipelines.demo", "--exit", "--contacts", "10"], env=environ, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "mail_pipelines.demo", "--exit", "--contacts", "10"], env=environ, capture_output=True, text=True, timeout=300)
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def test_the_next_demo_ends_the_servers_that_a_killed_one_has_made(tmp_path: Pat
         ends = threading.Thread(target=made.wait)
         ends.start()
         own_home.empty(home)
-        ends.join(30)
+        ends.join()
         assert made.returncode == -signal.SIGTERM
         assert other.poll() is None
     assert set(content(home)) == {own_home.MARKER}

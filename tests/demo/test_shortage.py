@@ -29,13 +29,13 @@ def test_no_destination_says_later() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.xdist_group("platform")
 def test_a_third_server_is_made_while_two_send_and_keeps_the_deadline(tmp_path: Path) -> None:
     home = tmp_path / "home"
     environ = os.environ | {"MAIL_PIPELINES_HOME": str(home)}
     command = [checkout() / "script" / "demo", "--shortage", "--exit", "--json"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=560)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["duplicates"], result["lost"], result["pending"], result["deferred"], result["unknown"]) == (0, 0, 0, 0, 0)

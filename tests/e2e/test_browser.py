@@ -15,7 +15,7 @@ from mail_pipelines.home import checkout
 from tests.e2e.platform import Platform
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(420), pytest.mark.xdist_group("platform")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1200), pytest.mark.xdist_group("platform")]
 PICTURE = checkout() / "docs" / "images" / "ui.png"
 OPTIONS = [
     "--no-sandbox",
@@ -38,8 +38,8 @@ def browser() -> Iterator[BrowserContext]:
     with sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=chromium, args=OPTIONS)
         context = started.new_context(viewport={"width": 1440, "height": 820}, reduced_motion="reduce")
-        context.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        context.set_default_timeout(180_000)
+        expect.set_options(timeout=400_000)
         yield context
         started.close()
 
@@ -55,19 +55,20 @@ def test_a_shard_started_from_the_ui_is_seen_to_finish(platform: Platform, page:
     """The sensor that starts send runs is off: the only run of this campaign is the one a person starts."""
     platform.sensor("stop", "open_shards")
     platform.schedule("by-hand")
-    wait_for(lambda: platform.campaign("by-hand").state == "sending", seconds=90, what="the freeze")
+    wait_for(lambda: platform.campaign("by-hand").state == "sending", seconds=300, what="the freeze")
     page.goto(f"{platform.address}/assets/send_batches?view=partitions")
     page.get_by_role("button", name="Materialize").first.click()
     dialog = page.get_by_role("dialog")
     for value in ("by-hand", "00"):
         dialog.get_by_text("Select a partition or create one").first.click()
+        page.wait_for_function("document.activeElement instanceof HTMLInputElement")
         page.keyboard.type(value)
         page.get_by_text("Select all (1)").click()
         dialog.get_by_text("Launch runs to materialize").click()
     page.get_by_role("button", name="Launch 1 run").click()
-    run = wait_for(lambda: platform.newest_run("by-hand|00"), seconds=60, what="the launched run")
+    run = wait_for(lambda: platform.newest_run("by-hand|00"), seconds=300, what="the launched run")
     page.goto(f"{platform.address}/runs/{run}")
-    expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=180_000)
+    expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=400_000)
     totals = platform.totals("by-hand")
     assert totals.open == 0
     assert totals.delivered > 2_000
@@ -79,7 +80,7 @@ def test_a_shard_started_from_the_ui_is_seen_to_finish(platform: Platform, page:
 
 def test_results_show_numbers_tables_and_a_plot(platform: Platform, page: Page) -> None:
     platform.wait_finished("by-hand")
-    wait_for(lambda: platform.reported("by-hand"), seconds=120, what="results")
+    wait_for(lambda: platform.reported("by-hand"), seconds=300, what="results")
     page.goto(f"{platform.address}/assets/delivery_results?partition=by-hand&view=partitions")
     for words in ("delivered", "by_provider", "by_server", "microsoft"):
         expect(page.get_by_text(words, exact=True).first).to_be_attached()

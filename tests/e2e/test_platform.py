@@ -19,7 +19,7 @@ from tests.e2e.platform import Platform
 from tests.e2e.privacy import dagster_files, people_named
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(600), pytest.mark.xdist_group("platform")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1200), pytest.mark.xdist_group("platform")]
 
 TERMINATE = "mutation($run: String!) { terminateRun(runId: $run) { __typename } }"
 LAUNCH = """
@@ -54,7 +54,7 @@ def materialized(platform: Platform, asset: str) -> set[str]:
 def test_a_campaign_due_in_a_while_goes_out_without_a_click(platform: Platform) -> None:
     begin = dt.datetime.now(dt.UTC)
     # Slow enough for the run of each server to find something left, whichever starts first.
-    platform.limit(40.0)
+    platform.limit(20.0)
     platform.schedule("first", seconds=20)
     totals = platform.wait_finished("first")
     platform.limit()
@@ -70,8 +70,8 @@ def test_a_campaign_due_in_a_while_goes_out_without_a_click(platform: Platform) 
         used = connection.execute(sa.select(Server.key).join(Claim, Claim.server_id == Server.id).distinct()).scalars().all()
     assert set(used) == {"catcher-1", "catcher-2"}
     # Green: every shard, used or not, and the results, once.
-    wait_for(lambda: sum(key.startswith("first|") for key in materialized(platform, "send_batches")) == 64, seconds=60, what="64 green shards")
-    wait_for(lambda: platform.reported("first"), seconds=90, what="results")
+    wait_for(lambda: sum(key.startswith("first|") for key in materialized(platform, "send_batches")) == 64, seconds=300, what="64 green shards")
+    wait_for(lambda: platform.reported("first"), seconds=300, what="results")
     finished = [run for run in runs(platform) if run[0] == "report_campaign" and run[2] == "first"]
     assert len(finished) <= 2, "results are asked for once when finished, and hourly before"
 
@@ -79,7 +79,7 @@ def test_a_campaign_due_in_a_while_goes_out_without_a_click(platform: Platform) 
 def test_sources_that_hang_keep_no_campaign_from_going_out(platform: Platform) -> None:
     """They have two places between them, and the third waits for one of these."""
     reading_them = [platform.graphql(LAUNCH, {"source": name})["launchRun"]["run"]["runId"] for name in HANGING]
-    wait_for(lambda: sorted(map(str, map(platform.status, reading_them))) == ["QUEUED", "STARTED", "STARTED"], seconds=60, what="sources that are being read")
+    wait_for(lambda: sorted(map(str, map(platform.status, reading_them))) == ["QUEUED", "STARTED", "STARTED"], seconds=300, what="sources that are being read")
     platform.schedule("beside")
     totals = platform.wait_finished("beside")
     assert totals.open == 0
@@ -87,18 +87,18 @@ def test_sources_that_hang_keep_no_campaign_from_going_out(platform: Platform) -
     assert sorted(map(str, map(platform.status, reading_them))) == ["QUEUED", "STARTED", "STARTED"]
     for run in reading_them:
         platform.graphql(TERMINATE, {"run": run})
-    wait_for(lambda: {platform.status(run) for run in reading_them} == {"CANCELED"}, seconds=60, what="the end of these runs")
+    wait_for(lambda: {platform.status(run) for run in reading_them} == {"CANCELED"}, seconds=300, what="the end of these runs")
 
 
 def test_a_schedule_tick_launches_its_run(platform: Platform) -> None:
-    wait_for(lambda: ("refresh_snapshots", "SUCCESS", None) in runs(platform), seconds=120, what="a scheduled run")
+    wait_for(lambda: ("refresh_snapshots", "SUCCESS", None) in runs(platform), seconds=400, what="a scheduled run")
 
 
 def test_a_backfill_from_the_command_line_sends_a_campaign_and_repeats_nothing(platform: Platform) -> None:
     """The sensor that starts send runs is off: the backfill does the whole job. Filling again sends nobody a second copy."""
     platform.sensor("stop", "open_shards")
     platform.schedule("backfilled")
-    wait_for(lambda: platform.campaign("backfilled").state == "sending", seconds=90, what="the freeze")
+    wait_for(lambda: platform.campaign("backfilled").state == "sending", seconds=300, what="the freeze")
     backfill(platform, "backfilled|00", "backfilled|07", runs=8)
     totals = platform.totals("backfilled")
     copies = platform.copies("backfilled")
@@ -110,7 +110,7 @@ def test_a_backfill_from_the_command_line_sends_a_campaign_and_repeats_nothing(p
     # An old run, executed again as the UI's button does it.
     run = platform.newest_run("backfilled|00")
     again = platform.graphql(REEXECUTE, {"run": run})["launchRunReexecution"]["run"]["runId"]
-    wait_for(lambda: platform.status(again) == "SUCCESS", seconds=120, what="the run executed again")
+    wait_for(lambda: platform.status(again) == "SUCCESS", seconds=400, what="the run executed again")
     assert platform.copies("backfilled") == copies
     platform.sensor("start", "open_shards")
 
@@ -118,7 +118,7 @@ def test_a_backfill_from_the_command_line_sends_a_campaign_and_repeats_nothing(p
 def backfill(platform: Platform, first: str, last: str, *, runs: int, workspace: str = "workspace.yaml") -> None:
     known = len(send_runs(platform))
     platform.command("dagster", "job", "backfill", "-w", workspace, "-j", "send_campaign", "--from", first, "--to", last, "--noprompt")
-    wait_for(lambda: len(send_runs(platform)) >= known + runs, seconds=60, what="the runs of the backfill")
+    wait_for(lambda: len(send_runs(platform)) >= known + runs, seconds=300, what="the runs of the backfill")
     wait_for(lambda: set(send_runs(platform)) == {"SUCCESS"}, seconds=400, what="the end of all runs")
 
 
@@ -138,16 +138,17 @@ def commands_of(group: int) -> list[bytes]:
 
 
 def test_a_run_that_is_terminated_is_canceled_and_leaves_nothing_in_doubt(platform: Platform) -> None:
-    platform.limit(20.0)
+    # So slow that every session has a minute's work left when one is terminated.
+    platform.limit(5.0)
     platform.schedule("terminated")
-    run = wait_for(lambda: next(iter(platform.working_runs("terminated")), None), seconds=120, what="a session")
-    wait_for(lambda: len(platform.copies("terminated")) > 50, what="messages under way")
+    run = wait_for(lambda: next(iter(platform.working_runs("terminated")), None), seconds=400, what="a session")
+    wait_for(lambda: len(platform.copies("terminated")) > 50, seconds=120, what="messages under way")
     # Runs are forks of the one process that has imported everything.
     commands = commands_of(next(child.process.pid for child in platform.processes._children if child.name == "code"))
     assert sum(b"forkserver" in command for command in commands) >= 2
     assert not any(b"spawn_main" in command for command in commands)
     platform.graphql(TERMINATE, {"run": run})
-    wait_for(lambda: platform.status(run) == "CANCELED", seconds=60, what="the end of the run")
+    wait_for(lambda: platform.status(run) == "CANCELED", seconds=300, what="the end of the run")
     with reading(platform.engine) as connection:
         left = (
             sa.select(Delivery.state).join(Claim, Claim.id == Delivery.claim_id).where(Claim.run_id == run, Delivery.state.in_((State.CLAIMED, State.UNKNOWN)))
@@ -166,7 +167,7 @@ def test_a_run_that_is_terminated_is_canceled_and_leaves_nothing_in_doubt(platfo
 
 def test_a_killed_daemon_neither_loses_nor_repeats(platform: Platform) -> None:
     platform.schedule("killed")
-    wait_for(lambda: len(platform.copies("killed")) > 100, seconds=90, what="sending")
+    wait_for(lambda: len(platform.copies("killed")) > 100, seconds=300, what="sending")
     daemon = next(child for child in platform.processes._children if child.name == "daemon")
     daemon.process.kill()
     daemon.process.wait()
@@ -191,7 +192,7 @@ def test_doctor_is_content_and_names_a_stopped_sensor(platform: Platform) -> Non
         said = platform.command("mail-pipelines", "doctor", check=False)
         return said if said.returncode else None
 
-    named = wait_for(stopped, seconds=60, what="the stopped sensor named")
+    named = wait_for(stopped, seconds=300, what="the stopped sensor named")
     platform.sensor("start", "open_shards")
     assert named.returncode == 1
     assert "open_shards" in named.stdout + named.stderr

@@ -38,6 +38,7 @@ from mail_pipelines.resources.queues import QUEUE_TAG, SOURCES_AT_ONCE, SOURCES_
 from mail_pipelines.sensors import campaigns, failures, files, servers, shards
 from mail_pipelines.sensors import runs as runs_of_dagster
 from tests.dispatch.world import World
+from tests.parts.processes import wait_for
 
 DATABASE = CentralDatabase()
 
@@ -52,11 +53,11 @@ def context(instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, c
 
 
 def alive(world: World, *keys: str) -> None:
-    """Servers that have just beaten."""
-    now = dt.datetime.now(dt.UTC)
+    """Servers that beat, for as long as a test may take."""
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)
     for key in keys:
         world.server(key)
-        transact(world.engine, lambda c, key=key: c.execute(sa.update(Server).where(Server.key == key).values(heartbeat_at=now)))
+        transact(world.engine, lambda c, key=key: c.execute(sa.update(Server).where(Server.key == key).values(heartbeat_at=later)))
 
 
 @contextlib.contextmanager
@@ -95,9 +96,10 @@ def test_open_shards_fills_the_free_slots_of_living_servers(world: World, instan
     alive(world, "s1", "s2")
     world.server("silent")
     instance.add_dynamic_partitions("campaigns", ["spring"])
-    begin = time.monotonic()
+    # The processor time of this process: other work on the machine does not count.
+    begin = time.process_time()
     result = shards.open_shards(context(instance, repository), DATABASE)
-    assert time.monotonic() - begin < 1
+    assert time.process_time() - begin < 1
     assert isinstance(result, dg.SensorResult)
     requests = result.run_requests or []
     assert Counter(request.tags[QUEUE_TAG] for request in requests) == {"s1": 2, "s2": 2}
@@ -280,6 +282,8 @@ def test_a_server_whose_clock_is_off_is_named_every_tick(world: World, instance:
 
 
 def test_the_days_of_a_warm_up_are_judged_and_the_server_has_runs(world: World, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition) -> None:
+    # Not over midnight: the day that ends would be judged as well.
+    wait_for(lambda: dt.datetime.now(dt.UTC).time() < dt.time(23, 58), seconds=180, what="the next day")
     alive(world, "s1")
     with reading(world.engine) as connection:
         server, today = fleet.find(connection, "s1"), warm_up.day_of(database_now(connection))
@@ -299,6 +303,8 @@ def test_the_days_of_a_warm_up_are_judged_and_the_server_has_runs(world: World, 
     assert words % change == f"warm-up of s1 to google: step 0 → 1 after {yesterday}: used 83% of 480 with good signals"
     assert {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}["dispatch"] == 2
     instance.add_dynamic_partitions("campaigns", ["spring"])
+    with reading(world.engine) as connection:
+        slots = {slot_at(database_now(connection))}
     result = shards.open_shards(context(instance, repository), DATABASE)
     assert isinstance(result, dg.SensorResult)
     assert {request.tags[QUEUE_TAG] for request in result.run_requests or ()} == {"s1"}
@@ -306,8 +312,10 @@ def test_the_days_of_a_warm_up_are_judged_and_the_server_has_runs(world: World, 
         assert fleet.find(connection, "s1").state == "warming"
         assert fleet.choose(connection, world.campaign_id, None, 10).key == "s1"
         assert fleet.find(connection, "s1").sends
-        query = sa.select(Allotment.provider, Allotment.granted).where(Allotment.slot_start == slot_at(database_now(connection)))
-        assert dict(connection.execute(query).tuples().all()) == {"google": 672, "microsoft": 480, "yahoo": 480, "other": 480}
+        # The next slot may have begun meanwhile.
+        slots.add(slot_at(database_now(connection)))
+        granted = connection.execute(sa.select(Allotment.provider, Allotment.granted).where(Allotment.slot_start.in_(slots))).tuples().all()
+        assert sorted(granted) == [("google", 672), ("microsoft", 480), ("other", 480), ("yahoo", 480)]
 
 
 @pytest.mark.parametrize("state", ["paused", "scheduled", "cancelled", "finished"])
@@ -389,8 +397,10 @@ def test_results_are_asked_for_once_when_the_ledger_says_finished(world: World, 
     instance.add_dynamic_partitions("campaigns", ["spring"])
     assert asked_for(campaigns.finished_campaigns(context(instance, repository), DATABASE)) == []
     world.set_campaign(started_at=dt.datetime.now(dt.UTC) - dt.timedelta(minutes=6))
+    before = hour()
     first = campaigns.finished_campaigns(context(instance, repository), DATABASE)
-    assert asked_for(first) == [("report_campaign", f"spring:{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}")]
+    # It may have struck meanwhile.
+    assert asked_for(first) in [[("report_campaign", f"spring:{at}")] for at in (before, hour())]
     for shard in range(4):
         end_rows(world, shard)
     for _ in range(3):
@@ -552,6 +562,8 @@ def test_dropped_files_are_imported_oldest_first_and_not_twice_at_a_time(
 ) -> None:
     folder = inbox_files(world, "a.csv", "a.csv.rejected.csv", "b.parquet", "notes.txt")
     (folder / "still-written.csv").write_bytes(b"email\n")
+    # And it will be, however long this test takes.
+    os.utime(folder / "still-written.csv", (time.time() + 600, time.time() + 600))
     requests = imports(instance, repository)
     assert [Path(request.run_config["ops"]["import_file"]["config"]["path"]).name for request in requests] == ["a.csv", "b.parquet"]
     assert {request.run_config["ops"]["import_file"]["config"]["list_name"] for request in requests} == {"news"}
@@ -660,6 +672,7 @@ def test_a_killed_run_of_the_centre_is_marked_failed_and_a_living_or_young_one_i
     run_lock(world.settings, killed.run_id).parent.mkdir(parents=True, exist_ok=True)
     run_lock(world.settings, killed.run_id).touch()
     with only_one(run_lock(world.settings, living.run_id), "the other run"):
+        monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 600)
         servers.server_health(context(instance, repository), DATABASE)
         assert status(instance, killed) is dg.DagsterRunStatus.STARTED
         monkeypatch.setattr(runs_of_dagster, "START_SECONDS", 0)
@@ -747,6 +760,10 @@ def test_failed_results_of_the_end_are_asked_for_again_but_not_for_ever(world: W
     assert asked == ["spring:finished:1", "spring:finished:2", None]
 
 
+def hour() -> str:
+    return f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}"
+
+
 # --- the end ------------------------------------------------------------------------------------------------------
 
 
@@ -759,8 +776,9 @@ def test_results_of_a_cancelled_campaign_wait_for_its_last_row(world: World, ins
     now = dt.datetime.now(dt.UTC)
     end_rows(world, 0, State.UNKNOWN)
     assert lifecycle.cancel(world.engine, "spring", now) == 90
+    before = hour()
     result = campaigns.finished_campaigns(context(instance, repository), DATABASE)
-    assert asked_for(result) == [("close_open_rows", f"unknown:{dt.datetime.now(dt.UTC):%Y-%m-%dT%H}")]
+    assert asked_for(result) in [[("close_open_rows", f"unknown:{at}")] for at in (before, hour())]
     long_ago = int((now - dt.timedelta(hours=73)).timestamp())
     transact(world.engine, lambda c: c.execute(sa.update(Delivery).where(Delivery.state == int(State.UNKNOWN)).values(sort_key=long_ago)))
     job = build_defs().resolve_job_def("close_open_rows")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from mail_pipelines.benchmarks.ports import free_port as free_port
+from mail_pipelines.free_ports import free_port as free_port
 
 T = TypeVar("T")
 

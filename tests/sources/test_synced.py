@@ -107,8 +107,12 @@ def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: lis
     instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, asset_selection=frozenset([dg.AssetKey(["away", "contacts"])]))
     assert schedule.evaluate_tick(context).run_requests
     assert not repository.get_schedule_def("sync_away").evaluate_tick(context).run_requests
-    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING)
-    assert not schedule.evaluate_tick(context).run_requests
+    # Nor does one that works, between two of its parts: the second one would fail.
+    for state in (dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED):
+        run = instance.create_run_for_job(job, status=state)
+        assert not schedule.evaluate_tick(context).run_requests
+        instance.report_run_canceled(run)
+        assert schedule.evaluate_tick(context).run_requests
 
 
 def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(

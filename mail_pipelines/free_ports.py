@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import random
 import socket
 from collections.abc import Iterator
@@ -13,8 +14,30 @@ from collections.abc import Iterator
 _FIRST, _IN_A_BLOCK, _BLOCKS = 20_000, 100, 120
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port at which nobody listens; the one after the last, so that one that was given is not given again soon.
+
+    Raises `OSError` if there is none, or the address is not this host's.
+    """
+    error = OSError(f"none of {_IN_A_BLOCK} ports is free")
+    for port in itertools.islice(_own(os.getpid())[1], _IN_A_BLOCK):
+        try:
+            check_port(host, port)
+        except OSError as taken:
+            error = taken
+        else:
+            return port
+    raise error
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `OSError` if nothing can listen there."""
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+        pass
+
+
 @functools.cache
-def _own() -> tuple[socket.socket, Iterator[int]]:
+def _own(process: int) -> tuple[socket.socket, Iterator[int]]:
     """A block that no other process chooses from while this one lives: whoever has it holds a name, which the system frees."""
     for block in random.sample(range(_BLOCKS), _BLOCKS):
         holder = socket.socket(socket.AF_UNIX)
@@ -25,17 +48,4 @@ def _own() -> tuple[socket.socket, Iterator[int]]:
             continue
         first = _FIRST + block * _IN_A_BLOCK
         return holder, itertools.cycle(range(first, first + _IN_A_BLOCK))
-    raise OSError(f"{_BLOCKS} processes have chosen free ports and live")
-
-
-def free_port() -> int:
-    """A port at which nobody listens on 127.0.0.1; the one after the last, so that one that was given is not given again soon."""
-    _, ports = _own()
-    for port in itertools.islice(ports, _IN_A_BLOCK):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise OSError(f"none of {_IN_A_BLOCK} ports is free")
+    raise OSError(f"process {process} finds no free ports: {_BLOCKS} other processes have chosen some, and live")
