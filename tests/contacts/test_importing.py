@@ -371,15 +371,21 @@ def test_killed_import_run_again_leaves_nothing_out_and_nothing_twice(engine: sa
         "import sys, datetime as dt; from pathlib import Path\n"
         "from mail_pipelines.contacts.importing import import_file\n"
         "from mail_pipelines.database.engine import create_engine\n"
-        "import_file(create_engine(sys.argv[1]), Path(sys.argv[2]), list_name='News', now=dt.datetime.now(dt.UTC),\n"
-        "            progress=lambda read, fraction: print(read, flush=True))\n"
+        "def progress(read, fraction):\n"
+        "    print(read, flush=True)\n"
+        # It does not get to its end before it is killed.
+        "    if read >= 40_000:\n"
+        "        sys.stdin.read()\n"
+        "import_file(create_engine(sys.argv[1]), Path(sys.argv[2]), list_name='News', now=dt.datetime.now(dt.UTC), progress=progress)\n"
     )
-    killed = subprocess.Popen([sys.executable, "-c", program, database_url, str(path)], stdout=subprocess.PIPE, text=True)
+    killed = subprocess.Popen([sys.executable, "-c", program, database_url, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert killed.stdin is not None
     assert killed.stdout is not None
     for _ in range(2):
         assert killed.stdout.readline()
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    killed.stdin.close()
     killed.stdout.close()
     with reading(engine) as connection:
         found = connection.execute(sa.select(sa.func.count()).select_from(Contact)).scalar_one()

@@ -162,14 +162,21 @@ def test_killed_anywhere_nothing_is_lost_or_counted_twice(engine: sa.Engine, dat
 
 
 BIG = 200_000
+# With a fourth argument it stands still in the transaction of that number, until it is killed.
 ROLL_UP = """
-import datetime as dt, sys
+import datetime as dt, itertools, sys
+import sqlalchemy as sa
 from mail_pipelines.database.engine import create_engine
 from mail_pipelines.delivery import retention
-print(retention.roll_up(create_engine(sys.argv[1]), int(sys.argv[2]), dt.datetime.fromisoformat(sys.argv[3])), flush=True)
+engine, commits = create_engine(sys.argv[1]), itertools.count(1)
+if last := sys.argv[4:]:
+    sa.event.listen(engine, "commit", lambda _: next(commits) == int(last[0]) and sys.stdin.read())
+print(retention.roll_up(engine, int(sys.argv[2]), dt.datetime.fromisoformat(sys.argv[3])), flush=True)
 """
 
 
+# Half a minute on an idle machine, and five where each process waits for twenty others.
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_200_000_events_through_killed_processes(engine: sa.Engine, database_url: str) -> None:
     rows: list[dict[str, Any]] = []
@@ -179,10 +186,9 @@ def test_200_000_events_through_killed_processes(engine: sa.Engine, database_url
     command = [sys.executable, "-c", ROLL_UP, database_url, str(KEPT_FROM), NOW.isoformat()]
     remaining = BIG
     for _ in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        wait_for(lambda before=remaining: left(engine) <= before - 20_000, seconds=120, what="20,000 more events moved")  # type: ignore[misc]
-        process.kill()
-        process.wait()
+        with subprocess.Popen([*command, "30"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            wait_for(lambda before=remaining: left(engine) <= before - 20_000, seconds=240, what="20,000 more events moved")  # type: ignore[misc]
+            process.kill()
         assert counted(engine) == BIG
         remaining = left(engine)
         assert remaining > 0

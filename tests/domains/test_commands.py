@@ -22,7 +22,7 @@ from mail_pipelines.domains import rotation
 from mail_pipelines.domains.domain import SendingDomain
 from mail_pipelines.messages.content import Content
 from tests.campaigns.parts import load, make_campaign, make_people
-from tests.domains.conftest import NOW, publish
+from tests.domains.conftest import NOW, impatient, publish
 from tests.parts.dns import Zone
 
 CONTENT = Content(subject="Hello", from_address="news@shop.example", body='<p><a href="{{ unsubscribe_url }}">Leave</a></p>')
@@ -108,7 +108,7 @@ def test_a_campaign_starts_when_key_and_policy_are_published(engine: sa.Engine, 
         zone.withdraw(name, kind)
     zone.silent.add("_dmarc.shop.example")
     with pytest.raises(CheckFailed, match=r"DMARC: .* no answer within 1 s; try again"):
-        scheduling.start(engine, settings, "spring-sale", NOW)
+        scheduling.start(engine, impatient(settings), "spring-sale", NOW)
     zone.silent.clear()
     assert scheduling.start(engine, settings, "spring-sale", NOW).state == "scheduled"
 

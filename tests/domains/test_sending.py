@@ -31,7 +31,7 @@ pytestmark = pytest.mark.server
 @pytest.fixture
 def world(engine: sa.Engine, settings: Settings, tmp_path: Path) -> Iterator[World]:
     """A campaign from shop.test to 60 recipients in two shards, and a catcher that takes everything."""
-    made = make_world(engine, tmp_path / "home", recipients=60, shards=2)
+    made = make_world(engine, tmp_path / "home", recipients=60, shards=2, reply_timeout_seconds=60)
     store.add(engine, Names.of("shop.test"), made.settings.token_key(), NOW)
     catcher = Running(made, made.server(), write_play(tmp_path / "play.toml"))
     yield made

@@ -73,7 +73,7 @@ class Dovecot:
                 group=group,
                 extra_groups=[],
             )
-        wait_for(lambda: listens(self.port) or self.process.poll() is not None, what="Dovecot")
+        wait_for(lambda: listens(self.port) or self.process.poll() is not None, seconds=120, what="Dovecot")
         assert self.process.poll() is None, (self.base / "output").read_text()
 
     @property
@@ -81,7 +81,7 @@ class Dovecot:
         return f"imap://{USER.replace('@', '%40')}@127.0.0.1:{self.port}/INBOX"
 
     def client(self) -> imaplib.IMAP4:
-        client = imaplib.IMAP4("127.0.0.1", self.port, timeout=30)
+        client = imaplib.IMAP4("127.0.0.1", self.port, timeout=120)
         client.login(USER, PASSWORD)
         return client
 
@@ -98,7 +98,7 @@ class Dovecot:
         return int(data[0] or 0) if status == "OK" else 0
 
     def end(self) -> None:
-        stop(self.process)
+        stop(self.process, 120)
         shutil.rmtree(self.base)
 
 

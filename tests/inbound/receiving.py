@@ -47,7 +47,7 @@ class Receiving:
         }
         with (self.base / "output").open("ab") as output:
             process = subprocess.Popen([sys.executable, "-m", "mail_pipelines", "inbound", "run"], env=environ, stdout=output, stderr=output)
-        wait_for(lambda: self._serves(process) or process.poll() is not None, what="Exim")
+        wait_for(lambda: self._serves(process) or process.poll() is not None, seconds=120, what="Exim")
         assert process.poll() is None, (self.base / "output").read_text()
         return process
 
@@ -56,20 +56,20 @@ class Receiving:
         try:
             daemon = int((self.folders.run / "exim.group").read_text())
             parent = int(Path(f"/proc/{daemon}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ProcessLookupError, ValueError):
             return False
         return parent == process.pid and listens(self.port)
 
     def restart(self) -> None:
-        stop(self.process, 30)
+        stop(self.process, 120)
         self.process = self._start()
 
     def end(self) -> None:
-        stop(self.process, 30)
+        stop(self.process, 120)
         shutil.rmtree(self.base)
 
     def connect(self) -> smtplib.SMTP:
-        return smtplib.SMTP("127.0.0.1", self.port, timeout=30)
+        return smtplib.SMTP("127.0.0.1", self.port, timeout=120)
 
     def send(self, recipient: str, message: bytes, sender: str = "") -> int:
         """Offer one message; the code of the last reply."""
@@ -84,7 +84,7 @@ class Receiving:
     def offer(self, recipients: Sequence[str]) -> list[bytes]:
         """The replies to recipients offered in one write on one connection."""
         commands = b"".join(f"RCPT TO:<{recipient}>\r\n".encode() for recipient in recipients)
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as connection:
             answers = connection.makefile("rb")
             answers.readline()
             connection.sendall(b"EHLO mx.example.net\r\n")
@@ -98,7 +98,11 @@ class Receiving:
         return [path for folder in (self.folders.mail, self.folders.spool / "input") for path in folder.rglob("*") if path.is_file()]
 
     def filed(self, maildir: str, count: int = 1) -> list[Path]:
-        """The messages in a maildir, once there are so many."""
-        return (
-            wait_for(lambda: found if len(found := sorted((self.folders.mail / maildir / "new").glob("*"))) >= count else None, what=f"mail in {maildir}") or []
-        )
+        """The messages in a maildir, once there are so many and Exim, which files a message before it forgets it, has none left."""
+
+        def found() -> list[Path] | None:
+            paths = sorted((self.folders.mail / maildir / "new").glob("*"))
+            is_done = not any((self.folders.spool / "input").glob("*"))
+            return paths if len(paths) >= count and is_done else None
+
+        return wait_for(found, seconds=120, what=f"mail in {maildir}") or []

@@ -58,7 +58,7 @@ def path() -> Iterator[Path]:
 def ask(path: Path, question: bytes) -> bytes:
     """The answer; empty if the connection ends without one."""
     with contextlib.suppress(ConnectionResetError, BrokenPipeError), socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(20)
+        connection.settimeout(120)
         connection.connect(str(path))
         connection.sendall(question)
         connection.shutdown(socket.SHUT_WR)

@@ -146,10 +146,10 @@ def test_nothing_leads_out_of_the_sandbox(source: str) -> None:
     ],
 )
 def test_a_template_that_would_not_end_is_refused_at_once(source: str) -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(ContentError):
         check(source, "body", FIELDS)
-    assert time.perf_counter() - begin < 2
+    assert time.thread_time() - begin < 2
 
 
 def test_only_conditions_and_loops_cost_a_script() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 
 from tests.parts.processes import free_port, wait_for
 
-_SECONDS = 60
+_SECONDS = 120
 
 
 class PostgreSQL:
@@ -51,7 +52,8 @@ class PostgreSQL:
         return sa.create_engine(self.url.replace("postgresql:", "postgresql+pg8000:"))
 
     def stop(self) -> None:
-        self.process.terminate()
+        # Not by SIGTERM, with which it waits until everybody has left.
+        self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(_SECONDS)
         except subprocess.TimeoutExpired:

@@ -109,7 +109,7 @@ class Google:
         self.questions.append(body)
         if domain in self.waits:
             self.waits[domain].set()
-            self.end.wait(60)
+            self.end.wait(600)
         if domain not in self.days:
             return error(403, "PERMISSION_DENIED", "The caller does not have permission")
         wanted = {}

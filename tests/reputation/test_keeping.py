@@ -112,7 +112,7 @@ def test_a_process_that_is_killed_in_mid_question_has_written_nothing(engine: sa
     environ = os.environ | {"MAIL_PIPELINES_REPUTATION__GOOGLE_CREDENTIALS_FILE": str(path), "MAIL_PIPELINES_REPUTATION__GOOGLE_URL": f"{postmaster.url}/v2"}
     command = [sys.executable, "-m", "mail_pipelines", "reputation", "sync"]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert postmaster.waits["shop.test"].wait(60)
+        assert postmaster.waits["shop.test"].wait(120)
         process.send_signal(signal.SIGKILL)
     assert kept(engine) == {}
     postmaster.waits.clear()
@@ -236,7 +236,7 @@ def test_signing_in_by_the_command(tmp_path: Path) -> None:
         with subprocess.Popen(command, env=os.environ | theirs, text=True, **pipes) as process:  # type: ignore[call-overload]
             assert process.stdout is not None
             address = next(line for line in process.stdout if line.startswith("http"))
-            said = process.communicate(there.browser(address.strip()) + "\n", timeout=60)
+            said = process.communicate(there.browser(address.strip()) + "\n", timeout=120)
         assert process.returncode == 0, said
         assert there.login.read_text() == there.refresh
 
