@@ -332,8 +332,10 @@ def tick(repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, curs
         return sensor.alerts(context, CentralDatabase())
 
 
-def test_a_tick_tells_what_the_database_and_dagster_know(world: World, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch) -> None:
-    with dg.instance_for_test() as instance, hooking(Hook()) as hook:
+def test_a_tick_tells_what_the_database_and_dagster_know(
+    world: World, repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hooking(Hook()) as hook:
         idle = tick(repository, instance)
         assert isinstance(idle, dg.SkipReason)
         assert "set alerts.relay_host" in str(idle)
@@ -356,28 +358,28 @@ def test_a_tick_tells_what_the_database_and_dagster_know(world: World, repositor
 
 
 def test_a_relay_that_is_away_is_named_once_and_tried_at_each_tick(
-    world: World, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: World, repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     port = free_port()
     for name, value in {"RELAY_HOST": "127.0.0.1", "RELAY_PORT": str(port), "FROM_ADDRESS": "a@shop.test", "TO": "ops@shop.test"}.items():
         monkeypatch.setenv(f"MAIL_PIPELINES_ALERTS__{name}", value)
     change(world, state="lost")
-    with dg.instance_for_test() as instance:
-        cursor = None
-        for _ in range(3):
-            ended = tick(repository, instance, cursor)
-            cursor = ended.cursor
-        assert "did not take a message" in cursor
-        assert capfd.readouterr().err.count("ERROR - operators are not told") == 1
-        with relaying(Relay(), port) as relay:
-            ended = tick(repository, instance, cursor)
+    cursor = None
+    for _ in range(3):
+        ended = tick(repository, instance, cursor)
+        cursor = ended.cursor
+    assert "did not take a message" in cursor
+    assert capfd.readouterr().err.count("ERROR - operators are not told") == 1
+    with relaying(Relay(), port) as relay:
+        ended = tick(repository, instance, cursor)
     assert (ended.cursor, len(relay.messages)) == ("", 1)
 
 
-def test_half_a_configuration_is_named_and_ends_no_tick(world: World, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_configuration_is_named_and_ends_no_tick(
+    world: World, repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MAIL_PIPELINES_ALERTS__RELAY_HOST", "127.0.0.1")
-    with dg.instance_for_test() as instance:
-        assert "give alerts.from_address" in tick(repository, instance).cursor
+    assert "give alerts.from_address" in tick(repository, instance).cursor
 
 
 # --- block lists ----------------------------------------------------------------------------------------------------
@@ -419,9 +421,11 @@ def test_public_addresses_are_looked_up_a_few_times_a_day(world: World) -> None:
             assert listing.look(world.engine, dns, servers.all_servers(connection), now + 99 * HOUR) == {}
 
 
-def test_a_listed_server_is_shown_told_and_goes_on(world: World, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listed_server_is_shown_told_and_goes_on(
+    world: World, repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(commands.console, "width", 300)
-    with serving(Zone()) as zone, dg.instance_for_test() as instance:
+    with serving(Zone()) as zone:
         on_lists(zone)
         for name, value in {"SERVERS": zone.address, "TIMEOUT_SECONDS": "60", "BLOCK_LIST_HOURS": "6"}.items():
             monkeypatch.setenv(f"MAIL_PIPELINES_DNS__{name}", value)
@@ -438,9 +442,11 @@ def test_a_listed_server_is_shown_told_and_goes_on(world: World, repository: dg.
     assert "active (block-listed)" in CliRunner().invoke(app, ["server", "list"]).output
 
 
-def test_a_resolver_that_cannot_be_asked_ends_no_tick(world: World, repository: dg.RepositoryDefinition, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_that_cannot_be_asked_ends_no_tick(
+    world: World, repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MAIL_PIPELINES_DNS__BLOCK_LIST_HOURS", "6")
     monkeypatch.setenv("MAIL_PIPELINES_DNS__SERVERS", "no address")
     change(world, health={"addresses": ["192.0.2.9"]})
-    with dg.instance_for_test() as instance, dg.build_sensor_context(instance=instance, repository_def=repository) as context:
+    with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
         assert server_sensor.server_health(context, CentralDatabase())

@@ -479,20 +479,19 @@ def test_a_plan_is_needed_while_something_is_sending_or_scheduled_soon(world: Wo
     assert not needed()
 
 
-def test_the_schedule_asks_for_plans_while_there_is_something_to_plan_and_once_a_day(world: World) -> None:
+def test_the_schedule_asks_for_plans_while_there_is_something_to_plan_and_once_a_day(world: World, instance: dg.DagsterInstance) -> None:
     world.set_campaign(state="paused")
-    with dg.instance_for_test() as instance:
 
-        def asked(hour: int, minute: int) -> object:
-            time = NOW.replace(hour=hour, minute=minute)
-            return due_plan(dg.build_schedule_context(instance, scheduled_execution_time=time), CentralDatabase())
+    def asked(hour: int, minute: int) -> object:
+        time = NOW.replace(hour=hour, minute=minute)
+        return due_plan(dg.build_schedule_context(instance, scheduled_execution_time=time), CentralDatabase())
 
-        assert isinstance(asked(9, 5), dg.SkipReason)
-        assert isinstance(asked(4, 0), dg.RunRequest)
-        world.set_campaign(state="sending")
-        request = asked(9, 5)
-        assert isinstance(request, dg.RunRequest)
-        assert request.run_key == "2026-03-02T09:05"
+    assert isinstance(asked(9, 5), dg.SkipReason)
+    assert isinstance(asked(4, 0), dg.RunRequest)
+    world.set_campaign(state="sending")
+    request = asked(9, 5)
+    assert isinstance(request, dg.RunRequest)
+    assert request.run_key == "2026-03-02T09:05"
 
 
 def test_what_more_servers_would_change(world: World) -> None:

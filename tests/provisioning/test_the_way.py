@@ -116,21 +116,20 @@ def lack(engine: sa.Engine, servers: int) -> None:
 
 
 @pytest.fixture
-def tick(settings: config.Settings) -> Iterator[Callable[[], list[dg.RunRequest]]]:
+def tick(settings: config.Settings, instance: dg.DagsterInstance) -> Callable[[], list[dg.RunRequest]]:
     repository = build_defs().get_repository_def()
-    with dg.instance_for_test() as instance:
 
-        def look() -> list[dg.RunRequest]:
-            with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
-                found = capacity_sensor(Provisioning())(context, CentralDatabase())
-            assert isinstance(found, dg.SensorResult)
-            for request in found.run_requests or []:
-                job = build_defs().resolve_job_def(request.job_name or "")
-                resources = {"database": CentralDatabase(), "provisioning": Provisioning()}
-                job.execute_in_process(run_config=request.run_config, tags=request.tags, instance=instance, resources=resources)
-            return list(found.run_requests or [])
+    def look() -> list[dg.RunRequest]:
+        with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
+            found = capacity_sensor(Provisioning())(context, CentralDatabase())
+        assert isinstance(found, dg.SensorResult)
+        for request in found.run_requests or []:
+            job = build_defs().resolve_job_def(request.job_name or "")
+            resources = {"database": CentralDatabase(), "provisioning": Provisioning()}
+            job.execute_in_process(run_config=request.run_config, tags=request.tags, instance=instance, resources=resources)
+        return list(found.run_requests or [])
 
-        yield look
+    return look
 
 
 def provision(engine: sa.Engine) -> store.Provision:

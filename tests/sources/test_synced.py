@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def instance(engine: sa.Engine, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
+def instance(instance: dg.DagsterInstance, engine: sa.Engine, home: Path, monkeypatch: pytest.MonkeyPatch) -> dg.DagsterInstance:
     monkeypatch.setenv("MAIL_PIPELINES_DATABASE__URL", engine.url.render_as_string(hide_password=False))
     monkeypatch.setenv("MAIL_PIPELINES_HOME", str(home))
-    # On disk: a schedule's context takes no other.
-    with dg.instance_for_test() as instance:
-        yield instance
+    return instance
 
 
 @pytest.fixture
