@@ -7,10 +7,13 @@ import importlib
 from mail_pipelines.imports import uncollected
 
 _NAMES = [
+    "encodings.idna",
     "mail_pipelines.cli",
     "mail_pipelines.dispatch.catcher.process",
+    "mail_pipelines.dispatch.exim.log",
     "mail_pipelines.dispatch.exim.process",
     "mail_pipelines.dispatch.session",
+    "mail_pipelines.metrics.server",
     "pymysql",
     "sqlalchemy.dialects.sqlite",
     "sqlalchemy.dialects.mysql.pymysql",
