@@ -139,12 +139,12 @@ def made_on(engine: sa.Engine) -> dt.date | None:
 
 
 def test_partitions_are_made_ahead_and_once(engine: sa.Engine) -> None:
-    today = dt.datetime.now(dt.UTC).date()
+    now = dt.datetime.now(dt.UTC)
+    today = now.date()
     assert partitions.extend(engine, made_on(engine) or today) == []
     # The tables may be of the last month, if tests ran at its end.
     partitions.extend(engine, today)
     with engine.begin() as connection:
-        now = dt.datetime.now(dt.UTC)
         connection.execute(
             sa.insert(Campaign).values(
                 id=1000,

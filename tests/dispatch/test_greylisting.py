@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import SENDING_STATES, Allotment, Claim, Contact, Delivery, Server, State
 from mail_pipelines.delivery import resolving
 from mail_pipelines.delivery.recording import Result, record
@@ -55,7 +55,8 @@ def taken(claim: OpenClaim | NothingClaimed) -> int:
 def end(world: World, claim: OpenClaim | NothingClaimed, state: State, reason: str = "", *, settling: bool = False, contacts: range = range(1, 100)) -> None:
     """Record a claim: these contacts end so, the others delivered. `settling`: as a settler does for a sender that is gone."""
     assert isinstance(claim, OpenClaim)
-    second = int(time.time())
+    with reading(world.engine) as connection:
+        second = int(database_now(connection).timestamp())
     results = [
         # A greylisting is no attempt (`settlement.result_of`).
         Result(
@@ -166,6 +167,7 @@ def test_other_deferrals_come_from_any_server(world: World, two: Two) -> None:
 @pytest.mark.parametrize("settling", [False, True])
 def test_a_row_that_is_given_back_unoffered_stays_with_its_server(world: World, two: Two, settling: bool) -> None:
     one, other = two
+    world.stop_the_clock()
     end(world, world.claim(one, limit=3), State.DEFERRED, REASON)
     end(world, world.claim(one, limit=4), State.PENDING, settling=settling)
     # That it had never been offered, it may be by anybody.
