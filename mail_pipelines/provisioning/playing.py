@@ -19,14 +19,14 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 
 from mail_pipelines.config import Settings
-from mail_pipelines.provisioning import alone, credentials
+from mail_pipelines.provisioning import alone, credentials, over_ssh
 from mail_pipelines.provisioning.interfaces import CannotBeMade, ProvisioningError, Say, Target
-from mail_pipelines.provisioning.over_ssh import known_hosts
 from mail_pipelines.provisioning.secret_values import Secrets
 
 INSTALL, REMOVE = "server.yml", "remove.yml"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _END_SECONDS = 30
+_LOGIN_SECONDS = 60
 
 
 class PlayFailed(ProvisioningError):
@@ -106,7 +106,7 @@ class Ansible:
             "project": str(self.project),
             "playbook": playbook,
             "inventory": inventory(target, self.settings, self.variables),
-            "known_hosts": known_hosts(target.host),
+            "known_hosts": over_ssh.known_hosts(target.host),
             "seconds": int(self.settings.provisioning.play_minutes * 60),
         }
         played = Played()
@@ -168,6 +168,8 @@ class Ansible:
     def _judge(self, played: Played, target: Target, say: Say) -> None:
         host = target.host
         if played.unreachable:
+            # Why, SSH itself says; Ansible may have got no further than a pipe that broke.
+            over_ssh.run(host, ["true"], seconds=_LOGIN_SECONDS)
             said = played.failed[-1][1] if played.failed else ""
             raise PlayFailed(f"the host {host.id} does not let us in at {host.user}@{host.address} port {host.port}: {said}")
         if played.status == "timeout":
