@@ -488,8 +488,8 @@ def test_the_schedule_asks_for_plans_while_there_is_something_to_plan_and_once_a
     world.set_campaign(state="paused")
 
     def asked(hour: int, minute: int) -> object:
-        time = NOW.replace(hour=hour, minute=minute)
-        return due_plan(dg.build_schedule_context(instance, scheduled_execution_time=time), CentralDatabase())
+        with dg.build_schedule_context(instance, scheduled_execution_time=NOW.replace(hour=hour, minute=minute)) as context:
+            return due_plan(context, CentralDatabase())
 
     assert isinstance(asked(9, 5), dg.SkipReason)
     assert isinstance(asked(4, 0), dg.RunRequest)

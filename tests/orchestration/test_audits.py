@@ -30,8 +30,8 @@ def audit(instance: dg.DagsterInstance) -> tuple[dict[str, object], dict[str, bo
 
 
 def due(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
-    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime(2026, 3, 2, 9, 20, tzinfo=dt.UTC))
-    found = due_audits(context, CentralDatabase())
+    with dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime(2026, 3, 2, 9, 20, tzinfo=dt.UTC)) as context:
+        found = due_audits(context, CentralDatabase())
     return [] if isinstance(found, dg.SkipReason) else found
 
 

@@ -178,8 +178,8 @@ def test_the_assets_have_the_numbers_and_one_that_fails_keeps_not_the_other(
         settings = configure(monkeypatch, postmaster.settings().model_copy(update=theirs))
         repository = build_defs(sources=[], told=settings).get_repository_def()
         schedule = repository.get_schedule_def("sync_reputation")
-        tick = dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime.now(dt.UTC), repository_def=repository)
-        (request,) = schedule.evaluate_tick(tick).run_requests or []
+        with dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime.now(dt.UTC), repository_def=repository) as tick:
+            (request,) = schedule.evaluate_tick(tick).run_requests or []
         job = repository.get_job("sync_external")
         result = job.get_subset(asset_selection=set(request.asset_selection or [])).execute_in_process(instance=instance)
         assert result.success

@@ -88,28 +88,33 @@ def test_each_source_is_an_asset_with_its_schedule_and_freshness(sources: list[S
     assert repository.get_job("sync_external").description
 
 
+def asked_for(repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, schedule: str = "sync_crm") -> list[dg.RunRequest]:
+    """What a tick of a schedule asks for. Its context is closed: else it takes back what it has set when it is collected, in the midst of another test."""
+    time = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    with dg.build_schedule_context(instance=instance, scheduled_execution_time=time, repository_def=repository) as context:
+        return list(repository.get_schedule_def(schedule).evaluate_tick(context).run_requests or [])
+
+
 def test_a_schedule_asks_for_its_source_alone_and_not_while_it_runs(sources: list[Source], home: Path, instance: dg.DagsterInstance) -> None:
     from mail_pipelines.dispatch.files import only_one
     from mail_pipelines.sources import running
 
     repository = build_defs(sources=sources).get_repository_def()
-    schedule = repository.get_schedule_def("sync_crm")
-    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC), repository_def=repository)
-    (request,) = schedule.evaluate_tick(context).run_requests or []
+    (request,) = asked_for(repository, instance)
     assert {key.to_user_string() for key in request.asset_selection or []} == {"crm/contacts", "crm/suppressions"}
     with only_one(running.work_folder(home) / "crm.lock", "source crm"):
-        assert not schedule.evaluate_tick(context).run_requests
+        assert not asked_for(repository, instance)
     # Runs that wait for a slot of the pool, or are starting, hold no lock: of another source, then of everything.
     job = repository.get_job("sync_external")
     instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, asset_selection=frozenset([dg.AssetKey(["away", "contacts"])]))
-    assert schedule.evaluate_tick(context).run_requests
-    assert not repository.get_schedule_def("sync_away").evaluate_tick(context).run_requests
+    assert asked_for(repository, instance)
+    assert not asked_for(repository, instance, "sync_away")
     # Nor does one that works, between two of its parts: the second one would fail.
     for state in (dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED):
         run = instance.create_run_for_job(job, status=state)
-        assert not schedule.evaluate_tick(context).run_requests
+        assert not asked_for(repository, instance)
         instance.report_run_canceled(run)
-        assert schedule.evaluate_tick(context).run_requests
+        assert asked_for(repository, instance)
 
 
 def test_a_source_that_fails_says_why_and_keeps_none_of_the_others(
@@ -248,8 +253,7 @@ def test_what_a_source_is_told_is_an_asset_after_what_is_read_of_it(
     repository = build_defs(sources=[source]).get_repository_def()
     node = repository.asset_graph.get(dg.AssetKey(["crm", "engagement"]))
     assert {key.to_user_string() for key in node.parent_keys} == {"crm/contacts"}
-    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC), repository_def=repository)
-    (request,) = repository.get_schedule_def("sync_crm").evaluate_tick(context).run_requests or []
+    (request,) = asked_for(repository, instance)
     assert {key.to_user_string() for key in request.asset_selection or []} == {"crm/contacts", "crm/engagement"}
     job = repository.get_job("sync_external")
     assert job.execute_in_process(instance=instance).success
