@@ -23,8 +23,8 @@ from mail_pipelines.database import migrate
 from mail_pipelines.database.engine import DatabaseError, create_engine
 from mail_pipelines.database.models import Base
 
-# No deadline: a busy machine is no bug.
-hypothesis.settings.register_profile("project", deadline=None)
+# No deadline, and no health check of speed: a busy machine is no bug.
+hypothesis.settings.register_profile("project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("project")
 
 # No test, and no fixture of a module, reads the developer's configuration.

@@ -74,7 +74,8 @@ def run(quick: bool) -> list[Result]:
     for seed in (1,) if quick else (1, 2, 3):
         jobs, demands, lines = case(seed, *(SMALL if quick else LARGE))
         begin = time.process_time()
-        plan = near_plan(jobs, demands, lines, NOW)
+        # Its time is judged by the processor's: how busy others keep the machine is no matter of the plan.
+        plan = near_plan(jobs, demands, lines, NOW, seconds=float("inf"))
         worst_seconds = max(worst_seconds, time.process_time() - begin)
         took, bound = makespan(plan) - NOW, lower_bound(plan) - NOW
         if took / bound > worst_took / worst_bound:

@@ -214,7 +214,8 @@ def test_large_cases_end_within_two_hundredths_of_the_lower_bound(seed: int, ser
     """The last one as large as is promised: 100 servers, 50 providers, 20 campaigns, within ten seconds of one core."""
     jobs, demands, lines = bench.case(seed, servers, providers, campaigns)
     begin = time.process_time()
-    plan = near_plan(jobs, demands, lines, NOW)
+    # No limit by the wall clock, which others on the machine make go faster.
+    plan = near_plan(jobs, demands, lines, NOW, seconds=float("inf"))
     assert time.process_time() - begin < bench.TARGET_SECONDS
     assert {part.failure for part in plan.providers} == {""}
     assert cases.exceeded(plan, lines) == []

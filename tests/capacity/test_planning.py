@@ -104,9 +104,9 @@ def test_a_campaign_that_the_plan_does_not_know_has_its_share_at_once_and_the_ne
 
 def test_what_is_used_stays_granted_and_counts(world: World) -> None:
     """A claim between two plans; the second plan plans the rest of the slot."""
+    world.stop_the_clock()
     world.set_server("s2", state="paused")
-    moment = dt.datetime.now(dt.UTC)
-    world.set_server("s1", heartbeat_at=moment)
+    world.set_server("s1", heartbeat_at=dt.datetime.now(dt.UTC))
     planning.make(world.engine, world.settings)
     with reading(world.engine) as connection:
         server = servers.find(connection, "s1")
@@ -125,7 +125,9 @@ def test_what_is_used_stays_granted_and_counts(world: World) -> None:
 
 
 def test_a_server_that_leaves_gives_back_what_it_has_not_used_and_no_plan_gives_it_again(world: World) -> None:
-    moment = dt.datetime.now(dt.UTC)
+    world.stop_the_clock()
+    with reading(world.engine) as connection:
+        moment = database_now(connection)
     for key in ("s1", "s2"):
         world.set_server(key, heartbeat_at=moment)
     planning.make(world.engine, world.settings)

@@ -32,6 +32,7 @@ def world(engine: sa.Engine, tmp_path: Path) -> World:
     """A campaign of the pool `shop` (server `own`, limited to 5 an hour) with the overflow pool `spare` (server `spare-1`); `s9` is in neither."""
     context.settings.cache_clear()
     world = make_world(engine, tmp_path / "home", recipients=40)
+    world.stop_the_clock()
     transact(engine, lambda connection: connection.execute(sa.insert(Pool), [{"id": 2, "key": "shop"}, {"id": 3, "key": "spare"}]))
     world.set_campaign(pool_id=2, overflow_pool_id=3)
     for key, pool in (("own", 2), ("spare-1", 3), ("s9", 1)):

@@ -25,7 +25,7 @@ def read(path: Path, block: int) -> tuple[list[tuple[int, tuple[str, ...]]], lis
     return rows, [reject for batch in batches for reject in batch.rejects]
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(TEXT, st.integers(2, 6))
 def test_blocks_make_no_difference(tmp_path: Path, text: str, block: int) -> None:
     path = tmp_path / "people.csv"

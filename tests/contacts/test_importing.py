@@ -322,7 +322,7 @@ def obvious(contacts: dict[str, dict[str, Any]], rows: list[dict[str, str]]) -> 
     return rejected
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.lists(CELLS, max_size=12), min_size=1, max_size=3), st.booleans(), st.integers(1, 7))
 def test_import_does_what_is_obvious(engine: sa.Engine, tmp_path: Path, uploads: list[list[dict[str, str]]], parquet: bool, batch: int) -> None:
     transact(engine, lambda connection: [connection.execute(sa.delete(table)) for table in (Contact, Subscription, ContactChange)])

@@ -49,6 +49,7 @@ from tests.dispatch.test_audit import Log
 from tests.dispatch.test_giving_way import URGENT, another_campaign, give_window, retries
 from tests.dispatch.test_send_windows import open_windows
 from tests.dispatch.world import Servers, World, make_world, write_play
+from tests.parts.database_clock import DatabaseClock
 
 pytestmark = [pytest.mark.server, pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)]
 NOW = dt.datetime.now(dt.UTC)
@@ -244,6 +245,8 @@ def test_what_was_not_offered_goes_back_and_its_debit_too(theft: Theft) -> None:
     """An abandoned claim is settled by the server's account: nothing is in its log, so all is released."""
     world = theft.world
     before = world.usage(theft.server, "google")
+    # In the slot of the claim: of a debit in one that is over nothing is given back.
+    DatabaseClock(theft.engine, theft.claimed.ref.opened_at)
     own = replace(world, engine=theft.engine)
     journal = journal_of(own.folders("s1"), "catcher")
     journal.path.write_text(f"{NOW:%Y-%m-%d %H:%M:%S.000} MARK c{theft.claimed.ref.id}.0\n")
@@ -432,7 +435,8 @@ def test_a_thief_gets_no_more_addresses_than_were_granted(theft: Theft) -> None:
 
     with pytest.raises(claims.WrongServer, match="another incarnation"):
         claim(as_other)
-    # Rows that it holds it may give back, once. Those of others it may not.
+    # Rows that it holds it may give back, once, and their debit in the slot of the claim. Those of others it may not.
+    DatabaseClock(theft.engine, theft.claimed.ref.opened_at)
     mine = [row.contact_id for row in theft.claimed.rows]
     for claim_id, contact_ids, released in (
         (theft.others.ref.id, [row.contact_id for row in theft.others.rows], 0),

@@ -194,6 +194,7 @@ def test_many_changed_addresses_go_to_their_own_queues_by_one_statement(world: W
 
 def test_grants_and_limits_bound_what_is_handed_out(world: World) -> None:
     server = world.server(per_hour=7)
+    world.stop_the_clock()
     assert claim(world, server).reason.startswith("no grant before")
     world.grant(server, 5)
     assert len(claim(world, server).rows) == 5
@@ -207,6 +208,7 @@ def test_grants_and_limits_bound_what_is_handed_out(world: World) -> None:
 
 
 def test_released_rows_give_their_debit_back_and_keep_their_place(world: World, server: servers.ServerInfo) -> None:
+    world.stop_the_clock()
     opened = claim(world, server, limit=4)
     ids = [row.contact_id for row in opened.rows]
     finish(world, opened, Result(ids[0], 0, State.DELIVERED, 250), *(Result(contact, 0, State.PENDING) for contact in ids[1:]))

@@ -166,6 +166,7 @@ def test_other_deferrals_come_from_any_server(world: World, two: Two) -> None:
 @pytest.mark.parametrize("settling", [False, True])
 def test_a_row_that_is_given_back_unoffered_stays_with_its_server(world: World, two: Two, settling: bool) -> None:
     one, other = two
+    world.stop_the_clock()
     end(world, world.claim(one, limit=3), State.DEFERRED, REASON)
     end(world, world.claim(one, limit=4), State.PENDING, settling=settling)
     # That it had never been offered, it may be by anybody.

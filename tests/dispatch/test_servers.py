@@ -133,6 +133,7 @@ def test_what_a_lost_server_had_in_hand_is_unknown(world: World) -> None:
 def test_two_campaigns_that_meet_in_a_new_window_do_not_exceed_the_limit(world: World) -> None:
     """Failure scenario 9: the window has no row yet, and both read it as empty."""
     server = world.server(per_hour=6)
+    world.stop_the_clock()
 
     def second_campaign(connection: sa.Connection) -> None:
         values = dict(connection.execute(sa.select(Campaign.__table__).where(Campaign.id == 1)).mappings().one()) | {"id": 2, "key": "summer"}

@@ -22,7 +22,7 @@ from mail_pipelines import config
 from mail_pipelines.config import Settings
 from mail_pipelines.contacts.addresses import parse
 from mail_pipelines.contacts.providers import provider_of
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import (
     Allotment,
     Campaign,
@@ -50,6 +50,7 @@ from mail_pipelines.messages.content import Content
 from mail_pipelines.messages.keyring import KeyRing, derive
 from mail_pipelines.messages.tokens import DeliveryToken
 from tests.parts.clock import HostClock
+from tests.parts.database_clock import DatabaseClock
 from tests.parts.forks import Command
 from tests.parts.processes import free_port, listens, wait_for
 
@@ -138,10 +139,16 @@ class World:
     def sender(self, server: servers.ServerInfo) -> Sender:
         return Sender(server.id, server.key, self.folders(server.key).incarnation(), boot_id(), "run-1")
 
+    def stop_the_clock(self) -> None:
+        """The database's, so that no slot, hour or day ends between two claims: of a debit in one that is over nothing is given back."""
+        with reading(self.engine) as connection:
+            now = database_now(connection)
+        DatabaseClock(self.engine, now)
+
     def grant(self, server: servers.ServerInfo, amount: int = 1_000_000) -> None:
         """Room for every provider in the current and the next slot."""
-        now = dt.datetime.now(dt.UTC)
         with reading(self.engine) as connection:
+            now = database_now(connection)
             providers = connection.execute(sa.select(Delivery.provider).distinct()).scalars().all()
         rows = [
             {"campaign_id": self.campaign_id, "server_id": server.id, "provider": provider, "slot_start": start, "granted": amount, "used": 0}

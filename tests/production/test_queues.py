@@ -24,7 +24,7 @@ from mail_pipelines.commands import context, exim, worker
 from mail_pipelines.database.engine import create_engine, reading
 from mail_pipelines.database.models import Allotment, Server
 from mail_pipelines.definitions import build_defs
-from mail_pipelines.delivery.recording import slot_at
+from mail_pipelines.delivery.recording import SLOT_SECONDS, slot_at
 from mail_pipelines.dispatch import servers
 from mail_pipelines.dispatch.exim import process
 from mail_pipelines.dispatch.files import ServerFolders, only_one
@@ -72,8 +72,10 @@ def test_a_send_run_goes_to_the_speaking_server_with_most_unspent_grant(engine: 
         campaign_id = store.create(connection, yaml_form.parse(CAMPAIGN.format(name="Spring", key="spring")).definition, now).id
         connection.execute(sa.update(Server).where(Server.key != "s3").values(heartbeat_at=now))
         for server_id, granted, used in zip(known, (100, 80, 900), (60, 10, 0), strict=True):
-            row = {"server_id": server_id, "campaign_id": campaign_id, "provider": "google", "slot_start": slot_at(now), "granted": granted, "used": used}
-            connection.execute(sa.insert(Allotment).values(**row))
+            row = {"server_id": server_id, "campaign_id": campaign_id, "provider": "google", "granted": granted, "used": used}
+            # It may be the next one when it is asked about.
+            for start in (slot_at(now), slot_at(now) + SLOT_SECONDS):
+                connection.execute(sa.insert(Allotment).values(**row, slot_start=start))
     assert queue_of(engine, run_of("send_campaign", **SEND)) == "s2"
 
 

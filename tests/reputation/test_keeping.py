@@ -112,7 +112,7 @@ def test_a_process_that_is_killed_in_mid_question_has_written_nothing(engine: sa
     environ = os.environ | {"MAIL_PIPELINES_REPUTATION__GOOGLE_CREDENTIALS_FILE": str(path), "MAIL_PIPELINES_REPUTATION__GOOGLE_URL": f"{postmaster.url}/v2"}
     command = [sys.executable, "-m", "mail_pipelines", "reputation", "sync"]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert postmaster.waits["shop.test"].wait(60)
+        assert postmaster.waits["shop.test"].wait(120)
         process.send_signal(signal.SIGKILL)
     assert kept(engine) == {}
     postmaster.waits.clear()
