@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from mail_pipelines.database.engine import reading, transact
+from mail_pipelines.database.engine import database_now, reading, transact
 from mail_pipelines.database.models import SENDING_STATES, Allotment, Claim, Contact, Delivery, Server, State
 from mail_pipelines.delivery import resolving
 from mail_pipelines.delivery.recording import Result, record
@@ -55,7 +55,8 @@ def taken(claim: OpenClaim | NothingClaimed) -> int:
 def end(world: World, claim: OpenClaim | NothingClaimed, state: State, reason: str = "", *, settling: bool = False, contacts: range = range(1, 100)) -> None:
     """Record a claim: these contacts end so, the others delivered. `settling`: as a settler does for a sender that is gone."""
     assert isinstance(claim, OpenClaim)
-    second = int(time.time())
+    with reading(world.engine) as connection:
+        second = int(database_now(connection).timestamp())
     results = [
         # A greylisting is no attempt (`settlement.result_of`).
         Result(
