@@ -163,7 +163,7 @@ def test_an_address_that_passes_to_another_contact_meanwhile_is_mailed_once(engi
 
     def look_and_swap(engine: sa.Engine, query: Any, chunk: pa.Table) -> Any:
         if chunk["contact_id"][0].as_py() != 1:
-            assert swapped.wait(30)
+            assert swapped.wait(120)
             return look(engine, query, chunk)
         found = look(engine, query, chunk)
         transact(engine, swap)

@@ -29,6 +29,7 @@ from mail_pipelines.resources.database import CentralDatabase
 from mail_pipelines.schedules import due_plan
 from tests.dispatch.test_hold_commands import says
 from tests.dispatch.world import World, make_world
+from tests.parts.database_clock import DatabaseClock
 
 HEARTBEAT = 10.0
 NOW = dt.datetime(2026, 3, 2, 9, 7, tzinfo=dt.UTC)
@@ -104,9 +105,11 @@ def test_a_campaign_that_the_plan_does_not_know_has_its_share_at_once_and_the_ne
 
 def test_what_is_used_stays_granted_and_counts(world: World) -> None:
     """A claim between two plans; the second plan plans the rest of the slot."""
-    world.stop_the_clock()
+    # In the middle of a slot: in the last seconds of one there is no room for all.
+    moment = dt.datetime.fromtimestamp(slot_at(dt.datetime.now(dt.UTC)) + 450, dt.UTC)
+    DatabaseClock(world.engine, moment)
     world.set_server("s2", state="paused")
-    world.set_server("s1", heartbeat_at=dt.datetime.now(dt.UTC))
+    world.set_server("s1", heartbeat_at=moment)
     planning.make(world.engine, world.settings)
     with reading(world.engine) as connection:
         server = servers.find(connection, "s1")

@@ -256,7 +256,7 @@ def test_a_day_is_judged_once_whoever_comes(fleet: Fleet) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     assert [(change.before, change.judgement.step) for change in changes] == [(0, 1)]
     assert fleet.step("google") == 1
 

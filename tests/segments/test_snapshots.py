@@ -219,7 +219,7 @@ def test_a_reader_in_another_process_sees_whole_versions_while_refreshes_go_on(w
     for step in range(1, 8):
         world.contacts(((number, {"age": step}, []) for number in range(1, 401)), at=NOW + step * MINUTE)
         refresh_contacts(world.engine, world.folder, now=NOW + step * MINUTE, min_free_mb=0)
-    seen, _ = reader.communicate("stop\n", timeout=60)
+    seen, _ = reader.communicate("stop\n", timeout=120)
     assert reader.returncode == 0
     readings = [tuple(map(int, line.split())) for line in seen.splitlines()]
     assert (readings[0][0], readings[-1][0]) == (0, 7)
@@ -308,9 +308,9 @@ def test_who_finds_it_busy_waits_for_its_turn(world: World, database_url: str) -
 
     with ThreadPoolExecutor() as pool:
         info = pool.submit(in_turn, refresh)
-        assert found_busy.wait(30)
+        assert found_busy.wait(120)
         process.communicate("\n" * 10)
-        assert info.result(30).version == 2
+        assert info.result(120).version == 2
 
 
 def test_of_two_writers_one_wins_and_the_other_leaves_nothing(world: World) -> None:
@@ -436,11 +436,11 @@ def test_200_000_contacts_are_built_and_refreshed_in_bounded_memory(tmp_path: Pa
     found, changed, kilobytes = map(int, done.stdout.split())
     assert (found, changed) == (99_900, 200)
     # A part of 262,144 rows in memory and once more while it is encoded; a million contacts take no more.
-    assert kilobytes < 200_000
+    assert kilobytes < 200_000, kilobytes
 
 
 BIG = """
-import datetime as dt, resource, sys
+import datetime as dt, re, sys
 from pathlib import Path
 import pyarrow as pa, numpy as np, sqlalchemy as sa
 from mail_pipelines.database.bulk import load
@@ -463,7 +463,12 @@ for start in range(0, rows, 10_000):
         "created_at": pa.array([now] * 10_000), "updated_at": pa.array([now] * 10_000),
     })
     transact(engine, lambda c: load(c, Contact.__table__, table))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    # Of this program alone: what `getrusage` tells begins with that of the process that started it.
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+before = peak()
 refresh_contacts(engine, folder, now=now, min_free_mb=0)
 refresh_engagement(engine, folder, now=now, min_free_mb=0)
 
@@ -475,7 +480,7 @@ transact(engine, change)
 info = refresh_contacts(engine, folder, now=now + dt.timedelta(minutes=1), min_free_mb=0)
 with open_snapshots(engine, folder) as snapshots:
     found = count(parse({"field": "n", "op": "=", "value": 1}, snapshots.catalogue), snapshots, now=now).members
-print(found, info.changed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(found, info.changed, peak() - before)
 """
 
 
