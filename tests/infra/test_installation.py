@@ -22,7 +22,7 @@ from tests.infra.machine import Machine
 from tests.parts.processes import wait_for
 
 # Two whole installations at a time would be too much for two processors.
-pytestmark = [pytest.mark.server, pytest.mark.timeout(2400), pytest.mark.xdist_group("machines")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800), pytest.mark.xdist_group("machines")]
 
 CA = "/etc/mail-pipelines/tls/ca.pem"
 # As any client of the database would: with TLS, and without.

@@ -19,7 +19,7 @@ from tests.infra.fleet import HOME, SUBJECT, Fleet, left_on, put
 from tests.infra.installing import SECRETS, with_any_of
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(3600), pytest.mark.xdist_group("machines")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800), pytest.mark.xdist_group("machines")]
 
 RECIPIENTS = 300
 # From the order of a server to its first message: what issue 5 allows.

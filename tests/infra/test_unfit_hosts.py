@@ -21,7 +21,7 @@ from tests.infra.fleet import HOME, Fleet, bare, hosts_file, left_on, put
 from tests.infra.installing import AS_UNIT
 from tests.parts.processes import wait_for
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(3600), pytest.mark.xdist_group("machines")]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800), pytest.mark.xdist_group("machines")]
 
 # What is wrong with a host, and why its server fails.
 REASONS = {
