@@ -52,15 +52,16 @@ def sweep() -> None:
 
 
 def _is_locked(path: Path) -> bool:
-    # Just made, and locked in a moment; or parts that a worker has made again after the end.
-    if time.time() - path.parent.stat().st_mtime < 60:
-        return True
     try:
+        # Just made, and locked in a moment; or parts that a worker has made again after the end.
+        if time.time() - path.parent.stat().st_mtime < 60:
+            return True
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except FileNotFoundError:
+        # Without a lock, or swept away by another one meanwhile.
         pass
     return False
 

@@ -36,7 +36,7 @@ def test_the_demo_mails_everybody_once_is_in_step_with_its_crm_and_names_nobody(
             assert demo.stdout is not None
             line = demo.stdout.readline()
             assert line, told.read_text()[-4000:]
-            wait_for(lambda: "Ctrl-C ends it" in told.read_text(), seconds=120, what="the last words")
+            wait_for(lambda: "Ctrl-C ends it" in told.read_text(), what="the last words")
             with urllib.request.urlopen(json.loads(line)["crm"]["address"], timeout=60) as page:
                 assert "changes twice a second" in page.read().decode()
             pids = dict(words.split() for words in (home / "up.lock").read_text().splitlines())

@@ -178,7 +178,7 @@ def test_a_killed_shipper_leaves_no_half_piece_no_gap_and_nothing_twice(mx1: Log
         process = processes.Process(target=_ship_for_ever, args=(str(tmp_path), mx1.url), daemon=True)
         process.start()
         mx1.write(400)
-        wait_for(lambda shipped=shipped: len(mx1.pieces()) > shipped, seconds=120, what="a piece")
+        wait_for(lambda shipped=shipped: len(mx1.pieces()) > shipped, what="a piece")
         for _ in range(dice.randrange(60)):
             mx1.write(dice.randrange(1, 900))
         process.kill()

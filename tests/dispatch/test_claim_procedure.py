@@ -93,7 +93,7 @@ def test_a_claim_that_begins_during_a_restore_sees_that_the_database_went_back(w
     with ThreadPoolExecutor(1) as pool, world.engine.connect() as connection:
         backup.put_back(connection)
         asked = pool.submit(world.claim, server, memory=memory)
-        wait_for(lambda: status(world.engine, "Innodb_row_lock_current_waits") == 1, seconds=120, what="the claim to wait")
+        wait_for(lambda: status(world.engine, "Innodb_row_lock_current_waits") == 1, what="the claim to wait")
         connection.commit()
         with pytest.raises(claims.WrongServer, match="went back in time"):
             asked.result()
@@ -154,7 +154,7 @@ class TestOnMariaDB:
             claimer.start()
             waiting = sa.text("SELECT COUNT(*) FROM information_schema.processlist WHERE db = DATABASE() AND info LIKE 'INSERT INTO provider_usage%'")
             with world.engine.connect() as watcher:
-                wait_for(lambda: watcher.execute(waiting).scalar_one(), seconds=120, what="the claim waits for the limits")
+                wait_for(lambda: watcher.execute(waiting).scalar_one(), what="the claim waits for the limits")
             # The claim holds this row: now each waits for the other.
             connection.execute(sa.select(Allotment).where(Allotment.provider == "google").with_for_update()).all()
             assert answers == []

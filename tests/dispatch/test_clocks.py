@@ -114,12 +114,12 @@ def test_a_clock_that_is_off_loses_repeats_and_exceeds_nothing(
     clock_of_s2 = HostClock.of(tmp_path / "clock", ahead)
     running.start(world, wrong, play, clock=clock_of_s2)
     sessions = [SessionProcess(world, "s1", "run-1"), SessionProcess(world, "s2", "run-2", clock=clock_of_s2)]
-    wait_for(lambda: len(kept_by(world, "s2")) > 8 and open_claims_of(world, "run-2"), seconds=120, what="sending")
+    wait_for(lambda: len(kept_by(world, "s2")) > 8 and open_claims_of(world, "run-2"), what="sending")
     sessions[1].kill()
-    wait_for(lambda: not open_claims_of(world, "run-2"), seconds=120, what="settlement by the server whose clock is off")
+    wait_for(lambda: not open_claims_of(world, "run-2"), what="settlement by the server whose clock is off")
     sessions[1] = SessionProcess(world, "s2", "run-3", clock=clock_of_s2)
     world.release(Kind.PROVIDER, "google")
-    wait_for(lambda: world.states() == {State.DELIVERED: RECIPIENTS}, seconds=120, what=lambda: f"the end: {world.states()}")
+    wait_for(lambda: world.states() == {State.DELIVERED: RECIPIENTS}, what=lambda: f"the end: {world.states()}")
     end = time.time()
     for session in sessions:
         session.wait()
@@ -149,7 +149,7 @@ def test_a_clock_that_is_off_loses_repeats_and_exceeds_nothing(
     way = "ahead of" if ahead > 0 else "behind"
     told = Finding("clock", f"the clock of s2 is 300 s {way} the database's", clock.REMEDY)
     # To the second, by the next beat at which the database did not keep the server waiting for one.
-    wait_for(lambda: told in list(check_servers(engine, 60)), seconds=120, what=lambda: f"the clock of s2: {list(check_servers(engine, 60))}")
+    wait_for(lambda: told in list(check_servers(engine, 60)), what=lambda: f"the clock of s2: {list(check_servers(engine, 60))}")
 
 
 @pytest.mark.server

@@ -167,7 +167,7 @@ def test_a_zombie_sender_sends_nothing_after_its_lease(engine: sa.Engine, tmp_pa
     server = world.server(connections=6, per_second=10.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     zombie = SessionProcess(world, server.key, "zombie")
-    wait_for(lambda: len(world.kept()) > 40, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 40, what="sending")
     zombie.stop_at_work()
     assert settle(world, catcher).claims == 0, "a claim within its lease was taken from a living holder"
     # The lease ends.
@@ -228,7 +228,7 @@ def test_a_sender_that_wakes_after_its_lease_offers_nothing_more_of_it(engine: s
     server = world.server(connections=6, per_second=10.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.2]))
     run = SessionProcess(world, server.key, "sleeper")
-    wait_for(lambda: len(world.kept()) > 40, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 40, what="sending")
     run.stop_at_work()
     with reading(engine) as connection:
         lease = connection.execute(sa.select(sa.func.max(Claim.lease_until)).where(Claim.state == "open")).scalar_one()
@@ -256,7 +256,7 @@ def test_two_runs_on_one_shard_and_one_of_them_killed(engine: sa.Engine, tmp_pat
     play = write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3])
     near, far = running.start(world, first, play), running.start(world, second, play)
     one, two = SessionProcess(world, "s1", "one"), SessionProcess(world, "s2", "two")
-    wait_for(lambda: len(world.kept()) > 100, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 100, what="sending")
     assert kill_both(one, near) > 0
     two.wait()
     # Only the owning server settles, which is away: the other one leaves the dead run's rows alone.
@@ -275,7 +275,7 @@ def test_a_log_that_is_not_the_log_makes_rows_unknown_and_never_pending(engine: 
     server = world.server(connections=4, per_second=80.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.1, 0.4]))
     run = SessionProcess(world, server.key, "run")
-    wait_for(lambda: len(world.kept()) > 40, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 40, what="sending")
     assert kill_both(run, catcher) > 0
     claimed = world.states()[State.CLAIMED]
     journal = catcher.folders.journal
@@ -294,7 +294,7 @@ def test_a_claim_of_an_earlier_boot_is_never_sent_again(engine: sa.Engine, tmp_p
     server = world.server(connections=4, per_second=80.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.1, 0.4]))
     run = SessionProcess(world, server.key, "run")
-    wait_for(lambda: len(world.kept()) > 20, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 20, what="sending")
     kill_both(run, catcher)
     transact(engine, lambda connection: connection.execute(sa.update(Claim).where(Claim.state == "open").values(boot_id="another")))
     waiting = world.states()
@@ -324,7 +324,7 @@ def test_two_settlers_at_once_settle_a_claim_once(engine: sa.Engine, tmp_path: P
     server = world.server(connections=6, per_second=80.0)
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     run = SessionProcess(world, server.key, "run")
-    wait_for(lambda: len(world.kept()) > 40, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 40, what="sending")
     assert kill_both(run, catcher) > 0
     done: list[settlement.Settled] = []
     threads = [threading.Thread(target=lambda: done.append(settle(world, catcher))) for _ in range(4)]

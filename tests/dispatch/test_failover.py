@@ -46,7 +46,7 @@ def test_a_replica_that_lacks_the_last_seconds_repeats_nothing(replicated: Repli
         world.grant(server)
     started = [running.start(world, server, play) for server in fleet]
     sessions = [SessionProcess(world, server.key, f"first-{server.key}") for server in fleet]
-    wait_for(lambda: len(world.kept()) > 50, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 50, what="sending")
     replicated.catch_up()
     replicated.cut()
     at_cut = len(world.kept())

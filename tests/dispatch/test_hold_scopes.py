@@ -40,12 +40,12 @@ def test_campaign_brand_and_pool_stay_where_they_are_and_the_others_go_on(engine
         for kind in (Kind.CAMPAIGN, Kind.BRAND, Kind.POOL):
             before = len(list(times(spring)))
             run = threads.submit(session(spring, fleet[0], f"before {kind}").run)
-            wait_for(lambda before=before: len(list(times(spring))) > before + 40, seconds=120, what="sending")  # type: ignore[misc]
+            wait_for(lambda before=before: len(list(times(spring))) > before + 40, what="sending")  # type: ignore[misc]
             spring.hold(kind)
             held_at = time.time()
             assert run.result(60).reason == f"the {kind} is held: look"
             assert session(spring, fleet[0], f"{kind} held").run().claimed == 0
-            wait_for(lambda held_at=held_at: max(times(summer)) > held_at + 6, seconds=120, what="what is not held")  # type: ignore[misc]
+            wait_for(lambda held_at=held_at: max(times(summer)) > held_at + 6, what="what is not held")  # type: ignore[misc]
             assert [at - held_at for at in times(spring) if at > held_at + 5] == []
             assert spring.states()[State.PENDING] > 0
             spring.release(kind)

@@ -58,7 +58,7 @@ def acts_within_five_seconds(engine: sa.Engine, tmp_path: Path, kind: str, runni
     threads = [threading.Thread(target=lambda server=server: reports.append(session(world, server, f"run-{server.key}").run())) for server in fleet]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(world.kept()) > 60, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 60, what="sending")
     world.hold(scope)
     held_at = time.time()
     for thread in threads:
@@ -92,7 +92,7 @@ def test_a_hold_outlives_the_restart_of_everything(engine: sa.Engine, tmp_path: 
     server = world.server(connections=8, per_second=8.0)
     mail_server = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.01, 0.1]))
     run = SessionProcess(world, server.key, "first")
-    wait_for(lambda: len(world.kept()) > 50, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 50, what="sending")
     world.hold(Kind.EVERYTHING)
     run.kill()
     mail_server.kill()

@@ -35,7 +35,7 @@ def test_a_session_ends_in_order_at_the_first_signal(engine: sa.Engine, tmp_path
     server = world.server(connections=10, per_second=500.0)
     running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.3, 0.3]))
     process = SessionProcess(world, server.key, "run-1")
-    wait_for(lambda: len(world.copies()) > 20, seconds=120, what="messages under way")
+    wait_for(lambda: len(world.copies()) > 20, what="messages under way")
     process.signal(number)
     assert process.wait(90) == "asked to end"
     states = world.states()
@@ -59,8 +59,8 @@ def test_the_second_signal_ends_it_at_once(engine: sa.Engine, tmp_path: Path, ki
     server = world.server()
     running.start(world, server, write_play(tmp_path / "play.toml", silent_percent=100, silent_seconds=15))
     process = SessionProcess(world, server.key, "run-1")
-    wait_for(lambda: world.states()[State.CLAIMED] > 0, seconds=120, what="a claim")
-    wait_for(lambda: any(world.folders(server.key).permits.iterdir()), seconds=120, what="a permit")
+    wait_for(lambda: world.states()[State.CLAIMED] > 0, what="a claim")
+    wait_for(lambda: any(world.folders(server.key).permits.iterdir()), what="a permit")
 
     def ended() -> bool:
         # Signals that come before the first one is seen are one.

@@ -85,7 +85,7 @@ def test_a_server_and_the_centre_tell_what_the_ledger_has(
     try:
         monkeypatch.setenv("MAIL_PIPELINES_METRICS__PORT", str(ports["server"]))
         started = running.start(world, server, play)
-        wait_for(lambda: all(listens(port) for port in ports.values()), seconds=120, what="both endpoints")
+        wait_for(lambda: all(listens(port) for port in ports.values()), what="both endpoints")
         assert Told(ports["centre"]).by("campaign_rows", "state") == {("pending",): 160}
 
         # A claim that nobody works on and of which the log says nothing: the server's settler ends it.
@@ -98,9 +98,9 @@ def test_a_server_and_the_centre_tell_what_the_ledger_has(
         assert warm.by("fleet_warm_up_step", "server", "provider") == {("s1", "*"): 20}
         left = world.claim(server, limit=10)
         assert isinstance(left, OpenClaim)
-        wait_for(lambda: Told(ports["server"]).one("server_settled_claims_total") == 1, seconds=120, what="settlement")
+        wait_for(lambda: Told(ports["server"]).one("server_settled_claims_total") == 1, what="settlement")
         # The first round that settles something has then still to end.
-        wait_for(lambda: "mail_pipelines_server_settled_timestamp_seconds" in Told(ports["server"]).names, seconds=120, what="the end of the round")
+        wait_for(lambda: "mail_pipelines_server_settled_timestamp_seconds" in Told(ports["server"]).names, what="the end of the round")
         own = Told(ports["server"])
         assert own.by("server_settled_rows_total", "state") == {("unknown",): len(left.rows)}
         assert own.by("server_info", "server", "kind") == {("s1", server.kind): 1}

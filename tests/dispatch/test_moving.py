@@ -78,7 +78,7 @@ def test_a_campaign_under_way_goes_on_in_the_other_database(engine: sa.Engine, t
     catcher = running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.0, 0.1]))
     world.grant(server)
     session = SessionProcess(world, server.key, "before")
-    wait_for(lambda: len(world.kept()) > 300, seconds=120, what="messages under way")
+    wait_for(lambda: len(world.kept()) > 300, what="messages under way")
     # While they are counted it opens no more.
     session.signal(signal.SIGSTOP)
     connections = catcher.connections()

@@ -78,7 +78,7 @@ def test_after_a_restore_the_servers_stop_and_recover_completes_the_ledger(engin
         world.grant(server)
     started: list[Running] = [running.start(world, server, play) for server in fleet]
     first = [SessionProcess(world, server.key, f"first-{server.key}") for server in fleet]
-    wait_for(lambda: len(world.kept()) > 50, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 50, what="sending")
     backup = Backup(engine)
     # What nobody had claimed by then, and the restored ledger will call unsent: how many are in hand differs from run to run.
     waiting = {row["contact_id"] for row in backup.rows(Delivery.__table__) if row["state"] in (State.PENDING, State.DEFERRED)}
@@ -118,7 +118,7 @@ def recover_and_finish(world: World, stopped: Sequence[Running], recipients: int
     output: list[str] = []
     operator = threading.Thread(target=lambda: output.append(recover()))
     operator.start()
-    wait_for(lambda: _generation_is_new(world.engine), seconds=120, what="the recovery")
+    wait_for(lambda: _generation_is_new(world.engine), what="the recovery")
     for server in stopped:
         server.start()
     operator.join(250)

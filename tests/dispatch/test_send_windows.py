@@ -101,7 +101,7 @@ def test_nobody_is_mailed_outside_of_his_window_and_everybody_in_the_end(world: 
     # What was in flight when the sender was killed may be unknown.
     assert states[State.DELIVERED] + states[State.UNKNOWN] == RECIPIENTS
     # A reply that did not come within four seconds makes another, until its late line is found.
-    wait_for(lambda: world.states()[State.UNKNOWN] <= 8, seconds=120, what="late lines")
+    wait_for(lambda: world.states()[State.UNKNOWN] <= 8, what="late lines")
     assert Counter(zone for zone, _ in arrivals(world)).keys() == set(ZONES)
 
 

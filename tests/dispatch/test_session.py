@@ -116,7 +116,7 @@ def test_a_session_whose_host_stood_still_sends_what_fell_due_meanwhile(start: S
         if stood_still or last is None or world.open_claims():
             return
         stood_still.append(last)
-        wait_for(lambda: time.time() > stood_still[0] + 1.5, seconds=120, what="the moment")
+        wait_for(lambda: time.time() > stood_still[0] + 1.5, what="the moment")
 
     assert session(world, server, progress=stand_still).run().reason == "the shard is final"
     assert stood_still
@@ -150,7 +150,7 @@ def test_a_lane_whose_shard_has_no_more_goes_on_at_once_while_another_is_slow(st
 
     with ThreadPoolExecutor() as pool:
         run = pool.submit(own.run)
-        wait_for(lambda: not any(left("yahoo", shard) for shard in range(3)), seconds=120, what="all shards of the quick one")
+        wait_for(lambda: not any(left("yahoo", shard) for shard in range(3)), what="all shards of the quick one")
         assert left("google", 0) > 0
         own.report.interrupted = True
         assert run.result(90).reason == "asked to end"
@@ -164,7 +164,7 @@ def test_a_session_that_only_waits_gives_way_to_whoever_has_work(start: Start) -
     world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})
     with ThreadPoolExecutor() as pool:
         run = pool.submit(session(world, server).run)
-        wait_for(lambda: world.states() == {State.DEFERRED: 4}, seconds=120, what="four deferrals")
+        wait_for(lambda: world.states() == {State.DEFERRED: 4}, what="four deferrals")
         another_campaign(world, priority=0)
         assert run.result(90).reason == "campaign urgent waits for a slot of this server"
 
@@ -181,9 +181,9 @@ def test_a_session_without_a_grant_goes_on_when_it_gets_one_within_the_slot(star
         own = session(world, server)
         run = pool.submit(own.run)
         try:
-            wait_for(lambda: world.states().get(State.DELIVERED) == 4, seconds=120, what="one message for each provider")
+            wait_for(lambda: world.states().get(State.DELIVERED) == 4, what="one message for each provider")
             transact(world.engine, lambda connection: connection.execute(sa.update(Allotment).values(granted=100)))
-            wait_for(lambda: world.states() == {State.DELIVERED: 8}, seconds=120, what="the rest")
+            wait_for(lambda: world.states() == {State.DELIVERED: 8}, what="the rest")
         finally:
             world.set_campaign(state="paused")
             own.report.interrupted = True
@@ -302,7 +302,7 @@ def test_a_stop_acts_within_five_seconds_at_full_speed(start: Start, stop: Stop,
     reports: list[Report] = []
     thread = threading.Thread(target=lambda: reports.append(session(world, server).run()))
     thread.start()
-    wait_for(lambda: len(world.kept()) > 200, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 200, what="sending")
     stop(world)
     stopped = time.time()
     thread.join(120)
@@ -330,7 +330,7 @@ def test_a_session_at_work_stops_when_the_database_goes_back(start: Start, monke
     monkeypatch.setattr(servers, "check_time", lambda *_: dt.datetime.now(dt.UTC))
     with ThreadPoolExecutor() as pool:
         run = pool.submit(session(world, server).run)
-        wait_for(lambda: len(world.kept()) > 0, seconds=120, what="sending")
+        wait_for(lambda: len(world.kept()) > 0, what="sending")
         earlier = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
         transact(world.engine, lambda connection: connection.execute(sa.update(Server).values(heartbeat_at=earlier)))
         with pytest.raises(WrongServer, match="went back in time"):
@@ -343,7 +343,7 @@ def test_an_address_suppressed_while_sending_is_not_mailed(start: Start) -> None
     world, server, _ = start(recipients=800, limits={"connections": 2, "per_second": 20.0})
     thread = threading.Thread(target=lambda: session(world, server).run())
     thread.start()
-    wait_for(lambda: len(world.kept()) > 50, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 50, what="sending")
     late = list(range(601, 801))
     transact(world.engine, lambda connection: consent.unsubscribe(connection, late, scope="all", now=dt.datetime.now(dt.UTC)))
     when = dt.datetime.now().timestamp()
@@ -378,7 +378,7 @@ def test_a_session_ends_in_order_for_an_urgent_campaign(start: Start) -> None:
     world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})
     with ThreadPoolExecutor() as pool:
         report = pool.submit(session(world, server).run)
-        wait_for(lambda: world.states()[State.DELIVERED] > 0, seconds=120, what="a first message")
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
         another_campaign(world, priority=3)
         assert report.result(60).reason == "campaign urgent has a higher priority and waits for a slot of this server"
     assert set(world.states()) == {State.DELIVERED, State.PENDING}
@@ -400,7 +400,7 @@ def test_a_session_goes_on_with_a_newer_schema_and_ends_when_its_version_is_too_
 
     with ThreadPoolExecutor() as pool:
         run = pool.submit(session(world, server).run)
-        wait_for(lambda: world.states()[State.DELIVERED] > 0, seconds=120, what="a first message")
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
         upgrade(migrate.newest_revision())
         before = world.states()[State.DELIVERED]
         # As much as all providers take in longer than it goes without a look.
@@ -427,14 +427,14 @@ def test_a_session_sends_the_retries_of_an_urgent_campaign_and_goes_on(start: St
     world.settings = world.settings.model_copy(update={"server": world.settings.server.model_copy(update={"slots": 1})})
     with ThreadPoolExecutor() as pool:
         run = pool.submit(session(world, server).run)
-        wait_for(lambda: world.states()[State.DELIVERED] > 0, seconds=120, what="a first message")
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
         retries(world)
 
         def urgent() -> list[int]:
             tokens = [world.ring().read_delivery(message.token)[0] for message in world.kept()]
             return sorted(token.contact_id for token in tokens if token.campaign_id == URGENT)
 
-        wait_for(lambda: urgent() == [1, 2], seconds=120, what="the retries")
+        wait_for(lambda: urgent() == [1, 2], what="the retries")
         before = world.states()[State.DELIVERED]
         report = run.result(90)
     assert before < 320
@@ -462,7 +462,7 @@ def test_a_fault_of_an_urgent_campaign_stops_nobody_elses_session(start: Start, 
     broken = {"id": 9, "campaign_id": URGENT, "number": 1, "source": {}, "sha256": "0" * 64, "compiled": b"no message", "created_at": dt.datetime.now(dt.UTC)}
     with ThreadPoolExecutor() as pool:
         run = pool.submit(session(world, server).run)
-        wait_for(lambda: world.states()[State.DELIVERED] > 0, seconds=120, what="a first message")
+        wait_for(lambda: world.states()[State.DELIVERED] > 0, what="a first message")
         # It must not be sent before it is broken.
         retries(world, state="paused")
         transact(world.engine, lambda connection: connection.execute(sa.insert(CampaignVersion).values(**broken)))

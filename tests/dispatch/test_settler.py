@@ -22,12 +22,12 @@ def test_a_killed_sessions_claims_are_settled_by_the_server_itself(engine: sa.En
     server = world.server(connections=6, per_second=10.0)
     running.start(world, server, write_play(tmp_path / "play.toml", reply_seconds=[0.05, 0.3]))
     run = SessionProcess(world, server.key, "run-1")
-    wait_for(lambda: len(world.kept()) > 20, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 20, what="sending")
     # The server may settle what it had before anybody looks.
     run.stop_at_work()
     assert world.states()[State.CLAIMED] > 0
     run.kill()
-    wait_for(lambda: world.open_claims() == 0, seconds=120, what="settlement")
+    wait_for(lambda: world.open_claims() == 0, what="settlement")
     states = world.states()
     assert states[State.CLAIMED] == 0
     assert states[State.PENDING] > 0

@@ -45,7 +45,7 @@ def test_a_second_start_and_a_cloned_disk_stop_themselves_and_the_first_goes_on(
     play = write_play(tmp_path / "play.toml")
     running.start(world, server, play)
     session = SessionProcess(world, server.key, "run-1")
-    wait_for(lambda: len(world.kept()) > 10, seconds=120, what="sending")
+    wait_for(lambda: len(world.kept()) > 10, what="sending")
     start = ("catcher", "run", server.key) if kind == "catcher" else ("exim", "run", server.key, "--hostname", "mail.example.test")
     assert "already running" in refused(world, *start, environ={})
     settings = world.settings.server
@@ -55,7 +55,7 @@ def test_a_second_start_and_a_cloned_disk_stop_themselves_and_the_first_goes_on(
     shutil.copytree(settings.log_folder, clone["MAIL_PIPELINES_SERVER__LOG_FOLDER"], ignore=passing)
     copied = json.loads((Path(clone["MAIL_PIPELINES_SERVER__LOG_FOLDER"]) / server.key / "heartbeat").read_text(encoding="ascii"))["tokens"]
     # Until then both have the same to say.
-    wait_for(lambda: beat_of(world) not in copied, seconds=120, what="the next beat of the first")
+    wait_for(lambda: beat_of(world) not in copied, what="the next beat of the first")
     assert "another process speaks for server s1" in refused(world, *start, environ=clone)
     assert session.wait() == "the shard is final"
     assert world.copies() == dict.fromkeys(range(1, recipients + 1), 1)

@@ -135,7 +135,7 @@ def test_a_warming_server_never_passes_its_cap_and_the_others_send_the_rest(engi
         # Nobody waits for a server that is late: the best are the new one's only if it is there in time.
         first, then = ([opening for opening in wanted if (opening.server == "new") is new] for new in (True, False))
         sessions = [SessionProcess(world, opening.server, f"run-{tick}-{number}", opening.shard) for number, opening in enumerate(first)]
-        wait_for(partial(spent_or_over, sessions), seconds=120, what="the claims of the new server")
+        wait_for(partial(spent_or_over, sessions), what="the claims of the new server")
         if spent():
             sessions += [SessionProcess(world, opening.server, f"run-{tick}-old-{number}", opening.shard) for number, opening in enumerate(then)]
         for session in sessions:

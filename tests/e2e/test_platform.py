@@ -142,7 +142,7 @@ def test_a_run_that_is_terminated_is_canceled_and_leaves_nothing_in_doubt(platfo
     platform.limit(5.0)
     platform.schedule("terminated")
     run = wait_for(lambda: next(iter(platform.working_runs("terminated")), None), seconds=400, what="a session")
-    wait_for(lambda: len(platform.copies("terminated")) > 50, seconds=120, what="messages under way")
+    wait_for(lambda: len(platform.copies("terminated")) > 50, what="messages under way")
     # Runs are forks of the one process that has imported everything.
     commands = commands_of(next(child.process.pid for child in platform.processes._children if child.name == "code"))
     assert sum(b"forkserver" in command for command in commands) >= 2

@@ -73,7 +73,7 @@ class Dovecot:
                 group=group,
                 extra_groups=[],
             )
-        wait_for(lambda: listens(self.port) or self.process.poll() is not None, seconds=120, what="Dovecot")
+        wait_for(lambda: listens(self.port) or self.process.poll() is not None, what="Dovecot")
         assert self.process.poll() is None, (self.base / "output").read_text()
 
     @property

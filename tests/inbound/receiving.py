@@ -47,7 +47,7 @@ class Receiving:
         }
         with (self.base / "output").open("ab") as output:
             process = subprocess.Popen([sys.executable, "-m", "mail_pipelines", "inbound", "run"], env=environ, stdout=output, stderr=output)
-        wait_for(lambda: self._serves(process) or process.poll() is not None, seconds=120, what="Exim")
+        wait_for(lambda: self._serves(process) or process.poll() is not None, what="Exim")
         assert process.poll() is None, (self.base / "output").read_text()
         return process
 
@@ -105,4 +105,4 @@ class Receiving:
             is_done = not any((self.folders.spool / "input").glob("*"))
             return paths if len(paths) >= count and is_done else None
 
-        return wait_for(found, seconds=120, what=f"mail in {maildir}") or []
+        return wait_for(found, what=f"mail in {maildir}") or []

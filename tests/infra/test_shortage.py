@@ -76,7 +76,7 @@ def test_a_campaign_that_nobody_could_send_in_time_is_sent_by_servers_that_were_
 
     # Its provider takes far less from it than was planned, and from nobody more than so much a day: now the deadline is in danger.
     fleet.commands(f"server limits * --server {first} --per-second 0.02", "server limits * --per-second 10 --per-day 160")
-    wait_for(lambda: fleet.sent()[first], seconds=120, what=fleet.log)
+    wait_for(lambda: fleet.sent()[first], what=fleet.log)
     before = started(fleet, first)
     fleet.plan()
     wait_for(lambda: len(fleet.servers("warming")) == 3, seconds=600, what=fleet.log)
